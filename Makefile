@@ -1,0 +1,37 @@
+# make run   set everything up and answer a question with the built-in model
+# make test  run the tests that need no GPU
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: run test check gpu-test bench setup clean
+setup: $(READY)
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+run: $(READY)
+	$(BIN)/python -m scripts.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m scripts.check_docs
+
+gpu-test: $(READY)
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: $(READY)
+	$(BIN)/python -m scripts.bench.engine
+
+clean:
+	rm -rf $(VENV) build *.egg-info
