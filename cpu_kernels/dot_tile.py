@@ -1,0 +1,172 @@
+"""The innermost loop: dot products of a tile of weight rows with a tile of activation rows.
+
+Written as LLVM vectors, so the order of every sum is ours and not the optimiser's: lane l of an
+output's one accumulator adds the products of elements l, l + lanes, l + 2 lanes, ...; the lanes are
+folded in halves, then the left-over elements added one by one. An output's bits depend neither on
+the tile it was computed in nor on its neighbours, so tiles may be cut as speed wants.
+
+R weight rows, T activation rows of a tile, L lanes of a vector. Addresses are int64.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from cpu_kernels.intrinsics import intrinsic
+from cpu_kernels.isa import host_isa
+
+LANES = host_isa().lanes
+ROWS = 4
+TOKENS = 4 if LANES == 16 else 2  # 4 x 4 accumulators need the 32 registers of AVX-512
+
+_FUSE = ("contract",)  # let multiply and add become one FMA where the CPU has it; nothing else
+_I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+_ADDRESSES = types.Array(types.int64, 1, "C")
+
+
+def _wide(kind: Any, lanes: int) -> Any:
+    return ir.VectorType(kind, lanes) if lanes > 1 else kind
+
+
+def _pointer(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _load_f32(builder: Any, row: Any, index: Any, lanes: int) -> Any:
+    """Elements ``index``, ... of the row at address ``row``; rows may start at any byte."""
+    address = builder.add(row, builder.mul(index, _I64(4)))
+    return builder.load(_pointer(builder, address, _wide(_F32, lanes)), align=1)
+
+
+def _load_bf16(builder: Any, row: Any, index: Any, lanes: int) -> Any:
+    """As :func:`_load_f32`; bf16 is the upper half of a float32: widen and shift."""
+    address = builder.add(row, builder.mul(index, _I64(2)))
+    half = builder.load(_pointer(builder, address, _wide(_I16, lanes)), align=1)
+    wide = _wide(_I32, lanes)
+    sixteen = wide([_I32(16)] * lanes) if lanes > 1 else wide(16)
+    return builder.bitcast(builder.shl(builder.zext(half, wide), sixteen), _wide(_F32, lanes))
+
+
+def _multiply_add(builder: Any, slot: Any, a: Any, b: Any) -> None:
+    product = builder.fmul(a, b, flags=_FUSE)
+    total = builder.fadd(builder.load(slot, align=4), product, flags=_FUSE)
+    builder.store(total, slot, align=4)
+
+
+def _add_products(
+    builder: Any, load_w: Any, rows: Any, xs: Any, slots: Any, index: Any, lanes: int
+) -> None:
+    """slots[r * T + t] += rows[r][index...] * xs[t][index...], ``lanes`` elements at once."""
+    x_vectors = [_load_f32(builder, x, index, lanes) for x in xs]
+    for r, row in enumerate(rows):
+        w = load_w(builder, row, index, lanes)
+        for t, x in enumerate(x_vectors):
+            _multiply_add(builder, slots[r * len(xs) + t], w, x)
+
+
+def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(_I32, len(lanes)), [_I32(lane) for lane in lanes])
+    return builder.shuffle_vector(a, b, mask)
+
+
+def _fold_lanes(builder: Any, vectors: list[Any]) -> list[Any]:
+    """The sums of all vectors' lanes, in order, packed into as few vectors as hold them.
+
+    Each step adds the upper half of every output's lanes to the lower half. Two vectors share a
+    step where there are two: 16 sums of 16 lanes take 30 shuffles instead of 64.
+    """
+    group = vectors[0].type.count
+    while group > 1:
+        half = group // 2
+        firsts = vectors[::2] if len(vectors) > 1 else vectors
+        seconds = vectors[1::2] if len(vectors) > 1 else vectors
+        lanes = vectors[0].type.count * (2 if len(vectors) > 1 else 1)
+        low = [lane for lane in range(lanes) if lane % group < half]
+        high = [lane for lane in range(lanes) if lane % group >= half]
+        vectors = [
+            builder.fadd(_pick(builder, a, b, low), _pick(builder, a, b, high))
+            for a, b in zip(firsts, seconds, strict=True)
+        ]
+        group = half
+    return vectors
+
+
+def _addresses(builder: Any, context: Any, array: Any, first: Any, count: int) -> list[Any]:
+    data = context.make_array(_ADDRESSES)(context, builder, array).data
+    places = (builder.add(first, _I64(k)) for k in range(count))
+    return [builder.load(builder.gep(data, [place])) for place in places]
+
+
+def _make_add_tile(load_w: Any, num_tokens: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row_array, first_row, x_array, first_x, begin, end, sums = args
+        rows = _addresses(builder, context, row_array, first_row, ROWS)
+        xs = _addresses(builder, context, x_array, first_x, num_tokens)
+        vector = ir.VectorType(_F32, LANES)
+        memory = _pointer(builder, sums, vector)
+        places = [builder.gep(memory, [_I64(k)]) for k in range(ROWS * num_tokens)]
+        slots = [cgutils.alloca_once(builder, vector) for _ in places]
+        for slot, place in zip(slots, places, strict=True):
+            builder.store(builder.load(place, align=4), slot)
+        steps = builder.sdiv(builder.sub(end, begin), _I64(LANES))
+        with cgutils.for_range(builder, steps, intp=_I64) as loop:
+            index = builder.add(begin, builder.mul(loop.index, _I64(LANES)))
+            _add_products(builder, load_w, rows, xs, slots, index, LANES)
+        for slot, place in zip(slots, places, strict=True):
+            builder.store(builder.load(slot), place, align=4)
+        return context.get_dummy_value()
+
+    def add_tile(typingctx, rows, row, xs, x, begin, end, sums):  # type: ignore[no-untyped-def]
+        """sums[r, t, :] += products of elements [begin, end) of rows[row + r] and xs[x + t].
+
+        ``rows`` and ``xs`` are arrays of addresses, ``sums`` the address of [ROWS, T, L] float32;
+        end - begin is a multiple of L.
+        """
+        i64 = types.int64
+        return types.void(_ADDRESSES, i64, _ADDRESSES, i64, i64, i64, i64), codegen
+
+    return intrinsic(add_tile)
+
+
+def _make_finish_tile(load_w: Any, num_tokens: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row_array, first_row, x_array, first_x, begin, end, sums, out, stride = args
+        rows = _addresses(builder, context, row_array, first_row, ROWS)
+        xs = _addresses(builder, context, x_array, first_x, num_tokens)
+        memory = _pointer(builder, sums, ir.VectorType(_F32, LANES))
+        places = [builder.gep(memory, [_I64(k)]) for k in range(ROWS * num_tokens)]
+        folded = _fold_lanes(builder, [builder.load(place, align=4) for place in places])
+        floats = _pointer(builder, out, _F32)
+        slots = []
+        for r in range(ROWS):
+            row_start = builder.gep(floats, [builder.mul(_I64(r), stride)])
+            for t in range(num_tokens):
+                vector, lane = divmod(r * num_tokens + t, folded[0].type.count)
+                slots.append(builder.gep(row_start, [_I64(t)]))
+                builder.store(builder.extract_element(folded[vector], _I32(lane)), slots[-1])
+        with cgutils.for_range(builder, end, start=begin, intp=_I64) as loop:
+            _add_products(builder, load_w, rows, xs, slots, loop.index, 1)
+        return context.get_dummy_value()
+
+    def finish_tile(  # type: ignore[no-untyped-def]
+        typingctx, rows, row, xs, x, begin, end, sums, out, stride
+    ):
+        """out[r * stride + t] = all lanes of sums[r, t, :] + products of elements [begin, end)."""
+        i64 = types.int64
+        arguments = (_ADDRESSES, i64, _ADDRESSES, i64, i64, i64, i64, i64, i64)
+        return types.void(*arguments), codegen
+
+    return intrinsic(finish_tile)
+
+
+# One activation row (decode) or TOKENS of them, for each type of weights.
+add_tile_bf16_1 = _make_add_tile(_load_bf16, 1)
+add_tile_bf16 = _make_add_tile(_load_bf16, TOKENS)
+add_tile_f32_1 = _make_add_tile(_load_f32, 1)
+add_tile_f32 = _make_add_tile(_load_f32, TOKENS)
+finish_tile_bf16_1 = _make_finish_tile(_load_bf16, 1)
+finish_tile_bf16 = _make_finish_tile(_load_bf16, TOKENS)
+finish_tile_f32_1 = _make_finish_tile(_load_f32, 1)
+finish_tile_f32 = _make_finish_tile(_load_f32, TOKENS)

@@ -1,0 +1,188 @@
+"""Numba kernels of one expert layer: two stages over panels of weight rows.
+
+E experts, I expert width, H hidden, T tokens, P (expert, token, weight) pairs sorted by expert and
+then token, N experts that have a pair.
+
+Stage 1 writes act_PI = silu(gate) * up for rows of w13, stage 2 writes out_TH from rows of w2; each
+worker owns the same slice of rows of every expert, so uneven routing leaves the shares even, and one
+worker alone adds up an output element, expert after expert.
+"""
+
+import math
+
+import numpy as np
+
+from cpu_kernels.dot_tile import (
+    LANES,
+    ROWS,
+    TOKENS,
+    add_tile_bf16,
+    add_tile_bf16_1,
+    add_tile_f32,
+    add_tile_f32_1,
+    finish_tile_bf16,
+    finish_tile_bf16_1,
+    finish_tile_f32,
+    finish_tile_f32_1,
+)
+from cpu_kernels.intrinsics import f32_array, i64_array, jit
+
+# One layer's work: addresses and sizes. Weights are bf16 bits or float32.
+JOB = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("w13", "w2", "x", "out", "act"),  # addresses of [E,2I,H] [E,H,I] [T,H] [T,H] [P,I]
+            *("expert", "start", "token", "weight"),  # of [N] [N+1] [P] int64 and [P] float32
+            "scratch",  # of SCRATCH float32 for each worker
+            *("num_experts", "num_tokens", "hidden", "width", "is_bf16"),
+        )
+    ]
+)
+
+# A panel is what one pass multiplies: its rows stay in cache while all the tokens pass over them.
+PANEL_ROWS = 32
+PANEL_TOKENS = 16
+# Elements of a row that a pass takes at once: TOKENS activation rows of so many floats stay in the
+# first-level cache (16 KB) while the panel's rows pass over them.
+BLOCK = 1024
+
+PANEL = PANEL_ROWS * PANEL_TOKENS
+SCRATCH = PANEL * LANES + 2 * PANEL  # a panel's accumulators, its gates and ups
+
+
+@jit
+def add_tile(is_bf16, rows, r, xs, t, is_single, begin, end, sums):
+    if is_bf16 and is_single:
+        add_tile_bf16_1(rows, r, xs, t, begin, end, sums)
+    elif is_bf16:
+        add_tile_bf16(rows, r, xs, t, begin, end, sums)
+    elif is_single:
+        add_tile_f32_1(rows, r, xs, t, begin, end, sums)
+    else:
+        add_tile_f32(rows, r, xs, t, begin, end, sums)
+
+
+@jit
+def finish_tile(is_bf16, rows, r, xs, t, is_single, begin, end, sums, out):
+    at = out + (r * PANEL_TOKENS + t) * 4
+    if is_bf16 and is_single:
+        finish_tile_bf16_1(rows, r, xs, t, begin, end, sums, at, PANEL_TOKENS)
+    elif is_bf16:
+        finish_tile_bf16(rows, r, xs, t, begin, end, sums, at, PANEL_TOKENS)
+    elif is_single:
+        finish_tile_f32_1(rows, r, xs, t, begin, end, sums, at, PANEL_TOKENS)
+    else:
+        finish_tile_f32(rows, r, xs, t, begin, end, sums, at, PANEL_TOKENS)
+
+
+@jit
+def multiply_panel(is_bf16, rows, num_rows, xs, num_xs, length, sums, out):
+    """out[r, t] = rows[r] . xs[t]; ``rows`` and ``xs`` are addresses, padded to whole tiles.
+
+    ``out`` is the address of [PANEL_ROWS, PANEL_TOKENS] float32, ``sums`` of as many vectors.
+    """
+    whole = length // LANES * LANES
+    block = max(whole, 1) if num_xs <= TOKENS else BLOCK  # a row that is read once is read in one go
+    tile_bytes = ROWS * TOKENS * LANES * 4
+    row_tiles = (num_rows + ROWS - 1) // ROWS
+    num_tiles = row_tiles * ((num_xs + TOKENS - 1) // TOKENS)
+    f32_array(sums, num_tiles * tile_bytes // 4)[:] = np.float32(0)
+    for begin in range(0, whole, block):
+        end = min(begin + block, whole)
+        at = sums
+        for t in range(0, num_xs, TOKENS):
+            for r in range(0, num_rows, ROWS):
+                add_tile(is_bf16, rows, r, xs, t, num_xs - t == 1, begin, end, at)
+                at += tile_bytes
+    at = sums
+    for t in range(0, num_xs, TOKENS):
+        for r in range(0, num_rows, ROWS):
+            finish_tile(is_bf16, rows, r, xs, t, num_xs - t == 1, whole, length, at, out)
+            at += tile_bytes
+
+
+@jit
+def fill_addresses(addresses, base, first, last, stride):
+    """Addresses of rows first, first + 1, ...; rows after ``last`` repeat it."""
+    for k in range(len(addresses)):
+        addresses[k] = base + min(first + k, last) * stride
+
+
+@jit
+def silu_mul(gate, up):
+    return gate / (np.float32(1) + math.exp(-gate)) * up
+
+
+@jit
+def gate_up_panel(job, expert, first_row, num_rows, first_pair, num_pairs, worker, rows, xs):
+    """act[pairs, rows] of one expert."""
+    row_bytes = job.hidden * (2 if job.is_bf16 else 4)
+    token = i64_array(job.token, first_pair + num_pairs)
+    for t in range(PANEL_TOKENS):
+        pair = first_pair + min(t, num_pairs - 1)
+        xs[t] = job.x + token[pair] * job.hidden * 4
+    sums = job.scratch + worker * SCRATCH * 4
+    for half in range(2):
+        base = job.w13 + (2 * expert + half) * job.width * row_bytes
+        fill_addresses(rows, base, first_row, first_row + num_rows - 1, row_bytes)
+        out = sums + (PANEL * LANES + half * PANEL) * 4
+        multiply_panel(job.is_bf16, rows, num_rows, xs, num_pairs, job.hidden, sums, out)
+    gate = f32_array(sums + PANEL * LANES * 4, PANEL)
+    up = f32_array(sums + (PANEL * LANES + PANEL) * 4, PANEL)
+    for t in range(num_pairs):
+        act = f32_array(job.act + (first_pair + t) * job.width * 4, job.width)
+        for r in range(num_rows):
+            k = r * PANEL_TOKENS + t
+            act[first_row + r] = silu_mul(gate[k], up[k])
+
+
+@jit
+def down_panel(job, expert, first_row, num_rows, first_pair, num_pairs, worker, rows, xs):
+    """out[tokens of the pairs, rows] += weight * (rows of one expert) . act."""
+    row_bytes = job.width * (2 if job.is_bf16 else 4)
+    token = i64_array(job.token, first_pair + num_pairs)
+    weight = f32_array(job.weight, first_pair + num_pairs)
+    base = job.w2 + expert * job.hidden * row_bytes
+    fill_addresses(rows, base, first_row, first_row + num_rows - 1, row_bytes)
+    fill_addresses(xs, job.act, first_pair, first_pair + num_pairs - 1, job.width * 4)
+    sums = job.scratch + worker * SCRATCH * 4
+    down_at = sums + PANEL * LANES * 4
+    multiply_panel(job.is_bf16, rows, num_rows, xs, num_pairs, job.width, sums, down_at)
+    down = f32_array(down_at, PANEL)
+    for t in range(num_pairs):
+        pair = first_pair + t
+        out = f32_array(job.out + token[pair] * job.hidden * 4, job.hidden)
+        for r in range(num_rows):
+            out[first_row + r] += weight[pair] * down[r * PANEL_TOKENS + t]
+
+
+@jit
+def run_stage(job, is_down, row_begin, row_end, worker, rows, xs):
+    """One worker's rows of every expert; ``rows`` and ``xs`` are room for a panel's addresses."""
+    expert = i64_array(job.expert, job.num_experts)
+    start = i64_array(job.start, job.num_experts + 1)
+    for n in range(job.num_experts):
+        for row in range(row_begin, row_end, PANEL_ROWS):
+            num_rows = min(PANEL_ROWS, row_end - row)
+            for pair in range(start[n], start[n + 1], PANEL_TOKENS):
+                num_pairs = min(PANEL_TOKENS, start[n + 1] - pair)
+                if is_down:
+                    down_panel(job, expert[n], row, num_rows, pair, num_pairs, worker, rows, xs)
+                else:
+                    gate_up_panel(job, expert[n], row, num_rows, pair, num_pairs, worker, rows, xs)
+
+
+@jit
+def clear_out(job, row_begin, row_end):
+    for t in range(job.num_tokens):
+        f32_array(job.out + t * job.hidden * 4, job.hidden)[row_begin:row_end] = np.float32(0)
+
+
+@jit
+def share(num_rows, worker, num_workers):
+    """The rows of one worker: [begin, end), whole tiles."""
+    tiles = (num_rows + ROWS - 1) // ROWS
+    begin = worker * tiles // num_workers * ROWS
+    end = (worker + 1) * tiles // num_workers * ROWS
+    return min(begin, num_rows), min(end, num_rows)

@@ -1,0 +1,155 @@
+"""The CPU side of an MoE layer: routed experts' MLPs, computed by a pool of worker threads.
+
+T tokens, H hidden, I expert width, E experts, P (expert, token, weight) pairs.
+"""
+
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels.compiled import DTYPES, kernels
+from cpu_kernels.expert_kernels import JOB, SCRATCH
+from cpu_kernels.expert_reference import F32, U16, Integers
+from cpu_kernels.sort_pairs import OUT_OF_RANGE
+from cpu_kernels.threads import WorkerPool, default_num_threads, num_physical_cores
+
+
+class ExpertPool:
+    """Worker threads that compute one layer's routed experts at a time.
+
+    Ordering: call it from one thread. Arrays given to submit belong to the workers until wait has
+    returned: neither write them nor read ``out_TH``.
+    """
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        """Start the workers; None: a number that leaves room for Python and the GPU driver.
+
+        Compiles the kernels if no start before did (:func:`cpu_kernels.compiled.needs_compile`).
+        """
+        if num_threads is None:
+            num_threads = default_num_threads(num_physical_cores())
+        if num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {num_threads}")
+        self._kernels = kernels()
+        self._jobs = np.zeros(1, JOB)
+        self._pool = WorkerPool(self._kernels, self._jobs, num_threads)
+        self._arrays: tuple[npt.NDArray[Any], ...] = ()  # alive while the workers hold addresses
+        self._act = np.empty(0, np.float32)
+        self._scratch = aligned_floats(num_threads * SCRATCH)
+        self._finalizer = weakref.finalize(self, self._pool.close)
+
+    @property
+    def num_threads(self) -> int:
+        return self._pool.num_threads
+
+    def submit(
+        self,
+        w13_EFH: U16 | F32,
+        w2_EHI: U16 | F32,
+        x_TH: F32,
+        expert_P: Integers,
+        token_P: Integers,
+        weight_P: F32,
+        out_TH: F32,
+    ) -> None:
+        """Start a layer; returns at once (a layer still running is waited for first).
+
+        out[t] = sum over t's pairs of weight * down(silu(gate(x[t])) * up(x[t])), zeros for a token
+        without a pair; float32 sums in an order that depends on neither the threads nor the other
+        tokens. ``w13_EFH`` holds the I gate rows, then the I up rows. Weights: uint16 (bf16 bits) or
+        float32. All C-contiguous. Denormals count as 0. ValueError if something does not fit.
+        """
+        _check(w13_EFH, w2_EHI, x_TH, expert_P, token_P, weight_P, out_TH)
+        self.wait()
+        num_pairs, width = len(expert_P), w2_EHI.shape[2]
+        num_experts = min(len(w13_EFH), num_pairs)
+        expert_E = np.empty(len(w13_EFH), np.int64)
+        start_E = np.empty(num_experts + 1, np.int64)
+        token, weight = np.empty(num_pairs, np.int64), np.empty(num_pairs, np.float32)
+        num_routed = self._kernels.sort_pairs(
+            np.ascontiguousarray(expert_P, np.int64),
+            np.ascontiguousarray(token_P, np.int64),
+            np.ascontiguousarray(weight_P),
+            len(x_TH),
+            *(expert_E, start_E, token, weight),
+        )
+        if num_routed == OUT_OF_RANGE:
+            raise ValueError("an expert or token id is out of range")
+        if self._act.size < num_pairs * width:
+            self._act = aligned_floats(num_pairs * width)
+        addressed = (
+            *(w13_EFH, w2_EHI, x_TH, out_TH, self._act),
+            *(expert_E, start_E, token, weight, self._scratch),
+        )
+        sizes = (num_routed, *x_TH.shape, width, w13_EFH.dtype == np.uint16)
+        self._arrays = addressed
+        self._jobs[0] = (*(array.ctypes.data for array in addressed), *sizes)
+        self._pool.start()
+
+    def wait(self) -> None:
+        """Return when the submitted layer is done; raise the exception of a worker that failed."""
+        self._pool.wait()
+        self._arrays = ()
+
+    def close(self) -> None:
+        """Let a submitted layer end, stop and join the threads. Safe to call again."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def aligned_floats(size: int) -> F32:
+    """Uninitialised float32 at a multiple of 64 bytes: a 512-bit load touches one cache line."""
+    room = np.empty(size + 16, np.float32)
+    first = -(room.ctypes.data // 4) % 16
+    return room[first : first + size]
+
+
+def _check(
+    w13_EFH: U16 | F32,
+    w2_EHI: U16 | F32,
+    x_TH: F32,
+    expert_P: Integers,
+    token_P: Integers,
+    weight_P: F32,
+    out_TH: F32,
+) -> None:
+    """ValueError unless shapes, types and layout are as :meth:`ExpertPool.submit` says."""
+    if w2_EHI.ndim != 3 or x_TH.ndim != 2:
+        raise ValueError(f"w2 must be [E, H, I] and x [T, H], not {w2_EHI.shape} and {x_TH.shape}")
+    num_experts, hidden, width = w2_EHI.shape
+    _check_shape("w13", w13_EFH, (num_experts, 2 * width, hidden))
+    _check_shape("x", x_TH, (len(x_TH), hidden))
+    _check_shape("out", out_TH, x_TH.shape)
+    for name, array in (("expert", expert_P), ("token", token_P), ("weight", weight_P)):
+        _check_shape(name, array, (expert_P.size,))
+    if w13_EFH.dtype != w2_EHI.dtype or w13_EFH.dtype not in DTYPES:
+        raise ValueError(f"weights must be uint16 or float32, not {w13_EFH.dtype}, {w2_EHI.dtype}")
+    for name, array in (("x", x_TH), ("weight", weight_P), ("out", out_TH)):
+        if array.dtype != np.float32:
+            raise ValueError(f"{name} must be float32, not {array.dtype}")
+    for name, array in (("expert", expert_P), ("token", token_P)):
+        if array.dtype not in (np.int32, np.int64):
+            raise ValueError(f"{name} must be int32 or int64, not {array.dtype}")
+    for name, array in (("w13", w13_EFH), ("w2", w2_EHI), ("x", x_TH), ("out", out_TH)):
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name} must be C-contiguous")
+    if not out_TH.flags.writeable:
+        raise ValueError("out must be writable")
+
+
+def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, not {array.shape}")

@@ -1,0 +1,119 @@
+"""What Numba has no words for: atomic words, the pause hint, no denormals, arrays at addresses."""
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as numba_intrinsic
+
+from cpu_kernels.isa import host_isa
+
+# Typed as Any: Numba declares the class, whose call has one argument more than its users give.
+intrinsic: Any = numba_intrinsic
+jit: Any = numba.njit(nogil=True, error_model="numpy")
+
+FLUSH_DENORMALS = 0x8040  # FTZ and DAZ of MXCSR
+
+_WORDS = types.Array(types.int64, 1, "C")
+
+
+def _element(context, builder, array_type, array, index):  # type: ignore[no-untyped-def]
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+@intrinsic
+def atomic_load(typingctx, words, index):  # type: ignore[no-untyped-def]
+    """words[index], sequentially consistent."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _element(context, builder, signature.args[0], *args)
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return types.int64(_WORDS, types.int64), codegen
+
+
+@intrinsic
+def atomic_store(typingctx, words, index, value):  # type: ignore[no-untyped-def]
+    """words[index] = value, sequentially consistent."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _element(context, builder, signature.args[0], *args[:2])
+        builder.store_atomic(args[2], pointer, "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(_WORDS, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_add(typingctx, words, index, value):  # type: ignore[no-untyped-def]
+    """words[index] += value, sequentially consistent; returns the value before."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _element(context, builder, signature.args[0], *args[:2])
+        return builder.atomic_rmw("add", pointer, args[2], "seq_cst")
+
+    return types.int64(_WORDS, types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):  # type: ignore[no-untyped-def]
+    """Tell the core that this is a spin loop; nothing on a machine that is not x86."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if host_isa().is_x86:
+            hint = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"
+            )
+            builder.call(hint, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def flush_denormals(typingctx):  # type: ignore[no-untyped-def]
+    """From now on this thread reads and writes denormals as 0 (x86; elsewhere nothing happens).
+
+    One product with a denormal costs some 150 cycles on Intel cores: ten times slower weights.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if host_isa().is_x86:
+            i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+            control = cgutils.alloca_once(builder, i32)
+            address = builder.bitcast(control, pointer)
+            access = ir.FunctionType(ir.VoidType(), [pointer])
+            names = ("llvm.x86.sse.stmxcsr", "llvm.x86.sse.ldmxcsr")
+            save, restore = (
+                cgutils.get_or_insert_function(builder.module, access, n) for n in names
+            )
+            builder.call(save, [address])
+            builder.store(builder.or_(builder.load(control), i32(FLUSH_DENORMALS)), control)
+            builder.call(restore, [address])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _array_at(element: Any) -> Any:
+    @intrinsic
+    def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), codegen
+
+    carray: Any = numba.carray  # type: ignore[attr-defined]
+
+    @jit
+    def array_at(address, length):  # type: ignore[no-untyped-def]
+        return carray(pointer(address), (length,))
+
+    return array_at
+
+
+f32_array = _array_at(types.float32)  # (address, length): the array that lies there
+i64_array = _array_at(types.int64)

@@ -1,0 +1,70 @@
+"""Compilation: the cache is found again, its absence is survived, unknown types are refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from numba.core import caching
+
+from cpu_kernels.compiled import compile_entry, kernels, needs_compile, warmup
+
+FRESH_PROCESS = """
+import numpy as np
+from cpu_kernels.compiled import kernels, needs_compile, warmup
+print(needs_compile())
+warmup(np.uint16)
+print(sum(kernels().worker_loop.stats.cache_hits.values()), needs_compile())
+"""
+
+
+def test_the_second_start_compiles_nothing() -> None:
+    kernels()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH_PROCESS],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "1", "False"]
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def test_an_entry_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    for expected_hits in (0, 1):
+        entry = compile_entry(double, (numba.int64,))
+        assert entry(21) == 42
+        assert sum(entry.stats.cache_hits.values()) == expected_hits
+
+
+def test_a_damaged_cache_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    compile_entry(double, (numba.int64,))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(b"no pickle")
+    assert compile_entry(double, (numba.int64,))(21) == 42
+
+
+def test_works_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="cache"):
+        numba.njit(cache=True)(double)
+    assert compile_entry(double, (numba.int64,))(21) == 42
+
+
+def test_warmup_serves_both_weight_types_and_refuses_others() -> None:
+    assert warmup(np.uint16) >= 0
+    assert warmup("float32") >= 0
+    assert not needs_compile()
+    with pytest.raises(ValueError, match="float64"):
+        warmup(np.float64)
