@@ -1,0 +1,185 @@
+"""RoPE, per-head norm and the cache write against transformers' own functions."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from paged_batch import DEVICE, frobenius_error, max_error
+from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+from gpu_kernels.kv_append import rope_and_append, rope_and_append_reference
+
+EPS = 1e-6
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A fused projection with shuffled slots and scattered positions."""
+
+    q_THD: Tensor
+    k_TKD: Tensor
+    v_TKD: Tensor
+    cos_SR: Tensor
+    sin_SR: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    kv_cache: Tensor
+    norms: tuple[Tensor, Tensor] | tuple[()]
+
+    def run(self, out: Tensor | None = None) -> Tensor:
+        return rope_and_append(
+            self.q_THD,
+            self.k_TKD,
+            self.v_TKD,
+            self.cos_SR,
+            self.sin_SR,
+            self.positions_T,
+            self.slots_T,
+            self.kv_cache,
+            *self.norms,
+            eps=EPS,
+            out=out,
+        )
+
+
+def make_case(
+    num_tokens: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    *,
+    normed: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    rng = torch.Generator().manual_seed(num_tokens + head_dim)
+    num_heads, num_kv_heads = heads
+    fused = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, generator=rng)
+    q_THD, k_TKD, v_TKD = (
+        (2 * fused).to(DEVICE, dtype).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    )
+    frequencies_R = 10_000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    angles_SR = (torch.arange(500)[:, None] * frequencies_R).to(DEVICE)
+    num_pages = -(-num_tokens // PAGE_SIZE) + 2
+    slots_T = torch.randperm(num_pages * PAGE_SIZE, generator=rng)[:num_tokens]
+    norms_2D = 1 + 0.3 * torch.randn(2, head_dim, generator=rng)
+    poison = float("nan")
+    return Case(
+        q_THD,
+        k_TKD,
+        v_TKD,
+        angles_SR.cos(),
+        angles_SR.sin(),
+        torch.randint(0, 500, (num_tokens,), generator=rng).to(DEVICE),
+        slots_T.to(DEVICE),
+        torch.full(
+            (num_pages, 2, PAGE_SIZE, num_kv_heads, head_dim), poison, dtype=dtype, device=DEVICE
+        ),
+        tuple(norms_2D.to(DEVICE, dtype)) if normed else (),
+    )
+
+
+def transformers_qk(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rotated q and k as a transformers model with these weights computes them in ``dtype``."""
+    heads = [case.q_THD.to(dtype), case.k_TKD.to(dtype)]
+    for i, weight_D in enumerate(case.norms):
+        norm = Qwen3RMSNorm(weight_D.shape[0], eps=EPS).to(DEVICE, dtype)
+        norm.weight.data.copy_(weight_D)
+        heads[i] = norm(heads[i]).detach()
+    cos_TD, sin_TD = (
+        torch.cat([table, table], -1)[case.positions_T].to(dtype)
+        for table in (case.cos_SR, case.sin_SR)
+    )
+    q_HTD, k_KTD = apply_rotary_pos_emb(
+        *(x.transpose(0, 1) for x in heads), cos_TD, sin_TD, unsqueeze_dim=0
+    )
+    return q_HTD.transpose(0, 1), k_KTD.transpose(0, 1)
+
+
+def read_slots(case: Case) -> tuple[Tensor, Tensor]:
+    rows = case.kv_cache.transpose(1, 2).flatten(0, 1)[case.slots_T]  # [T, 2, K, D]
+    return rows[:, 0], rows[:, 1]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 19])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [((4, 4), 16), ((7, 1), 32), ((6, 3), 24), ((4, 2), 128)], ids=str
+)
+def test_equals_transformers(
+    heads: tuple[int, int], head_dim: int, num_tokens: int, normed: bool
+) -> None:
+    case = make_case(num_tokens, heads, head_dim, normed=normed)
+    q_THD, k_TKD = transformers_qk(case, torch.float32)
+    untouched = torch.ones(case.kv_cache.shape[0] * PAGE_SIZE, dtype=torch.bool)
+    untouched[case.slots_T.cpu()] = False
+    result = case.run()
+    assert result is case.q_THD
+    if num_tokens:
+        cached_k_TKD, cached_v_TKD = read_slots(case)
+        assert max_error(result, q_THD) <= 1e-5 and max_error(cached_k_TKD, k_TKD) <= 1e-5
+        assert torch.equal(cached_v_TKD, case.v_TKD)
+    others = case.kv_cache.transpose(1, 2).flatten(0, 1)[untouched.to(DEVICE)]
+    assert others.isnan().all(), "only the given slots are written"
+
+
+def test_out_leaves_q_alone() -> None:
+    case = make_case(5, (4, 2), 16, normed=True)
+    before = case.q_THD.clone()
+    expected, _ = transformers_qk(case, torch.float32)
+    out = torch.full((5, 4, 16), float("nan"), device=DEVICE)
+    assert case.run(out) is out
+    assert torch.equal(case.q_THD, before) and max_error(out, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_reference_equals_transformers(normed: bool) -> None:
+    case = make_case(19, (4, 2), 16, normed=normed)
+    q_THD, k_TKD = transformers_qk(case, torch.float32)
+    actual = rope_and_append_reference(
+        case.q_THD,
+        case.k_TKD,
+        case.v_TKD,
+        case.cos_SR,
+        case.sin_SR,
+        case.positions_T,
+        case.slots_T,
+        case.kv_cache,
+        *case.norms,
+        eps=EPS,
+    )
+    cached_k_TKD, cached_v_TKD = read_slots(case)
+    assert max_error(actual, q_THD) <= 1e-5 and max_error(cached_k_TKD, k_TKD) <= 1e-5
+    assert torch.equal(cached_v_TKD, case.v_TKD)
+
+
+def check_half_error(case: Case) -> None:
+    """One rounding: no further from float32 than transformers in the same dtype."""
+    exact = transformers_qk(case, torch.float32)
+    theirs = transformers_qk(case, case.q_THD.dtype)
+    ours = (case.run(torch.empty_like(case.q_THD)), read_slots(case)[0])
+    for x, theirs_x, exact_x in zip(ours, theirs, exact, strict=True):
+        assert frobenius_error(x, exact_x) <= frobenius_error(theirs_x, exact_x)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_float16_rounds_once(normed: bool) -> None:
+    check_half_error(make_case(19, (4, 2), 32, normed=normed, dtype=torch.float16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("heads", [(32, 4), (28, 4), (64, 8)], ids=str)
+def test_half_dtypes_on_the_gpu(dtype: torch.dtype, normed: bool, heads: tuple[int, int]) -> None:
+    check_half_error(make_case(777, heads, 128, normed=normed, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 96, 128, 256])
+def test_float32_on_the_gpu(head_dim: int, normed: bool) -> None:
+    case = make_case(777, (14, 2), head_dim, normed=normed)
+    q_THD, k_TKD = transformers_qk(case, torch.float32)
+    assert max_error(case.run(), q_THD) <= 2e-5
+    assert max_error(read_slots(case)[0], k_TKD) <= 2e-5
