@@ -1,0 +1,91 @@
+"""Errors meant for the user: one sentence that says what is wrong, one hint that says what to do.
+
+``assert`` is for us; these are for people. The CLI prints them without a traceback.
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class FiddlerError(Exception):
+    """Base of all errors a user can cause or cure.
+
+    ``hint`` is one more sentence with the next step, or an empty string.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(FiddlerError, ValueError):
+    """An argument or a setting that cannot work."""
+
+
+class CheckpointError(FiddlerError):
+    """A model folder that is incomplete, damaged or of an unknown kind."""
+
+
+class HubError(FiddlerError):
+    """The hub refused, did not answer, or does not have what was asked for."""
+
+
+class TemplateError(FiddlerError):
+    """A chat template that failed or tried to leave its sandbox."""
+
+
+class PromptError(FiddlerError, ValueError):
+    """A prompt that cannot be run: empty, or longer than the context."""
+
+
+class OutOfMemoryError(FiddlerError):
+    """A plan that does not fit in VRAM or RAM; raised before anything is allocated."""
+
+
+class ProfileError(FiddlerError):
+    """A routing profile that is damaged or belongs to another model."""
+
+
+class NumericsError(FiddlerError):
+    """NaN or Inf where a finite number is needed."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest valid name, or an empty string."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def reject_unknown(kind: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raise :class:`ConfigError` for the first of ``given`` that is not in ``valid``."""
+    known = sorted(valid)
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"unknown {kind} {name!r}{nearest(name, known)}",
+                hint=f"valid names: {', '.join(known)}",
+            )
+
+
+def named_arguments(kind: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator for a keyword-only dataclass: an unknown argument names the nearest valid one."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        plain_init: Callable[..., None] = cls.__init__
+        valid = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+        @functools.wraps(plain_init)
+        def checked_init(self: T, **values: Any) -> None:
+            reject_unknown(kind, values, valid)
+            plain_init(self, **values)
+
+        cls.__init__ = checked_init  # type: ignore[assignment]
+        return cls
+
+    return decorate

@@ -1,0 +1,44 @@
+"""One step's tokens, as the decoder sees them: ragged requests over paged KV.
+
+Shapes: T tokens of the step, B requests.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_kernels.page_table import PageTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """Requests side by side, those that decode (one token each) before those that prefill.
+
+    ``pages`` covers each request's KV *including* this step's tokens; the step writes token t's
+    key and value to ``slots_T[t] = page * page_size + offset`` before it attends.
+    """
+
+    tokens_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64
+    slots_T: torch.Tensor  # int64
+    pages: PageTable
+    qo_indptr_B1: torch.Tensor  # int32
+    qo_lens: tuple[int, ...]  # tokens of each request in this step, on the host
+    kv_lens: tuple[int, ...]  # tokens of each request in the cache after it, on the host
+    num_decodes: int
+
+    def decode_pages(self) -> PageTable:
+        """The page table of the decoding requests."""
+        return self._slice(0, self.num_decodes)
+
+    def prefill_pages(self) -> PageTable:
+        """The page table of the prefilling requests; ``indptr`` keeps its offset into indices."""
+        return self._slice(self.num_decodes, len(self.qo_lens))
+
+    def _slice(self, first: int, last: int) -> PageTable:
+        return PageTable(
+            indptr_B1=self.pages.indptr_B1[first : last + 1],
+            indices=self.pages.indices,
+            last_page_len_B=self.pages.last_page_len_B[first:last],
+            page_size=self.pages.page_size,
+        )

@@ -1,0 +1,145 @@
+"""Safetensors files of a model folder: checked from their headers, then mapped without a copy.
+
+Ordering: files are mapped when the checkpoint opens and never change, so any number of threads may
+call :meth:`Checkpoint.tensor` at once. A tensor keeps its file mapped, also after ``close()``.
+"""
+
+import mmap
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from fiddler.errors import CheckpointError
+from fiddler.models.config import ModelConfig
+from fiddler.models.json_file import read_json
+from fiddler.models.manifest import all_parts
+from fiddler.models.safetensors_header import Entry, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Checkpoint:
+    """The tensors of one folder, by name."""
+
+    def __init__(self, folder: Path, entries: dict[str, tuple[Path, Entry]]) -> None:
+        self.folder = folder
+        self._entries = entries
+        self._maps = {path: _map(path) for path in dict.fromkeys(p for p, _ in entries.values())}
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Self:
+        """Read all headers and map the files, no data; damage is a :class:`CheckpointError`."""
+        folder = Path(folder)
+        if (folder / INDEX).exists():
+            return cls(folder, _sharded_entries(folder))
+        return cls(folder, _entries_of(_single_file(folder)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def close(self) -> None:
+        """Let go of the files; memory goes back when the last tensor does."""
+        self._maps.clear()
+
+    def check(self, config: ModelConfig) -> None:
+        """Verify that every tensor of ``config`` is here with its shape and a readable dtype."""
+        for name, shape in all_parts(config):
+            self._entry(name, shape)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> "torch.Tensor":
+        """Return a view of the mapped file, as stored. Do not write to it."""
+        import torch
+
+        path, entry = self._entry(name, shape)
+        dtype: torch.dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+        flat = torch.frombuffer(
+            self._maps[path], dtype=dtype, count=prod(shape), offset=entry.begin
+        )
+        return flat.view(shape)
+
+    def forget(self, name: str) -> None:
+        """Drop the resident pages of a tensor; a later read takes them from the file again."""
+        path, entry = self._entries[name]
+        begin = entry.begin - entry.begin % mmap.PAGESIZE
+        self._maps[path].madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
+
+    def _entry(self, name: str, shape: tuple[int, ...]) -> tuple[Path, Entry]:
+        if name not in self._entries:
+            raise CheckpointError(f"{self.folder} has no tensor {name}", hint="is it complete?")
+        path, entry = self._entries[name]
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(entry.shape)}, not {list(shape)} as the"
+                " config.json says"
+            )
+        if entry.dtype not in _TORCH_NAMES:
+            raise CheckpointError(
+                f"{path}: tensor {name} has dtype {entry.dtype}; fiddler reads"
+                f" {', '.join(_TORCH_NAMES)}"
+            )
+        return path, entry
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """Return torch's name of the first readable dtype in a folder, None where it has no weights."""
+    files = sorted(folder.glob("model*.safetensors"))
+    entries = read_header(files[0]).values() if files else ()
+    return next((_TORCH_NAMES[e.dtype] for e in entries if e.dtype in _TORCH_NAMES), None)
+
+
+def _single_file(folder: Path) -> Path:
+    path = folder / SINGLE
+    if not path.exists():
+        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".gguf"))
+        found = f"; it has {others[0]}, which fiddler does not read" if others else ""
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE} nor {INDEX}{found}",
+            hint="take a repository with safetensors weights",
+        )
+    return path
+
+
+def _entries_of(path: Path) -> dict[str, tuple[Path, Entry]]:
+    return {name: (path, entry) for name, entry in read_header(path).items()}
+
+
+def _sharded_entries(folder: Path) -> dict[str, tuple[Path, Entry]]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map")
+    headers: dict[str, dict[str, tuple[Path, Entry]]] = {}
+    for name, shard in weight_map.items():
+        if shard not in headers:
+            headers[shard] = _entries_of(_shard(folder, shard))
+        if name not in headers[shard]:
+            raise CheckpointError(
+                f"{folder / shard} lacks the tensor {name} that {INDEX} puts there"
+            )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _shard(folder: Path, name: object) -> Path:
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise CheckpointError(f"{folder / INDEX} names {name!r}, which is no file of this folder")
+    if not (folder / name).exists():
+        raise CheckpointError(
+            f"{folder} lacks the shard {name} that {INDEX} names", hint="download the model again"
+        )
+    return folder / name
+
+
+def _map(path: Path) -> mmap.mmap:
+    # private and writable, though nobody writes: torch warns about read-only buffers
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

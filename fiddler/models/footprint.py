@@ -1,0 +1,115 @@
+"""How many bytes a model needs, from its configuration alone: what the planner plans with.
+
+Shapes in the formulas: T tokens of the largest step, H hidden, D head dim, V vocabulary.
+"""
+
+from fiddler.models.config import ModelConfig
+from fiddler.models.manifest import dense_bytes
+from offload.layout import MOST_CONTEXT
+from offload.plan import Footprint
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32 = 4
+
+LOGIT_ROWS = 64  # rows of prompt logits made at a time (as in the engine)
+DECODE_PROGRAMS = 1024  # split-KV parts in flight: four for each of 256 multiprocessors, at most
+
+
+def footprint(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    expert_dtype: str,
+    max_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int | None = None,
+) -> Footprint:
+    """Return what ``config`` needs with weights, KV and activations in ``dtype``.
+
+    ``dtype`` and ``expert_dtype`` are ``float32`` or ``bfloat16``; a step has at most
+    ``max_batched_tokens`` tokens of ``max_num_seqs`` requests. ``max_model_len`` bounds the rotary
+    tables (None: the longest context that is chosen unasked).
+    """
+    width = DTYPE_BYTES[dtype]
+    embedding = config.vocab_size * config.hidden_size * width
+    dense = dense_bytes(config, width)
+    positions = max_model_len or min(config.max_position, MOST_CONTEXT)
+    return Footprint(
+        num_layers=config.num_layers,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        moe_layers=tuple(i for i in range(config.num_layers) if config.is_moe_layer(i)),
+        expert_bytes=config.expert_numel * DTYPE_BYTES[expert_dtype],
+        dense_bytes=dense,
+        dense_read_bytes=dense if config.tie_embeddings else dense - embedding,
+        kv_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * width,
+        workspace_bytes=_rotary_bytes(config, positions)
+        + workspace_bytes(
+            config, width, max_batched_tokens=max_batched_tokens, max_num_seqs=max_num_seqs
+        ),
+    )
+
+
+def workspace_bytes(
+    config: ModelConfig, width: int, *, max_batched_tokens: int, max_num_seqs: int
+) -> int:
+    """Activations of the largest step, ``width`` bytes a number unless the formula says float32.
+
+    The phases are summed though they follow each other: torch's allocator keeps the blocks of one
+    phase while the next asks for other sizes.
+    """
+    per_token = (
+        _stream_bytes(config, width)
+        + _attention_bytes(config, width)
+        + _ffn_bytes(config, width)
+        + _expert_bytes(config, width)
+    )
+    rows = max(max_num_seqs, LOGIT_ROWS)
+    return (
+        max_batched_tokens * per_token
+        + _split_kv_bytes(config, max_num_seqs)
+        + rows * _logit_row_bytes(config, width)
+    )
+
+
+def _stream_bytes(config: ModelConfig, width: int) -> int:
+    """Residual stream before and after an addition, and its normed copy."""
+    return 3 * config.hidden_size * width
+
+
+def _attention_bytes(config: ModelConfig, width: int) -> int:
+    """Fused q, k and v; rotated q; attention's output; the output projection's."""
+    heads = 3 * config.num_heads + 2 * config.num_kv_heads
+    return (heads * config.head_dim + config.hidden_size) * width
+
+
+def _ffn_bytes(config: ModelConfig, width: int) -> int:
+    """Gate and up, their product and the result of the shared expert or dense layer."""
+    inner = max(config.shared_size, config.dense_size if config.dense_layers else 0)
+    return (3 * inner + config.hidden_size) * width if inner else 0
+
+
+def _expert_bytes(config: ModelConfig, width: int) -> int:
+    """Router scores (logits and float32 softmax) and, for every token at one expert, the gathered
+    rows, gate and up, their product and the result, then the float32 sums of both sides."""
+    router = config.num_experts * (width + FLOAT32) + config.top_k * 2 * (8 + FLOAT32)
+    one_expert = 3 * config.expert_size * width + 2 * config.hidden_size * width
+    sums = 5 * config.hidden_size * FLOAT32  # scaled result, hot, cold, both, copy for the host
+    return router + one_expert + sums
+
+
+def _split_kv_bytes(config: ModelConfig, max_num_seqs: int) -> int:
+    """Float32 parts of split-KV attention, each with its log-sum-exp."""
+    group = config.num_heads // config.num_kv_heads
+    parts = DECODE_PROGRAMS + max_num_seqs * config.num_kv_heads
+    return parts * group * (config.head_dim + 1) * FLOAT32
+
+
+def _logit_row_bytes(config: ModelConfig, width: int) -> int:
+    """Logits as computed, as float32, adjusted or as log-probabilities, and sorted with ids."""
+    return config.vocab_size * (width + 3 * FLOAT32 + 8)
+
+
+def _rotary_bytes(config: ModelConfig, positions: int) -> int:
+    """Cosine and sine, float32 ``[positions, D/2]`` each."""
+    return positions * config.head_dim * FLOAT32

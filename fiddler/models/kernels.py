@@ -1,0 +1,42 @@
+"""The seam between the decoder and the device: what a set of kernels must offer.
+
+Shapes: T tokens, H hidden, I FFN width, N query heads, M key/value heads, D head dim.
+"""
+
+from typing import Protocol
+
+import torch
+
+from fiddler.models.batch import StepBatch
+
+
+class DeviceKernels(Protocol):
+    """Everything the decoder runs besides plain matrix products and routed experts."""
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        """``silu(first half) * second half`` along the last axis."""
+        ...
+
+    def plan(self, batch: StepBatch) -> None:
+        """Prepare what all layers of one step share."""
+        ...
+
+    def attention(
+        self,
+        q_TND: torch.Tensor,
+        k_TMD: torch.Tensor,
+        v_TMD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        *,
+        window: int | None,
+        head_norms: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Norm and rotate q and k, append k and v to the cache, attend. Returns ``[T, N, D]``.
+
+        ``head_norms`` are RMSNorm weights ``[D]`` for each head of q and of k. q may be changed.
+        ``kv_cache`` is one layer's ``[pages, 2, page_size, M, D]``; ``window`` counts the tokens a
+        query sees, itself included (None: all before it).
+        """
+        ...

@@ -1,0 +1,121 @@
+"""Which tensors a checkpoint of a ``ModelConfig`` holds, and which of them are fused in memory.
+
+One table serves the check of a checkpoint, the loading, and the count of bytes.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+from fiddler.models.config import ModelConfig, QKNorm
+
+
+class Part(NamedTuple):
+    """One stored tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+Parts = tuple[Part, ...]  # stacked along the first dimension into one tensor
+
+
+def model_parts(config: ModelConfig) -> dict[str, Parts]:
+    """Return field of ``DenseWeights`` -> its tensors; a tied head is no tensor of its own."""
+    names, vocab, hidden = config.names, config.vocab_size, config.hidden_size
+    fields: dict[str, Parts] = {
+        "embed_VH": (Part(names.embed, (vocab, hidden)),),
+        "final_norm_H": (Part(names.final_norm, (hidden,)),),
+    }
+    if not config.tie_embeddings:
+        fields["lm_head_VH"] = (Part(names.lm_head, (vocab, hidden)),)
+    return fields
+
+
+def layer_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
+    """Return field of ``LayerWeights`` -> its tensors, without the fields that the layer lacks."""
+    names, hidden = config.names, config.hidden_size
+    norms: dict[str, Parts] = {
+        "input_norm_H": (Part(names.input_norm, (hidden,)),),
+        "post_attention_norm_H": (Part(names.post_attention_norm, (hidden,)),),
+    }
+    ffn = _moe_parts(config) if config.is_moe_layer(layer) else _dense_parts(config)
+    fields = norms | _attention_parts(config) | ffn
+    return {
+        field: tuple(Part(part.name.format(l=layer), part.shape) for part in parts)
+        for field, parts in fields.items()
+    }
+
+
+def expert_parts(config: ModelConfig, layer: int, expert: int) -> tuple[Part, Part, Part]:
+    """Return gate, up and down of one routed expert."""
+    names, hidden, width = config.names, config.hidden_size, config.expert_size
+    return (
+        Part(names.expert_gate.format(l=layer, e=expert), (width, hidden)),
+        Part(names.expert_up.format(l=layer, e=expert), (width, hidden)),
+        Part(names.expert_down.format(l=layer, e=expert), (hidden, width)),
+    )
+
+
+def all_parts(config: ModelConfig) -> Iterator[Part]:
+    """Yield every tensor that a complete checkpoint holds."""
+    groups = list(model_parts(config).values())
+    for layer in range(config.num_layers):
+        groups += layer_parts(config, layer).values()
+        if config.is_moe_layer(layer):
+            groups += [expert_parts(config, layer, e) for e in range(config.num_experts)]
+    for group in groups:
+        yield from group
+
+
+def dense_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    """Return the exact bytes of ``DenseWeights``: everything but the routed experts."""
+    groups = list(model_parts(config).values())
+    for layer in range(config.num_layers):
+        groups += layer_parts(config, layer).values()
+    return dtype_bytes * sum(prod(part.shape) for group in groups for part in group)
+
+
+def _attention_parts(config: ModelConfig) -> dict[str, Parts]:
+    names, hidden, dim = config.names, config.hidden_size, config.head_dim
+    q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
+    qkv = ((names.q, q_size), (names.k, kv_size), (names.v, kv_size))
+    fields: dict[str, Parts] = {
+        "qkv_FH": tuple(Part(f"{name}.weight", (rows, hidden)) for name, rows in qkv),
+        "o_HF": (Part(f"{names.o}.weight", (hidden, q_size)),),
+    }
+    if config.qkv_bias:
+        fields["qkv_bias_F"] = tuple(Part(f"{name}.bias", (rows,)) for name, rows in qkv)
+    if config.o_bias:
+        fields["o_bias_H"] = (Part(f"{names.o}.bias", (hidden,)),)
+    if config.qk_norm is not QKNorm.NONE:
+        per_head = config.qk_norm is QKNorm.PER_HEAD
+        fields["q_norm"] = (Part(names.q_norm, (dim if per_head else q_size,)),)
+        fields["k_norm"] = (Part(names.k_norm, (dim if per_head else kv_size,)),)
+    return fields
+
+
+def _moe_parts(config: ModelConfig) -> dict[str, Parts]:
+    names, hidden, width = config.names, config.hidden_size, config.shared_size
+    fields: dict[str, Parts] = {"router_EH": (Part(names.router, (config.num_experts, hidden)),)}
+    if width:
+        fields |= {
+            "shared_gate_up_FH": (
+                Part(names.shared_gate, (width, hidden)),
+                Part(names.shared_up, (width, hidden)),
+            ),
+            "shared_down_HF": (Part(names.shared_down, (hidden, width)),),
+            "shared_router_1H": (Part(names.shared_router, (1, hidden)),),
+        }
+    return fields
+
+
+def _dense_parts(config: ModelConfig) -> dict[str, Parts]:
+    names, hidden, width = config.names, config.hidden_size, config.dense_size
+    return {
+        "dense_gate_up_FH": (
+            Part(names.dense_gate, (width, hidden)),
+            Part(names.dense_up, (width, hidden)),
+        ),
+        "dense_down_HF": (Part(names.dense_down, (hidden, width)),),
+    }

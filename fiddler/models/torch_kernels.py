@@ -1,0 +1,106 @@
+"""The decoder's kernels in plain torch, for machines without a GPU.
+
+Shapes: T tokens, N query heads, M key/value heads, D head dim, L cached tokens, P pages.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from fiddler.models.batch import StepBatch
+
+
+class TorchKernels:
+    """Paged attention by gathering each request's pages, then SDPA."""
+
+    def __init__(
+        self, cos_SR: torch.Tensor, sin_SR: torch.Tensor, sm_scale: float, *, eps: float
+    ) -> None:
+        self._cos_SR = cos_SR
+        self._sin_SR = sin_SR
+        self._sm_scale = sm_scale
+        self._eps = eps
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+        x32_TH = x_TH.float()
+        scale_T1 = torch.rsqrt(x32_TH.pow(2).mean(-1, keepdim=True) + self._eps)
+        return (x32_TH * scale_T1 * weight_H.float()).to(x_TH.dtype)
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        gate_TI, up_TI = gate_up_TF.chunk(2, dim=-1)
+        return F.silu(gate_TI) * up_TI
+
+    def plan(self, batch: StepBatch) -> None:
+        self._batch = batch
+        self._cos_T1R = self._cos_SR[batch.positions_T].unsqueeze(1)
+        self._sin_T1R = self._sin_SR[batch.positions_T].unsqueeze(1)
+        indptr = batch.pages.indptr_B1.tolist()
+        self._pages_of = [
+            batch.pages.indices[a:b].long() for a, b in zip(indptr, indptr[1:], strict=False)
+        ]
+
+    def attention(
+        self,
+        q_TND: torch.Tensor,
+        k_TMD: torch.Tensor,
+        v_TMD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        *,
+        window: int | None,
+        head_norms: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        batch = self._batch
+        if head_norms is not None:
+            q_TND, k_TMD = (
+                self.rms_norm(x, norm)
+                for x, norm in zip((q_TND, k_TMD), head_norms, strict=True)
+            )
+        page_size = kv_cache.shape[2]
+        page_T, offset_T = batch.slots_T // page_size, batch.slots_T % page_size
+        kv_cache[page_T, 0, offset_T] = self._rotate(k_TMD)
+        kv_cache[page_T, 1, offset_T] = v_TMD
+        q_TND = self._rotate(q_TND)
+        out_TND = torch.empty_like(q_TND)
+        start = 0
+        for pages_P, qo_len, kv_len in zip(
+            self._pages_of, batch.qo_lens, batch.kv_lens, strict=True
+        ):
+            rows = slice(start, start + qo_len)
+            kv_2LMD = kv_cache[pages_P].transpose(0, 1).flatten(1, 2)[:, :kv_len]
+            out_TND[rows] = self._attend(q_TND[rows], kv_2LMD[0], kv_2LMD[1], window)
+            start += qo_len
+        return out_TND
+
+    def _attend(
+        self,
+        q_TND: torch.Tensor,
+        k_LMD: torch.Tensor,
+        v_LMD: torch.Tensor,
+        window: int | None,
+    ) -> torch.Tensor:
+        q_len, kv_len = q_TND.shape[0], k_LMD.shape[0]
+        mask_TL = None if q_len == 1 and window is None else _causal_mask(q_len, kv_len, window)
+        out_NTD = F.scaled_dot_product_attention(
+            q_TND.transpose(0, 1)[None],
+            k_LMD.transpose(0, 1)[None],
+            v_LMD.transpose(0, 1)[None],
+            attn_mask=mask_TL,
+            scale=self._sm_scale,
+            enable_gqa=q_TND.shape[1] != k_LMD.shape[1],
+        )[0]
+        return out_NTD.transpose(0, 1)
+
+    def _rotate(self, x_TND: torch.Tensor) -> torch.Tensor:
+        a_TNR, b_TNR = x_TND.float().chunk(2, dim=-1)
+        cos, sin = self._cos_T1R, self._sin_T1R
+        rotated = torch.cat((a_TNR * cos - b_TNR * sin, b_TNR * cos + a_TNR * sin), dim=-1)
+        return rotated.to(x_TND.dtype)
+
+
+def _causal_mask(q_len: int, kv_len: int, window: int | None) -> torch.Tensor:
+    """True where query i (position ``kv_len - q_len + i``) may see key j."""
+    position_T1 = torch.arange(kv_len - q_len, kv_len)[:, None]
+    key_L = torch.arange(kv_len)[None]
+    mask_TL = key_L <= position_T1
+    if window is not None:
+        mask_TL &= key_L > position_T1 - window
+    return mask_TL

@@ -1,0 +1,108 @@
+"""The decoder's kernels on a CUDA device: Triton, over the same paged cache.
+
+Shapes: T tokens, N query heads, M key/value heads, D head dim.
+"""
+
+import torch
+
+from fiddler.models.batch import StepBatch
+from gpu_kernels.attention_decode import attention_decode, max_decode_programs
+from gpu_kernels.attention_prefill import attention_prefill
+from gpu_kernels.decode_plan import DecodePlan, plan_decode
+from gpu_kernels.kv_append import rope_and_append
+from gpu_kernels.rmsnorm import rms_norm
+from gpu_kernels.silu_mul import silu_mul
+
+
+class TritonKernels:
+    """Decoding rows go through split-KV attention, prompt rows through the ragged kernel."""
+
+    def __init__(
+        self,
+        cos_SR: torch.Tensor,
+        sin_SR: torch.Tensor,
+        sm_scale: float,
+        *,
+        num_kv_heads: int,
+        eps: float,
+    ) -> None:
+        self._cos_SR = cos_SR
+        self._sin_SR = sin_SR
+        self._sm_scale = sm_scale
+        self._num_kv_heads = num_kv_heads
+        self._eps = eps
+        self._max_programs = max_decode_programs(cos_SR.device)
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x_TH, weight_H, self._eps)
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        return silu_mul(gate_up_TF)
+
+    def plan(self, batch: StepBatch) -> None:
+        self._batch = batch
+        self._decode_pages = batch.decode_pages()
+        self._prefill_pages = batch.prefill_pages()
+        self._decode_plan = self._plan_decode(batch)
+        # the prefill kernel counts query rows from 0
+        self._qo_indptr = batch.qo_indptr_B1[batch.num_decodes :] - batch.num_decodes
+        self._max_qo_len = max(batch.qo_lens[batch.num_decodes :], default=0)
+
+    def attention(
+        self,
+        q_TND: torch.Tensor,
+        k_TMD: torch.Tensor,
+        v_TMD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        *,
+        window: int | None,
+        head_norms: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        batch, split = self._batch, self._batch.num_decodes
+        q_TND = rope_and_append(
+            q_TND,
+            k_TMD,
+            v_TMD,
+            self._cos_SR,
+            self._sin_SR,
+            batch.positions_T,
+            batch.slots_T,
+            kv_cache,
+            *(head_norms or (None, None)),
+            self._eps,
+        )
+        out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+        window_left = -1 if window is None else window - 1  # FlashInfer's counts without self
+        if self._decode_plan is not None:
+            attention_decode(
+                q_TND[:split],
+                kv_cache,
+                self._decode_pages,
+                self._decode_plan,
+                sm_scale=self._sm_scale,
+                window_left=window_left,
+                out=out_TND[:split],
+            )
+        if self._max_qo_len:
+            attention_prefill(
+                q_TND[split:],
+                kv_cache,
+                self._prefill_pages,
+                self._qo_indptr,
+                sm_scale=self._sm_scale,
+                max_qo_len=self._max_qo_len,
+                window_left=window_left,
+                out=out_TND[split:],
+            )
+        return out_TND
+
+    def _plan_decode(self, batch: StepBatch) -> DecodePlan | None:
+        if batch.num_decodes == 0:
+            return None
+        plan = plan_decode(
+            batch.kv_lens[: batch.num_decodes],
+            self._num_kv_heads,
+            page_size=batch.pages.page_size,
+            max_programs=self._max_programs,
+        )
+        return plan.to(batch.tokens_T.device)

@@ -1,0 +1,117 @@
+"""Weights on their way from a source to their place: one tensor at a time, never the model twice.
+
+Legend: V vocab, H hidden, E experts, I expert width, F rows of fused projections.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fiddler.errors import NumericsError
+from fiddler.models.checkpoint import Checkpoint
+from fiddler.models.config import ModelConfig
+from fiddler.models.manifest import Parts, expert_parts, layer_parts, model_parts
+
+
+class WeightSource(Protocol):
+    """Where weights come from: a checkpoint or a seed."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor on the CPU, as stored; callers do not write to it."""
+
+    def fill_(self, out: Tensor, name: str) -> None:
+        """Write a tensor of ``out``'s shape into ``out``, in its dtype and on its device."""
+
+
+class CheckpointSource:
+    """Weights of an open checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a view of the mapped file."""
+        return self._checkpoint.tensor(name, shape)
+
+    def fill_(self, out: Tensor, name: str) -> None:
+        """Copy and check: NaN or Inf is a :class:`NumericsError`. Leaves no mapped page behind."""
+        out.copy_(self._checkpoint.tensor(name, tuple(out.shape)))
+        self._checkpoint.forget(name)
+        # NaN shows in both extremes; as fast as the copy, isfinite().all() is 20 times slower
+        low, high = torch.aminmax(out)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise NumericsError(f"tensor {name} of {self._checkpoint.folder} holds NaN or Inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One layer without its routed experts; None: the model has no such weight."""
+
+    input_norm_H: Tensor
+    post_attention_norm_H: Tensor
+    qkv_FH: Tensor  # rows of q, then k, then v
+    o_HF: Tensor
+    qkv_bias_F: Tensor | None = None
+    o_bias_H: Tensor | None = None
+    q_norm: Tensor | None = None  # [head_dim] or [heads * head_dim], see QKNorm
+    k_norm: Tensor | None = None
+    router_EH: Tensor | None = None
+    shared_gate_up_FH: Tensor | None = None  # rows of gate, then up
+    shared_down_HF: Tensor | None = None
+    shared_router_1H: Tensor | None = None
+    dense_gate_up_FH: Tensor | None = None
+    dense_down_HF: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseWeights:
+    """Everything but the routed experts. A tied ``lm_head_VH`` is ``embed_VH`` itself."""
+
+    embed_VH: Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm_H: Tensor
+    lm_head_VH: Tensor
+
+
+def load_dense(
+    source: WeightSource, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> DenseWeights:
+    """Load all but the routed experts; costs :func:`manifest.dense_bytes` and one tensor."""
+
+    def place(fields: dict[str, Parts]) -> dict[str, Tensor]:
+        return {f: _stack(source, parts, device, dtype) for f, parts in fields.items()}
+
+    whole = place(model_parts(config))
+    layers = [LayerWeights(**place(layer_parts(config, i))) for i in range(config.num_layers)]
+    whole.setdefault("lm_head_VH", whole["embed_VH"])
+    return DenseWeights(layers=tuple(layers), **whole)
+
+
+def load_expert_into(
+    source: WeightSource,
+    config: ModelConfig,
+    layer: int,
+    expert: int,
+    w13_FH: Tensor,
+    w2_HI: Tensor,
+) -> None:
+    """Write gate and up into rows [0:I] and [I:2I] of ``w13_FH``, and down into ``w2_HI``."""
+    width = config.expert_size
+    gate, up, down = expert_parts(config, layer, expert)
+    source.fill_(w13_FH[:width], gate.name)
+    source.fill_(w13_FH[width:], up.name)
+    source.fill_(w2_HI, down.name)
+
+
+def _stack(
+    source: WeightSource, parts: Parts, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    rows = sum(part.shape[0] for part in parts)
+    out = torch.empty((rows, *parts[0].shape[1:]), device=device, dtype=dtype)
+    start = 0
+    for part in parts:
+        source.fill_(out[start : start + part.shape[0]], part.name)
+        start += part.shape[0]
+    return out
