@@ -1,0 +1,183 @@
+"""Runs a layer's routed experts on both sides at once.
+
+Ordering: ``launch`` copies the layer's input to host buffers on the current stream and waits for
+that copy; then the worker pool reads the buffers while the device computes its own experts.
+``result`` waits for the pool and enqueues the copy of its output back. The next ``launch`` waits on
+the same stream before it overwrites a buffer, so at most one layer is ever under way.
+
+Shapes: T tokens, K top-k, H hidden, E experts, P (token, expert) pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from offload.expert_store import ExpertStore, LayerExperts, as_numpy
+
+
+class WorkerPool(Protocol):
+    """The part of :class:`cpu_kernels.expert_mlp.ExpertPool` that is used here."""
+
+    def submit(
+        self,
+        w13_EFH: np.ndarray,
+        w2_EHI: np.ndarray,
+        x_TH: np.ndarray,
+        expert_P: np.ndarray,
+        token_P: np.ndarray,
+        weight_P: np.ndarray,
+        out_TH: np.ndarray,
+    ) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+@dataclass(slots=True)
+class StepRouting:
+    """What the router chose in one step. ``ids`` has one ``[T, K]`` int16 array per MoE layer."""
+
+    hot_T: np.ndarray  # (layer, expert) pairs of each token that the GPU side computed
+    cold_T: np.ndarray
+    ids: dict[int, np.ndarray]
+
+
+class HybridExperts:
+    """Splits each layer's (token, expert) pairs between the device and the CPU pool."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        pool: WorkerPool,
+        *,
+        device: torch.device,
+        max_tokens: int,
+        top_k: int,
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._device = device
+        pin = device.type == "cuda"
+        hidden = store.shape.hidden_size
+        self._x_TH = torch.empty(max_tokens, hidden, dtype=torch.float32, pin_memory=pin)
+        self._out_TH = torch.empty(max_tokens, hidden, dtype=torch.float32, pin_memory=pin)
+        self._ids_TK = torch.empty(max_tokens, top_k, dtype=torch.int64, pin_memory=pin)
+        self._weights_TK = torch.empty(max_tokens, top_k, dtype=torch.float32, pin_memory=pin)
+        self._copied = torch.cuda.Event() if pin else None
+        self.counts_LE = np.zeros((store.shape.num_layers, store.shape.num_experts), dtype=np.int64)
+        self.begin_step(0)
+
+    def begin_step(self, num_tokens: int) -> None:
+        """Start a new record of routing, once no worker is busy with an abandoned step."""
+        self._pool.wait()
+        self.routing = StepRouting(
+            np.zeros(num_tokens, dtype=np.int64), np.zeros(num_tokens, dtype=np.int64), {}
+        )
+
+    def routed_ids(self, rows: slice) -> np.ndarray:
+        """Return the step's choices for some tokens, int16 ``[tokens, layers, K]``; -1: no experts."""
+        top_k = self._ids_TK.shape[1]
+        num_layers = self._store.shape.num_layers
+        chosen_TLK = np.full((rows.stop - rows.start, num_layers, top_k), -1, dtype=np.int16)
+        for layer, ids_TK in self.routing.ids.items():
+            chosen_TLK[:, layer] = ids_TK[rows]
+        return chosen_TLK
+
+    def launch(
+        self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> "PendingLayer":
+        """Start one layer on both sides."""
+        num_tokens = x_TH.shape[0]
+        ids, weights = self._to_host(x_TH, ids_TK, weights_TK)
+        experts = self._store[layer]
+        cold_TK = experts.row_E[ids] >= 0
+        self._record(layer, ids, cold_TK)
+        has_cold = bool(cold_TK.any())
+        if has_cold:
+            self._submit(experts, ids, weights, cold_TK)
+        hot_TH = None if cold_TK.all() else self._resident(experts, x_TH, ids, ~cold_TK, weights_TK)
+        return PendingLayer(self, hot_TH, num_tokens, has_cold)
+
+    def collect(self, num_tokens: int) -> torch.Tensor:
+        """Wait for the pool and return its part on the device."""
+        self._pool.wait()
+        return self._out_TH[:num_tokens].to(self._device, non_blocking=True)
+
+    def _to_host(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        t = x_TH.shape[0]
+        self._x_TH[:t].copy_(x_TH.float(), non_blocking=True)
+        self._ids_TK[:t].copy_(ids_TK, non_blocking=True)
+        self._weights_TK[:t].copy_(weights_TK, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+            self._copied.synchronize()
+        return self._ids_TK[:t].numpy(), self._weights_TK[:t].numpy()
+
+    def _record(self, layer: int, ids: np.ndarray, cold_TK: np.ndarray) -> None:
+        num_cold_T = cold_TK.sum(axis=1)
+        self.routing.cold_T += num_cold_T
+        self.routing.hot_T += ids.shape[1] - num_cold_T
+        self.routing.ids[layer] = ids.astype(np.int16)
+        self.counts_LE[layer] += np.bincount(ids.ravel(), minlength=self.counts_LE.shape[1])
+
+    def _submit(
+        self, experts: LayerExperts, ids: np.ndarray, weights: np.ndarray, cold_TK: np.ndarray
+    ) -> None:
+        token_P, k_P = np.nonzero(cold_TK)
+        t = ids.shape[0]
+        self._pool.submit(
+            as_numpy(experts.cpu_w13_CFH),
+            as_numpy(experts.cpu_w2_CHI),
+            self._x_TH[:t].numpy(),
+            experts.row_E[ids[token_P, k_P]],
+            token_P,
+            weights[token_P, k_P],
+            self._out_TH[:t].numpy(),
+        )
+
+    def _resident(
+        self,
+        experts: LayerExperts,
+        x_TH: torch.Tensor,
+        ids: np.ndarray,
+        hot_TK: np.ndarray,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+        for expert in np.unique(ids[hot_TK]):
+            token_P, k_P = np.nonzero(ids == expert)
+            slot = int(experts.slot_E[expert])
+            y_PH = _gated_mlp(x_TH[token_P], experts.gpu_w13_SFH[slot], experts.gpu_w2_SHI[slot])
+            out_TH.index_add_(
+                0,
+                torch.as_tensor(token_P, device=x_TH.device),
+                y_PH.float() * weights_TK[token_P, k_P].unsqueeze(1),
+            )
+        return out_TH
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLayer:
+    """One layer under way; ``result`` must be called once, before the next launch."""
+
+    _experts: HybridExperts
+    _hot_TH: torch.Tensor | None
+    _num_tokens: int
+    _has_cold: bool
+
+    def result(self) -> torch.Tensor:
+        """Return the float32 sum ``[T, H]`` of both sides."""
+        if not self._has_cold:
+            assert self._hot_TH is not None
+            return self._hot_TH
+        cold_TH = self._experts.collect(self._num_tokens)
+        return cold_TH if self._hot_TH is None else cold_TH + self._hot_TH
+
+
+def _gated_mlp(x_PH: torch.Tensor, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> torch.Tensor:
+    gate_PI, up_PI = F.linear(x_PH, w13_FH.to(x_PH.dtype)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate_PI) * up_PI, w2_HI.to(x_PH.dtype))

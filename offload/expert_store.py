@@ -1,0 +1,127 @@
+"""Where the weights of all routed experts lie: each expert in exactly one place.
+
+The GPU side has slots in device memory; the CPU side has rows in host memory. On a machine without
+a GPU both are host memory, and the device computes neither side. Layout of one expert, everywhere:
+``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous.
+
+Shapes: S slots, C rows on the CPU side, F = 2I, H hidden, I expert width.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from offload.placement import Placement
+
+# fill(layer, expert, w13_FH, w2_HI): write one expert's weights into the given tensors
+FillExpert = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """Sizes that all routed experts share; ``moe_layers`` are the layers that have experts."""
+
+    num_layers: int
+    moe_layers: Sequence[int]
+    num_experts: int
+    hidden_size: int
+    expert_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerExperts:
+    """One layer's experts. ``slot_E`` and ``row_E`` are int32 with -1 for "not here"."""
+
+    slot_E: np.ndarray
+    row_E: np.ndarray
+    gpu_w13_SFH: torch.Tensor
+    gpu_w2_SHI: torch.Tensor
+    cpu_w13_CFH: torch.Tensor
+    cpu_w2_CHI: torch.Tensor
+
+
+class ExpertStore:
+    """Owns the experts' memory; filled once, read by :class:`offload.executor.HybridExperts`."""
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        placement: Placement,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        assert len(placement.resident) == shape.num_layers
+        self.shape = shape
+        self.placement = placement
+        self._layers = {
+            layer: _allocate(shape, placement.resident[layer], device, dtype)
+            for layer in shape.moe_layers
+        }
+
+    def __getitem__(self, layer: int) -> LayerExperts:
+        return self._layers[layer]
+
+    def fill(
+        self,
+        fill_expert: FillExpert,
+        *,
+        num_threads: int,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write every expert to its place, ``num_threads`` at a time.
+
+        ``on_progress(done, total)`` counts experts. The first error ends the filling.
+        """
+        work = [(layer, e) for layer in self._layers for e in range(self.shape.num_experts)]
+
+        def fill_one(item: tuple[int, int]) -> None:
+            fill_expert(*item, *self.weights(*item))
+
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="fiddler-load") as pool:
+            for done, _ in enumerate(pool.map(fill_one, work), start=1):
+                if on_progress is not None:
+                    on_progress(done, len(work))
+
+    def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views of one expert's ``(w13_FH, w2_HI)`` where they lie."""
+        at = self._layers[layer]
+        slot, row = int(at.slot_E[expert]), int(at.row_E[expert])
+        if slot >= 0:
+            return at.gpu_w13_SFH[slot], at.gpu_w2_SHI[slot]
+        return at.cpu_w13_CFH[row], at.cpu_w2_CHI[row]
+
+    def clear(self) -> None:
+        """Drop all weights."""
+        self._layers.clear()
+
+
+def _allocate(
+    shape: ExpertShape, resident: frozenset[int], device: torch.device, dtype: torch.dtype
+) -> LayerExperts:
+    slot_E = np.full(shape.num_experts, -1, dtype=np.int32)
+    row_E = np.full(shape.num_experts, -1, dtype=np.int32)
+    hot = sorted(resident)
+    cold = [e for e in range(shape.num_experts) if e not in resident]
+    slot_E[hot] = np.arange(len(hot), dtype=np.int32)
+    row_E[cold] = np.arange(len(cold), dtype=np.int32)
+    f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
+    return LayerExperts(
+        slot_E,
+        row_E,
+        torch.empty(len(hot), f, h, dtype=dtype, device=device),
+        torch.empty(len(hot), h, i, dtype=dtype, device=device),
+        torch.empty(len(cold), f, h, dtype=dtype),
+        torch.empty(len(cold), h, i, dtype=dtype),
+    )
+
+
+def as_numpy(weights: torch.Tensor) -> np.ndarray:
+    """A zero-copy numpy view for the CPU kernels: bf16 as uint16 bit patterns, float32 as it is."""
+    if weights.dtype == torch.bfloat16:
+        return weights.view(torch.int16).numpy().view(np.uint16)
+    assert weights.dtype == torch.float32, weights.dtype
+    return weights.numpy()

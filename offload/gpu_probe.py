@@ -1,0 +1,68 @@
+"""What the GPU has and what a CUDA context takes of it; torch only where there is a driver."""
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+from offload import nvml
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The current CUDA device; ``free_bytes`` once this process holds its context."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    context_bytes: int
+
+
+def probe_gpu() -> Gpu | None:
+    """Look at the current CUDA device, creating the context; None where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None  # no driver, so torch (1.3 s to import) need not be asked
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    had_context: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    index = torch.cuda.current_device() if had_context else 0
+    device = nvml.open_device(_uuid(driver, index))
+    used_before = device.used_bytes() if device and not had_context else None
+    free, total = torch.cuda.mem_get_info(index)
+    reserved = torch.cuda.memory_reserved(index)
+    context = context_bytes(device, used_before, reserved, total - free)
+    name = torch.cuda.get_device_name(index)
+    return Gpu(name=name, total_bytes=total, free_bytes=free, context_bytes=context)
+
+
+def context_bytes(
+    device: nvml.Device | None, used_before: int | None, reserved: int, used_now: int
+) -> int:
+    """What the driver counts for this process beyond torch's pool, by the best means there is.
+
+    1. NVML's figure for this process (hidden in most containers, whose process ids differ);
+    2. how much the device's used memory grew while the context was made (``used_before``: NVML's
+       figure before; None: the context was there already);
+    3. all used memory: too much where others share the GPU, which errs on the safe side.
+    """
+    if device is not None:
+        mine = device.process_bytes(os.getpid())
+        if mine is not None and mine > reserved:
+            return mine - reserved
+        if used_before and (growth := device.used_bytes() - used_before) > 0:
+            return growth
+    return max(0, used_now - reserved)
+
+
+def _uuid(driver: ctypes.CDLL, index: int) -> str:
+    """UUID of CUDA's device ``index``, from the driver: asking torch might make the context."""
+    raw = (ctypes.c_ubyte * 16)()
+    handle = ctypes.c_int()
+    driver.cuInit(0)
+    driver.cuDeviceGet(ctypes.byref(handle), index)
+    driver.cuDeviceGetUuid(ctypes.byref(raw), handle)
+    text = bytes(raw).hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))

@@ -1,0 +1,142 @@
+"""How a budget is spent: KV pages and number of experts on the GPU side, with what is missing.
+
+The order is: CUDA context, margin, dense weights, workspace, KV pages, then experts. Nothing here
+raises; :mod:`offload.planner` refuses a layout that is short of memory.
+"""
+
+import math
+from dataclasses import dataclass
+
+from offload.hardware import Hardware
+from offload.plan import Budget, Footprint, GpuSide
+from offload.units import MIB
+
+LEAST_CONTEXT = 2048  # tokens that an unasked context has at least
+MOST_CONTEXT = 32_768  # tokens that an unasked context has at most
+KV_DIVISOR = 10  # KV pages beyond the least take at most 1/10 of what the fixed parts leave
+
+# Safety margin, on a real GPU only. Kernels that the driver loads at first use grow the context:
+MARGIN_FIXED_BYTES = 192 * MIB
+# torch's allocator rounds each large block up to 2 MiB: expert slots (two) and KV of every layer,
+MARGIN_LAYER_BYTES = 3 * 2 * MIB
+# and leaves holes in what is allocated in many pieces: 1/32 of dense weights and workspace.
+MARGIN_DIVISOR = 32
+
+# Of the RAM that is free, 1/20 stays free so that the machine does not swap; an asked RAM budget
+# is taken at its word.
+RAM_HEADROOM_DIVISOR = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Bytes and counts of one way to spend a budget; ``*_missing`` is 0 where it fits."""
+
+    side: GpuSide
+    context_bytes: int
+    margin_bytes: int
+    kv_bytes: int
+    num_pages: int
+    context_tokens: int
+    num_gpu_experts: int
+    vram_limit: int
+    vram_needed: int  # without the experts
+    is_vram_overdrawn: bool  # more was asked for than the GPU can give this process
+    ram_limit: int
+    ram_needed: int
+
+    @property
+    def vram_missing(self) -> int:
+        """Bytes by which the GPU side's fixed parts and least KV exceed its budget."""
+        return max(0, self.vram_needed - self.vram_limit)
+
+    @property
+    def ram_missing(self) -> int:
+        """Bytes by which the host's part exceeds the RAM."""
+        return max(0, self.ram_needed - self.ram_limit)
+
+
+def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
+    """Spend ``budget`` on ``footprint``; the result says what is missing, if anything."""
+    side = gpu_side(hardware, budget)
+    context = hardware.cuda_context_bytes if side is GpuSide.CUDA else 0
+    margin = margin_bytes(footprint) if side is GpuSide.CUDA else 0
+    fixed = context + margin + footprint.dense_bytes + footprint.workspace_bytes
+    all_experts = footprint.total_experts * footprint.expert_bytes
+    ram_limit = ram_limit_bytes(hardware, budget)
+    vram_limit = vram_limit_bytes(hardware, budget)
+
+    room = (ram_limit - all_experts if side is GpuSide.NONE else vram_limit) - fixed
+    kv_reserve = _kv_reserve(footprint, budget, room)
+    page_bytes = budget.page_size * footprint.kv_bytes_per_token
+    num_pages = kv_reserve // page_bytes
+    kv = num_pages * page_bytes
+    # Experts get what the reserve leaves, not what its whole pages leave: with that, one more
+    # byte of VRAM never costs an expert.
+    free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
+    num_experts = min(footprint.total_experts, free // footprint.expert_bytes)
+    on_gpu = num_experts * footprint.expert_bytes
+
+    return Layout(
+        side=side,
+        context_bytes=context,
+        margin_bytes=margin,
+        kv_bytes=kv,
+        num_pages=num_pages,
+        context_tokens=min(context_range(budget)[1], num_pages * budget.page_size),
+        num_gpu_experts=num_experts,
+        vram_limit=vram_limit,
+        vram_needed=0 if side is GpuSide.NONE else fixed + kv,
+        is_vram_overdrawn=side is GpuSide.CUDA and vram_limit > usable_vram_bytes(hardware),
+        ram_limit=ram_limit,
+        ram_needed=all_experts - on_gpu if side is GpuSide.CUDA else fixed + kv + all_experts,
+    )
+
+
+def context_range(budget: Budget) -> tuple[int, int]:
+    """Least and most tokens that one request may hold."""
+    if budget.context_tokens is not None:
+        return budget.context_tokens, budget.context_tokens
+    most = min(budget.max_context, MOST_CONTEXT)
+    return min(LEAST_CONTEXT, most), most
+
+
+def _kv_reserve(footprint: Footprint, budget: Budget, room: int) -> int:
+    """Bytes set aside for KV pages when the fixed parts leave ``room`` bytes."""
+    least, most = (math.ceil(tokens / budget.page_size) for tokens in context_range(budget))
+    page_bytes = budget.page_size * footprint.kv_bytes_per_token
+    share = min(room // KV_DIVISOR, most * budget.max_num_seqs * page_bytes)
+    return max(share, least * page_bytes)
+
+
+def gpu_side(hardware: Hardware, budget: Budget) -> GpuSide:
+    """CUDA where there is a GPU; without one, a VRAM budget above 0 asks for an emulated side."""
+    if hardware.has_gpu:
+        return GpuSide.CUDA
+    return GpuSide.EMULATED if budget.vram_bytes else GpuSide.NONE
+
+
+def margin_bytes(footprint: Footprint) -> int:
+    """The safety margin on a real GPU; see the constants above."""
+    pieces = footprint.dense_bytes + footprint.workspace_bytes
+    layers = footprint.num_layers * MARGIN_LAYER_BYTES
+    return MARGIN_FIXED_BYTES + layers + pieces // MARGIN_DIVISOR
+
+
+def vram_limit_bytes(hardware: Hardware, budget: Budget) -> int:
+    """The asked VRAM, or all that this process can have; 0 without a GPU and a budget."""
+    if budget.vram_bytes is not None:
+        return budget.vram_bytes
+    return usable_vram_bytes(hardware)
+
+
+def usable_vram_bytes(hardware: Hardware) -> int:
+    """What this process can have of the GPU: what is free, and the context it already holds."""
+    return hardware.vram_free_bytes + hardware.cuda_context_bytes
+
+
+def ram_limit_bytes(hardware: Hardware, budget: Budget) -> int:
+    """The asked RAM, at most what is available; unasked, with some headroom."""
+    available = hardware.ram_available_bytes
+    if budget.ram_bytes is not None:
+        return min(budget.ram_bytes, available)
+    return available - available // RAM_HEADROOM_DIVISOR

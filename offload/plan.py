@@ -1,0 +1,110 @@
+"""The planner's questions and answers as plain records: footprint, budget, plan."""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+from offload.placement import Placement
+
+
+class GpuSide(StrEnum):
+    """What plays the GPU."""
+
+    CUDA = "cuda"
+    EMULATED = "emulated"  # no GPU, but a VRAM budget: the CPU computes that side as well
+    NONE = "none"  # everything is on the CPU side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a model needs, in bytes.
+
+    ``moe_layers`` are the layers that have experts. ``dense_read_bytes`` is the part of
+    ``dense_bytes`` that every token reads: all but the input embedding. ``workspace_bytes`` holds
+    the activations of the largest step.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    moe_layers: tuple[int, ...]
+    expert_bytes: int
+    dense_bytes: int
+    dense_read_bytes: int
+    kv_bytes_per_token: int
+    workspace_bytes: int
+
+    @property
+    def total_experts(self) -> int:
+        """Routed experts over all layers."""
+        return len(self.moe_layers) * self.num_experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What may be used; None means: choose.
+
+    ``vram_bytes`` counts as the driver does, CUDA context included. ``context_tokens`` is what one
+    request may hold; the KV pool grows beyond it towards ``max_num_seqs`` such requests as long as
+    it takes at most a tenth of what the fixed parts leave.
+    """
+
+    max_context: int
+    vram_bytes: int | None = None
+    ram_bytes: int | None = None
+    context_tokens: int | None = None
+    page_size: int = 16
+    max_num_seqs: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBytes:
+    """What takes how much. All but ``cpu_experts`` is the GPU side's, and sums to its budget."""
+
+    context: int  # the CUDA context
+    margin: int  # kept free for late kernels and allocator holes
+    dense: int
+    kv: int
+    workspace: int
+    gpu_experts: int
+    cpu_experts: int
+    unused: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBytes:
+    """Bytes that one decoded token reads: expected for experts, at full context for ``kv``."""
+
+    hot_experts: int  # on the GPU side
+    cold_experts: int  # on the CPU side
+    dense: int
+    kv: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where everything lives. ``num_pages`` KV pages hold ``page_size`` tokens each.
+
+    ``expected_hit_rate`` is the share of (token, expert) pairs that meet a resident expert if the
+    future is like ``popularity_name``. ``vram_budget_bytes`` is 0 without a GPU side;
+    ``ram_needed_bytes`` counts what the GPU side does not hold, which without CUDA is everything.
+    """
+
+    gpu_side: GpuSide
+    placement: Placement
+    num_pages: int
+    page_size: int
+    context_tokens: int
+    memory: MemoryBytes
+    per_token: TokenBytes
+    vram_budget_bytes: int
+    ram_needed_bytes: int
+    ram_budget_bytes: int
+    expected_hit_rate: float
+    popularity_name: str
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as JSON types; ``placement`` becomes sorted expert ids per layer."""
+        fields = asdict(self)
+        fields["placement"] = [sorted(layer) for layer in self.placement.resident]
+        return {**fields, "gpu_side": self.gpu_side.value, "notes": list(self.notes)}

@@ -1,0 +1,148 @@
+"""Which experts live where and how long the context may be: pure arithmetic, or a refusal.
+
+Experts are taken by expected use. All have the same size, so that is exact: no other choice of as
+many experts catches more.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fiddler.errors import ConfigError
+from offload.hardware import Hardware
+from offload.layout import Layout, lay_out
+from offload.placement import Placement
+from offload.plan import Budget, Footprint, GpuSide, MemoryBytes, Plan, TokenBytes
+from offload.popularity import Popularity
+from offload.refusal import refuse_ram, refuse_vram, refuse_vram_budget
+from offload.units import size_text
+
+__all__ = ["Budget", "Footprint", "GpuSide", "MemoryBytes", "Plan", "TokenBytes", "plan"]
+
+
+def plan(
+    footprint: Footprint,
+    hardware: Hardware,
+    budget: Budget,
+    popularity: Popularity,
+    *,
+    popularity_name: str,
+) -> Plan:
+    """Place every expert, or raise before anything is allocated.
+
+    Raises :class:`ConfigError` for a context beyond the model's, and :class:`OutOfMemoryError`
+    with the numbers and the nearest plan that fits where VRAM or RAM is short.
+    """
+    assert popularity.counts_LE.shape == (footprint.num_layers, footprint.num_experts)
+    layout = checked_layout(footprint, hardware, budget)
+    placement = place(popularity, footprint.moe_layers, layout.num_gpu_experts)
+    hits_L = resident_shares(placement, popularity)
+    hit_rate = sum(hits_L[layer] for layer in footprint.moe_layers) / len(footprint.moe_layers)
+    return Plan(
+        gpu_side=layout.side,
+        placement=placement,
+        num_pages=layout.num_pages,
+        page_size=budget.page_size,
+        context_tokens=layout.context_tokens,
+        memory=_memory(footprint, layout),
+        per_token=_token_bytes(footprint, layout, hit_rate),
+        vram_budget_bytes=layout.vram_limit,
+        ram_needed_bytes=layout.ram_needed,
+        ram_budget_bytes=layout.ram_limit,
+        expected_hit_rate=hit_rate,
+        popularity_name=popularity_name,
+        notes=_notes(footprint, budget, layout, popularity),
+    )
+
+
+def checked_layout(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
+    """Return the layout of ``budget``; raises as :func:`plan` does."""
+    asked = budget.context_tokens
+    if asked is not None and asked > budget.max_context:
+        raise ConfigError(
+            f"a context of {asked:,} tokens was asked for, but the model's ends at "
+            f"{budget.max_context:,}",
+            hint=f"use --context {budget.max_context} or less",
+        )
+    layout = lay_out(footprint, hardware, budget)
+    if layout.is_vram_overdrawn:
+        raise refuse_vram_budget(hardware, layout)
+    if layout.vram_missing:
+        raise refuse_vram(footprint, hardware, budget, layout)
+    if layout.ram_missing:
+        raise refuse_ram(footprint, hardware, budget, layout)
+    return layout
+
+
+def place(popularity: Popularity, moe_layers: Sequence[int], num_resident: int) -> Placement:
+    """The ``num_resident`` most used experts; equally used ones are spread over ``moe_layers``.
+
+    Spread, because a layer is fastest when both sides have work in it.
+    """
+    shares_ME = popularity.shares()[list(moe_layers)]  # M: layers with experts
+    order_ME = np.argsort(-shares_ME, axis=1, kind="stable")
+    ranked_ME = np.take_along_axis(shares_ME, order_ME, axis=1)
+    rank_ME = np.broadcast_to(np.arange(order_ME.shape[1]), order_ME.shape)
+    # by share, ties by rank within the layer, further ties by layer (lexsort is stable)
+    best = np.lexsort((rank_ME.ravel(), -ranked_ME.ravel()))[:num_resident]
+    resident: list[set[int]] = [set() for _ in popularity.counts_LE]
+    for row, rank in zip(*np.unravel_index(best, order_ME.shape), strict=True):
+        resident[moe_layers[row]].add(int(order_ME[row, rank]))
+    return Placement.of(resident)
+
+
+def resident_shares(placement: Placement, popularity: Popularity) -> list[float]:
+    """Per layer, the expected share of its routed tokens that meet a resident expert."""
+    shares_LE = popularity.shares()
+    return [
+        float(shares_LE[layer, sorted(experts)].sum()) if experts else 0.0
+        for layer, experts in enumerate(placement.resident)
+    ]
+
+
+def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
+    gpu_experts = layout.num_gpu_experts * footprint.expert_bytes
+    used = layout.vram_needed + gpu_experts
+    return MemoryBytes(
+        context=layout.context_bytes,
+        margin=layout.margin_bytes,
+        dense=footprint.dense_bytes,
+        kv=layout.kv_bytes,
+        workspace=footprint.workspace_bytes,
+        gpu_experts=gpu_experts,
+        cpu_experts=footprint.total_experts * footprint.expert_bytes - gpu_experts,
+        unused=layout.vram_limit - used,
+    )
+
+
+def _token_bytes(footprint: Footprint, layout: Layout, hit_rate: float) -> TokenBytes:
+    routed = len(footprint.moe_layers) * footprint.top_k * footprint.expert_bytes
+    hot = round(routed * hit_rate)
+    return TokenBytes(
+        hot_experts=hot,
+        cold_experts=routed - hot,
+        dense=footprint.dense_read_bytes,
+        kv=layout.context_tokens * footprint.kv_bytes_per_token,
+    )
+
+
+def _notes(
+    footprint: Footprint, budget: Budget, layout: Layout, popularity: Popularity
+) -> tuple[str, ...]:
+    notes = []
+    if layout.side is GpuSide.EMULATED:
+        notes.append("no GPU here: the CPU also computes the GPU side, which lives in RAM")
+    if layout.side is GpuSide.NONE:
+        notes.append("no GPU here and no VRAM budget: everything is in RAM")
+    elif layout.num_gpu_experts == footprint.total_experts:
+        notes.append("every expert fits on the GPU side")
+    elif layout.num_gpu_experts == 0:
+        notes.append("no expert fits on the GPU side: the CPU computes them all")
+    elif popularity.is_uniform:
+        notes.append("no profile: every expert counts the same")
+    if budget.context_tokens is None and layout.context_tokens < budget.max_context:
+        more = size_text(footprint.kv_bytes_per_token * 1024)
+        notes.append(
+            f"the model could hold {budget.max_context:,} tokens: --context N, {more} per 1,024"
+        )
+    return tuple(notes)

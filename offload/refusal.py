@@ -1,0 +1,108 @@
+"""Sentences for plans that do not fit: the numbers, and the nearest plan that does.
+
+Every suggested option is tried with the same arithmetic before it is printed.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from fiddler.errors import OutOfMemoryError
+from offload.hardware import Hardware
+from offload.layout import Layout, context_range, lay_out, usable_vram_bytes
+from offload.plan import Budget, Footprint, GpuSide
+from offload.units import gib_at_least, gib_at_most, gib_to_bytes, size_text
+
+
+def refuse_vram_budget(hardware: Hardware, layout: Layout) -> OutOfMemoryError:
+    """More VRAM was asked for than this process can have."""
+    usable = usable_vram_bytes(hardware)
+    return OutOfMemoryError(
+        f"{size_text(layout.vram_limit)} of VRAM were asked for, but {size_text(usable)} of the "
+        f"{size_text(hardware.vram_total_bytes)} of the {hardware.gpu_name} can be had",
+        hint=f"use --vram-gb {gib_at_most(usable)} or less, or leave it out to use what is free",
+    )
+
+
+def refuse_vram(
+    footprint: Footprint, hardware: Hardware, budget: Budget, layout: Layout
+) -> OutOfMemoryError:
+    """The GPU side cannot hold even the parts that are not experts."""
+    parts = [
+        ("CUDA context", layout.context_bytes),
+        ("safety margin", layout.margin_bytes),
+        ("dense weights", footprint.dense_bytes),
+        ("workspace", footprint.workspace_bytes),
+        (f"{layout.context_tokens:,} tokens of context", layout.kv_bytes),
+    ]
+    listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts if size)
+    return OutOfMemoryError(
+        f"the GPU side needs {size_text(layout.vram_needed)} before any expert, but has "
+        f"{size_text(layout.vram_limit)} ({listed})",
+        hint=nearest_plan(footprint, hardware, budget),
+    )
+
+
+def refuse_ram(
+    footprint: Footprint, hardware: Hardware, budget: Budget, layout: Layout
+) -> OutOfMemoryError:
+    """The host cannot hold its part."""
+    num_cpu_experts = footprint.total_experts - layout.num_gpu_experts
+    what = f"{num_cpu_experts:,} experts of {size_text(footprint.expert_bytes)}"
+    if layout.side is not GpuSide.CUDA:
+        what = f"the whole model with {layout.context_tokens:,} tokens of context"
+    return OutOfMemoryError(
+        f"{what} need {size_text(layout.ram_needed)} of RAM, but {size_text(layout.ram_limit)} "
+        f"may be used",
+        hint=nearest_plan(footprint, hardware, budget),
+    )
+
+
+def nearest_plan(footprint: Footprint, hardware: Hardware, budget: Budget) -> str:
+    """Name each option that alone makes the plan fit, changed as little as possible."""
+
+    def fits(**changes: int) -> bool:
+        layout = lay_out(footprint, hardware, replace(budget, **changes))
+        return not (layout.is_vram_overdrawn or layout.vram_missing or layout.ram_missing)
+
+    most_vram = usable_vram_bytes(hardware)
+    if not hardware.has_gpu and budget.vram_bytes:
+        most_vram = hardware.ram_available_bytes
+    ways = [
+        _shorter_context(budget, lambda tokens: fits(context_tokens=tokens)),
+        _more_gib("--vram-gb", most_vram, lambda size: fits(vram_bytes=size)),
+        _more_gib("--ram-gb", hardware.ram_available_bytes, lambda size: fits(ram_bytes=size)),
+    ]
+    found = [way for way in ways if way]
+    if not found:
+        return "no budget on this machine makes it fit: choose a smaller model or dtype"
+    return f"use {' or '.join(found)}"
+
+
+def _shorter_context(budget: Budget, fits: Callable[[int], bool]) -> str:
+    """``--context N`` with the most whole pages that fit, or an empty string."""
+    pages = (context_range(budget)[0] - 1) // budget.page_size
+    fewer = _least(pages - 1, lambda dropped: fits((pages - dropped) * budget.page_size))
+    return "" if fewer is None else f"--context {(pages - fewer) * budget.page_size}"
+
+
+def _more_gib(option: str, most_bytes: int, fits: Callable[[int], bool]) -> str:
+    """``option`` with the least short GiB figure that fits, or an empty string."""
+    least = _least(most_bytes, fits)
+    if least is None:
+        return ""
+    text = gib_at_least(least + 1)  # + 1: the text is read back as a float
+    return f"{option} {text}" if fits(gib_to_bytes(float(text))) else ""
+
+
+def _least(high: int, is_enough: Callable[[int], bool]) -> int | None:
+    """Bisect for the least number of 0..``high`` that is enough; None if ``high`` is not."""
+    if high < 0 or not is_enough(high):
+        return None
+    low = 0
+    while low < high:
+        middle = (low + high) // 2
+        if is_enough(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return high

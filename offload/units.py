@@ -1,0 +1,31 @@
+"""Bytes as people read them: GiB with sensible digits, and the nearest figure that is enough."""
+
+import math
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def size_text(size_bytes: int) -> str:
+    """``"22.4 GiB"``, ``"704 MiB"``, ``"12 KiB"`` or ``"9 B"``; three digits at most."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(size_bytes) >= unit:
+            value = size_bytes / unit
+            return f"{value:.{0 if value >= 100 else 1}f} {name}"
+    return f"{size_bytes} B"
+
+
+def gib_at_least(size_bytes: int) -> str:
+    """Return the smallest short GiB figure that is not below ``size_bytes``, for a command line."""
+    decimals = 1 if size_bytes >= GIB else 3
+    scale: int = 10**decimals
+    return f"{math.ceil(size_bytes * scale / GIB) / scale:.{decimals}f}"
+
+
+def gib_at_most(size_bytes: int) -> str:
+    """Return the largest figure of one decimal that is not above ``size_bytes``."""
+    return f"{math.floor(size_bytes * 10 / GIB) / 10:.1f}"
+
+
+def gib_to_bytes(gib: float) -> int:
+    """GiB as given on the command line to bytes, rounded down."""
+    return int(gib * GIB)

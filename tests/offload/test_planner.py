@@ -1,0 +1,302 @@
+"""The planner against brute force, and the promises that hold for every budget."""
+
+import itertools
+import json
+import re
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner_cases import (
+    GIB,
+    MIB,
+    budgets,
+    machine,
+    machines,
+    model,
+    models,
+    popularities,
+    without_gpu,
+)
+
+from fiddler.errors import ConfigError, OutOfMemoryError
+from offload.hardware import Hardware
+from offload.plan import Budget, Footprint, GpuSide, Plan
+from offload.planner import place, plan
+from offload.popularity import Popularity
+from offload.units import gib_to_bytes
+
+
+def planned(footprint: Footprint, hardware: Hardware, budget: Budget) -> Plan:
+    popularity = Popularity.uniform(footprint.num_layers, footprint.num_experts)
+    return plan(footprint, hardware, budget, popularity, popularity_name="uniform")
+
+
+def planned_or_none(footprint: Footprint, hardware: Hardware, budget: Budget) -> Plan | None:
+    try:
+        return planned(footprint, hardware, budget)
+    except OutOfMemoryError:
+        return None
+
+
+# --- placement ---
+
+
+@given(st.data())
+def test_no_other_choice_of_as_many_experts_catches_more(data: st.DataObject) -> None:
+    popularity = data.draw(popularities(3, 3))
+    shares_LE = popularity.shares()
+    everyone = [(layer, expert) for layer in (0, 2) for expert in range(3)]
+    for count in range(len(everyone) + 1):
+        placement = place(popularity, (0, 2), count)
+        ours = sum(shares_LE[layer, e] for layer in range(3) for e in placement.resident[layer])
+        best = max(
+            sum(shares_LE[layer, e] for layer, e in chosen)
+            for chosen in itertools.combinations(everyone, count)
+        )
+        assert placement.num_resident == count
+        assert placement.resident[1] == frozenset()
+        assert ours == pytest.approx(best)
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.data())
+def test_equal_experts_are_spread_over_the_layers(
+    num_layers: int, num_experts: int, data: st.DataObject
+) -> None:
+    popularity = Popularity.uniform(num_layers, num_experts)
+    count = data.draw(st.integers(0, num_layers * num_experts))
+    placement = place(popularity, range(num_layers), count)
+    sizes = [len(layer) for layer in placement.resident]
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.data())
+def test_one_more_slot_evicts_nobody(data: st.DataObject) -> None:
+    popularity = data.draw(popularities(4, 5))
+    placements = [place(popularity, (0, 1, 3), n) for n in range(16)]
+    for fewer, more in itertools.pairwise(placements):
+        assert all(a <= b for a, b in zip(fewer.resident, more.resident, strict=True))
+
+
+# --- budgets ---
+
+
+@given(models(), machines(), budgets())
+def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budget: Budget) -> None:
+    made = planned_or_none(footprint, hardware, budget)
+    if made is None:
+        return
+    memory = made.memory
+    fixed = memory.context + memory.margin + memory.dense + memory.workspace
+    page_bytes = budget.page_size * footprint.kv_bytes_per_token
+    assert memory.kv == made.num_pages * page_bytes
+    assert memory.gpu_experts == made.placement.num_resident * footprint.expert_bytes
+    assert memory.gpu_experts + memory.cpu_experts == (
+        footprint.total_experts * footprint.expert_bytes
+    )
+    assert made.num_pages * budget.page_size >= made.context_tokens >= 1
+    assert made.ram_needed_bytes <= made.ram_budget_bytes <= hardware.ram_available_bytes
+    if budget.ram_bytes is not None:
+        assert made.ram_needed_bytes <= budget.ram_bytes
+    used = fixed + memory.kv + memory.gpu_experts
+    if made.gpu_side is GpuSide.NONE:
+        assert made.placement.num_resident == made.vram_budget_bytes == memory.unused == 0
+        assert made.ram_needed_bytes == used + memory.cpu_experts
+    else:
+        assert memory.unused >= 0
+        assert used + memory.unused == made.vram_budget_bytes
+    if hardware.has_gpu:
+        assert made.vram_budget_bytes <= hardware.vram_free_bytes + hardware.cuda_context_bytes
+        assert made.ram_needed_bytes == memory.cpu_experts
+
+
+@given(models(), machines(), budgets())
+def test_the_context_is_what_was_asked_or_within_the_rule(
+    footprint: Footprint, hardware: Hardware, budget: Budget
+) -> None:
+    made = planned_or_none(footprint, hardware, budget)
+    if made is None:
+        return
+    if budget.context_tokens is not None:
+        assert made.context_tokens == budget.context_tokens
+        return
+    most = min(budget.max_context, 32_768)
+    assert min(2048, most) <= made.context_tokens <= most
+    beyond_least = made.num_pages * budget.page_size >= 2048 + budget.page_size
+    if beyond_least and made.gpu_side is not GpuSide.NONE:
+        left = made.memory.kv + made.memory.gpu_experts + made.memory.unused
+        assert made.memory.kv <= left // 10
+
+
+@given(models(), budgets(), st.integers(GIB, 24 * GIB), st.integers(0, 2 * GIB))
+def test_more_vram_never_means_fewer_experts_or_less_context(
+    footprint: Footprint, budget: Budget, vram_bytes: int, more_bytes: int
+) -> None:
+    small = replace(budget, vram_bytes=vram_bytes, ram_bytes=None)
+    large = replace(small, vram_bytes=vram_bytes + more_bytes)
+    hardware = machine(vram_free_bytes=30 * GIB, ram_available_bytes=1000 * GIB)
+    before, after = (planned_or_none(footprint, hardware, b) for b in (small, large))
+    if before is None:
+        return
+    assert after is not None
+    assert after.placement.num_resident >= before.placement.num_resident
+    assert after.context_tokens >= before.context_tokens
+    assert after.num_pages >= before.num_pages
+    assert after.expected_hit_rate >= before.expected_hit_rate
+
+
+@given(models(), st.integers(1, 24 * GIB), st.integers(1, 40_000))
+def test_the_most_experts_that_fit_beside_an_asked_context(
+    footprint: Footprint, vram_bytes: int, context: int
+) -> None:
+    budget = Budget(max_context=100_000, vram_bytes=vram_bytes, context_tokens=context)
+    hardware = without_gpu(ram_available_bytes=1000 * GIB)
+    made = planned_or_none(footprint, hardware, budget)
+    kv = -(-context // 16) * 16 * footprint.kv_bytes_per_token
+    fixed = footprint.dense_bytes + footprint.workspace_bytes + kv
+    fitting = [
+        n
+        for n in range(footprint.total_experts + 1)
+        if fixed + n * footprint.expert_bytes <= vram_bytes
+    ]
+    assert (made is None) == (not fitting)
+    if made is not None:
+        assert made.placement.num_resident == max(fitting)
+
+
+# --- refusals ---
+
+
+@given(models(), machines(), budgets())
+def test_every_way_out_that_a_refusal_names_fits(
+    footprint: Footprint, hardware: Hardware, budget: Budget
+) -> None:
+    try:
+        planned(footprint, hardware, budget)
+    except OutOfMemoryError as error:
+        for option, value in re.findall(r"(--[a-z-]+) ([\d.]+)", error.hint):
+            changed = {
+                "--context": lambda v: replace(budget, context_tokens=int(v)),
+                "--vram-gb": lambda v: replace(budget, vram_bytes=gib_to_bytes(float(v))),
+                "--ram-gb": lambda v: replace(budget, ram_bytes=gib_to_bytes(float(v))),
+            }[option](value)
+            if "or leave it out" not in error.hint:  # says what there is, not what fits
+                planned(footprint, hardware, changed)
+
+
+def test_too_little_vram_names_the_numbers_and_the_nearest_plans() -> None:
+    budget = Budget(max_context=32_768, vram_bytes=4 * GIB, context_tokens=32_000)
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(model(), machine(), budget)
+    assert "has 4.0 GiB" in caught.value.message
+    assert "dense weights 2.0 GiB" in caught.value.message
+    assert "32,000 tokens of context 2.0 GiB" in caught.value.message
+    assert re.fullmatch(r"use --context \d+ or --vram-gb [\d.]+", caught.value.hint)
+    context = int(caught.value.hint.split()[2])
+    planned(model(), machine(), replace(budget, context_tokens=context))
+    with pytest.raises(OutOfMemoryError):
+        planned(model(), machine(), replace(budget, context_tokens=context + 17))
+
+
+def test_more_vram_than_the_gpu_has_is_refused() -> None:
+    with pytest.raises(OutOfMemoryError, match=r"23.5 GiB of the 24.0 GiB") as caught:
+        planned(model(), machine(), Budget(max_context=4096, vram_bytes=80 * GIB))
+    assert "--vram-gb 23.5 or less" in caught.value.hint
+
+
+def test_experts_beyond_the_ram_are_refused() -> None:
+    hardware = machine(ram_available_bytes=GIB)
+    with pytest.raises(OutOfMemoryError, match=r"experts of 300 MiB need .* of RAM") as caught:
+        planned(model(), hardware, Budget(max_context=4096, vram_bytes=6 * GIB))
+    assert "--vram-gb" in caught.value.hint and "--ram-gb" not in caught.value.hint
+
+
+def test_a_model_for_another_machine_has_no_way_out() -> None:
+    huge = model(expert_bytes=40 * GIB)
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(huge, machine(), Budget(max_context=4096))
+    assert "no budget on this machine" in caught.value.hint
+
+
+def test_a_context_beyond_the_models_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="the model's ends at 4,096"):
+        planned(model(), machine(), Budget(max_context=4096, context_tokens=4097))
+
+
+# --- what a plan says ---
+
+
+def test_without_a_gpu_a_budget_emulates_one_and_none_is_needed() -> None:
+    budget = Budget(max_context=4096, vram_bytes=6 * GIB)
+    emulated = planned(model(), without_gpu(), budget)
+    assert emulated.gpu_side is GpuSide.EMULATED
+    assert emulated.memory.context == emulated.memory.margin == 0
+    assert 0 < emulated.placement.num_resident < 32
+    assert any("no GPU" in note for note in emulated.notes)
+    plain = planned(model(), without_gpu(), replace(budget, vram_bytes=None))
+    assert plain.gpu_side is GpuSide.NONE
+    assert plain == planned(model(), without_gpu(), replace(budget, vram_bytes=0))
+
+
+def test_the_margin_is_taken_from_a_real_gpu_only() -> None:
+    made = planned(model(), machine(), Budget(max_context=4096))
+    assert made.memory.margin > 192 * MIB
+    assert made.memory.context == 512 * MIB
+
+
+def test_bytes_per_token_follow_the_hit_rate() -> None:
+    counts_LE = np.array([[90, 10, 0, 0, 0, 0, 0, 0]] * 4)
+    made = plan(
+        model(),
+        machine(),
+        Budget(max_context=4096, vram_bytes=6 * GIB),
+        Popularity(counts_LE),
+        popularity_name="a profile",
+    )
+    routed = 4 * 2 * 300 * MIB
+    assert made.per_token.hot_experts + made.per_token.cold_experts == routed
+    assert made.per_token.hot_experts == round(routed * made.expected_hit_rate)
+    assert made.expected_hit_rate > 0.9  # 100 of 108 smoothed routes meet the two hot experts
+    assert made.per_token.kv == made.context_tokens * (64 << 10)
+    assert made.per_token.dense == GIB
+
+
+def test_unknown_popularity_is_said() -> None:
+    unknown = planned(model(), machine(), Budget(max_context=4096, vram_bytes=6 * GIB))
+    assert "no profile: every expert counts the same" in unknown.notes
+    known = plan(
+        model(),
+        machine(),
+        Budget(max_context=4096, vram_bytes=6 * GIB),
+        Popularity(np.arange(32).reshape(4, 8)),
+        popularity_name="a profile",
+    )
+    assert not any("no profile" in note for note in known.notes)
+
+
+def test_a_plan_survives_json() -> None:
+    made = planned(model(), machine(), Budget(max_context=4096, vram_bytes=6 * GIB))
+    record = json.loads(json.dumps(made.to_dict()))
+    assert [set(layer) for layer in record["placement"]] == [
+        set(layer) for layer in made.placement.resident
+    ]
+    assert record["gpu_side"] == "cuda"
+    assert record["memory"]["kv"] == made.memory.kv
+
+
+def test_512_experts_in_60_layers_take_well_under_a_second() -> None:
+    footprint = model(num_layers=60, num_experts=512, moe_layers=tuple(range(60)), expert_bytes=MIB)
+    counts_LE = np.random.default_rng(0).integers(0, 1000, (60, 512))
+    started = time.perf_counter()
+    plan(
+        footprint,
+        machine(),
+        Budget(max_context=4096),
+        Popularity(counts_LE),
+        popularity_name="random",
+    )
+    assert time.perf_counter() - started < 0.5  # 0.04 s on two cores
