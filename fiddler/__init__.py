@@ -1,0 +1,45 @@
+"""fiddler: Mixture-of-Experts models larger than the GPU, run by CPU and GPU together.
+
+    from fiddler import LLM, SamplingParams
+
+Importing this package loads neither torch nor any kernel; the names below do, when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fiddler._version import __version__
+
+if TYPE_CHECKING:
+    from fiddler.errors import FiddlerError
+    from fiddler.llm import LLM
+    from fiddler.outputs import CompletionOutput, RequestOutput, TokenEvent
+    from fiddler.sampling_params import SamplingParams
+    from offload.placement import Placement
+
+_HOMES = {
+    "CompletionOutput": "fiddler.outputs",
+    "FiddlerError": "fiddler.errors",
+    "LLM": "fiddler.llm",
+    "Placement": "offload.placement",
+    "RequestOutput": "fiddler.outputs",
+    "SamplingParams": "fiddler.sampling_params",
+    "TokenEvent": "fiddler.outputs",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "FiddlerError",
+    "Placement",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenEvent",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fiddler' has no attribute {name!r}")

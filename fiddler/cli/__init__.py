@@ -1,0 +1,63 @@
+"""The ``fiddler`` command. Only click is imported here; a command's module loads when it runs."""
+
+import importlib
+from typing import Any
+
+import click
+
+from fiddler._version import __version__
+
+# Name -> one line of help, written here so that ``fiddler --help`` imports no command.
+# Each command is ``fiddler.cli.<name>:command``.
+COMMANDS = {
+    "chat": "Talk with a model.",
+    "generate": "Answer one prompt.",
+    "pull": "Download a model.",
+    "plan": "Show what would run where, without loading the model.",
+    "profile": "Count which experts a text uses, for better placement.",
+    "doctor": "Check this machine.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is looked up, and turns errors into sentences."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"fiddler.cli.{cmd_name}").command
+        assert isinstance(command, click.Command), cmd_name
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            raise click.exceptions.NoSuchCommand(name, possibilities=COMMANDS, ctx=ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from fiddler.cli.errors import as_sentences
+
+        with as_sentences(debug=bool(ctx.params["debug"])):
+            return super().invoke(ctx)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fiddler", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Run Mixture-of-Experts models that are bigger than the GPU."""
+
+
+def main() -> None:
+    """Run the command line and exit with its code: 0, 1 an error, 2 misuse, 130 interrupted."""
+    cli.main(prog_name="fiddler")

@@ -1,0 +1,174 @@
+"""What the slash commands do, and the table that names them."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fiddler.cli.attachment import read_text_file
+from fiddler.cli.chat_commands import SET_CHOICES, SlashCommand, help_lines
+from fiddler.cli.chat_file import SavedChat, load_chat, save_chat
+from fiddler.cli.console import note
+from fiddler.cli.expert_heatmap import heatmap_lines
+from fiddler.cli.params_edit import edit_params, params_to_json
+from fiddler.cli.stats_line import stats_line
+from fiddler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fiddler.cli.chat_session import Chat
+
+THINK = ("auto", "on", "off")
+REASONING = ("show", "hide")
+
+
+class LeaveChat(Exception):
+    """Raised by ``/exit``."""
+
+
+def _help(chat: "Chat", argument: str) -> None:
+    for line in help_lines(TABLE):
+        click.echo(line)
+    click.echo('Alt-Enter or """ begins another line; Ctrl-X Ctrl-E opens $EDITOR;')
+    click.echo("Ctrl-C stops an answer; Ctrl-D leaves.")
+
+
+def _exit(chat: "Chat", argument: str) -> None:
+    raise LeaveChat
+
+
+def _clear(chat: "Chat", argument: str) -> None:
+    chat.conversation = chat.conversation.cleared()
+    note("a new conversation; the system prompt stays")
+
+
+def _regen(chat: "Chat", argument: str) -> None:
+    _require_answer(chat, "answer again")
+    chat.answer(chat.conversation.asked_again())
+
+
+def _undo(chat: "Chat", argument: str) -> None:
+    if chat.conversation.attached:
+        chat.conversation = chat.conversation.detached()
+        note("dropped the file that was read")
+        return
+    _require_answer(chat, "undo")
+    chat.conversation = chat.conversation.undone()
+    note(f"dropped the last exchange; {chat.conversation.num_turns} left")
+
+
+def _require_answer(chat: "Chat", what: str) -> None:
+    if not chat.conversation.messages:
+        raise ConfigError(f"there is nothing to {what} yet")
+
+
+def _system(chat: "Chat", argument: str) -> None:
+    chat.conversation = replace(chat.conversation, system=argument)
+    note("the system prompt is set" if argument else "there is no system prompt now")
+
+
+def _set(chat: "Chat", argument: str) -> None:
+    chat.params = edit_params(chat.params, argument, chat.defaults)
+    name = argument.partition("=")[0].strip()
+    note(f"{name} = {getattr(chat.params, name)!r}")
+
+
+def _show(chat: "Chat", argument: str) -> None:
+    revision = f" at {chat.llm.revision}" if chat.llm.revision else ""
+    rows = {
+        "model": f"{chat.llm.model_name}{revision}",
+        "system": chat.conversation.system or "none",
+        "turns": str(chat.conversation.num_turns),
+        "files read": str(len(chat.conversation.attached)),
+        "think": f"{chat.think}, {'shown' if chat.show_reasoning else 'hidden'}",
+    }
+    rows |= {name: repr(value) for name, value in params_to_json(chat.params).items()}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _save(chat: "Chat", argument: str) -> None:
+    path = _path(argument) if argument else chat.path
+    if path is None:
+        raise ConfigError("say where to save", hint="for example /save chat.json")
+    saved = SavedChat(
+        model=chat.llm.model_name,
+        revision=chat.llm.revision,
+        conversation=chat.conversation,
+        params=params_to_json(chat.params),
+    )
+    save_chat(path, saved)
+    chat.path = path
+    note(f"saved {_turns(chat)} to {path}")
+
+
+def _load(chat: "Chat", argument: str) -> None:
+    if not argument:
+        raise ConfigError("say what to load", hint="for example /load chat.json")
+    path = _path(argument)
+    saved = load_chat(path)
+    known = {name: value for name, value in saved.params.items() if value is not None}
+    chat.params = replace(chat.defaults, **known)
+    chat.conversation, chat.path = saved.conversation, path
+    note(f"loaded {_turns(chat)} from {path}")
+    if saved.model != chat.llm.model_name:
+        note(f"it was saved with {saved.model}; this is {chat.llm.model_name}")
+
+
+def _read(chat: "Chat", argument: str) -> None:
+    if not argument:
+        raise ConfigError("say which file to read", hint="for example /read notes.txt")
+    path = _path(argument)
+    text = read_text_file(path)
+    chat.conversation = chat.conversation.attach(text)
+    note(f"read {path}, {len(text):,} characters: it goes in front of your next message")
+
+
+def _stats(chat: "Chat", argument: str) -> None:
+    click.echo(f"last: {stats_line(chat.last_stats)}" if chat.last_stats else "no answer yet")
+    click.echo(f"all:  {chat.totals.line()}")
+
+
+def _experts(chat: "Chat", argument: str) -> None:
+    columns = shutil.get_terminal_size().columns
+    for line in heatmap_lines(chat.llm.expert_counts(), width=columns):
+        click.echo(line)
+
+
+def _think(chat: "Chat", argument: str) -> None:
+    if argument in THINK:
+        chat.think = argument
+    elif argument in REASONING:
+        chat.show_reasoning = argument == "show"
+    else:
+        raise ConfigError(f"/think takes one of {', '.join((*THINK, *REASONING))}")
+    note(f"think {argument}")
+
+
+def _path(argument: str) -> Path:
+    return Path(argument).expanduser()
+
+
+def _turns(chat: "Chat") -> str:
+    count = chat.conversation.num_turns
+    return f"{count} turn" if count == 1 else f"{count} turns"
+
+
+TABLE: tuple[SlashCommand["Chat"], ...] = (
+    SlashCommand("help", "", "this list", _help),
+    SlashCommand("exit", "", "leave", _exit),
+    SlashCommand("clear", "", "begin a new conversation", _clear),
+    SlashCommand("regen", "", "answer the last message again", _regen),
+    SlashCommand("undo", "", "drop the last exchange, or a file just read", _undo),
+    SlashCommand("system", "[TEXT]", "set the system prompt, or remove it", _system),
+    SlashCommand("set", "NAME=VALUE", "set a parameter; 'default' resets it", _set, SET_CHOICES),
+    SlashCommand("show", "", "the parameters in force", _show),
+    SlashCommand("save", "[FILE]", "save the conversation", _save, takes_path=True),
+    SlashCommand("load", "FILE", "go on with a saved conversation", _load, takes_path=True),
+    SlashCommand("read", "FILE", "put a text file before the next message", _read, takes_path=True),
+    SlashCommand("stats", "", "tokens and times so far", _stats),
+    SlashCommand("experts", "", "which experts were used", _experts),
+    SlashCommand("think", "MODE", "auto, on, off; show or hide it", _think, (*THINK, *REASONING)),
+)

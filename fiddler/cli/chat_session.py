@@ -1,0 +1,105 @@
+"""A running chat: takes turns and commands, and keeps what was said."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fiddler.cli.chat_actions import TABLE, LeaveChat
+from fiddler.cli.chat_commands import find_command, parse_command
+from fiddler.cli.chat_view import answer_view, note_stats, show_finish
+from fiddler.cli.console import note
+from fiddler.cli.conversation import Conversation
+from fiddler.cli.errors import is_closed_pipe, print_error, sentence
+from fiddler.cli.interrupts import silent_keyboard, stop_on_interrupt
+from fiddler.cli.session import ChatModel, opens_reasoning
+from fiddler.cli.stats_line import Totals
+from fiddler.cli.thinking import ENABLE_THINKING
+from fiddler.cli.turn import Turn, run_turn
+from fiddler.errors import PromptError
+from fiddler.outputs import RunStats
+from fiddler.sampling_params import SamplingParams
+from fiddler.text.reasoning import OPEN_TAG, ReasoningSplitter
+
+
+@dataclass(slots=True, kw_only=True)
+class Chat:
+    """All that a chat remembers. ``defaults`` are the model's own parameters."""
+
+    llm: ChatModel
+    params: SamplingParams
+    defaults: SamplingParams
+    conversation: Conversation = field(default_factory=Conversation)
+    think: str = "auto"
+    show_reasoning: bool = True
+    is_quiet: bool = False
+    is_interactive: bool = False
+    is_debug: bool = False
+    totals: Totals = field(default_factory=Totals)
+    last_stats: RunStats | None = None
+    path: Path | None = None  # where the chat was last saved or loaded
+
+    def run(self, turns: Iterable[str]) -> bool:
+        """Take turns until there are no more; whether all of them went well.
+
+        An error costs its turn, never the conversation.
+        """
+        is_good = True
+        for text in turns:
+            try:
+                self.take(text)
+            except LeaveChat:
+                break
+            except Exception as error:
+                if self.is_debug or is_closed_pipe(error):
+                    raise
+                is_good = False
+                explained = sentence(error)
+                print_error(explained.message, explained.hint)
+        return is_good
+
+    def take(self, text: str) -> None:
+        """Run one command or answer one message."""
+        command = parse_command(text)
+        if command is not None:
+            name, argument = command
+            find_command(name, TABLE).run(self, argument)
+        elif text.strip():
+            self.answer(self.conversation.ask(text))
+
+    def answer(self, asked: Conversation) -> None:
+        """Answer the question that waits in ``asked``; only then it becomes the conversation."""
+        messages, thinking = asked.for_model(), ENABLE_THINKING[self.think]
+        try:
+            begins_inside = opens_reasoning(self.llm, messages, thinking)
+            turn = self._stream(messages, thinking, begins_inside)
+        except PromptError as error:
+            hint = "/undo or /clear makes room; --context N at the start allows more"
+            raise PromptError(error.message, hint=hint) from error
+        if not turn.text:
+            note("(nothing was written; the message is not kept)")
+            return
+        # The template takes reasoning out of earlier turns, if it sees where it begins.
+        text = f"{OPEN_TAG}\n{turn.text}" if begins_inside else turn.text
+        self.conversation = asked.answered(text, turn.finish_reason)
+        self._report(turn)
+
+    def _stream(
+        self, messages: list[dict[str, str]], thinking: dict[str, Any], begins_inside: bool
+    ) -> Turn:
+        view = answer_view(is_plain=not self.is_interactive, show_reasoning=self.show_reasoning)
+        with stop_on_interrupt() as stop, silent_keyboard(), view:
+            stream = self.llm.stream_chat(messages, self.params, template_kwargs=thinking)
+            splitter = ReasoningSplitter(starts_inside=begins_inside)
+            return run_turn(stream, view, stop, splitter=splitter)
+
+    def _report(self, turn: Turn) -> None:
+        self.last_stats = turn.stats
+        self.totals = self.totals.plus(turn.stats)
+        show_finish(turn.finish_reason)
+        if not self.is_quiet:
+            note_stats(turn.stats)
+        if self.is_interactive:
+            click.echo()

@@ -1,0 +1,52 @@
+"""Standard error and standard output as the commands use them: colour only where it is wanted."""
+
+import os
+import re
+import shutil
+import sys
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# C0 and C1 control characters but tab and newline: a model's text must not drive the terminal.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def has_colour(stream: IO[str]) -> bool:
+    """Whether ``stream`` is a terminal and the user has not set ``NO_COLOR``."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def styled(text: str, **style: Any) -> str:
+    """``text`` in click's style for standard error, or plain where there is no colour."""
+    return click.style(text, **style) if has_colour(sys.stderr) else text
+
+
+def note(text: str) -> None:
+    """Write one dim line to standard error."""
+    click.echo(styled(text, dim=True), err=True)
+
+
+def error_width() -> int:
+    """Columns for a line on standard error: the terminal's, or no limit where there is none."""
+    return shutil.get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters other than tab and newline."""
+    return CONTROLS.sub("", text)
+
+
+def valid_unicode(text: str) -> str:
+    """``text`` with undecodable bytes (lone surrogates) replaced, so that it can be encoded."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def output_console() -> "Console":
+    """A rich console on standard output that leaves words as they are."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)

@@ -1,0 +1,98 @@
+"""``fiddler doctor``: what this machine has, which path would run, and what to mend."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from fiddler.cli.doctor_checks import Problem
+    from fiddler.cli.doctor_facts import Facts
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """Check this machine. The exit code is 1 if fiddler cannot run here."""
+    from fiddler.cli.doctor_checks import execution_path, find_problems
+    from fiddler.cli.doctor_facts import collect
+
+    facts = collect()
+    problems, path = find_problems(facts), execution_path(facts)
+    if as_json:
+        record = asdict(facts) | {"path": path, "problems": [asdict(p) for p in problems]}
+        click.echo(json.dumps(record, indent=1))
+    else:
+        _print(facts_rows(facts) | {"path": path}, problems)
+    if any(problem.is_fatal for problem in problems):
+        ctx.exit(1)
+
+
+def facts_rows(facts: "Facts") -> dict[str, str]:
+    """The facts in the words of a table; what is not known is left out."""
+    packages = [f"{name} {version or 'missing'}" for name, version in facts.packages.items()]
+    rows = {
+        "fiddler": f"{facts.fiddler}, Python {facts.python}, {facts.system}",
+        "packages": ", ".join(packages),
+        "CUDA": _cuda(facts),
+        "GPU": _gpu(facts),
+        "CPU": _joined(facts.cpu, _count(facts.physical_cores, "core")),
+        "ISA": facts.isa or "",
+        "NUMA": _count(facts.numa_nodes, "node"),
+        "RAM": _part(facts.ram_available_bytes, facts.ram_total_bytes),
+        "cache": _joined(facts.cache, _free(facts.cache_free_bytes)),
+    }
+    return {name: text for name, text in rows.items() if text}
+
+
+def _print(rows: dict[str, str], problems: "list[Problem]") -> None:
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        click.echo(f"{name:<{width}}  {text}")
+    if not problems:
+        click.echo("\nno problems found")
+    for problem in problems:
+        click.echo(f"\n{'problem' if problem.is_fatal else 'warning'}: {problem.what}")
+        click.echo(f"  do: {problem.todo}")
+
+
+def _cuda(facts: "Facts") -> str:
+    driver = f"driver {facts.driver or 'of unknown version'}"
+    if facts.driver_cuda:
+        driver += f" (up to CUDA {facts.driver_cuda})"
+    has_driver = facts.driver or facts.driver_cuda
+    built = f"torch built for {facts.torch_cuda or 'the CPU'}" if facts.packages["torch"] else None
+    return _joined(driver if has_driver else "no NVIDIA driver", built)
+
+
+def _gpu(facts: "Facts") -> str:
+    gpu = facts.gpu
+    if gpu is None:
+        return "none"
+    count = f"{gpu.count} x " if gpu.count > 1 else ""
+    memory = _part(gpu.vram_free_bytes, gpu.vram_total_bytes)
+    return _joined(f"{count}{gpu.name}", memory, f"capability {gpu.capability}", gpu.pcie)
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _count(number: int | None, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}" if number else ""
+
+
+def _part(free_bytes: int | None, total_bytes: int | None) -> str:
+    from offload.units import size_text
+
+    if free_bytes is None or total_bytes is None:
+        return ""
+    return f"{size_text(free_bytes)} of {size_text(total_bytes)} free"
+
+
+def _free(free_bytes: int | None) -> str:
+    from offload.units import size_text
+
+    return "" if free_bytes is None else f"{size_text(free_bytes)} free"

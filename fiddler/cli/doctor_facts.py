@@ -1,0 +1,198 @@
+"""What ``fiddler doctor`` looks at. Whatever is missing or broken is a fact too, not an error."""
+
+import ctypes
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numba",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "psutil",
+)
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+NUMA_NODES = Path("/sys/devices/system/node")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The first CUDA device, as torch sees it; sizes are bytes."""
+
+    name: str
+    count: int
+    capability: str
+    vram_total_bytes: int
+    vram_free_bytes: int
+    pcie: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """One machine. None: not there, or not to be found out; ``failures`` says why."""
+
+    fiddler: str
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    triton_wanted: str | None = None  # the exact version that this torch asks for
+    torch_cuda: str | None = None  # the CUDA that torch was built for
+    driver: str | None = None
+    driver_cuda: str | None = None  # the newest CUDA that the driver knows
+    gpu: Gpu | None = None
+    cpu: str | None = None
+    isa: str | None = None
+    has_avx2: bool | None = None
+    physical_cores: int | None = None
+    numa_nodes: int | None = None
+    ram_total_bytes: int | None = None
+    ram_available_bytes: int | None = None
+    cache: str | None = None
+    cache_free_bytes: int | None = None
+    cache_is_writable: bool | None = None
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def collect() -> Facts:
+    """Look at everything; each look may fail without hiding the others."""
+    from fiddler._version import __version__
+
+    found: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    for name, look in LOOKS.items():
+        try:
+            found |= look()
+        except Exception as error:  # broken installations fail in every way
+            failures[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return Facts(
+        fiddler=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        packages={name: _version(name) for name in PACKAGES},
+        failures=failures,
+        **found,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numba() -> dict[str, Any]:
+    importlib.import_module("numba")
+    return {}
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    requirements = importlib.metadata.requires("torch") or []
+    wanted = [re.match(r"triton\s*\(?==\s*([\d.]+)", line) for line in requirements]
+    versions = [match[1] for match in wanted if match]
+    return {"torch_cuda": torch.version.cuda, "triton_wanted": next(iter(versions), None)}
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info(0)
+    major, minor = torch.cuda.get_device_capability(0)
+    gpu = Gpu(
+        name=torch.cuda.get_device_name(0),
+        count=torch.cuda.device_count(),
+        capability=f"{major}.{minor}",
+        vram_total_bytes=total,
+        vram_free_bytes=free,
+        pcie=_pcie_link(),
+    )
+    return {"gpu": gpu}
+
+
+def _driver() -> dict[str, Any]:
+    """Versions from the kernel's module and from libcuda; nothing where there is no driver."""
+    found: dict[str, Any] = {}
+    if DRIVER_VERSION.exists():
+        match = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", DRIVER_VERSION.read_text())
+        found["driver"] = match[1] if match else None
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return found
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)) == 0:
+        found["driver_cuda"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return found
+
+
+def _pcie_link() -> str | None:
+    """Speed and width of the first NVIDIA display device's link, e.g. ``32.0 GT/s PCIe x16``."""
+    for device in sorted(PCI_DEVICES.glob("*")):
+        names = ("vendor", "class", "current_link_speed", "current_link_width")
+        if not all((device / name).exists() for name in names):
+            continue
+        vendor, kind, speed, width = ((device / name).read_text().strip() for name in names)
+        if vendor == "0x10de" and kind.startswith("0x03"):
+            return f"{speed} x{width}"
+    return None
+
+
+def _machine() -> dict[str, Any]:
+    from offload.hardware import probe
+
+    machine = probe("cpu")  # the GPU has its own look
+    nodes = list(NUMA_NODES.glob("node[0-9]*"))
+    return {
+        "cpu": machine.cpu_name,
+        "physical_cores": machine.physical_cores,
+        "numa_nodes": len(nodes) or None,
+        "ram_total_bytes": machine.ram_total_bytes,
+        "ram_available_bytes": machine.ram_available_bytes,
+    }
+
+
+def _isa() -> dict[str, Any]:
+    from cpu_kernels.isa import host_isa
+
+    isa = host_isa()
+    has_avx2 = "avx2" in isa.extensions if isa.is_x86 else None
+    return {"isa": isa.summary(), "has_avx2": has_avx2}
+
+
+def _cache() -> dict[str, Any]:
+    from fiddler.hub.cache import free_bytes
+    from fiddler.hub.options import HubOptions
+
+    folder = HubOptions().cache
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return {
+        "cache": str(folder),
+        "cache_free_bytes": free_bytes(folder),
+        "cache_is_writable": os.access(existing, os.W_OK),
+    }
+
+
+LOOKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "torch": _torch,
+    "numba": _numba,
+    "driver": _driver,
+    "GPU": _gpu,
+    "machine": _machine,
+    "instructions": _isa,
+    "cache": _cache,
+}

@@ -1,0 +1,79 @@
+"""Errors as people read them: one sentence, one hint, an exit code; tracebacks with ``--debug``."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+import click
+
+from fiddler.cli.console import styled
+from fiddler.errors import FiddlerError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Sentence(click.ClickException):
+    """An error on its way to standard error; exit code 1."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        print_error(self.message, self.hint)
+
+
+def print_error(message: str, hint: str = "") -> None:
+    """Write ``error: message`` and, if there is one, ``hint: hint`` to standard error."""
+    click.echo(f"{styled('error:', fg='red', bold=True)} {message}", err=True)
+    if hint:
+        click.echo(f"{styled('hint:', fg='cyan')} {hint}", err=True)
+
+
+@contextlib.contextmanager
+def as_sentences(*, debug: bool) -> Iterator[None]:
+    """Turn what escapes a command into a :class:`Sentence` or an exit code.
+
+    click's own errors and a closed pipe pass through: click ends both quietly. With ``debug``
+    every other error passes too, so Python prints its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except (click.ClickException, click.Abort, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        if debug or is_closed_pipe(error):
+            raise
+        raise sentence(error) from None
+
+
+def is_closed_pipe(error: Exception) -> bool:
+    """Whether whoever read our output has gone."""
+    return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+def sentence(error: Exception) -> Sentence:
+    """Say in one sentence what went wrong."""
+    if isinstance(error, FiddlerError):
+        return Sentence(error.message, error.hint)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return Sentence(f"the Python package {package!r} is missing", f"pip install {package}")
+    if isinstance(error, OSError) and error.strerror:
+        subject = f"{error.filename}: " if error.filename else ""
+        return Sentence(f"{subject}{error.strerror.lower()}", _debug_hint())
+    if isinstance(error, MemoryError):
+        return Sentence("out of memory", "lower --context or --ram-gb, or close other programs")
+    said = str(error).partition("\n")[0]
+    kind = type(error).__name__
+    return Sentence(f"unexpected {kind}: {said}" if said else f"unexpected {kind}", _debug_hint())
+
+
+def _debug_hint() -> str:
+    """How to repeat this command with a traceback."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "COMMAND")
+    return f"for the details run it again with --debug: fiddler --debug {command} ..."

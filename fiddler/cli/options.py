@@ -1,0 +1,134 @@
+"""Options that several commands share: each is written once, with its help text."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from fiddler.config import BUILTIN, DEVICES, DTYPES, LOAD_FORMATS
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+GIB = click.FloatRange(min=0)
+COUNT = click.IntRange(min=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One option and the field of ``EngineConfig`` or ``SamplingParams`` that it sets."""
+
+    flag: str
+    field: str
+    type: click.ParamType[Any] | None  # None: a switch
+    metavar: str | None
+    help: str
+    multiple: bool = False
+
+    def decorate(self, command: Callable[..., Any]) -> Callable[..., Any]:
+        """Add the option to ``command``; not given, its value is None, False or ()."""
+        if self.type is None:
+            return click.option(self.flag, self.field, is_flag=True, help=self.help)(command)
+        return click.option(
+            self.flag,
+            self.field,
+            type=self.type,
+            metavar=self.metavar,
+            multiple=self.multiple,
+            help=self.help,
+        )(command)
+
+
+ENGINE_OPTIONS = (
+    Shared("--vram-gb", "vram_gb", GIB, "GIB", "GPU memory to use in all, CUDA context included."),
+    Shared("--ram-gb", "ram_gb", GIB, "GIB", "Host memory to use for weights."),
+    Shared("--dtype", "dtype", click.Choice(DTYPES), None, "Type of the weights in memory."),
+    Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
+    Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),
+    Shared("--cpu-threads", "cpu_threads", COUNT, "N", "Threads that compute experts."),
+    Shared("--profile", "profile", click.Path(), "FILE", "Routing profile for the placement."),
+    Shared("--revision", "revision", click.STRING, "REV", "Branch, tag or commit on the hub."),
+    Shared("--token", "token", click.STRING, "TOKEN", "Access token of the hub."),
+    Shared("--offline", "offline", None, None, "Use only what is already downloaded."),
+    Shared("--seed", "seed", click.INT, "N", "Seed of sampling, and of dummy weights."),
+    Shared(
+        "--load-format",
+        "load_format",
+        click.Choice(LOAD_FORMATS),
+        None,
+        "'dummy': seeded random weights instead of the checkpoint's.",
+    ),
+)
+
+SAMPLING_OPTIONS = (
+    Shared("--max-tokens", "max_tokens", COUNT, "N", "Longest answer.  [default: 512]"),
+    Shared("--min-tokens", "min_tokens", click.IntRange(min=0), "N", "Shortest answer."),
+    Shared("--temperature", "temperature", click.FLOAT, "X", "0 is greedy."),
+    Shared("--top-k", "top_k", click.INT, "K", "Draw from the K likeliest tokens; 0: all."),
+    Shared("--top-p", "top_p", click.FLOAT, "P", "Draw from the likeliest tokens of total P."),
+    Shared("--min-p", "min_p", click.FLOAT, "P", "Drop tokens below P times the likeliest."),
+    Shared("--repetition-penalty", "repetition_penalty", click.FLOAT, "X", "1 is none."),
+    Shared("--presence-penalty", "presence_penalty", click.FLOAT, "X", "0 is none."),
+    Shared("--frequency-penalty", "frequency_penalty", click.FLOAT, "X", "0 is none."),
+    Shared("--stop", "stop", click.STRING, "TEXT", "End before TEXT; may be repeated.", True),
+    Shared("--ignore-eos", "ignore_eos", None, None, "Go on after the end-of-text token."),
+)
+
+model_option = click.option(
+    "-m",
+    "--model",
+    default=BUILTIN,
+    show_default=True,
+    help="'builtin', a folder, or ORG/NAME[@REVISION] on the hub.",
+)
+
+
+def reasoning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--system``, ``--think`` and ``--hide-thinking``."""
+    think = click.Choice(["auto", "on", "off"])
+    for option in (
+        click.option("--hide-thinking", is_flag=True, help="Do not show the model's reasoning."),
+        click.option(
+            "--think",
+            type=think,
+            default="auto",
+            show_default=True,
+            help="Ask the model's template for reasoning or against it.",
+        ),
+        click.option("-s", "--system", metavar="TEXT", help="System prompt."),
+    ):
+        command = option(command)
+    return command
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the engine's options; ``command`` gets those given as ``engine``, a dict for ``LLM``."""
+    return _gathered("engine", ENGINE_OPTIONS)(command)
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the sampling options; ``command`` gets those given as ``sampling``, a dict."""
+    return _gathered("sampling", SAMPLING_OPTIONS)(command)
+
+
+def _gathered(argument: str, options: tuple[Shared, ...]) -> Decorator:
+    """Decorator: options that were given arrive as one dict named ``argument``."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def gathered(**values: Any) -> Any:
+            given = {option.field: values.pop(option.field) for option in options}
+            given = {name: value for name, value in given.items() if _is_given(value)}
+            return command(**{argument: given}, **values)
+
+        decorated: Callable[..., Any] = gathered
+        for option in reversed(options):
+            decorated = option.decorate(decorated)
+        return decorated
+
+    return decorate
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False and value != ()

@@ -1,0 +1,123 @@
+"""``fiddler plan``: what would run where, from ``config.json`` alone."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fiddler.cli.console import output_console
+from fiddler.cli.options import ENGINE_OPTIONS
+from fiddler.cli.plan_table import PlanFacts, print_plan
+from fiddler.config import EngineConfig
+from fiddler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fiddler.hub import ModelMetadata
+
+PLAN_FIELDS = {
+    "vram_gb",
+    "ram_gb",
+    "dtype",
+    "device",
+    "max_model_len",
+    "profile",
+    "revision",
+    "token",
+    "offline",
+}
+
+
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add those engine options that a plan depends on, under the names of ``EngineConfig``."""
+    for option in reversed(ENGINE_OPTIONS):
+        if option.field in PLAN_FIELDS:
+            command = option.decorate(command)
+    return command
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--shape", metavar="NAME", help="A named shape instead of a model.")
+@plan_options
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(model: str | None, shape: str | None, as_json: bool, **options: Any) -> None:
+    """Show what would run where, without loading the model.
+
+    MODEL is 'builtin', a folder, or ORG/NAME[@REVISION] on the hub, of which only the small files
+    are downloaded.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    facts = _facts(model, shape, given)
+    if as_json:
+        click.echo(json.dumps(_record(facts)))
+    else:
+        print_plan(facts, output_console())
+
+
+def _facts(model: str | None, shape: str | None, options: dict[str, Any]) -> PlanFacts:
+    from fiddler.models.registry import load_config
+    from fiddler.models.shapes import load_shape
+    from fiddler.planning import plan_model
+    from offload.hardware import probe
+
+    settings = EngineConfig(model=_one_of(model, shape), **options)
+    found = None if shape else _fetch_metadata(settings)
+    folder = found.folder if found else None
+    config = load_config(folder.path) if folder else load_shape(settings.model)
+    hardware = probe(settings.device)
+    plan, dtypes = plan_model(
+        settings,
+        config,
+        hardware,
+        name=folder.name if folder else settings.model,
+        folder=folder.path if folder else None,
+    )
+    return PlanFacts(
+        name=folder.name if folder else settings.model,
+        revision=folder.revision if folder else None,
+        missing_bytes=found.missing_bytes if found else 0,
+        config=config,
+        dtypes=dtypes,
+        hardware=hardware,
+        plan=plan,
+    )
+
+
+def _one_of(model: str | None, shape: str | None) -> str:
+    if model and not shape:
+        return model
+    if shape and not model:
+        return shape
+    raise ConfigError(
+        "a plan needs either a model or --shape NAME",
+        hint="for example: fiddler plan --shape mixtral-8x7b --vram-gb 24",
+    )
+
+
+def _fetch_metadata(settings: EngineConfig) -> "ModelMetadata":
+    from fiddler.hub import fetch_metadata
+
+    return fetch_metadata(
+        settings.model,
+        revision=settings.revision,
+        token=settings.token,
+        offline=settings.offline,
+    )
+
+
+def _record(facts: PlanFacts) -> dict[str, Any]:
+    """The facts as JSON types."""
+    return {
+        "model": facts.name,
+        "revision": facts.revision,
+        "missing_bytes": facts.missing_bytes,
+        "num_layers": facts.config.num_layers,
+        "num_experts": facts.config.num_experts,
+        "top_k": facts.config.top_k,
+        "dtype": facts.dtypes.compute,
+        "expert_dtype": facts.dtypes.expert,
+        "hardware": dataclasses.asdict(facts.hardware),
+        "plan": facts.plan.to_dict(),
+    }

@@ -1,0 +1,44 @@
+"""Progress bars on standard error; nothing where that is no terminal."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Progress | None]:
+    """Yield a callback that draws one bar for each thing it is told of; they vanish at the end.
+
+    Things named like a repository (``ORG/NAME``) are counted in bytes.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    name, amount = TextColumn("{task.description}"), TextColumn("{task.fields[amount]}")
+    columns = name, BarColumn(), amount, TimeRemainingColumn()
+    with Bars(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            text = amount_text(what, done, total)
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, amount=text)
+            bars.update(tasks[what], completed=done, total=total, amount=text)
+
+        yield show
+
+
+def amount_text(what: str, done: int, total: int) -> str:
+    """``3 of 64``, or ``1.2 GB of 61.1 GB`` for a repository."""
+    if "/" not in what:
+        return f"{done:,} of {total:,}"
+    from rich.filesize import decimal
+
+    return f"{decimal(done)} of {decimal(total)}"

@@ -1,0 +1,76 @@
+"""Every setting of an engine, resolved once; nothing below this reads the environment."""
+
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING
+
+from fiddler.errors import ConfigError, named_arguments
+
+if TYPE_CHECKING:
+    from offload.placement import Placement
+
+PAGE_SIZE = 16  # tokens per KV page
+BUILTIN = "builtin"
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cuda", "cpu")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@named_arguments("engine option")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one :class:`fiddler.LLM`.
+
+    ``model`` is ``builtin``, a folder, or ``ORG/NAME[@REVISION]``; with ``load_format="dummy"`` it
+    may be a named shape and the weights are seeded normal numbers. ``vram_gb`` and ``ram_gb`` are
+    GiB; VRAM is counted as the driver counts it, the CUDA context included. Without a GPU
+    ``vram_gb`` sizes an emulated GPU side that the CPU computes. None means: choose.
+    """
+
+    model: str = BUILTIN
+    revision: str | None = None
+    token: str | None = None
+    offline: bool = False
+    load_format: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    vram_gb: float | None = None
+    ram_gb: float | None = None
+    max_model_len: int | None = None  # tokens of context; None: the model's, if it fits
+    max_num_seqs: int = 16  # requests that run at once
+    max_batched_tokens: int = 2048  # tokens of one step
+    prefix_caching: bool = True
+    cpu_threads: int | None = None
+    profile: str | None = (
+        None  # path of a profile.json; None: the one shipped with the model, if any
+    )
+    placement: "Placement | None" = None  # exact placement instead of a planned one
+    seed: int = 0  # of dummy weights, and of requests that bring none
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        for name in ("vram_gb", "ram_gb"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value, Real) and 0 <= value < float("inf")):
+                raise ConfigError(f"{name} must be 0 or more GiB, not {value!r}")
+        for name in ("max_model_len", "max_num_seqs", "max_batched_tokens", "cpu_threads"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value, Integral) and value >= 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def option_names() -> list[str]:
+    """Names of all engine options, for help texts and tests."""
+    return [f.name for f in fields(EngineConfig)]
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{name} must be one of {', '.join(valid)}, not {value!r}")

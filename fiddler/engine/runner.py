@@ -1,0 +1,87 @@
+"""Turns a schedule into one forward pass: copies pages, builds the batch, calls the decoder."""
+
+import numpy as np
+import torch
+
+from fiddler.engine.scheduler import Chunk, Schedule
+from fiddler.models.batch import StepBatch
+from fiddler.models.config import ModelConfig
+from fiddler.models.decoder import Decoder
+from gpu_kernels.page_table import PageTable
+
+
+class Runner:
+    """Owns the KV cache: a tensor ``[pages, 2 (keys, values), page_size, M, D]`` per layer."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.decoder = decoder
+        self._page_size = page_size
+        self._device = device
+        shape = kv_cache_shape(decoder.config, num_pages, page_size)
+        # zeros, not empty: a masked key still enters the dot product, and NaN * 0 is NaN
+        self._kv_caches = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(decoder.config.num_layers)
+        ]
+
+    def forward(self, schedule: Schedule) -> torch.Tensor:
+        """Return the final hidden states ``[T, H]`` of all chunks, in batch order."""
+        for source, target in schedule.page_copies:
+            for kv_cache in self._kv_caches:
+                kv_cache[target].copy_(kv_cache[source])
+        batch = build_batch(schedule.chunks, len(schedule.decodes), self._page_size, self._device)
+        return self.decoder.forward(batch, self._kv_caches)
+
+    def clear(self) -> None:
+        """Drop the cache's memory."""
+        self._kv_caches.clear()
+
+
+def kv_cache_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
+    """Shape of one layer's cache."""
+    return (num_pages, 2, page_size, config.num_kv_heads, config.head_dim)
+
+
+def build_batch(
+    chunks: tuple[Chunk, ...], num_decodes: int, page_size: int, device: torch.device
+) -> StepBatch:
+    """Lay the chunks side by side; one host-to-device copy per array."""
+    tokens, positions, slots, indices, last_page_len = [], [], [], [], []
+    for chunk in chunks:
+        position_T = np.arange(chunk.start, chunk.end)
+        page_P = np.asarray(chunk.request.pages[: -(-chunk.end // page_size)], dtype=np.int32)
+        tokens.append(np.asarray(chunk.request.tokens[chunk.start : chunk.end]))
+        positions.append(position_T)
+        slots.append(
+            page_P[position_T // page_size].astype(np.int64) * page_size + position_T % page_size
+        )
+        indices.append(page_P)
+        last_page_len.append((chunk.end - 1) % page_size + 1)
+    qo_lens = [chunk.num_tokens for chunk in chunks]
+
+    def to_device(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(device)
+
+    qo_indptr = np.cumsum([0, *qo_lens])
+    return StepBatch(
+        tokens_T=to_device(np.concatenate(tokens), torch.int64),
+        positions_T=to_device(np.concatenate(positions), torch.int64),
+        slots_T=to_device(np.concatenate(slots), torch.int64),
+        pages=PageTable(
+            indptr_B1=to_device(np.cumsum([0, *map(len, indices)]), torch.int32),
+            indices=to_device(np.concatenate(indices), torch.int32),
+            last_page_len_B=to_device(np.asarray(last_page_len), torch.int32),
+            page_size=page_size,
+        ),
+        qo_indptr_B1=to_device(qo_indptr, torch.int32),
+        qo_lens=tuple(qo_lens),
+        kv_lens=tuple(chunk.end for chunk in chunks),
+        num_decodes=num_decodes,
+    )

@@ -1,0 +1,251 @@
+"""From settings to a running engine: find the model, plan, load, connect.
+
+Everything that can be refused is refused before the first weight is read.
+"""
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpu_kernels.expert_mlp import ExpertPool
+from fiddler.config import PAGE_SIZE, EngineConfig
+from fiddler.engine.engine import Engine
+from fiddler.engine.pages import PagePool
+from fiddler.engine.prefix_cache import PrefixCache
+from fiddler.engine.runner import Runner
+from fiddler.engine.scheduler import Scheduler
+from fiddler.hub import resolve_model
+from fiddler.models.checkpoint import Checkpoint
+from fiddler.models.config import ModelConfig
+from fiddler.models.decoder import Decoder
+from fiddler.models.dtypes import Dtypes
+from fiddler.models.dummy import DummySource
+from fiddler.models.kernels import DeviceKernels
+from fiddler.models.registry import load_config, load_generation_config
+from fiddler.models.rope import rope_tables
+from fiddler.models.shapes import SHAPES, load_shape
+from fiddler.models.torch_kernels import TorchKernels
+from fiddler.models.weights import CheckpointSource, WeightSource, load_dense, load_expert_into
+from fiddler.planning import plan_model
+from fiddler.text.chat_template import ChatTemplate
+from fiddler.text.tokenizer import Tokenizer
+from offload.executor import HybridExperts
+from offload.expert_store import ExpertShape, ExpertStore
+from offload.hardware import Hardware, probe
+from offload.plan import Plan
+
+Progress = Callable[[str, int, int], None]  # what is loaded, done, total
+LOAD_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """What is known of a model before its weights are read; ``folder`` is None for a shape."""
+
+    name: str
+    revision: str | None
+    folder: Path | None
+    config: ModelConfig
+    generation_config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A running engine and what must be given back when it ends."""
+
+    files: ModelFiles
+    hardware: Hardware
+    dtypes: Dtypes
+    plan: Plan
+    engine: Engine
+    experts: HybridExperts
+    pages: PagePool
+    peak_vram_bytes: Callable[[], int]
+    resources: ExitStack
+
+
+def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> LoadedModel:
+    """Load what ``settings`` ask for; on an error everything taken so far is given back."""
+    files = find_model(settings, on_progress)
+    with ExitStack() as reading, ExitStack() as resources:
+        source = open_source(settings, files, reading)
+        hardware = probe(settings.device)
+        plan, dtypes = plan_model(
+            settings, files.config, hardware, name=files.name, folder=files.folder
+        )
+        device = torch.device("cuda" if hardware.has_gpu else "cpu")
+        resources.callback(_give_back_memory, device)
+        limit_vram(plan, hardware)
+        pool = resources.enter_context(ExpertPool(settings.cpu_threads))
+        dense = load_dense(source, files.config, device=device, dtype=getattr(torch, dtypes.compute))
+        store = _fill_store(source, files.config, plan, dtypes, device, on_progress)
+        resources.callback(store.clear)
+        experts = HybridExperts(
+            store,
+            pool,
+            device=device,
+            max_tokens=max(settings.max_batched_tokens, settings.max_num_seqs),
+            top_k=files.config.top_k,
+        )
+        kernels = _kernels(files.config, plan, device)
+        runner = Runner(
+            Decoder(files.config, dense, kernels, experts),
+            num_pages=plan.num_pages,
+            page_size=PAGE_SIZE,
+            device=device,
+            dtype=getattr(torch, dtypes.compute),
+        )
+        resources.callback(runner.clear)
+        pages = PagePool(plan.num_pages)
+        engine = Engine(
+            Scheduler(
+                pages,
+                PrefixCache(pages, PAGE_SIZE) if settings.prefix_caching else None,
+                page_size=PAGE_SIZE,
+                max_num_seqs=settings.max_num_seqs,
+                max_batched_tokens=settings.max_batched_tokens,
+            ),
+            runner,
+            experts,
+            eos_ids=frozenset(_eos_ids(files)),
+            decode_token=_token_text(files.tokenizer),
+        )
+        return LoadedModel(
+            files=files,
+            hardware=hardware,
+            dtypes=dtypes,
+            plan=plan,
+            engine=engine,
+            experts=experts,
+            pages=pages,
+            peak_vram_bytes=_vram_meter(plan, device),
+            resources=resources.pop_all(),
+        )
+
+
+def find_model(settings: EngineConfig, on_progress: Progress | None = None) -> ModelFiles:
+    """Find the model's files (downloading them if need be) and read all but the weights."""
+    if settings.load_format == "dummy" and settings.model in SHAPES:
+        return ModelFiles(
+            name=settings.model,
+            revision=None,
+            folder=None,
+            config=load_shape(settings.model),
+            generation_config={},
+            tokenizer=None,
+            chat_template=None,
+        )
+    found = resolve_model(
+        settings.model,
+        revision=settings.revision,
+        token=settings.token,
+        offline=settings.offline,
+        progress=on_progress,
+    )
+    return ModelFiles(
+        name=found.name,
+        revision=found.revision,
+        folder=found.path,
+        config=load_config(found.path),
+        generation_config=load_generation_config(found.path),
+        tokenizer=Tokenizer.from_folder(found.path),
+        chat_template=ChatTemplate.from_folder(found.path),
+    )
+
+
+def open_source(
+    settings: EngineConfig, files: ModelFiles, reading: ExitStack
+) -> WeightSource:
+    """Open the weights and check that all are there; a checkpoint stays mapped while loading."""
+    if settings.load_format == "dummy":
+        return DummySource(files.config, settings.seed)
+    assert files.folder is not None
+    checkpoint = reading.enter_context(Checkpoint.open(files.folder))
+    checkpoint.check(files.config)
+    return CheckpointSource(checkpoint)
+
+
+def limit_vram(plan: Plan, hardware: Hardware) -> None:
+    """Make torch refuse to allocate beyond the budget; the CUDA context is not torch's own."""
+    if hardware.has_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        allowed = plan.vram_budget_bytes - plan.memory.context
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / hardware.vram_total_bytes))
+
+
+def _fill_store(
+    source: WeightSource,
+    config: ModelConfig,
+    plan: Plan,
+    dtypes: Dtypes,
+    device: torch.device,
+    on_progress: Progress | None,
+) -> ExpertStore:
+    store = ExpertStore(
+        ExpertShape(
+            num_layers=config.num_layers,
+            moe_layers=[i for i in range(config.num_layers) if config.is_moe_layer(i)],
+            num_experts=config.num_experts,
+            hidden_size=config.hidden_size,
+            expert_size=config.expert_size,
+        ),
+        plan.placement,
+        device=device,
+        dtype=getattr(torch, dtypes.expert),
+    )
+
+    def fill_expert(
+        layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor
+    ) -> None:
+        load_expert_into(source, config, layer, expert, w13_FH, w2_HI)
+
+    def report(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress("experts", done, total)
+
+    store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
+    return store
+
+
+def _kernels(config: ModelConfig, plan: Plan, device: torch.device) -> DeviceKernels:
+    cos_SR, sin_SR = (table.to(device) for table in rope_tables(config, plan.context_tokens))
+    sm_scale = config.head_dim**-0.5
+    if device.type == "cpu":
+        return TorchKernels(cos_SR, sin_SR, sm_scale, eps=config.rms_norm_eps)
+    from fiddler.models.triton_kernels import TritonKernels  # triton wants a GPU
+
+    return TritonKernels(
+        cos_SR, sin_SR, sm_scale, num_kv_heads=config.num_kv_heads, eps=config.rms_norm_eps
+    )
+
+
+def _eos_ids(files: ModelFiles) -> tuple[int, ...]:
+    own = files.tokenizer.eos_token_ids if files.tokenizer is not None else ()
+    return (*files.config.eos_token_ids, *own)
+
+
+def _token_text(tokenizer: Tokenizer | None) -> Callable[[int], str]:
+    if tokenizer is None:
+        return lambda token_id: ""
+    return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _vram_meter(plan: Plan, device: torch.device) -> Callable[[], int]:
+    """Peak VRAM so far as the driver counts it: torch's pool and the CUDA context."""
+    if device.type == "cpu":
+        return lambda: 0
+    return lambda: torch.cuda.max_memory_reserved() + plan.memory.context
+
+
+def _give_back_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned pages; torch has no public name for it

@@ -1,0 +1,94 @@
+"""One way to a plan, for `fiddler plan` and for loading: settings and a model in, plan out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fiddler.config import PAGE_SIZE, EngineConfig
+from fiddler.errors import ConfigError, OutOfMemoryError
+from fiddler.models.config import ModelConfig
+from fiddler.models.dtypes import Dtypes, resolve_dtypes
+from fiddler.models.footprint import footprint
+from offload.hardware import Hardware
+from offload.placement import Placement
+from offload.plan import Budget, Footprint, Plan
+from offload.planner import plan as make_plan
+from offload.popularity import Popularity, load_profile
+from offload.units import gib_to_bytes, size_text
+
+SHIPPED_PROFILE = "profile.json"  # a model folder may bring its own
+
+
+def plan_model(
+    settings: EngineConfig,
+    model: ModelConfig,
+    hardware: Hardware,
+    *,
+    name: str,
+    folder: Path | None,
+) -> tuple[Plan, Dtypes]:
+    """Return where everything will live, or raise OutOfMemoryError or ProfileError."""
+    dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=hardware.has_gpu)
+    needs = footprint(
+        model,
+        dtype=dtypes.compute,
+        expert_dtype=dtypes.expert,
+        max_batched_tokens=settings.max_batched_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+    )
+    popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
+    budget = Budget(
+        max_context=model.max_position,
+        vram_bytes=_bytes(settings.vram_gb),
+        ram_bytes=_bytes(settings.ram_gb),
+        context_tokens=settings.max_model_len,
+        page_size=PAGE_SIZE,
+        max_num_seqs=settings.max_num_seqs,
+    )
+    plan = make_plan(needs, hardware, budget, popularity, popularity_name=popularity_name)
+    if settings.placement is not None:
+        plan = with_placement(plan, settings.placement, needs, hardware)
+    return plan, dtypes
+
+
+def find_popularity(
+    path: str | None, model: ModelConfig, name: str, folder: Path | None
+) -> tuple[Popularity, str]:
+    """The asked profile, or the one shipped with the model, or nothing known."""
+    shipped = folder / SHIPPED_PROFILE if folder is not None else None
+    if path is None and (shipped is None or not shipped.is_file()):
+        return Popularity.uniform(model.num_layers, model.num_experts), "uniform"
+    profile = load_profile(
+        path or str(shipped),
+        model=name,
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+    )
+    return profile.popularity, profile.name
+
+
+def with_placement(
+    plan: Plan, placement: Placement, needs: Footprint, hardware: Hardware
+) -> Plan:
+    """Return ``plan`` with exactly ``placement``, if that exists and fits."""
+    if len(placement.resident) != needs.num_layers:
+        raise ConfigError(
+            f"the placement has {len(placement.resident)} layers, the model {needs.num_layers}"
+        )
+    for layer, experts in enumerate(placement.resident):
+        valid = range(needs.num_experts if layer in needs.moe_layers else 0)
+        if wrong := sorted(e for e in experts if e not in valid):
+            raise ConfigError(f"the placement names expert {wrong[0]} of layer {layer}, which has none such")
+    room = plan.memory.gpu_experts + plan.memory.unused
+    asked = placement.num_resident * needs.expert_bytes
+    if hardware.has_gpu and asked > room:
+        raise OutOfMemoryError(
+            f"the placement's {placement.num_resident} experts need {size_text(asked)} of VRAM,"
+            f" but the plan leaves {size_text(room)} for experts",
+            hint="place fewer experts, or give more VRAM",
+        )
+    return replace(plan, placement=placement)
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else gib_to_bytes(gib)
