@@ -54,13 +54,13 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of ``text``; special tokens are those the model wants around it (BOS)."""
         try:
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            text.encode("utf-8")  # the library says no more than TypeError
         except UnicodeEncodeError as error:  # lone surrogates, from a wrongly decoded file
             raise PromptError(
                 f"the text is not valid Unicode at character {error.start}",
                 hint="check the encoding of the file or terminal it came from; UTF-8 is expected",
             ) from error
-        ids: list[int] = encoding.ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -19,7 +19,9 @@ def store(pool: PagePool, cache: PrefixCache, tokens: list[int]) -> None:
 
 
 def common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 @given(st.lists(texts, max_size=8), texts)

@@ -1,0 +1,100 @@
+"""Errors for people: unknown names, engine options out of range, and what all errors share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from fiddler import errors
+from fiddler.config import EngineConfig, option_names
+from fiddler.errors import ConfigError, FiddlerError, named_arguments, nearest, reject_unknown
+
+
+def test_every_error_is_a_fiddler_error_with_message_and_hint() -> None:
+    kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    assert len(kinds) == 9
+    for kind in kinds:
+        error = kind("it broke", hint="mend it")
+        assert isinstance(error, FiddlerError)
+        assert (str(error), error.message, error.hint) == ("it broke", "it broke", "mend it")
+        assert kind("it broke").hint == ""
+
+
+def test_errors_of_arguments_are_value_errors_too() -> None:
+    assert issubclass(errors.ConfigError, ValueError)
+    assert issubclass(errors.PromptError, ValueError)
+
+
+def test_nearest_names_the_closest_or_nothing() -> None:
+    assert nearest("dtyp", ["dtype", "device"]) == "; did you mean 'dtype'?"
+    assert nearest("zzz", ["dtype", "device"]) == ""
+
+
+def test_the_first_unknown_name_is_reported_with_all_valid_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        reject_unknown("colour", ["red", "blau", "grun"], ["red", "blue"])
+    assert caught.value.message == "unknown colour 'blau'; did you mean 'blue'?"
+    assert caught.value.hint == "valid names: blue, red"
+
+
+def test_a_decorated_dataclass_still_takes_its_defaults() -> None:
+    @named_arguments("knob")
+    @dataclass(kw_only=True)
+    class Knobs:
+        size: int = 3
+
+    assert Knobs().size == 3 and Knobs(size=4).size == 4
+    with pytest.raises(ConfigError, match="unknown knob 'sise'; did you mean 'size'"):
+        Knobs(sise=4)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("vram", "vram_gb"),
+        ("max_context", "max_model_len"),
+        ("max_length", "max_model_len"),
+        ("threads", "cpu_threads"),
+        ("load_fromat", "load_format"),
+    ],
+)
+def test_an_unknown_engine_option_names_the_nearest(wrong: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**{wrong: 1})
+    message = caught.value.message
+    assert message.startswith(f"unknown engine option {wrong!r}")
+    if wrong != "max_context":  # nothing is near enough to guess
+        assert message.endswith(f"did you mean {meant!r}?")
+    assert meant in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("vram_gb", -1, "0 or more GiB"),
+        ("vram_gb", "8", "0 or more GiB"),
+        ("ram_gb", float("nan"), "0 or more GiB"),
+        ("ram_gb", float("inf"), "0 or more GiB"),
+        ("vram_gb", True, "0 or more GiB"),
+        ("max_model_len", 0, "a whole number of at least 1"),
+        ("max_model_len", "512", "a whole number of at least 1"),
+        ("max_num_seqs", 2.5, "a whole number of at least 1"),
+        ("max_batched_tokens", 0, "a whole number of at least 1"),
+        ("cpu_threads", 0, "a whole number of at least 1"),
+        ("dtype", "fp16", "auto, float32, bfloat16"),
+        ("device", "gpu", "auto, cuda, cpu"),
+        ("load_format", "gguf", "auto, dummy"),
+        ("dtype", None, "auto, float32, bfloat16"),
+    ],
+)
+def test_an_engine_option_out_of_range_names_itself_and_what_is_valid(
+    name: str, value: Any, expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**{name: value})
+    message = caught.value.message
+    assert name in message and expected in message and message.endswith(f"not {value!r}")
+
+
+def test_option_names_are_the_fields() -> None:
+    assert {"model", "dtype", "vram_gb", "ram_gb", "seed"} <= set(option_names())
