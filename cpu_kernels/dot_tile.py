@@ -20,6 +20,7 @@ from cpu_kernels.isa import host_isa
 LANES = host_isa().lanes
 ROWS = 4
 TOKENS = 4 if LANES == 16 else 2  # 4 x 4 accumulators need the 32 registers of AVX-512
+UNROLL = 2
 
 _FUSE = ("contract",)  # let multiply and add become one FMA where the CPU has it; nothing else
 _I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
@@ -99,9 +100,20 @@ def _addresses(builder: Any, context: Any, array: Any, first: Any, count: int) -
     return [builder.load(builder.gep(data, [place])) for place in places]
 
 
-def _make_add_tile(load_w: Any, num_tokens: int) -> Any:
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for a cache line, into the second-level cache; an address out of bounds does no harm."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    read, second_level, data = _I32(0), _I32(2), _I32(1)
+    builder.call(hint, [builder.inttoptr(address, pointer), read, second_level, data])
+
+
+def _make_add_tile(load_w: Any, weight_bytes: int, num_tokens: int) -> Any:
+    lines = UNROLL * LANES * weight_bytes // 64  # of one row, that an unrolled step consumes
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        row_array, first_row, x_array, first_x, begin, end, sums = args
+        row_array, first_row, x_array, first_x, begin, end, ahead, sums = args
         rows = _addresses(builder, context, row_array, first_row, ROWS)
         xs = _addresses(builder, context, x_array, first_x, num_tokens)
         vector = ir.VectorType(_F32, LANES)
@@ -110,22 +122,33 @@ def _make_add_tile(load_w: Any, num_tokens: int) -> Any:
         slots = [cgutils.alloca_once(builder, vector) for _ in places]
         for slot, place in zip(slots, places, strict=True):
             builder.store(builder.load(place, align=4), slot)
-        steps = builder.sdiv(builder.sub(end, begin), _I64(LANES))
-        with cgutils.for_range(builder, steps, intp=_I64) as loop:
-            index = builder.add(begin, builder.mul(loop.index, _I64(LANES)))
-            _add_products(builder, load_w, rows, xs, slots, index, LANES)
+        for unroll in (UNROLL, 1):
+            step = _I64(unroll * LANES)
+            steps = builder.sdiv(builder.sub(end, begin), step)
+            with cgutils.for_range(builder, steps, intp=_I64) as loop:
+                index = builder.add(begin, builder.mul(loop.index, step))
+                for row in rows if unroll > 1 else []:
+                    at = builder.add(row, builder.mul(index, _I64(weight_bytes)))
+                    for line in range(lines):
+                        _prefetch(builder, builder.add(at, builder.add(ahead, _I64(64 * line))))
+                for k in range(unroll):
+                    place = builder.add(index, _I64(k * LANES))
+                    _add_products(builder, load_w, rows, xs, slots, place, LANES)
+            begin = builder.add(begin, builder.mul(steps, step))
         for slot, place in zip(slots, places, strict=True):
             builder.store(builder.load(slot), place, align=4)
         return context.get_dummy_value()
 
-    def add_tile(typingctx, rows, row, xs, x, begin, end, sums):  # type: ignore[no-untyped-def]
+    def add_tile(  # type: ignore[no-untyped-def]
+        typingctx, rows, row, xs, x, begin, end, ahead, sums
+    ):
         """sums[r, t, :] += products of elements [begin, end) of rows[row + r] and xs[x + t].
 
         ``rows`` and ``xs`` are arrays of addresses, ``sums`` the address of [ROWS, T, L] float32;
-        end - begin is a multiple of L.
+        end - begin is a multiple of L. Weights ``ahead`` bytes further on are prefetched.
         """
         i64 = types.int64
-        return types.void(_ADDRESSES, i64, _ADDRESSES, i64, i64, i64, i64), codegen
+        return types.void(_ADDRESSES, i64, _ADDRESSES, i64, i64, i64, i64, i64), codegen
 
     return intrinsic(add_tile)
 
@@ -140,12 +163,12 @@ def _make_finish_tile(load_w: Any, num_tokens: int) -> Any:
         folded = _fold_lanes(builder, [builder.load(place, align=4) for place in places])
         floats = _pointer(builder, out, _F32)
         slots = []
-        for r in range(ROWS):
-            row_start = builder.gep(floats, [builder.mul(_I64(r), stride)])
-            for t in range(num_tokens):
-                vector, lane = divmod(r * num_tokens + t, folded[0].type.count)
-                slots.append(builder.gep(row_start, [_I64(t)]))
-                builder.store(builder.extract_element(folded[vector], _I32(lane)), slots[-1])
+        for k in range(ROWS * num_tokens):
+            r, t = divmod(k, num_tokens)
+            place = builder.add(builder.mul(_I64(t), stride), _I64(r))
+            slots.append(builder.gep(floats, [place]))
+            vector, lane = divmod(k, folded[0].type.count)
+            builder.store(builder.extract_element(folded[vector], _I32(lane)), slots[-1])
         with cgutils.for_range(builder, end, start=begin, intp=_I64) as loop:
             _add_products(builder, load_w, rows, xs, slots, loop.index, 1)
         return context.get_dummy_value()
@@ -153,7 +176,7 @@ def _make_finish_tile(load_w: Any, num_tokens: int) -> Any:
     def finish_tile(  # type: ignore[no-untyped-def]
         typingctx, rows, row, xs, x, begin, end, sums, out, stride
     ):
-        """out[r * stride + t] = all lanes of sums[r, t, :] + products of elements [begin, end)."""
+        """out[t * stride + r] = all lanes of sums[r, t, :] + products of elements [begin, end)."""
         i64 = types.int64
         arguments = (_ADDRESSES, i64, _ADDRESSES, i64, i64, i64, i64, i64, i64)
         return types.void(*arguments), codegen
@@ -162,10 +185,10 @@ def _make_finish_tile(load_w: Any, num_tokens: int) -> Any:
 
 
 # One activation row (decode) or TOKENS of them, for each type of weights.
-add_tile_bf16_1 = _make_add_tile(_load_bf16, 1)
-add_tile_bf16 = _make_add_tile(_load_bf16, TOKENS)
-add_tile_f32_1 = _make_add_tile(_load_f32, 1)
-add_tile_f32 = _make_add_tile(_load_f32, TOKENS)
+add_tile_bf16_1 = _make_add_tile(_load_bf16, 2, 1)
+add_tile_bf16 = _make_add_tile(_load_bf16, 2, TOKENS)
+add_tile_f32_1 = _make_add_tile(_load_f32, 4, 1)
+add_tile_f32 = _make_add_tile(_load_f32, 4, TOKENS)
 finish_tile_bf16_1 = _make_finish_tile(_load_bf16, 1)
 finish_tile_bf16 = _make_finish_tile(_load_bf16, TOKENS)
 finish_tile_f32_1 = _make_finish_tile(_load_f32, 1)

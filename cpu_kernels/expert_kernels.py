@@ -8,8 +8,6 @@ worker owns the same slice of rows of every expert, so uneven routing leaves the
 worker alone adds up an output element, expert after expert.
 """
 
-import math
-
 import numpy as np
 
 from cpu_kernels.dot_tile import (
@@ -25,7 +23,7 @@ from cpu_kernels.dot_tile import (
     finish_tile_f32,
     finish_tile_f32_1,
 )
-from cpu_kernels.intrinsics import f32_array, i64_array, jit
+from cpu_kernels.intrinsics import f32_array, i64_array, jit, power_of_two
 
 # One layer's work: addresses and sizes. Weights are bf16 bits or float32.
 JOB = np.dtype(
@@ -46,42 +44,55 @@ PANEL_TOKENS = 16
 # Elements of a row that a pass takes at once: TOKENS activation rows of so many floats stay in the
 # first-level cache (16 KB) while the panel's rows pass over them.
 BLOCK = 1024
+import os
+AHEAD = int(os.environ.get("AHEAD","1024"))
+
+# exp(x) = 2^n exp(r), r = x - n ln 2, by the polynomial of the Cephes library.
+EXP_MIN, EXP_MAX = np.float32(-87), np.float32(88)
+LOG2_E = np.float32(1.44269504088896341)
+ROUNDER = np.float32(1.5 * 2**23)  # added to a number it leaves the nearest integer in the low bits
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+EXP_TERMS = tuple(
+    np.float32(term)
+    for term in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2)
+) + (np.float32(1.6666665459e-1), np.float32(5.0000001201e-1))
 
 PANEL = PANEL_ROWS * PANEL_TOKENS
 SCRATCH = PANEL * LANES + 2 * PANEL  # a panel's accumulators, its gates and ups
 
 
 @jit
-def add_tile(is_bf16, rows, r, xs, t, is_single, begin, end, sums):
+def add_tile(is_bf16, rows, r, xs, t, is_single, begin, end, ahead, sums):
     if is_bf16 and is_single:
-        add_tile_bf16_1(rows, r, xs, t, begin, end, sums)
+        add_tile_bf16_1(rows, r, xs, t, begin, end, ahead, sums)
     elif is_bf16:
-        add_tile_bf16(rows, r, xs, t, begin, end, sums)
+        add_tile_bf16(rows, r, xs, t, begin, end, ahead, sums)
     elif is_single:
-        add_tile_f32_1(rows, r, xs, t, begin, end, sums)
+        add_tile_f32_1(rows, r, xs, t, begin, end, ahead, sums)
     else:
-        add_tile_f32(rows, r, xs, t, begin, end, sums)
+        add_tile_f32(rows, r, xs, t, begin, end, ahead, sums)
 
 
 @jit
 def finish_tile(is_bf16, rows, r, xs, t, is_single, begin, end, sums, out):
-    at = out + (r * PANEL_TOKENS + t) * 4
+    at = out + (t * PANEL_ROWS + r) * 4
     if is_bf16 and is_single:
-        finish_tile_bf16_1(rows, r, xs, t, begin, end, sums, at, PANEL_TOKENS)
+        finish_tile_bf16_1(rows, r, xs, t, begin, end, sums, at, PANEL_ROWS)
     elif is_bf16:
-        finish_tile_bf16(rows, r, xs, t, begin, end, sums, at, PANEL_TOKENS)
+        finish_tile_bf16(rows, r, xs, t, begin, end, sums, at, PANEL_ROWS)
     elif is_single:
-        finish_tile_f32_1(rows, r, xs, t, begin, end, sums, at, PANEL_TOKENS)
+        finish_tile_f32_1(rows, r, xs, t, begin, end, sums, at, PANEL_ROWS)
     else:
-        finish_tile_f32(rows, r, xs, t, begin, end, sums, at, PANEL_TOKENS)
+        finish_tile_f32(rows, r, xs, t, begin, end, sums, at, PANEL_ROWS)
 
 
 @jit
 def multiply_panel(is_bf16, rows, num_rows, xs, num_xs, length, sums, out):
-    """out[r, t] = rows[r] . xs[t]; ``rows`` and ``xs`` are addresses, padded to whole tiles.
+    """out[t, r] = rows[r] . xs[t]; ``rows`` and ``xs`` are addresses, padded to whole tiles.
 
-    ``out`` is the address of [PANEL_ROWS, PANEL_TOKENS] float32, ``sums`` of as many vectors.
+    ``out`` is the address of [PANEL_TOKENS, PANEL_ROWS] float32, ``sums`` of as many vectors.
     """
+    ahead = AHEAD
     whole = length // LANES * LANES
     block = max(whole, 1) if num_xs <= TOKENS else BLOCK  # a row that is read once is read in one go
     tile_bytes = ROWS * TOKENS * LANES * 4
@@ -93,7 +104,7 @@ def multiply_panel(is_bf16, rows, num_rows, xs, num_xs, length, sums, out):
         at = sums
         for t in range(0, num_xs, TOKENS):
             for r in range(0, num_rows, ROWS):
-                add_tile(is_bf16, rows, r, xs, t, num_xs - t == 1, begin, end, at)
+                add_tile(is_bf16, rows, r, xs, t, num_xs - t == 1, begin, end, ahead, at)
                 at += tile_bytes
     at = sums
     for t in range(0, num_xs, TOKENS):
@@ -110,8 +121,25 @@ def fill_addresses(addresses, base, first, last, stride):
 
 
 @jit
+def exp(x):
+    """exp(x) for x in [-87, 88], limited to that; relative error below 3e-7.
+
+    In plain arithmetic, so that the loops around it become vectors; the library's exp stays a call.
+    """
+    limited = x if x > EXP_MIN else EXP_MIN
+    limited = limited if limited < EXP_MAX else EXP_MAX
+    shifted = limited * LOG2_E + ROUNDER
+    n = shifted - ROUNDER
+    r = limited - n * LN2_HIGH - n * LN2_LOW
+    p = EXP_TERMS[0]
+    for term in EXP_TERMS[1:]:
+        p = p * r + term
+    return power_of_two(shifted) * (p * r * r + r + np.float32(1))
+
+
+@jit
 def silu_mul(gate, up):
-    return gate / (np.float32(1) + math.exp(-gate)) * up
+    return gate / (np.float32(1) + exp(-gate)) * up
 
 
 @jit
@@ -133,7 +161,7 @@ def gate_up_panel(job, expert, first_row, num_rows, first_pair, num_pairs, worke
     for t in range(num_pairs):
         act = f32_array(job.act + (first_pair + t) * job.width * 4, job.width)
         for r in range(num_rows):
-            k = r * PANEL_TOKENS + t
+            k = t * PANEL_ROWS + r
             act[first_row + r] = silu_mul(gate[k], up[k])
 
 
@@ -154,7 +182,7 @@ def down_panel(job, expert, first_row, num_rows, first_pair, num_pairs, worker, 
         pair = first_pair + t
         out = f32_array(job.out + token[pair] * job.hidden * 4, job.hidden)
         for r in range(num_rows):
-            out[first_row + r] += weight[pair] * down[r * PANEL_TOKENS + t]
+            out[first_row + r] += weight[pair] * down[t * PANEL_ROWS + r]
 
 
 @jit

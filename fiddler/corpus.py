@@ -14,6 +14,7 @@ Message = dict[str, str]
 Document = str | list[Message]
 
 MOST_WINDOW = 2048  # tokens; longer windows cost quadratic attention and route no differently
+HELD_OUT_WINDOWS = 10  # from as many places of the corpus: two of 2,048 tokens judged by luck
 LEAST_WINDOW = 16  # tokens below which routing mostly shows the beginning of a text
 
 
@@ -48,18 +49,19 @@ def read_chat_corpus(path: Path | str) -> Corpus:
 def cut_windows(
     documents: Sequence[list[int]], *, context: int, held_out: float
 ) -> list[list[int]]:
-    """Cut token ids into windows shorter than ``context``, enough of them to hold some out.
+    """Cut token ids into windows shorter than ``context``, some ten of them to be held out.
 
-    Raises :class:`ProfileError` for a corpus that is too short.
+    Raises :class:`ProfileError` for a corpus that is too short to hold out two.
     """
-    wanted = math.ceil(2 / held_out)  # two held-out windows at least
     num_tokens = sum(map(len, documents))
-    if num_tokens < wanted * LEAST_WINDOW:
+    least = math.ceil(2 / held_out) * LEAST_WINDOW
+    if num_tokens < least:
         raise ProfileError(
             f"the corpus has {num_tokens:,} tokens, too few to profile with",
-            hint=f"give at least {wanted * LEAST_WINDOW:,}; some ten thousand make a good profile",
+            hint=f"give at least {least:,}; some ten thousand make a good profile",
         )
-    size = min(context - 1, MOST_WINDOW, num_tokens // wanted)
+    even = num_tokens // math.ceil(HELD_OUT_WINDOWS / held_out)
+    size = min(context - 1, max(LEAST_WINDOW, min(MOST_WINDOW, even)))
     return [ids[i : i + size] for ids in documents for i in range(0, len(ids), size)]
 
 
@@ -85,19 +87,21 @@ def _read(path: Path) -> tuple[str, str]:
 
 
 def _records(text: str, path: Path) -> list[Any]:
-    """The conversations of a file, not yet checked."""
+    """The conversations of a file, not yet checked; at least one."""
     try:
         record = json.loads(text)
     except ValueError:
         return _json_lines(text, path)
     except RecursionError as error:
         raise ProfileError(f"{path} is no chat file: it is nested too deeply") from error
-    is_conversation = isinstance(record, dict) or (
-        isinstance(record, list) and bool(record) and isinstance(record[0], dict)
-    )
-    if is_conversation and "messages" not in (record[0] if isinstance(record, list) else ()):
-        return [record]
-    return record if isinstance(record, list) else [record]
+    if record == []:
+        raise ProfileError(f"{path} holds no conversation")
+    is_many = isinstance(record, list) and _may_be_conversation(record[0])
+    return record if is_many else [record]
+
+
+def _may_be_conversation(entry: Any) -> bool:
+    return isinstance(entry, list) or (isinstance(entry, dict) and "messages" in entry)
 
 
 def _json_lines(text: str, path: Path) -> list[Any]:

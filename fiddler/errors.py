@@ -74,7 +74,7 @@ def reject_unknown(kind: str, given: Iterable[str], valid: Iterable[str]) -> Non
 
 
 def named_arguments(kind: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator for a keyword-only dataclass: an unknown argument names the nearest valid one."""
+    """Class decorator for a keyword-only dataclass: an unknown argument names the nearest one."""
 
     def decorate(cls: type[T]) -> type[T]:
         plain_init: Callable[..., None] = cls.__init__

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, TypeGuard, overload
+from typing import Any, Self, overload
 
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.engine.request import Request
@@ -19,13 +19,13 @@ from fiddler.loading import LoadedModel, Progress, load_model
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
 from fiddler.outputs import RequestOutput, RunStats
+from fiddler.prompts import Prompt, check_params, check_prompt, is_batch, one_each, token_ids
 from fiddler.sampling_params import SamplingParams
 from fiddler.stream import Sample, TokenStream, raise_failure
 from fiddler.text.tokenizer import Tokenizer
 from offload.hardware import Hardware
 from offload.plan import Plan
 
-Prompt = str | list[int]
 Message = dict[str, Any]
 
 
@@ -139,11 +139,11 @@ class LLM:
         one each. ``on_progress(done, total)`` counts finished prompts. Raises PromptError for a
         prompt that is empty or longer than the context, before any of them runs.
         """
-        many: list[Any] = prompts if _is_batch(prompts) else [prompts]
-        every = _one_each(params, len(many))
+        many: list[Any] = prompts if is_batch(prompts) else [prompts]
+        every = one_each(params, len(many))
         checked = [self._prepare(prompt, p) for prompt, p in zip(many, every, strict=True)]
         results = self._run([self._enqueue(*request) for request in checked], on_progress)
-        return results if _is_batch(prompts) else results[0]
+        return results if is_batch(prompts) else results[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Complete one prompt, event by event; closing the stream cancels it."""
@@ -227,40 +227,15 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None
     ) -> tuple[str | None, list[int], SamplingParams]:
         """Check one prompt and complete its settings; nothing is queued yet."""
-        if not isinstance(params, SamplingParams | None):
-            raise ConfigError(f"params must be SamplingParams, not {type(params).__name__}")
+        vocab_size = self.model_config.vocab_size
+        check_params(params, vocab_size=vocab_size)
         params = (params or SamplingParams()).with_defaults(self._files.generation_config)
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
-        self._check_prompt(ids)
-        self._check_params(params)
-        return text, ids, params
-
-    def _check_params(self, params: SamplingParams) -> None:
-        vocab = self.model_config.vocab_size
-        for name, ids in (
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            if ids and max(ids) >= vocab:
-                raise ConfigError(
-                    f"{name} names token {max(ids)}, but the vocabulary ends at {vocab - 1}"
-                )
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
+        check_prompt(ids, context_tokens=self.plan.context_tokens, vocab_size=vocab_size)
         if params.stop:
             self.tokenizer  # noqa: B018  stop strings need text: refuse now, not at the first token
-
-    def _check_prompt(self, ids: list[int]) -> None:
-        context, vocab = self.plan.context_tokens, self.model_config.vocab_size
-        if not ids:
-            raise PromptError("the prompt is empty", hint="give at least one token of text")
-        if len(ids) >= context:
-            raise PromptError(
-                f"the prompt has {len(ids):,} tokens, but the context holds {context:,}"
-                " and the answer needs at least one",
-                hint="shorten it, or load the model with a larger context (max_model_len)",
-            )
-        if min(ids) < 0 or max(ids) >= vocab:
-            raise PromptError(f"token ids must lie between 0 and {vocab - 1}")
+        return text, ids, params
 
     def _enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams
@@ -371,29 +346,3 @@ def _total_stats(requests: list[Request], peak_vram_bytes: int) -> RunStats:
         expert_tokens_gpu=sum(r.expert_tokens_gpu for r in requests),
         expert_tokens_cpu=sum(r.expert_tokens_cpu for r in requests),
     )
-
-
-def _is_batch(prompts: object) -> TypeGuard[list[Any]]:
-    """Whether these are several prompts; a list of numbers is one prompt of token ids."""
-    return isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
-
-
-def _token_ids(prompt: object) -> list[int]:
-    if not isinstance(prompt, list) or not all(isinstance(token, int) for token in prompt):
-        raise PromptError(
-            f"a prompt is a text or a list of token ids, not {type(prompt).__name__}",
-            hint="an array becomes a list of numbers by its tolist()",
-        )
-    return list(prompt)
-
-
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
-    if not isinstance(params, list | tuple):
-        raise ConfigError(f"params must be SamplingParams, not {type(params).__name__}")
-    if len(params) != count:
-        raise ConfigError(f"{count} prompts came with {len(params)} sampling parameters")
-    return params

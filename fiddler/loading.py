@@ -19,7 +19,7 @@ from fiddler.engine.pages import PagePool
 from fiddler.engine.prefix_cache import PrefixCache
 from fiddler.engine.runner import Runner
 from fiddler.engine.scheduler import Scheduler
-from fiddler.hub import resolve_model
+from fiddler.hub import ModelFolder, fetch_metadata, resolve_model
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
@@ -84,7 +84,9 @@ def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> L
         resources.callback(_give_back_memory, device)
         limit_vram(plan, hardware)
         pool = resources.enter_context(ExpertPool(settings.cpu_threads))
-        dense = load_dense(source, files.config, device=device, dtype=getattr(torch, dtypes.compute))
+        dense = load_dense(
+            source, files.config, device=device, dtype=getattr(torch, dtypes.compute)
+        )
         store = _fill_store(source, files.config, plan, dtypes, device, on_progress)
         resources.callback(store.clear)
         experts = HybridExperts(
@@ -142,13 +144,7 @@ def find_model(settings: EngineConfig, on_progress: Progress | None = None) -> M
             tokenizer=None,
             chat_template=None,
         )
-    found = resolve_model(
-        settings.model,
-        revision=settings.revision,
-        token=settings.token,
-        offline=settings.offline,
-        progress=on_progress,
-    )
+    found = _find_folder(settings, on_progress)
     return ModelFiles(
         name=found.name,
         revision=found.revision,
@@ -160,9 +156,20 @@ def find_model(settings: EngineConfig, on_progress: Progress | None = None) -> M
     )
 
 
-def open_source(
-    settings: EngineConfig, files: ModelFiles, reading: ExitStack
-) -> WeightSource:
+def _find_folder(settings: EngineConfig, on_progress: Progress | None) -> ModelFolder:
+    """Seeded weights need no download but the small files."""
+    where: dict[str, Any] = {
+        "revision": settings.revision,
+        "token": settings.token,
+        "offline": settings.offline,
+        "progress": on_progress,
+    }
+    if settings.load_format == "dummy":
+        return fetch_metadata(settings.model, **where).folder
+    return resolve_model(settings.model, **where)
+
+
+def open_source(settings: EngineConfig, files: ModelFiles, reading: ExitStack) -> WeightSource:
     """Open the weights and check that all are there; a checkpoint stays mapped while loading."""
     if settings.load_format == "dummy":
         return DummySource(files.config, settings.seed)
@@ -201,9 +208,7 @@ def _fill_store(
         dtype=getattr(torch, dtypes.expert),
     )
 
-    def fill_expert(
-        layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor
-    ) -> None:
+    def fill_expert(layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> None:
         load_expert_into(source, config, layer, expert, w13_FH, w2_HI)
 
     def report(done: int, total: int) -> None:

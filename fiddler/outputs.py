@@ -70,7 +70,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One finished sample. ``routed_experts`` is int16 ``[tokens, layers, top_k]`` when asked for."""
+    """One finished sample; ``routed_experts`` is int16 ``[tokens, layers, top_k]`` if asked for."""
 
     index: int
     text: str

@@ -67,9 +67,7 @@ def find_popularity(
     return profile.popularity, profile.name
 
 
-def with_placement(
-    plan: Plan, placement: Placement, needs: Footprint, hardware: Hardware
-) -> Plan:
+def with_placement(plan: Plan, placement: Placement, needs: Footprint, hardware: Hardware) -> Plan:
     """Return ``plan`` with exactly ``placement``, if that exists and fits."""
     if len(placement.resident) != needs.num_layers:
         raise ConfigError(
@@ -78,7 +76,9 @@ def with_placement(
     for layer, experts in enumerate(placement.resident):
         valid = range(needs.num_experts if layer in needs.moe_layers else 0)
         if wrong := sorted(e for e in experts if e not in valid):
-            raise ConfigError(f"the placement names expert {wrong[0]} of layer {layer}, which has none such")
+            raise ConfigError(
+                f"the placement names expert {wrong[0]} of layer {layer}, which has none such"
+            )
     room = plan.memory.gpu_experts + plan.memory.unused
     asked = placement.num_resident * needs.expert_bytes
     if hardware.has_gpu and asked > room:

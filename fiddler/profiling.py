@@ -89,9 +89,7 @@ def profile_corpus(
     ``on_progress(done, total)`` counts tokens. Raises :class:`ProfileError` for a corpus that is
     too short, :class:`ConfigError` for a share outside 0.05 to 0.5.
     """
-    low, high = HELD_OUT_RANGE
-    if not low <= held_out <= high:
-        raise ConfigError(f"the held-out share must be between {low} and {high}, not {held_out}")
+    check_held_out(held_out)
     documents = [_token_ids(llm, document) for document in corpus.documents]
     windows = cut_windows(documents, context=llm.plan.context_tokens, held_out=held_out)
     counts_2LE, tokens_2 = _count(llm, windows, held_out, on_progress)
@@ -110,6 +108,13 @@ def profile_corpus(
         num_resident=llm.plan.placement.num_resident,
         held_out_tokens=tokens_2[1],
     )
+
+
+def check_held_out(share: float) -> None:
+    """Raise :class:`ConfigError` unless both parts of a corpus would be large enough."""
+    low, high = HELD_OUT_RANGE
+    if not low <= share <= high:
+        raise ConfigError(f"the held-out share must be between {low} and {high}, not {share}")
 
 
 def judge(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
@@ -73,15 +72,16 @@ class _Limits(NamedTuple):
     is_whole: bool = False
     may_be_none: bool = False
 
-    def check(self, name: str, value: object) -> None:
+    def check(self, name: str, value: Any) -> None:
         """Raise ConfigError unless ``value`` is a number within the limits (so not NaN)."""
         if value is None and self.may_be_none:
             return
         kind = Integral if self.is_whole else Real
-        if isinstance(value, bool) or not isinstance(value, kind):
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number:
             what = "a whole number" if self.is_whole else "a number"
             raise ConfigError(f"{name} must be {what}, not {value!r}")
-        if not self.low <= float(value) <= self.high:
+        if not self.low <= value <= self.high:
             raise ConfigError(f"{name} must be {self.expected}, not {value!r}")
 
 
@@ -108,9 +108,9 @@ def _as_tuple(value: Any) -> Any:
     """A list as a tuple, one text as a tuple of it, None as none; the rest is checked later."""
     if value is None:
         return ()
-    return (
-        (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-    )
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _checks(p: SamplingParams) -> list[tuple[str, Any, bool, str]]:
@@ -122,8 +122,11 @@ def _checks(p: SamplingParams) -> list[tuple[str, Any, bool, str]]:
             "logit_bias",
             bias,
             isinstance(bias, dict)
-            and all(_is_id(k) and isinstance(v, Real) and isfinite(v) for k, v in bias.items()),
-            "a finite number for each token id",
+            and all(
+                _is_id(k) and isinstance(v, Real) and -100 <= float(v) <= 100
+                for k, v in bias.items()
+            ),
+            "numbers between -100 and 100 by token id",
         ),
         (
             "min_tokens",

@@ -5,7 +5,7 @@ that copy; then the worker pool reads the buffers while the device computes its 
 ``result`` waits for the pool and enqueues the copy of its output back. The next ``launch`` waits on
 the same stream before it overwrites a buffer, so at most one layer is ever under way.
 
-Shapes: T tokens, K top-k, H hidden, E experts, P (token, expert) pairs.
+Shapes: T tokens, K top-k, H hidden, E experts, P (token, expert) pairs, M tokens of one expert.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from offload.expert_store import ExpertStore, LayerExperts, as_numpy
 
@@ -77,7 +77,7 @@ class HybridExperts:
         )
 
     def routed_ids(self, rows: slice) -> np.ndarray:
-        """Return the step's choices for some tokens, int16 ``[tokens, layers, K]``; -1: no experts."""
+        """The step's choices for some tokens, int16 ``[tokens, layers, K]``; -1: no experts."""
         top_k = self._ids_TK.shape[1]
         num_layers = self._store.shape.num_layers
         chosen_TLK = np.full((rows.stop - rows.start, num_layers, top_k), -1, dtype=np.int16)
@@ -147,16 +147,22 @@ class HybridExperts:
         hot_TK: np.ndarray,
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
+        """The device's part: one expert after the other, each over all its tokens."""
         out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        for expert in np.unique(ids[hot_TK]):
-            token_P, k_P = np.nonzero(ids == expert)
-            slot = int(experts.slot_E[expert])
-            y_PH = _gated_mlp(x_TH[token_P], experts.gpu_w13_SFH[slot], experts.gpu_w2_SHI[slot])
-            out_TH.index_add_(
-                0,
-                torch.as_tensor(token_P, device=x_TH.device),
-                y_PH.float() * weights_TK[token_P, k_P].unsqueeze(1),
+        pair_P = np.flatnonzero(hot_TK)
+        slot_P = experts.slot_E[ids.ravel()[pair_P]]
+        order_P = np.argsort(slot_P, kind="stable")
+        pair_dev_P = torch.from_numpy(pair_P[order_P]).to(x_TH.device, non_blocking=True)
+        token_dev_P = pair_dev_P // ids.shape[1]
+        weight_dev_P1 = weights_TK.flatten()[pair_dev_P].unsqueeze(1)
+        slots, starts = np.unique(slot_P[order_P], return_index=True)
+        for slot, a, b in zip(slots, starts, [*starts[1:], len(pair_P)], strict=True):
+            # the rows of one expert are distinct tokens, so the sum's order is that of the slots
+            token_M = token_dev_P[a:b]
+            y_MH = _gated_mlp(
+                x_TH.index_select(0, token_M), experts.gpu_w13_SFH[slot], experts.gpu_w2_SHI[slot]
             )
+            out_TH.index_add_(0, token_M, y_MH * weight_dev_P1[a:b])
         return out_TH
 
 
@@ -178,6 +184,6 @@ class PendingLayer:
         return cold_TH if self._hot_TH is None else cold_TH + self._hot_TH
 
 
-def _gated_mlp(x_PH: torch.Tensor, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> torch.Tensor:
-    gate_PI, up_PI = F.linear(x_PH, w13_FH.to(x_PH.dtype)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_PI) * up_PI, w2_HI.to(x_PH.dtype))
+def _gated_mlp(x_MH: torch.Tensor, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> torch.Tensor:
+    gate_MI, up_MI = F.linear(x_MH, w13_FH.to(x_MH.dtype)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate_MI) * up_MI, w2_HI.to(x_MH.dtype))

@@ -66,6 +66,8 @@ def random_texts(lengths: list[int], vocab_size: int, seed: int = 0) -> list[lis
 
 def relative_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """Frobenius norm of the difference over that of ``wanted``; NaN if anything is NaN."""
-    difference = sum((f.double() - w.double()).square().sum() for f, w in zip(found, wanted, strict=True))
+    difference = sum(
+        (f.double() - w.double()).square().sum() for f, w in zip(found, wanted, strict=True)
+    )
     size = sum(w.double().square().sum() for w in wanted)
     return float((difference / size).sqrt())

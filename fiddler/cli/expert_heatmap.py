@@ -17,9 +17,7 @@ def heatmap_lines(counts: Sequence[Sequence[int]], *, width: int) -> list[str]:
     label = len(str(len(counts) - 1))
     room = max(8, width - label - len("layer   ||  100 %"))
     rows = [
-        f"layer {layer:>{label}} |{_shades(row, room)}| {_top_quarter(row):>4.0%}".replace(
-            "%", " %"
-        )
+        f"layer {layer:>{label}} |{_shades(row, room)}| {100 * _top_quarter(row):3.0f} %"
         for layer, row in enumerate(counts)
         if any(row)
     ]

@@ -64,10 +64,11 @@ def command(
     GPU within the VRAM budget.
     """
     from fiddler.heatmap import check_picture, save_picture
-    from fiddler.profiling import profile_corpus
+    from fiddler.profiling import check_held_out, profile_corpus
     from offload.popularity import check_writable, save_profile
 
     corpus = _read_corpus(text, chat)
+    check_held_out(held_out)
     check_writable(output)
     if picture is not None:
         check_picture(picture)

@@ -10,7 +10,7 @@ E experts, K top-k, V vocabulary, R rows that need logits.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from fiddler.models.batch import StepBatch
 from fiddler.models.config import ModelConfig, QKNorm

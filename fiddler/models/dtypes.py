@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Dtypes:
-    """``compute`` for dense weights, activations and KV; ``expert`` for routed experts in memory."""
+    """``compute`` for dense weights, activations and KV; ``expert`` for routed experts."""
 
     compute: str
     expert: str

@@ -1,23 +1,17 @@
-"""Reading the JSON files of a model folder."""
+"""Reading the JSON files that a model folder must have."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fiddler.errors import CheckpointError
+from fiddler.text.model_files import read_json_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; a missing or damaged file is a :class:`CheckpointError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             f"{path.parent} has no {path.name}",
             hint="a model folder holds the files of one hub repository",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
+        )
+    return read_json_object(path)

@@ -13,7 +13,9 @@ from fiddler.models.batch import StepBatch
 class DeviceKernels(Protocol):
     """Everything the decoder runs besides plain matrix products and routed experts."""
 
-    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor: ...
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of each row, with the model's epsilon."""
+        ...
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """``silu(first half) * second half`` along the last axis."""

@@ -3,8 +3,10 @@
 Shapes: T tokens, N query heads, M key/value heads, D head dim, L cached tokens, P pages.
 """
 
+import itertools
+
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from fiddler.models.batch import StepBatch
 
@@ -34,9 +36,7 @@ class TorchKernels:
         self._cos_T1R = self._cos_SR[batch.positions_T].unsqueeze(1)
         self._sin_T1R = self._sin_SR[batch.positions_T].unsqueeze(1)
         indptr = batch.pages.indptr_B1.tolist()
-        self._pages_of = [
-            batch.pages.indices[a:b].long() for a, b in zip(indptr, indptr[1:], strict=False)
-        ]
+        self._pages_of = [batch.pages.indices[a:b].long() for a, b in itertools.pairwise(indptr)]
 
     def attention(
         self,
@@ -51,8 +51,7 @@ class TorchKernels:
         batch = self._batch
         if head_norms is not None:
             q_TND, k_TMD = (
-                self.rms_norm(x, norm)
-                for x, norm in zip((q_TND, k_TMD), head_norms, strict=True)
+                self.rms_norm(x, norm) for x, norm in zip((q_TND, k_TMD), head_norms, strict=True)
             )
         page_size = kv_cache.shape[2]
         page_T, offset_T = batch.slots_T // page_size, batch.slots_T % page_size

@@ -59,6 +59,7 @@ class TritonKernels:
         head_norms: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         batch, split = self._batch, self._batch.num_decodes
+        q_norm_D, k_norm_D = head_norms or (None, None)
         q_TND = rope_and_append(
             q_TND,
             k_TMD,
@@ -68,8 +69,9 @@ class TritonKernels:
             batch.positions_T,
             batch.slots_T,
             kv_cache,
-            *(head_norms or (None, None)),
-            self._eps,
+            q_norm_D,
+            k_norm_D,
+            eps=self._eps,
         )
         out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
         window_left = -1 if window is None else window - 1  # FlashInfer's counts without self

@@ -8,9 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_cases import (
+
+from fiddler.errors import ConfigError, OutOfMemoryError
+from offload.hardware import Hardware
+from offload.plan import Budget, Footprint, GpuSide, Plan
+from offload.planner import place, plan
+from offload.popularity import Popularity
+from offload.units import gib_to_bytes
+from tests.offload.planner_cases import (
     GIB,
     MIB,
     budgets,
@@ -21,13 +28,6 @@ from planner_cases import (
     popularities,
     without_gpu,
 )
-
-from fiddler.errors import ConfigError, OutOfMemoryError
-from offload.hardware import Hardware
-from offload.plan import Budget, Footprint, GpuSide, Plan
-from offload.planner import place, plan
-from offload.popularity import Popularity
-from offload.units import gib_to_bytes
 
 
 def planned(footprint: Footprint, hardware: Hardware, budget: Budget) -> Plan:
@@ -45,6 +45,7 @@ def planned_or_none(footprint: Footprint, hardware: Hardware, budget: Budget) ->
 # --- placement ---
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_other_choice_of_as_many_experts_catches_more(data: st.DataObject) -> None:
     popularity = data.draw(popularities(3, 3))
@@ -62,6 +63,7 @@ def test_no_other_choice_of_as_many_experts_catches_more(data: st.DataObject) ->
         assert ours == pytest.approx(best)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.integers(1, 9), st.data())
 def test_equal_experts_are_spread_over_the_layers(
     num_layers: int, num_experts: int, data: st.DataObject
@@ -74,6 +76,7 @@ def test_equal_experts_are_spread_over_the_layers(
     assert max(sizes) - min(sizes) <= 1
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_one_more_slot_evicts_nobody(data: st.DataObject) -> None:
     popularity = data.draw(popularities(4, 5))
@@ -85,6 +88,7 @@ def test_one_more_slot_evicts_nobody(data: st.DataObject) -> None:
 # --- budgets ---
 
 
+@settings(deadline=None)
 @given(models(), machines(), budgets())
 def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budget: Budget) -> None:
     made = planned_or_none(footprint, hardware, budget)
@@ -114,6 +118,7 @@ def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budg
         assert made.ram_needed_bytes == memory.cpu_experts
 
 
+@settings(deadline=None)
 @given(models(), machines(), budgets())
 def test_the_context_is_what_was_asked_or_within_the_rule(
     footprint: Footprint, hardware: Hardware, budget: Budget
@@ -132,6 +137,7 @@ def test_the_context_is_what_was_asked_or_within_the_rule(
         assert made.memory.kv <= left // 10
 
 
+@settings(deadline=None)
 @given(models(), budgets(), st.integers(GIB, 24 * GIB), st.integers(0, 2 * GIB))
 def test_more_vram_never_means_fewer_experts_or_less_context(
     footprint: Footprint, budget: Budget, vram_bytes: int, more_bytes: int
@@ -149,6 +155,7 @@ def test_more_vram_never_means_fewer_experts_or_less_context(
     assert after.expected_hit_rate >= before.expected_hit_rate
 
 
+@settings(deadline=None)
 @given(models(), st.integers(1, 24 * GIB), st.integers(1, 40_000))
 def test_the_most_experts_that_fit_beside_an_asked_context(
     footprint: Footprint, vram_bytes: int, context: int
@@ -171,6 +178,7 @@ def test_the_most_experts_that_fit_beside_an_asked_context(
 # --- refusals ---
 
 
+@settings(deadline=None)
 @given(models(), machines(), budgets())
 def test_every_way_out_that_a_refusal_names_fits(
     footprint: Footprint, hardware: Hardware, budget: Budget

@@ -1,0 +1,65 @@
+"""What may be asked of a model: prompts and settings, checked before anything is queued."""
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+from fiddler.errors import ConfigError, PromptError
+from fiddler.sampling_params import SamplingParams
+
+Prompt = str | list[int]
+
+
+def is_batch(prompts: object) -> TypeGuard[list[Any]]:
+    """Whether these are several prompts; a list of numbers is one prompt of token ids."""
+    return isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
+
+
+def one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams | None]:
+    """Return ``count`` parameters: the same for all, or those of a list of that length."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if not isinstance(params, list | tuple):
+        raise ConfigError(f"params must be SamplingParams, not {type(params).__name__}")
+    if len(params) != count:
+        raise ConfigError(f"{count} prompts came with {len(params)} sampling parameters")
+    return params
+
+
+def token_ids(prompt: object) -> list[int]:
+    """Return a copy of a prompt of token ids; PromptError for anything else."""
+    if not isinstance(prompt, list) or not all(isinstance(token, int) for token in prompt):
+        raise PromptError(
+            f"a prompt is a text or a list of token ids, not {type(prompt).__name__}",
+            hint="an array becomes a list of numbers by its tolist()",
+        )
+    return list(prompt)
+
+
+def check_prompt(ids: list[int], *, context_tokens: int, vocab_size: int) -> None:
+    """Raise PromptError unless the ids are of the model and leave room for an answer."""
+    if not ids:
+        raise PromptError("the prompt is empty", hint="give at least one token of text")
+    if len(ids) >= context_tokens:
+        raise PromptError(
+            f"the prompt has {len(ids):,} tokens, but the context holds {context_tokens:,}"
+            " and the answer needs at least one",
+            hint="shorten it, or load the model with a larger context (max_model_len)",
+        )
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise PromptError(f"token ids must lie between 0 and {vocab_size - 1}")
+
+
+def check_params(params: object, *, vocab_size: int) -> None:
+    """Raise ConfigError unless these are parameters that name tokens of the model only."""
+    if params is None:
+        return
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(f"params must be SamplingParams, not {type(params).__name__}")
+    named = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+    for name, ids in named.items():
+        if ids and max(ids) >= vocab_size:
+            raise ConfigError(
+                f"{name} names token {max(ids)}, but the vocabulary ends at {vocab_size - 1}"
+            )

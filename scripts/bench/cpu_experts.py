@@ -1,0 +1,186 @@
+"""CPU expert layers: weight bytes per second at M = 1 beside a plain read, and GFLOP/s at larger M.
+
+    python scripts/bench/cpu_experts.py [--threads N] [--json] [--rounds 15]
+
+Ratios are medians of pairs (layer, read) taken in turn over the same arena, which is many times the
+last-level cache. GFLOP/s are shares of what FMAs on registers alone reach, measured in the same run.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels.compiled import warmup
+from cpu_kernels.dot_tile import dot_tile_f32
+from cpu_kernels.expert_mlp import ExpertPool
+from cpu_kernels.expert_reference import f32_to_bf16
+from cpu_kernels.isa import host_isa
+
+# name: experts held, routed per token, hidden, expert width
+DECODE_SHAPES = {"mixtral-8x7b": (4, 2, 4096, 14336), "qwen3-30b-a3b": (128, 8, 2048, 768)}
+PREFILL_SHAPES = {"mixtral-8x7b": (1, 1, 4096, 14336), "qwen3-30b-a3b": (4, 4, 2048, 768)}
+PREFILL_TOKENS = (8, 64, 256)
+
+Row = dict[str, str | float]
+
+
+@numba.njit(nogil=True)
+def read_words(words: Any) -> int:
+    total = 0
+    for word in words:
+        total += word
+    return total
+
+
+@numba.njit(nogil=True)
+def fma_on_cache(data: Any, length: int, repeats: int) -> None:
+    """The kernels' own 4 x 4 tile on rows that stay in the first-level cache."""
+    at, row = data.ctypes.data, length * 4
+    rows = (at, at + row, at + 2 * row, at + 3 * row)
+    xs = (at + 4 * row, at + 5 * row, at + 6 * row, at + 7 * row)
+    for _ in range(repeats):
+        dot_tile_f32(rows, xs, length, at + 8 * row)
+
+
+def weights(num_experts: int, hidden: int, width: int) -> tuple[npt.NDArray[np.uint16], ...]:
+    """Normal bf16 weights, one random block repeated: random bits would be full of denormals."""
+    rng = np.random.default_rng(0)
+    block = f32_to_bf16(rng.standard_normal(1 << 20, np.float32) / np.float32(64))
+    shapes = ((num_experts, 2 * width, hidden), (num_experts, hidden, width))
+    return tuple(np.resize(block, shape) for shape in shapes)
+
+
+class Reader:
+    """Plain reads of arrays by as many threads as the pool has."""
+
+    def __init__(self, arrays: tuple[npt.NDArray[Any], ...], num_threads: int) -> None:
+        self._executor = ThreadPoolExecutor(num_threads)
+        self._parts = [
+            part
+            for array in arrays
+            for part in np.array_split(array.reshape(-1).view(np.int64), num_threads)
+        ]
+        self.num_bytes = sum(array.nbytes for array in arrays)
+
+    def read(self) -> None:
+        list(self._executor.map(read_words, self._parts))
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def layer_calls(
+    pool: ExpertPool, arrays: tuple[npt.NDArray[Any], ...], routed: int, num_tokens: int
+) -> Iterator[Callable[[], None]]:
+    """Calls of one layer for ``num_tokens`` tokens; each call takes the next ``routed`` experts."""
+    rng = np.random.default_rng(1)
+    num_experts, hidden = len(arrays[0]), arrays[0].shape[2]
+    x_TH = rng.standard_normal((num_tokens, hidden), np.float32)
+    out_TH = np.empty_like(x_TH)
+    token_P = np.repeat(np.arange(num_tokens), routed)
+    weight_P = np.full(num_tokens * routed, 1 / routed, np.float32)
+    first = 0
+
+    def call() -> None:
+        nonlocal first
+        expert_P = np.tile((first + np.arange(routed)) % num_experts, num_tokens)
+        first += routed
+        pool.submit(*arrays, x_TH, expert_P, token_P, weight_P, out_TH)
+        pool.wait()
+
+    call()
+    yield call
+
+
+def decode_row(pool: ExpertPool, name: str, rounds: int) -> Row:
+    num_experts, routed, hidden, width = DECODE_SHAPES[name]
+    arrays = weights(num_experts, hidden, width)
+    reader = Reader(arrays, pool.num_threads)
+    layer_bytes = routed * 3 * hidden * width * 2
+    calls = max(1, reader.num_bytes // layer_bytes)
+    layer_gbps, read_gbps = [], []
+    with layer_calls(pool, arrays, routed, num_tokens=1) as call:
+        reader.read()
+        for _ in range(rounds):
+            layer_s = seconds(lambda: [call() for _ in range(calls)])
+            layer_gbps.append(calls * layer_bytes / layer_s / 1e9)
+            read_gbps.append(reader.num_bytes / seconds(reader.read) / 1e9)
+    reader.close()
+    ratios = [layer / read for layer, read in zip(layer_gbps, read_gbps, strict=True)]
+    return {
+        "name": f"{name}, {routed} of {num_experts}, M = 1",
+        "value": statistics.median(layer_gbps),
+        "unit": "GB/s",
+        "limit": statistics.median(read_gbps),
+        "ratio": statistics.median(ratios),
+    }
+
+
+def fma_gflops(num_threads: int) -> float:
+    """The kernels' register tile on cached rows, on all threads at once."""
+    length, repeats = 512, 200_000
+    with ThreadPoolExecutor(num_threads) as executor:
+
+        def run(_: int) -> None:
+            fma_on_cache(np.ones(length * 8 + 16, np.float32), length, repeats)
+
+        list(executor.map(run, range(num_threads)))
+        best_s = min(seconds(lambda: list(executor.map(run, range(num_threads)))) for _ in range(3))
+    return num_threads * repeats * 16 * length * 2 / best_s / 1e9
+
+
+def prefill_row(pool: ExpertPool, name: str, num_tokens: int, limit: float, rounds: int) -> Row:
+    num_experts, routed, hidden, width = PREFILL_SHAPES[name]
+    arrays = weights(num_experts, hidden, width)
+    flops = 2 * num_tokens * routed * 3 * hidden * width
+    with layer_calls(pool, arrays, routed, num_tokens) as call:
+        rate = flops / statistics.median(seconds(call) for _ in range(rounds)) / 1e9
+    return {
+        "name": f"{name}, {routed} experts, M = {num_tokens}",
+        "value": rate,
+        "unit": "GFLOP/s",
+        "limit": limit,
+        "ratio": rate / limit,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, help="workers (default: the pool's own choice)")
+    parser.add_argument("--rounds", type=int, default=15, help="paired measurements per row")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    print(f"compiled in {warmup(np.uint16):.1f} s; {host_isa().summary()}", file=sys.stderr)
+    with ExpertPool(options.threads) as pool:
+        rows = [decode_row(pool, name, options.rounds) for name in DECODE_SHAPES]
+        limit = fma_gflops(pool.num_threads)
+        for name in PREFILL_SHAPES:
+            for num_tokens in PREFILL_TOKENS:
+                rows.append(prefill_row(pool, name, num_tokens, limit, min(5, options.rounds)))
+        if options.json:
+            print(json.dumps({"threads": pool.num_threads, "rows": rows}, indent=1))
+            return
+        print(f"{pool.num_threads} threads")
+        for row in rows:
+            print("{name:38} {value:8.1f} {unit:8} of {limit:6.1f}: {ratio:.2f}".format(**row))
+
+
+if __name__ == "__main__":
+    main()

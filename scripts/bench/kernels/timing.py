@@ -1,0 +1,50 @@
+"""How the kernel benchmarks measure: medians with a cold L2, against a read and a copy.
+
+The peaks are measured in the same process, so ratios hold whatever the GPU's clocks do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton.testing
+
+PEAK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Bytes per second in GB/s: plain read of 1 GiB, and its copy (read plus written)."""
+
+    read_gbps: float
+    copy_gbps: float
+
+
+def median_ms(run: Callable[[], object]) -> float:
+    """Median milliseconds of ``run`` on the GPU, with the L2 flushed before each time."""
+    return float(triton.testing.do_bench(run, warmup=20, rep=80, return_mode="median"))
+
+
+def measure_peaks() -> Peaks:
+    source = torch.ones(PEAK_BYTES // 4, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    return Peaks(
+        read_gbps=PEAK_BYTES / median_ms(source.sum) / 1e6,
+        copy_gbps=2 * PEAK_BYTES / median_ms(lambda: target.copy_(source)) / 1e6,
+    )
+
+
+def print_header(peaks: Peaks) -> None:
+    name = torch.cuda.get_device_name()
+    print(f"{name}: read {peaks.read_gbps:.0f} GB/s, copy {peaks.copy_gbps:.0f} GB/s")
+    print(f"{'name':<46}{'us':>10}{'GB/s':>8}{'of read':>9}{'of copy':>9}")
+
+
+def print_row(name: str, run: Callable[[], object], num_bytes: int, peaks: Peaks) -> None:
+    """Time ``run``, which must move ``num_bytes``, and print its line of the table."""
+    milliseconds = median_ms(run)
+    gbps = num_bytes / milliseconds / 1e6
+    ratios = f"{gbps / peaks.read_gbps:>9.2f}{gbps / peaks.copy_gbps:>9.2f}"
+    print(f"{name:<46}{milliseconds * 1e3:>10.1f}{gbps:>8.0f}{ratios}")

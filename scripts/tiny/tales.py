@@ -1,0 +1,44 @@
+"""Requests for short stories."""
+
+from random import Random
+
+from scripts.tiny.dialogue import Dialogue, reworded
+from scripts.tiny.prose import random_cast, story, with_article
+
+_STORY_ASKS = (
+    "Write a short story about {s}.",
+    "Tell me a story about {s}.",
+    "Tell a short story about {s}.",
+    "Write a story with {s}.",
+)
+_STORY_OPEN = (
+    "Tell me a story.",
+    "Write a short story.",
+    "Can you tell a story?",
+    "Tell me a short story, please.",
+    "I want to hear a story.",
+)
+
+
+def tale(rng: Random) -> Dialogue:
+    """A request for a story, with one to four things that it must hold."""
+    cast = random_cast(rng)
+    kind, thing = with_article(cast.kind), with_article(cast.thing)
+    named = f"{kind} named {cast.name}"
+    subject, keywords = rng.choice(
+        (
+            (kind, (cast.kind,)),
+            (named, (cast.kind, cast.name)),
+            (f"{kind} and {thing}", (cast.kind, cast.thing)),
+            (f"{cast.name} at the {cast.place}", (cast.name, cast.place)),
+            (
+                f"{named}, {thing} and the {cast.place}",
+                (cast.kind, cast.name, cast.thing, cast.place),
+            ),
+        )
+    )
+    question, key = rng.choice(_STORY_ASKS).format(s=subject), f"story {subject}"
+    if rng.random() < 0.1:
+        question, keywords, key = rng.choice(_STORY_OPEN), (), "any story"
+    turn = reworded(rng, question), story(rng, cast)
+    return Dialogue("story", key, (turn,), keywords=keywords)

@@ -1,0 +1,102 @@
+"""``fiddler plan`` as a user runs it: tables, JSON, refusals; a made-up machine below."""
+
+import json
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fiddler.cli import cli
+from fiddler.hub import ModelFolder, ModelMetadata
+from offload.hardware import Hardware
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Hardware(
+        has_gpu=True,
+        gpu_name="Test GPU",
+        vram_total_bytes=24 * GIB,
+        vram_free_bytes=23 * GIB,
+        cuda_context_bytes=GIB // 2,
+        ram_total_bytes=128 * GIB,
+        ram_available_bytes=120 * GIB,
+        physical_cores=8,
+        cpu_name="Test CPU",
+    )
+    monkeypatch.setattr("offload.hardware.probe", lambda device: machine)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["plan", *arguments])
+
+
+def test_a_shape_is_planned_in_25_lines_that_fit_a_terminal() -> None:
+    done = run("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--context", "8192")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 80
+    words = " ".join(done.stdout.split())
+    assert "qwen3-30b-a3b: 48 layers, 128 experts, 8 for each token; bfloat16" in words
+    assert "Test GPU, 20.0 GiB of VRAM" in words
+    assert "Context of one request: 8,192 tokens" in words
+    assert "no profile: every expert counts the same" in words
+
+
+def test_json_holds_the_same_plan_and_adds_up() -> None:
+    done = run("--shape", "mixtral-8x7b", "--vram-gb", "22", "--json")
+    record = json.loads(done.stdout)
+    plan = record["plan"]
+    resident = sum(map(len, plan["placement"]))
+    expert_bytes = 3 * 4096 * 14336 * 2
+    assert plan["memory"]["gpu_experts"] == resident * expert_bytes
+    on_gpu = sum(size for name, size in plan["memory"].items() if name != "cpu_experts")
+    assert on_gpu == plan["vram_budget_bytes"] == 22 * GIB
+    assert record["hardware"]["gpu_name"] == "Test GPU"
+    assert (
+        f"experts, {resident:,} + {256 - resident:,}"
+        in run("--shape", "mixtral-8x7b", "--vram-gb", "22").stdout
+    )
+
+
+def test_a_hub_model_is_planned_from_its_metadata(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    from fiddler.models.shapes import SHAPES
+
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["olmoe-1b-7b"]))
+    asked: dict[str, Any] = {}
+
+    def fetch_metadata(model: str, **options: Any) -> ModelMetadata:
+        asked.update(options, model=model)
+        return ModelMetadata(ModelFolder(tmp_path, "org/olmoe", "c0ffee"), 13 * GIB, 13 * GIB)
+
+    monkeypatch.setattr("fiddler.hub.fetch_metadata", fetch_metadata)
+    done = run("org/olmoe", "--revision", "main", "--offline", "--token", "t")
+    assert done.exit_code == 0, done.output
+    assert asked == {"model": "org/olmoe", "revision": "main", "offline": True, "token": "t"}
+    assert "13.0 GiB are still to be downloaded" in done.stdout
+    assert json.loads(run("org/olmoe", "--json").stdout)["revision"] == "c0ffee"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "error: a plan needs either a model or --shape NAME"),
+        (("builtin", "--shape", "mixtral-8x7b"), "error: a plan needs either a model or --shape"),
+        (("--shape", "mixtral"), "did you mean 'mixtral-8x7b'?"),
+        (("--shape", "mixtral-8x7b", "--vram-gb", "3"), "before any expert, but has 3.0 GiB"),
+        (("--shape", "mixtral-8x7b", "--vram-gb", "80"), "23.5 GiB of the 24.0 GiB"),
+        (("--shape", "mixtral-8x7b", "--ram-gb", "8"), "of RAM, but 8.0 GiB may be used"),
+        (("--shape", "mixtral-8x7b", "--context", "40000"), "the model's ends at 32,768"),
+        (("--shape", "mixtral-8x7b", "--profile", "/none"), "cannot be read: No such file"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert sentence in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,94 @@
+"""The footprint against what is really allocated for tiny models of every architecture."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fiddler.engine.runner import kv_cache_shape
+from fiddler.models.config import ModelConfig
+from fiddler.models.dummy import DummySource
+from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
+from fiddler.models.registry import load_config
+from fiddler.models.shapes import load_shape
+from fiddler.models.weights import load_dense
+from offload.expert_store import ExpertShape, ExpertStore
+from offload.placement import Placement
+from offload.plan import Footprint
+from tests.tiny_models import MODEL_TYPES, shared_tiny
+
+
+def needs(
+    config: ModelConfig, dtype: str = "bfloat16", expert_dtype: str = "bfloat16"
+) -> Footprint:
+    return footprint(
+        config, dtype=dtype, expert_dtype=expert_dtype, max_batched_tokens=64, max_num_seqs=4
+    )
+
+
+def bytes_of(*tensors: torch.Tensor | None) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_weights_and_pages_take_what_is_foretold(model_type: str, dtype: str) -> None:
+    config = load_config(shared_tiny(model_type))
+    expected = needs(config, dtype, dtype)
+    torch_dtype = getattr(torch, dtype)
+
+    dense = load_dense(DummySource(config, 0), config, device="cpu", dtype=torch_dtype)
+    per_layer = [getattr(layer, name) for layer in dense.layers for name in layer.__slots__]
+    whole = bytes_of(dense.embed_VH, dense.final_norm_H, dense.lm_head_VH, *per_layer)
+    assert expected.dense_bytes == whole
+    assert expected.dense_read_bytes == whole - bytes_of(dense.embed_VH)
+
+    shape = ExpertShape(
+        num_layers=config.num_layers,
+        moe_layers=expected.moe_layers,
+        num_experts=config.num_experts,
+        hidden_size=config.hidden_size,
+        expert_size=config.expert_size,
+    )
+    nobody = Placement.of([()] * config.num_layers)
+    store = ExpertStore(shape, nobody, device=torch.device("cpu"), dtype=torch_dtype)
+    assert expected.expert_bytes == bytes_of(*store.weights(expected.moe_layers[0], 0)) / (
+        config.num_experts
+    )
+
+    page = torch.empty(kv_cache_shape(config, 1, 16), dtype=torch_dtype)
+    assert expected.kv_bytes_per_token * 16 == config.num_layers * bytes_of(page)
+
+
+def test_layers_without_experts_are_left_out() -> None:
+    config = load_config(shared_tiny("qwen2_moe"))
+    assert needs(config).moe_layers == (0, 2)
+    assert needs(config).total_experts == 2 * config.num_experts
+
+
+def test_a_tied_embedding_is_read_and_counted_once() -> None:
+    tied = needs(load_config(shared_tiny("qwen3_moe", tie_word_embeddings=True)))
+    apart = needs(load_config(shared_tiny("qwen3_moe")))
+    assert tied.dense_read_bytes == tied.dense_bytes == apart.dense_read_bytes
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4096), st.integers(1, 64), st.sampled_from(sorted(DTYPE_BYTES)))
+def test_a_larger_step_needs_more(num_tokens: int, num_seqs: int, dtype: str) -> None:
+    config, width = load_shape("qwen2-57b-a14b"), DTYPE_BYTES[dtype]
+
+    def workspace(tokens: int, seqs: int) -> int:
+        return workspace_bytes(config, width, max_batched_tokens=tokens, max_num_seqs=seqs)
+
+    here = workspace(num_tokens, num_seqs)
+    assert workspace(num_tokens + 1, num_seqs) > here
+    assert workspace(num_tokens, num_seqs + 1) >= here
+    # the least that must be there at once: hidden states, one gate_up and one row of logits
+    widest = max(2 * config.shared_size, 2 * config.expert_size)
+    assert here > num_tokens * (config.hidden_size + widest) * width + num_seqs * config.vocab_size
+
+
+def test_qwen3_30b_is_as_large_as_its_card_says() -> None:
+    expected = needs(load_shape("qwen3-30b-a3b"))
+    whole = expected.dense_bytes + expected.total_experts * expected.expert_bytes
+    assert whole / 2 == pytest.approx(30.5e9, rel=0.005)
