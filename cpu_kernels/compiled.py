@@ -41,26 +41,26 @@ class Kernels:
 def _entry_points(version: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Functions and signatures; each mentions ``version`` so that it is part of its cache key."""
 
-    def worker_loop(words, jobs, seen, index, num_workers, max_spins):  # type: ignore[no-untyped-def]
+    def worker_loop(words, jobs, seen, index, num_workers, max_spins):
         assert version
         return worker.worker_loop(words, jobs, seen, index, num_workers, max_spins)
 
-    def start_worker():  # type: ignore[no-untyped-def]
+    def start_worker():
         assert version
         intrinsics.flush_denormals()
 
-    def wait_for_word(words, index, target, max_spins):  # type: ignore[no-untyped-def]
+    def wait_for_word(words, index, target, max_spins):
         assert version
         return worker.wait_for_word(words, index, target, max_spins)
 
-    def atomic_store(words, index, value):  # type: ignore[no-untyped-def]
+    def atomic_store(words, index, value):
         assert version
         intrinsics.atomic_store(words, index, value)
 
-    def sort(expert_P, token_P, weight_P, num_tokens, expert, start, token, weight):  # type: ignore[no-untyped-def]
+    def sort(expert_P, token_P, weight_P, num_experts, num_tokens, expert, start, token, weight):
         assert version
         return sort_pairs.sort_pairs(
-            expert_P, token_P, weight_P, num_tokens, expert, start, token, weight
+            expert_P, token_P, weight_P, num_experts, num_tokens, expert, start, token, weight
         )
 
     return {
@@ -70,14 +70,14 @@ def _entry_points(version: str) -> dict[str, tuple[Callable[..., Any], tuple[Any
         "atomic_store": (atomic_store, (_WORDS, _INT, _INT)),
         "sort_pairs": (
             sort,
-            (_WORDS, _WORDS, _FLOATS, _INT, _WORDS, _WORDS, _WORDS, _FLOATS),
+            (_WORDS, _WORDS, _FLOATS, _INT, _INT, _WORDS, _WORDS, _WORDS, _FLOATS),
         ),
     }
 
 
 def _sources() -> list[Path]:
     modules = (dot_tile, expert_kernels, intrinsics, isa, sort_pairs, worker)
-    return [Path(__file__), *(Path(module.__file__) for module in modules)]
+    return [Path(__file__), *(Path(str(module.__file__)) for module in modules)]
 
 
 def _version() -> str:
@@ -105,7 +105,7 @@ def _compile(function: Callable[..., Any], signature: tuple[Any, ...], *, cache:
 
 @functools.cache
 def kernels() -> Kernels:
-    """The compiled kernels; the first call on a machine compiles them (see :func:`needs_compile`)."""
+    """The compiled kernels; the first call on a machine compiles them: :func:`needs_compile`."""
     entries = _entry_points(_version())
     return Kernels(**{name: compile_entry(*entry) for name, entry in entries.items()})
 
@@ -122,7 +122,7 @@ def needs_compile() -> bool:
     except RuntimeError:  # no folder for a cache
         return True
     newest_source = max(path.stat().st_mtime for path in _sources())
-    entries = Path(loop.stats.cache_path).glob("compiled._entry_points.*worker_loop*.nbc")
+    entries = Path(str(loop.stats.cache_path)).glob("compiled._entry_points.*worker_loop*.nbc")
     return all(path.stat().st_mtime < newest_source for path in entries)
 
 

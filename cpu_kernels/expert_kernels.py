@@ -4,24 +4,19 @@ E experts, I expert width, H hidden, T tokens, P (expert, token, weight) pairs s
 then token, N experts that have a pair.
 
 Stage 1 writes act_PI = silu(gate) * up for rows of w13, stage 2 writes out_TH from rows of w2; each
-worker owns the same slice of rows of every expert, so uneven routing leaves the shares even, and one
-worker alone adds up an output element, expert after expert.
+worker owns the same slice of rows of every expert. So uneven routing leaves the shares even, and
+one worker alone adds up an output element, expert after expert.
 """
 
 import numpy as np
 
 from cpu_kernels.dot_tile import (
-    LANES,
     ROWS,
     TOKENS,
-    add_tile_bf16,
-    add_tile_bf16_1,
-    add_tile_f32,
-    add_tile_f32_1,
-    finish_tile_bf16,
-    finish_tile_bf16_1,
-    finish_tile_f32,
-    finish_tile_f32_1,
+    dot_tile_bf16,
+    dot_tile_bf16_1,
+    dot_tile_f32,
+    dot_tile_f32_1,
 )
 from cpu_kernels.intrinsics import f32_array, i64_array, jit, power_of_two
 
@@ -32,7 +27,6 @@ JOB = np.dtype(
         for name in (
             *("w13", "w2", "x", "out", "act"),  # addresses of [E,2I,H] [E,H,I] [T,H] [T,H] [P,I]
             *("expert", "start", "token", "weight"),  # of [N] [N+1] [P] int64 and [P] float32
-            "scratch",  # of SCRATCH float32 for each worker
             *("num_experts", "num_tokens", "hidden", "width", "is_bf16"),
         )
     ]
@@ -41,11 +35,6 @@ JOB = np.dtype(
 # A panel is what one pass multiplies: its rows stay in cache while all the tokens pass over them.
 PANEL_ROWS = 32
 PANEL_TOKENS = 16
-# Elements of a row that a pass takes at once: TOKENS activation rows of so many floats stay in the
-# first-level cache (16 KB) while the panel's rows pass over them.
-BLOCK = 1024
-import os
-AHEAD = int(os.environ.get("AHEAD","1024"))
 
 # exp(x) = 2^n exp(r), r = x - n ln 2, by the polynomial of the Cephes library.
 EXP_MIN, EXP_MAX = np.float32(-87), np.float32(88)
@@ -54,63 +43,31 @@ ROUNDER = np.float32(1.5 * 2**23)  # added to a number it leaves the nearest int
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP_TERMS = tuple(
     np.float32(term)
-    for term in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2)
-) + (np.float32(1.6666665459e-1), np.float32(5.0000001201e-1))
-
-PANEL = PANEL_ROWS * PANEL_TOKENS
-SCRATCH = PANEL * LANES + 2 * PANEL  # a panel's accumulators, its gates and ups
-
-
-@jit
-def add_tile(is_bf16, rows, r, xs, t, is_single, begin, end, ahead, sums):
-    if is_bf16 and is_single:
-        add_tile_bf16_1(rows, r, xs, t, begin, end, ahead, sums)
-    elif is_bf16:
-        add_tile_bf16(rows, r, xs, t, begin, end, ahead, sums)
-    elif is_single:
-        add_tile_f32_1(rows, r, xs, t, begin, end, ahead, sums)
-    else:
-        add_tile_f32(rows, r, xs, t, begin, end, ahead, sums)
+    for term in (
+        *(1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3),
+        *(4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
+    )
+)
 
 
 @jit
-def finish_tile(is_bf16, rows, r, xs, t, is_single, begin, end, sums, out):
-    at = out + (t * PANEL_ROWS + r) * 4
-    if is_bf16 and is_single:
-        finish_tile_bf16_1(rows, r, xs, t, begin, end, sums, at, PANEL_ROWS)
-    elif is_bf16:
-        finish_tile_bf16(rows, r, xs, t, begin, end, sums, at, PANEL_ROWS)
-    elif is_single:
-        finish_tile_f32_1(rows, r, xs, t, begin, end, sums, at, PANEL_ROWS)
-    else:
-        finish_tile_f32(rows, r, xs, t, begin, end, sums, at, PANEL_ROWS)
-
-
-@jit
-def multiply_panel(is_bf16, rows, num_rows, xs, num_xs, length, sums, out):
+def multiply_panel(is_bf16, rows, num_rows, xs, num_xs, length, out):
     """out[t, r] = rows[r] . xs[t]; ``rows`` and ``xs`` are addresses, padded to whole tiles.
 
-    ``out`` is the address of [PANEL_TOKENS, PANEL_ROWS] float32, ``sums`` of as many vectors.
+    ``out`` is the address of [PANEL_TOKENS, PANEL_ROWS] float32.
     """
-    ahead = AHEAD
-    whole = length // LANES * LANES
-    block = max(whole, 1) if num_xs <= TOKENS else BLOCK  # a row that is read once is read in one go
-    tile_bytes = ROWS * TOKENS * LANES * 4
-    row_tiles = (num_rows + ROWS - 1) // ROWS
-    num_tiles = row_tiles * ((num_xs + TOKENS - 1) // TOKENS)
-    f32_array(sums, num_tiles * tile_bytes // 4)[:] = np.float32(0)
-    for begin in range(0, whole, block):
-        end = min(begin + block, whole)
-        at = sums
-        for t in range(0, num_xs, TOKENS):
-            for r in range(0, num_rows, ROWS):
-                add_tile(is_bf16, rows, r, xs, t, num_xs - t == 1, begin, end, ahead, at)
-                at += tile_bytes
-    at = sums
     for t in range(0, num_xs, TOKENS):
+        is_single = num_xs - t == 1
         for r in range(0, num_rows, ROWS):
-            finish_tile(is_bf16, rows, r, xs, t, num_xs - t == 1, whole, length, at, out)
-            at += tile_bytes
+            at = out + (t * PANEL_ROWS + r) * 4
+            if is_bf16 and is_single:
+                dot_tile_bf16_1(rows, r, xs, t, length, at, PANEL_ROWS)
+            elif is_bf16:
+                dot_tile_bf16(rows, r, xs, t, length, at, PANEL_ROWS)
+            elif is_single:
+                dot_tile_f32_1(rows, r, xs, t, length, at, PANEL_ROWS)
+            else:
+                dot_tile_f32(rows, r, xs, t, length, at, PANEL_ROWS)
 
 
 @jit
@@ -143,30 +100,25 @@ def silu_mul(gate, up):
 
 
 @jit
-def gate_up_panel(job, expert, first_row, num_rows, first_pair, num_pairs, worker, rows, xs):
+def gate_up_panel(job, expert, first_row, num_rows, first_pair, num_pairs, rows, xs, products):
     """act[pairs, rows] of one expert."""
     row_bytes = job.hidden * (2 if job.is_bf16 else 4)
     token = i64_array(job.token, first_pair + num_pairs)
     for t in range(PANEL_TOKENS):
-        pair = first_pair + min(t, num_pairs - 1)
-        xs[t] = job.x + token[pair] * job.hidden * 4
-    sums = job.scratch + worker * SCRATCH * 4
+        xs[t] = job.x + token[first_pair + min(t, num_pairs - 1)] * job.hidden * 4
     for half in range(2):
         base = job.w13 + (2 * expert + half) * job.width * row_bytes
         fill_addresses(rows, base, first_row, first_row + num_rows - 1, row_bytes)
-        out = sums + (PANEL * LANES + half * PANEL) * 4
-        multiply_panel(job.is_bf16, rows, num_rows, xs, num_pairs, job.hidden, sums, out)
-    gate = f32_array(sums + PANEL * LANES * 4, PANEL)
-    up = f32_array(sums + (PANEL * LANES + PANEL) * 4, PANEL)
+        out = products[half].ctypes.data
+        multiply_panel(job.is_bf16, rows, num_rows, xs, num_pairs, job.hidden, out)
     for t in range(num_pairs):
         act = f32_array(job.act + (first_pair + t) * job.width * 4, job.width)
         for r in range(num_rows):
-            k = t * PANEL_ROWS + r
-            act[first_row + r] = silu_mul(gate[k], up[k])
+            act[first_row + r] = silu_mul(products[0, t, r], products[1, t, r])
 
 
 @jit
-def down_panel(job, expert, first_row, num_rows, first_pair, num_pairs, worker, rows, xs):
+def down_panel(job, expert, first_row, num_rows, first_pair, num_pairs, rows, xs, products):
     """out[tokens of the pairs, rows] += weight * (rows of one expert) . act."""
     row_bytes = job.width * (2 if job.is_bf16 else 4)
     token = i64_array(job.token, first_pair + num_pairs)
@@ -174,20 +126,19 @@ def down_panel(job, expert, first_row, num_rows, first_pair, num_pairs, worker, 
     base = job.w2 + expert * job.hidden * row_bytes
     fill_addresses(rows, base, first_row, first_row + num_rows - 1, row_bytes)
     fill_addresses(xs, job.act, first_pair, first_pair + num_pairs - 1, job.width * 4)
-    sums = job.scratch + worker * SCRATCH * 4
-    down_at = sums + PANEL * LANES * 4
-    multiply_panel(job.is_bf16, rows, num_rows, xs, num_pairs, job.width, sums, down_at)
-    down = f32_array(down_at, PANEL)
+    multiply_panel(job.is_bf16, rows, num_rows, xs, num_pairs, job.width, products[0].ctypes.data)
     for t in range(num_pairs):
         pair = first_pair + t
         out = f32_array(job.out + token[pair] * job.hidden * 4, job.hidden)
         for r in range(num_rows):
-            out[first_row + r] += weight[pair] * down[t * PANEL_ROWS + r]
+            out[first_row + r] += weight[pair] * products[0, t, r]
 
 
 @jit
-def run_stage(job, is_down, row_begin, row_end, worker, rows, xs):
-    """One worker's rows of every expert; ``rows`` and ``xs`` are room for a panel's addresses."""
+def run_stage(job, is_down, row_begin, row_end):
+    """One worker's rows of every expert."""
+    rows, xs = np.empty(PANEL_ROWS, np.int64), np.empty(PANEL_TOKENS, np.int64)
+    products = np.empty((2, PANEL_TOKENS, PANEL_ROWS), np.float32)
     expert = i64_array(job.expert, job.num_experts)
     start = i64_array(job.start, job.num_experts + 1)
     for n in range(job.num_experts):
@@ -195,10 +146,11 @@ def run_stage(job, is_down, row_begin, row_end, worker, rows, xs):
             num_rows = min(PANEL_ROWS, row_end - row)
             for pair in range(start[n], start[n + 1], PANEL_TOKENS):
                 num_pairs = min(PANEL_TOKENS, start[n + 1] - pair)
+                panel = (expert[n], row, num_rows, pair, num_pairs)
                 if is_down:
-                    down_panel(job, expert[n], row, num_rows, pair, num_pairs, worker, rows, xs)
+                    down_panel(job, *panel, rows, xs, products)
                 else:
-                    gate_up_panel(job, expert[n], row, num_rows, pair, num_pairs, worker, rows, xs)
+                    gate_up_panel(job, *panel, rows, xs, products)
 
 
 @jit

@@ -11,10 +11,27 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.compiled import DTYPES, kernels
-from cpu_kernels.expert_kernels import JOB, SCRATCH
+from cpu_kernels.expert_kernels import JOB
 from cpu_kernels.expert_reference import F32, U16, Integers
 from cpu_kernels.sort_pairs import OUT_OF_RANGE
 from cpu_kernels.threads import WorkerPool, default_num_threads, num_physical_cores
+
+FLOAT = (np.dtype(np.float32),)
+INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
+
+
+class SortedPairs:
+    """Room for a layer's pairs in the order that the kernels want; kept from layer to layer."""
+
+    def __init__(self, *, num_experts: int, num_pairs: int) -> None:
+        self._num_experts, self._num_pairs = num_experts, num_pairs
+        expert, start = np.empty(num_experts, np.int64), np.empty(num_experts + 1, np.int64)
+        token, weight = np.empty(num_pairs, np.int64), np.empty(num_pairs, np.float32)
+        self.arrays = (expert, start, token, weight)
+        self.addresses = tuple(array.ctypes.data for array in self.arrays)
+
+    def has_room(self, num_experts: int, num_pairs: int) -> bool:
+        return self._num_experts >= num_experts and self._num_pairs >= num_pairs
 
 
 class ExpertPool:
@@ -37,8 +54,8 @@ class ExpertPool:
         self._jobs = np.zeros(1, JOB)
         self._pool = WorkerPool(self._kernels, self._jobs, num_threads)
         self._arrays: tuple[npt.NDArray[Any], ...] = ()  # alive while the workers hold addresses
-        self._act = np.empty(0, np.float32)
-        self._scratch = aligned_floats(num_threads * SCRATCH)
+        self._pairs = SortedPairs(num_experts=1, num_pairs=1)
+        self._act = aligned_floats(1)
         self._finalizer = weakref.finalize(self, self._pool.close)
 
     @property
@@ -59,34 +76,29 @@ class ExpertPool:
 
         out[t] = sum over t's pairs of weight * down(silu(gate(x[t])) * up(x[t])), zeros for a token
         without a pair; float32 sums in an order that depends on neither the threads nor the other
-        tokens. ``w13_EFH`` holds the I gate rows, then the I up rows. Weights: uint16 (bf16 bits) or
+        tokens. ``w13_EFH`` holds I gate rows, then I up rows. Weights are uint16 (bf16 bits) or
         float32. All C-contiguous. Denormals count as 0. ValueError if something does not fit.
         """
         _check(w13_EFH, w2_EHI, x_TH, expert_P, token_P, weight_P, out_TH)
         self.wait()
-        num_pairs, width = len(expert_P), w2_EHI.shape[2]
-        num_experts = min(len(w13_EFH), num_pairs)
-        expert_E = np.empty(len(w13_EFH), np.int64)
-        start_E = np.empty(num_experts + 1, np.int64)
-        token, weight = np.empty(num_pairs, np.int64), np.empty(num_pairs, np.float32)
+        num_experts, width, num_pairs = len(w2_EHI), w2_EHI.shape[2], len(expert_P)
+        if not self._pairs.has_room(num_experts, num_pairs):
+            self._pairs = SortedPairs(num_experts=num_experts, num_pairs=num_pairs)
+        if self._act.size < num_pairs * width:
+            self._act = aligned_floats(num_pairs * width)
         num_routed = self._kernels.sort_pairs(
             np.ascontiguousarray(expert_P, np.int64),
             np.ascontiguousarray(token_P, np.int64),
             np.ascontiguousarray(weight_P),
-            len(x_TH),
-            *(expert_E, start_E, token, weight),
+            *(num_experts, len(x_TH)),
+            *self._pairs.arrays,
         )
         if num_routed == OUT_OF_RANGE:
             raise ValueError("an expert or token id is out of range")
-        if self._act.size < num_pairs * width:
-            self._act = aligned_floats(num_pairs * width)
-        addressed = (
-            *(w13_EFH, w2_EHI, x_TH, out_TH, self._act),
-            *(expert_E, start_E, token, weight, self._scratch),
-        )
+        self._arrays = (w13_EFH, w2_EHI, x_TH, out_TH, self._act)
+        addresses = (array.ctypes.data for array in self._arrays)
         sizes = (num_routed, *x_TH.shape, width, w13_EFH.dtype == np.uint16)
-        self._arrays = addressed
-        self._jobs[0] = (*(array.ctypes.data for array in addressed), *sizes)
+        self._jobs[0] = (*addresses, *self._pairs.addresses, *sizes)
         self._pool.start()
 
     def wait(self) -> None:
@@ -130,26 +142,27 @@ def _check(
     if w2_EHI.ndim != 3 or x_TH.ndim != 2:
         raise ValueError(f"w2 must be [E, H, I] and x [T, H], not {w2_EHI.shape} and {x_TH.shape}")
     num_experts, hidden, width = w2_EHI.shape
-    _check_shape("w13", w13_EFH, (num_experts, 2 * width, hidden))
-    _check_shape("x", x_TH, (len(x_TH), hidden))
-    _check_shape("out", out_TH, x_TH.shape)
-    for name, array in (("expert", expert_P), ("token", token_P), ("weight", weight_P)):
-        _check_shape(name, array, (expert_P.size,))
-    if w13_EFH.dtype != w2_EHI.dtype or w13_EFH.dtype not in DTYPES:
-        raise ValueError(f"weights must be uint16 or float32, not {w13_EFH.dtype}, {w2_EHI.dtype}")
-    for name, array in (("x", x_TH), ("weight", weight_P), ("out", out_TH)):
-        if array.dtype != np.float32:
-            raise ValueError(f"{name} must be float32, not {array.dtype}")
-    for name, array in (("expert", expert_P), ("token", token_P)):
-        if array.dtype not in (np.int32, np.int64):
-            raise ValueError(f"{name} must be int32 or int64, not {array.dtype}")
-    for name, array in (("w13", w13_EFH), ("w2", w2_EHI), ("x", x_TH), ("out", out_TH)):
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{name} must be C-contiguous")
+    pairs = (expert_P.size,)
+    _check_array("w2", w2_EHI, w2_EHI.shape, DTYPES)
+    _check_array("w13", w13_EFH, (num_experts, 2 * width, hidden), (w2_EHI.dtype,))
+    _check_array("x", x_TH, (len(x_TH), hidden), FLOAT)
+    _check_array("out", out_TH, x_TH.shape, FLOAT)
+    _check_array("weight", weight_P, pairs, FLOAT)
+    _check_array("expert", expert_P, pairs, INTEGERS)
+    _check_array("token", token_P, pairs, INTEGERS)
     if not out_TH.flags.writeable:
         raise ValueError("out must be writable")
 
 
-def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+def _check_array(
+    name: str,
+    array: npt.NDArray[Any],
+    shape: tuple[int, ...],
+    dtypes: tuple[np.dtype[Any], ...],
+) -> None:
     if array.shape != shape:
         raise ValueError(f"{name} must have the shape {shape}, not {array.shape}")
+    if array.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, not {array.dtype}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous")

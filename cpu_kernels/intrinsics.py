@@ -1,5 +1,6 @@
 """What Numba has no words for: atomic words, the pause hint, no denormals, arrays at addresses."""
 
+import os
 from typing import Any
 
 import numba
@@ -10,28 +11,28 @@ from numba.extending import intrinsic as numba_intrinsic
 
 from cpu_kernels.isa import host_isa
 
-# Typed as Any: Numba declares the class, whose call has one argument more than its users give.
+# Typed as Any: Numba's declarations know neither the calls nor all of the options.
 intrinsic: Any = numba_intrinsic
-# Inner functions: never called from Python, and without wrappers for it they compile in half the time.
-jit: Any = numba.njit(
-    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+njit: Any = numba.njit
+# Never called from Python: without wrappers for that they compile in half the time.
+jit: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
+HAS_YIELD = hasattr(os, "sched_yield")
 FLUSH_DENORMALS = 0x8040  # FTZ and DAZ of MXCSR
 
 _WORDS = types.Array(types.int64, 1, "C")
 
 
-def _element(context, builder, array_type, array, index):  # type: ignore[no-untyped-def]
+def _element(context, builder, array_type, array, index):
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
 
 
 @intrinsic
-def atomic_load(typingctx, words, index):  # type: ignore[no-untyped-def]
+def atomic_load(typingctx, words, index):
     """words[index], sequentially consistent."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = _element(context, builder, signature.args[0], *args)
         return builder.load_atomic(pointer, "seq_cst", 8)
 
@@ -39,10 +40,10 @@ def atomic_load(typingctx, words, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def atomic_store(typingctx, words, index, value):  # type: ignore[no-untyped-def]
+def atomic_store(typingctx, words, index, value):
     """words[index] = value, sequentially consistent."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = _element(context, builder, signature.args[0], *args[:2])
         builder.store_atomic(args[2], pointer, "seq_cst", 8)
         return context.get_dummy_value()
@@ -51,10 +52,10 @@ def atomic_store(typingctx, words, index, value):  # type: ignore[no-untyped-def
 
 
 @intrinsic
-def atomic_add(typingctx, words, index, value):  # type: ignore[no-untyped-def]
+def atomic_add(typingctx, words, index, value):
     """words[index] += value, sequentially consistent; returns the value before."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = _element(context, builder, signature.args[0], *args[:2])
         return builder.atomic_rmw("add", pointer, args[2], "seq_cst")
 
@@ -62,10 +63,10 @@ def atomic_add(typingctx, words, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def pause(typingctx):  # type: ignore[no-untyped-def]
+def pause(typingctx):
     """Tell the core that this is a spin loop; nothing on a machine that is not x86."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         if host_isa().is_x86:
             hint = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"
@@ -77,13 +78,13 @@ def pause(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def flush_denormals(typingctx):  # type: ignore[no-untyped-def]
+def flush_denormals(typingctx):
     """From now on this thread reads and writes denormals as 0 (x86; elsewhere nothing happens).
 
     One product with a denormal costs some 150 cycles on Intel cores: ten times slower weights.
     """
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         if host_isa().is_x86:
             i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
             control = cgutils.alloca_once(builder, i32)
@@ -101,10 +102,22 @@ def flush_denormals(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
+_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
+
+
+@jit
+def yield_core():
+    """Let another thread have this core if one waits; a pause where the system cannot."""
+    if HAS_YIELD:
+        _sched_yield()
+    else:
+        pause()
+
+
 def _array_at(element: Any) -> Any:
     @intrinsic
-    def pointer(typingctx, address):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def pointer(typingctx, address):
+        def codegen(context, builder, signature, args):
             return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
         return types.CPointer(element)(types.int64), codegen
@@ -112,7 +125,7 @@ def _array_at(element: Any) -> Any:
     carray: Any = numba.carray  # type: ignore[attr-defined]
 
     @jit
-    def array_at(address, length):  # type: ignore[no-untyped-def]
+    def array_at(address, length):
         return carray(pointer(address), (length,))
 
     return array_at
@@ -123,10 +136,10 @@ i64_array = _array_at(types.int64)
 
 
 @intrinsic
-def power_of_two(typingctx, shifted):  # type: ignore[no-untyped-def]
+def power_of_two(typingctx, shifted):
     """2.0**n of a float32 n + 1.5 * 2**23, n from -126 to 127: its low bits are n."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         i32 = ir.IntType(32)
         exponent = builder.shl(builder.bitcast(args[0], i32), i32(23))
         return builder.bitcast(builder.add(exponent, i32(127 << 23)), ir.FloatType())

@@ -1,4 +1,4 @@
-"""Which vector instructions this CPU has, as LLVM sees it; the kernels choose their tiles from it."""
+"""Which vector instructions this CPU has, as LLVM sees it; the kernels' tiles follow from it."""
 
 import functools
 import platform

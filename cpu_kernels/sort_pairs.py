@@ -1,4 +1,4 @@
-"""Groups a layer's (expert, token, weight) pairs by expert, in an order that only the ids decide."""
+"""Groups a layer's (expert, token, weight) pairs by expert, in an order that the ids decide."""
 
 import numpy as np
 
@@ -21,30 +21,30 @@ def key_starts(key_P, num_keys):
 
 
 @jit
-def sort_pairs(expert_P, token_P, weight_P, num_tokens, expert_E, start_E, token, weight):
+def sort_pairs(expert_P, token_P, weight_P, num_experts, num_tokens, expert, start, token, weight):
     """Sort pairs by expert, then token, then as given; returns the number N of experts with a pair.
 
-    Writes their ids to ``expert_E[:N]``, their first pairs and the end to ``start_E[:N+1]``, and the
-    sorted ``token`` and ``weight``. OUT_OF_RANGE if an id is not below E or ``num_tokens``, or is
-    negative.
+    Writes their ids to ``expert[:N]``, their first pairs and the end to ``start[:N+1]``, and the
+    sorted ``token`` and ``weight``. OUT_OF_RANGE if an id is negative or not below
+    ``num_experts`` or ``num_tokens``.
     """
     token_at = key_starts(token_P, num_tokens)
-    expert_at = key_starts(expert_P, len(expert_E))
+    expert_at = key_starts(expert_P, num_experts)
     if len(token_at) == 0 or len(expert_at) == 0:
         return OUT_OF_RANGE
     num_routed = 0
-    for e in range(len(expert_E)):
+    for e in range(num_experts):
         if expert_at[e + 1] > expert_at[e]:
-            expert_E[num_routed] = e
-            start_E[num_routed] = expert_at[e]
+            expert[num_routed] = e
+            start[num_routed] = expert_at[e]
             num_routed += 1
-    start_E[num_routed] = len(expert_P)
+    start[num_routed] = len(expert_P)
     by_token = np.empty(len(expert_P), np.int64)
     for p in range(len(expert_P)):
         by_token[token_at[token_P[p]]] = p
         token_at[token_P[p]] += 1
-    for p in by_token:
-        at = expert_at[expert_P[p]]
-        token[at], weight[at] = token_P[p], weight_P[p]
-        expert_at[expert_P[p]] += 1
+    for pair in by_token:
+        at = expert_at[expert_P[pair]]
+        token[at], weight[at] = token_P[pair], weight_P[pair]
+        expert_at[expert_P[pair]] += 1
     return num_routed

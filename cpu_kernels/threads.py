@@ -6,7 +6,6 @@ parks in a condition variable and costs nothing.
 
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,34 @@ from cpu_kernels.worker import (
     DONE,
     FINISHED,
     NUM_WORDS,
+    PAUSES,
     STOP,
     STOPPED,
     SUBMITTED,
 )
 
-SPIN_US = 2000  # of workers and caller, where cores are left over for Python and the driver
-CALIBRATION_SPINS = 20_000
+# Spins of idle workers and of the waiting caller where cores are left over: some 2 ms, since each
+# offer of the core to others takes half a microsecond.
+SPINS_OF_SPARE_CORE = 4000
 
 
 def num_physical_cores() -> int:
-    """Cores this process may run on, hyper-threads counted once."""
-    cpus = (
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
+    """Cores this process may use: affinity and container quota count, hyper-threads do not."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cpus = affinity(0) if affinity else range(os.cpu_count() or 1)
     siblings = set()
     for cpu in cpus:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         siblings.add(path.read_text() if path.exists() else str(cpu))
-    return max(1, len(siblings))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit = cores_of_quota(quota.read_text()) if quota.exists() else None
+    return max(1, min(len(siblings), limit or len(siblings)))
+
+
+def cores_of_quota(cpu_max: str) -> int | None:
+    """Whole cores that a cgroup's ``cpu.max`` allows ("200000 100000": 2); None: all."""
+    quota, period = cpu_max.split()
+    return None if quota == "max" else max(1, int(quota) // int(period))
 
 
 def default_num_threads(cores: int) -> int:
@@ -68,7 +76,8 @@ class WorkerPool:
         self._failure: BaseException | None = None
         self._wake = threading.Condition()
         self._finished = threading.Condition()
-        self._max_spins = self._spins_of(SPIN_US if num_physical_cores() > num_threads else 50)
+        has_spare_cores = num_physical_cores() > num_threads
+        self._max_spins = PAUSES + (SPINS_OF_SPARE_CORE if has_spare_cores else 0)
         self._threads = [
             threading.Thread(target=self._run, args=(n,), name=f"expert-{n}", daemon=True)
             for n in range(num_threads)
@@ -76,15 +85,8 @@ class WorkerPool:
         for thread in self._threads:
             thread.start()
 
-    def _spins_of(self, microseconds: float) -> int:
-        """How many spins last that long: the pause hint takes 4 to 140 cycles, by make of core."""
-        started = time.perf_counter()
-        self._kernels.wait_for_word(self._words, SUBMITTED, 1, CALIBRATION_SPINS)
-        spin_us = (time.perf_counter() - started) * 1e6 / CALIBRATION_SPINS
-        return int(microseconds / spin_us) + 1
-
     def start(self) -> None:
-        """Let the workers run the job in ``jobs[0]``; returns at once. Raises a worker's exception."""
+        """Let the workers run ``jobs[0]``; returns at once. Raises the exception of a worker."""
         self._raise_failure()
         assert self._threads, "the pool is closed"
         assert self._is_done(), "the job before has not been waited for"

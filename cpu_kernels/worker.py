@@ -2,20 +2,22 @@
 
 Ordering: the caller writes the job, then SUBMITTED (all words are sequentially consistent); workers
 read the job after they saw it. A worker adds to ARRIVED after its last store to act, and reads act
-after all have; it adds to DONE after its last store to out, and the caller reads out after all have.
+after all have; it adds to DONE after its last store to out, the caller reads out after all have.
 Counters only grow, so nothing is ever reset. A worker that finishes last reads ASLEEP after adding
 to DONE; a caller that goes to sleep reads DONE after setting ASLEEP: one of them sees the other.
 """
 
-import numpy as np
-
-from cpu_kernels.expert_kernels import PANEL_ROWS, PANEL_TOKENS, clear_out, run_stage, share
-from cpu_kernels.intrinsics import atomic_add, atomic_load, jit, pause
+from cpu_kernels.expert_kernels import clear_out, run_stage, share
+from cpu_kernels.intrinsics import atomic_add, atomic_load, jit, pause, yield_core
 
 # Words that threads share, each on its own cache line.
 LINE = 8  # int64 per cache line
 SUBMITTED, ARRIVED, DONE, STOP, ASLEEP = (LINE * k for k in range(5))
 NUM_WORDS = LINE * 5
+
+# Pauses, some 10 to 30 us, before a waiting thread offers its core to others at each spin. Without,
+# one layer of ten on a busy machine waited 8 ms, a slice of the scheduler, for a thread at rest.
+PAUSES = 200
 
 # Why the workers' loop came back to Python.
 IDLE, STOPPED, FINISHED = range(3)
@@ -23,25 +25,27 @@ IDLE, STOPPED, FINISHED = range(3)
 
 @jit
 def wait_for_word(words, index, target, max_spins):
-    """Spin until words[index] >= target: True. False on a stop, or after ``max_spins`` (-1: never)."""
+    """Spin until words[index] >= target: True. False on a stop, or after ``max_spins`` if >= 0."""
     spins = 0
     while atomic_load(words, index) < target:
         if atomic_load(words, STOP) != 0 or spins == max_spins:
             return False
         spins += 1
-        pause()
+        if spins < PAUSES:
+            pause()
+        else:
+            yield_core()
     return True
 
 
 @jit
 def run_share(words, job, number, worker, num_workers):
     """One worker's share of layer ``number``; False if the pool was stopped midway."""
-    rows, xs = np.empty(PANEL_ROWS, np.int64), np.empty(PANEL_TOKENS, np.int64)
     for is_down in (False, True):
         begin, end = share(job.hidden if is_down else job.width, worker, num_workers)
         if is_down:
             clear_out(job, begin, end)
-        run_stage(job, is_down, begin, end, worker, rows, xs)
+        run_stage(job, is_down, begin, end)
         if not is_down:
             atomic_add(words, ARRIVED, 1)
             if not wait_for_word(words, ARRIVED, number * num_workers, -1):

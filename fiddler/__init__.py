@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fiddler._version import __version__
 
 if TYPE_CHECKING:
-    from fiddler.errors import FiddlerError
+    from fiddler.errors import FiddlerError, OutOfMemoryError
     from fiddler.llm import LLM
     from fiddler.outputs import CompletionOutput, RequestOutput, TokenEvent
     from fiddler.sampling_params import SamplingParams
@@ -21,6 +21,7 @@ _HOMES = {
     "CompletionOutput": "fiddler.outputs",
     "FiddlerError": "fiddler.errors",
     "LLM": "fiddler.llm",
+    "OutOfMemoryError": "fiddler.errors",
     "Placement": "offload.placement",
     "RequestOutput": "fiddler.outputs",
     "SamplingParams": "fiddler.sampling_params",
@@ -31,6 +32,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "FiddlerError",
+    "OutOfMemoryError",
     "Placement",
     "RequestOutput",
     "SamplingParams",

@@ -162,7 +162,7 @@ class LLM:
     ) -> RequestOutput:
         """Answer a conversation: messages of ``role`` (system, user, assistant) and ``content``."""
         ids = self.apply_chat_template(messages, tools=tools, template_kwargs=template_kwargs)
-        return self.generate(ids, params)
+        return self.generate([ids], params)[0]  # a list, for a template may write nothing
 
     def stream_chat(
         self,

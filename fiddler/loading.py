@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cpu_kernels.compiled import needs_compile
 from cpu_kernels.expert_mlp import ExpertPool
 from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.engine.engine import Engine
@@ -83,6 +84,8 @@ def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> L
         device = torch.device("cuda" if hardware.has_gpu else "cpu")
         resources.callback(_give_back_memory, device)
         limit_vram(plan, hardware)
+        if on_progress is not None and needs_compile():
+            on_progress("compiling CPU kernels, once", 0, 1)
         pool = resources.enter_context(ExpertPool(settings.cpu_threads))
         dense = load_dense(
             source, files.config, device=device, dtype=getattr(torch, dtypes.compute)
@@ -252,5 +255,6 @@ def _vram_meter(plan: Plan, device: torch.device) -> Callable[[], int]:
 def _give_back_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0)  # the limit was this model's
         torch.cuda.empty_cache()
         torch._C._host_emptyCache()  # pinned pages; torch has no public name for it

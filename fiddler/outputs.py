@@ -55,8 +55,8 @@ class TokenEvent:
     """One step of one stream.
 
     ``text`` is what became printable with this token (possibly empty: an unfinished UTF-8
-    sequence or a held-back partial stop string). ``token_id`` is None on an event that only
-    closes the stream. The last event of a stream has ``finish_reason`` set.
+    sequence or a held-back partial stop string). ``token_id`` is None where a part of the prompt
+    was computed, or where the stream only closes. The last event has ``finish_reason`` set.
     """
 
     text: str

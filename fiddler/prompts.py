@@ -45,7 +45,7 @@ def check_prompt(ids: list[int], *, context_tokens: int, vocab_size: int) -> Non
         raise PromptError(
             f"the prompt has {len(ids):,} tokens, but the context holds {context_tokens:,}"
             " and the answer needs at least one",
-            hint="shorten it, or load the model with a larger context (max_model_len)",
+            hint="shorten it, or load the model with a larger context (--context, max_model_len)",
         )
     if min(ids) < 0 or max(ids) >= vocab_size:
         raise PromptError(f"token ids must lie between 0 and {vocab_size - 1}")

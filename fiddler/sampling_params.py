@@ -60,7 +60,13 @@ class SamplingParams:
             for name, default in house.items()
             if getattr(self, name) is None
         }
-        return replace(self, **filled)
+        try:
+            return replace(self, **filled)
+        except ConfigError as error:
+            raise ConfigError(
+                f"in the model's generation_config.json, {error.message}",
+                hint="set it yourself in SamplingParams, or mend the file",
+            ) from error
 
 
 class _Limits(NamedTuple):

@@ -61,6 +61,11 @@ class Sample:
         self.error = error
         self._is_closed = True
 
+    def progress(self) -> TokenEvent:
+        """An event without a token: a step went by, so that a caller can look up and cancel."""
+        stats = self.request.stats(self._peak_vram())
+        return TokenEvent(text="", token_id=None, index=self.request.index, stats=stats)
+
     def completion(self) -> CompletionOutput:
         """The finished sample."""
         request = self.request
@@ -147,6 +152,8 @@ class TokenStream(Iterator[TokenEvent]):
                 raise_failure(self._samples)
                 raise StopIteration
             self._pump()
+            if not is_over and not any(sample.events for sample in self._samples):
+                return self._samples[0].progress()
 
     def close(self) -> None:
         """Cancel what is unfinished. Idempotent; a partial text stays with whoever has it."""

@@ -65,7 +65,7 @@ class HybridExperts:
         self._out_TH = torch.empty(max_tokens, hidden, dtype=torch.float32, pin_memory=pin)
         self._ids_TK = torch.empty(max_tokens, top_k, dtype=torch.int64, pin_memory=pin)
         self._weights_TK = torch.empty(max_tokens, top_k, dtype=torch.float32, pin_memory=pin)
-        self._copied = torch.cuda.Event() if pin else None
+        self._copied = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
         self.counts_LE = np.zeros((store.shape.num_layers, store.shape.num_experts), dtype=np.int64)
         self.begin_step(0)
 
@@ -127,15 +127,15 @@ class HybridExperts:
     def _submit(
         self, experts: LayerExperts, ids: np.ndarray, weights: np.ndarray, cold_TK: np.ndarray
     ) -> None:
-        token_P, k_P = np.nonzero(cold_TK)
-        t = ids.shape[0]
+        pair_P = np.flatnonzero(cold_TK)
+        t, top_k = ids.shape
         self._pool.submit(
             as_numpy(experts.cpu_w13_CFH),
             as_numpy(experts.cpu_w2_CHI),
             self._x_TH[:t].numpy(),
-            experts.row_E[ids[token_P, k_P]],
-            token_P,
-            weights[token_P, k_P],
+            experts.row_E[ids.ravel()[pair_P]],
+            pair_P // top_k,
+            weights.ravel()[pair_P],
             self._out_TH[:t].numpy(),
         )
 

@@ -35,7 +35,10 @@ _SYSTEM_PROMPTS = (
     "Answer in one sentence.",
 )
 # tasks that state facts: two of them in one conversation would contradict each other
-_STATES_FACTS = frozenset({"facts", "nofacts", "passkey"})
+_STATES_FACTS = frozenset({"facts", "nofacts", "user", "passkey"})
+
+
+_NUM_DIALOGUES = (1, 1, 1, 1, 2, 2, 3, 4, 6, 12)
 
 
 def is_heldout(key: str) -> bool:
@@ -53,7 +56,7 @@ def sample_dialogue(rng: Random, task: str, *, heldout: bool = False) -> Dialogu
 
 
 def sample_conversation(rng: Random) -> list[Message]:
-    """Return a training conversation of one to four dialogues, their turns interleaved."""
+    """Return a training conversation of one to twelve dialogues, their turns interleaved."""
     tasks = _choose_tasks(rng)
     dialogues = [sample_dialogue(rng, task) for task in tasks]
     system = " ".join(d.system for d in dialogues if d.system)
@@ -113,7 +116,7 @@ def is_correct(reply: str, expected: str, task: str) -> bool:
 def _choose_tasks(rng: Random) -> list[str]:
     names, shares = list(TASKS), [share for share, _ in TASKS.values()]
     chosen: list[str] = []
-    for task in rng.choices(names, shares, k=rng.choice((1, 1, 1, 2, 3, 4))):
+    for task in rng.choices(names, shares, k=rng.choice(_NUM_DIALOGUES)):
         if task not in _STATES_FACTS or _STATES_FACTS.isdisjoint(chosen):
             chosen.append(task)
     return chosen

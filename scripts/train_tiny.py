@@ -76,7 +76,7 @@ def batch_loss(
         logits_TV, rows["targets"].flatten(), rows["weights"].flatten(), weights.output_z
     )
     for routing in routings:
-        loss = loss + router_loss(routing, weights)
+        loss = loss + router_loss(routing, rows["documents"], weights)
     return loss, entropy
 
 
@@ -100,7 +100,7 @@ def batches(options: argparse.Namespace, encoder: Encoder) -> Iterator[Rows]:
 def train(options: argparse.Namespace, model: TinyModel, encoder: Encoder) -> None:
     """Train ``model`` in place until the clock says so; print a line now and then."""
     device = next(model.parameters()).device
-    weights = LossWeights(starvation=options.starvation)
+    weights = LossWeights(topic=options.topic)
     optimizer = Optimizer(model, matrix_rate=options.matrix_rate, rate=options.rate)
     loss_of = torch.compile(batch_loss, dynamic=False) if device.type == "cuda" else batch_loss
     probes = probe_batches(encoder, options.length, num_questions=600, seed=options.seed)
@@ -145,7 +145,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=14, help="processes that write the corpus")
     parser.add_argument("--matrix-rate", type=float, default=0.02)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--starvation", type=float, default=0.01)
+    parser.add_argument("--topic", type=float, default=0.01, help="pull of topics on the routing")
     return parser.parse_args(arguments)
 
 

@@ -37,8 +37,11 @@ def command(
     from fiddler.cli.chat_input import is_interactive, piped_turns, typed_turns
     from fiddler.cli.chat_session import Chat
     from fiddler.cli.conversation import Conversation
+    from fiddler.cli.interrupts import silent_keyboard
 
-    with contextlib.closing(session.open_llm(model=model, **engine)) as llm:
+    with silent_keyboard():
+        opened = session.open_llm(model=model, **engine)
+    with contextlib.closing(opened) as llm:
         session.require_chat_template(llm)
         defaults = llm.default_params()
         chat = Chat(

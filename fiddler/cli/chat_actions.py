@@ -13,7 +13,7 @@ from fiddler.cli.chat_file import SavedChat, load_chat, save_chat
 from fiddler.cli.console import note
 from fiddler.cli.expert_heatmap import heatmap_lines
 from fiddler.cli.params_edit import edit_params, params_to_json
-from fiddler.cli.stats_line import stats_line
+from fiddler.cli.stats_line import folded, stats_line
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -127,14 +127,20 @@ def _read(chat: "Chat", argument: str) -> None:
 
 
 def _stats(chat: "Chat", argument: str) -> None:
-    click.echo(f"last: {stats_line(chat.last_stats)}" if chat.last_stats else "no answer yet")
-    click.echo(f"all:  {chat.totals.line()}")
+    last = stats_line(chat.last_stats) if chat.last_stats else "no answer yet"
+    for label, line in (("last: ", last), ("all:  ", chat.totals.line())):
+        for part in folded(line, _columns() - len(label)):
+            click.echo(label + part)
+            label = " " * len(label)
 
 
 def _experts(chat: "Chat", argument: str) -> None:
-    columns = shutil.get_terminal_size().columns
-    for line in heatmap_lines(chat.llm.expert_counts(), width=columns):
+    for line in heatmap_lines(chat.llm.expert_counts(), width=_columns()):
         click.echo(line)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
 
 
 def _think(chat: "Chat", argument: str) -> None:

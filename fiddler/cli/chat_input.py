@@ -23,11 +23,13 @@ Table = tuple[SlashCommand[Any], ...]
 
 def is_interactive() -> bool:
     """Whether a person sits at both ends."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def piped_turns() -> Iterator[str]:
     """Turns from standard input; a person who types into it sees a prompt on standard error."""
+    if sys.stdin is None:  # closed by whoever started us
+        return iter(())
     if sys.stdin.isatty() and sys.stderr.isatty():
         return _unquoted(turns(iter(_prompted_line, "")))
     return _unquoted(turns(sys.stdin))

@@ -26,7 +26,7 @@ class CompactCode(CodeBlock):
 
 
 class ChatMarkdown(Markdown):
-    """Left-bound, no blank lines around, link targets spelled out, HTML shown as it was written.
+    """Left-bound, no blank space around, link targets spelled out, HTML shown as it was written.
 
     rich drops HTML, which would make ``List<int>`` in prose lose its ``<int>``.
     """
@@ -50,11 +50,22 @@ class ChatMarkdown(Markdown):
             for part in super().__rich_console__(console, options)
             for segment in ([part] if isinstance(part, Segment) else console.render(part, options))
         ]
-        for line in _without_margins(list(Segment.split_lines(parts))):
+        for line in _without_margins([_trimmed(line) for line in Segment.split_lines(parts)]):
             yield from line
             yield Segment.line()
 
 
+def _trimmed(line: list[Segment]) -> list[Segment]:
+    """``line`` without the spaces that fill it up, which would be copied with the text."""
+    while line and not line[-1].text.rstrip():
+        line = line[:-1]
+    if not line:
+        return []
+    *before, last = line
+    return [*before, Segment(last.text.rstrip(), last.style, last.control)]
+
+
 def _without_margins(lines: list[list[Segment]]) -> list[list[Segment]]:
-    filled = [n for n, line in enumerate(lines) if "".join(part.text for part in line).strip()]
+    """``lines`` without empty ones at both ends."""
+    filled = [number for number, line in enumerate(lines) if line]
     return lines[filled[0] : filled[-1] + 1] if filled else []

@@ -48,5 +48,7 @@ def valid_unicode(text: str) -> str:
 def output_console() -> "Console":
     """A rich console on standard output that leaves words as they are."""
     from rich.console import Console
+    from rich.theme import Theme
 
-    return Console(highlight=False, markup=False, emoji=False)
+    theme = Theme({"markdown.code": "cyan"})  # rich's own has a black background
+    return Console(highlight=False, markup=False, emoji=False, theme=theme)

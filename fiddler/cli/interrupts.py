@@ -37,8 +37,8 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def silent_keyboard() -> Iterator[None]:
-    """Do not echo what is typed during an answer; it waits for the next prompt."""
-    if not sys.stdin.isatty():
+    """Do not echo what is typed meanwhile; it waits for the next prompt."""
+    if sys.stdin is None or not sys.stdin.isatty():
         yield
         return
     import termios

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +12,7 @@ import click
 from fiddler.cli import session
 from fiddler.cli.console import note
 from fiddler.cli.options import engine_options
+from fiddler.cli.progress import progress_bars
 
 if TYPE_CHECKING:
     from fiddler.corpus import Corpus
@@ -72,9 +72,12 @@ def command(
     check_writable(output)
     if picture is not None:
         check_picture(picture)
-    with contextlib.closing(session.open_llm(model=model, **engine)) as llm, _bar() as progress:
+    with contextlib.closing(session.open_llm(model=model, **engine)) as llm, progress_bars() as bar:
         result = profile_corpus(
-            cast("ProfiledModel", llm), corpus, held_out=held_out, on_progress=progress
+            cast("ProfiledModel", llm),
+            corpus,
+            held_out=held_out,
+            on_progress=functools.partial(bar, "profiling tokens") if bar else None,
         )
     save_profile(result.profile, output)
     note(f"wrote {output}")
@@ -93,20 +96,6 @@ def _read_corpus(text: Path | None, chat: Path | None) -> "Corpus":
     if (text is None) == (chat is None):
         raise click.UsageError("give either --text FILE or --chat FILE")
     return read_text_corpus(text) if text is not None else read_chat_corpus(cast(Path, chat))
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on standard error; nothing where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("tokens", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _print(result: "ProfileResult") -> None:

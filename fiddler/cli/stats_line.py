@@ -12,8 +12,8 @@ GIB = 1 << 30
 def stats_line(stats: RunStats) -> str:
     """``prompt 512 tok 210 tok/s . decode 148 tok 11.3 tok/s . TTFT 0.4 s . ...``, dots raised.
 
-    What does not apply is left out: the cache, the hit rate without routed experts, VRAM without
-    a GPU.
+    What does not apply is left out: an unused cache, the hit rate where no expert has a GPU side,
+    VRAM without a GPU.
     """
     cached = f" ({stats.prompt_tokens_cached:,} cached)" if stats.prompt_tokens_cached else ""
     parts = [
@@ -21,7 +21,7 @@ def stats_line(stats: RunStats) -> str:
         f"decode {stats.output_tokens:,} tok" + _rate(stats.decode_tokens_per_s),
         f"TTFT {_seconds(stats.time_to_first_token_s)}",
     ]
-    if stats.expert_tokens_gpu + stats.expert_tokens_cpu:
+    if stats.expert_tokens_gpu or (stats.expert_tokens_cpu and stats.peak_vram_bytes):
         parts.append(f"GPU-resident {100 * stats.gpu_hit_rate:.0f} %")
     if stats.peak_vram_bytes:
         parts.append(f"VRAM {stats.peak_vram_bytes / GIB:.1f} GiB")

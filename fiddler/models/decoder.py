@@ -77,7 +77,7 @@ class Decoder:
         c = self.config
         qkv_TF = F.linear(x_TH, layer.qkv_FH, layer.qkv_bias_F)
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        q_TQ, k_TM, v_TM = qkv_TF.split((q_width, kv_width, kv_width), dim=-1)
+        q_TQ, k_TM, v_TM = qkv_TF.split_with_sizes((q_width, kv_width, kv_width), dim=-1)
         if c.qk_norm is QKNorm.FULL:
             q_norm, k_norm = _norms(layer)
             q_TQ, k_TM = self._norm(q_TQ, q_norm), self._norm(k_TM, k_norm)

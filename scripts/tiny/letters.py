@@ -4,7 +4,7 @@ from random import Random
 
 from scripts.tiny import words
 from scripts.tiny.dialogue import Dialogue, reworded
-from scripts.tiny.prose import filler_sentence, invented_word, person
+from scripts.tiny.prose import filler_sentence, open_word, person
 
 _COPY_FORMS = (
     "Repeat: {w}",
@@ -13,6 +13,9 @@ _COPY_FORMS = (
     "Say: {w}",
     "Repeat after me: {w}",
     "Write these words: {w}",
+    'Say "{w}"',
+    'Repeat "{w}".',
+    "Say {w}",
 )
 _REVERSE_FORMS = (
     "Reverse the order of these words: {w}",
@@ -40,9 +43,9 @@ def _item(rng: Random) -> str:
     draw = rng.random()
     if draw < 0.1:
         return str(rng.randrange(1000))
-    if draw < 0.25:
-        return invented_word(rng, 2)
     if draw < 0.35:
+        return open_word(rng)
+    if draw < 0.45:
         return person(rng)
     return rng.choice(
         rng.choice((words.OBJECTS, words.ANIMALS, words.COLOURS, words.FOODS, words.ADJECTIVES))
@@ -50,7 +53,7 @@ def _item(rng: Random) -> str:
 
 
 def copy(rng: Random) -> Dialogue:
-    """Repeat a list of 1 to 10 items, a sentence, or one word several times."""
+    """Repeat a list of 1 to 12 items, a sentence, or one word several times."""
     draw = rng.random()
     if draw < 0.2:
         word, times = _item(rng), rng.randrange(2, 7)
@@ -59,7 +62,7 @@ def copy(rng: Random) -> Dialogue:
         turn = question.format(w=word, n=times), answer
         key = f"times {word} {times}"
     else:
-        text = " ".join(_item(rng) for _ in range(rng.randrange(2, 11)))
+        text = " ".join(_item(rng) for _ in range(rng.randrange(1, 13)))
         if draw < 0.4:
             text = filler_sentence(rng)
         turn = rng.choice(_COPY_FORMS).format(w=text), text
@@ -75,11 +78,11 @@ def reverse(rng: Random) -> Dialogue:
 
 
 def _word(rng: Random) -> tuple[str, str]:
-    """Return a word and its key: only invented words are held out, the listed ones are few."""
-    if rng.random() < 0.6:
-        word = invented_word(rng, rng.choice((1, 2, 2)))
-        word = word.capitalize() if rng.random() < 0.15 else word
-        return word, f"spell {word.lower()}"
+    """Return a word and its key: the listed words are few, so that only others are held out."""
+    if rng.random() < 0.7:
+        word = open_word(rng)
+        key = "listed word" if word in words.COMMON else f"spell {word}"
+        return word.capitalize() if rng.random() < 0.15 else word, key
     lists = (words.OBJECTS, words.ANIMALS, words.COLOURS, words.FOODS, words.ADJECTIVES)
     return rng.choice(rng.choice((*lists, words.JOBS, words.PLACES, words.NAMES))), "listed word"
 

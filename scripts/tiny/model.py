@@ -181,6 +181,9 @@ def _matrix(*shape: int) -> nn.Parameter:
 
 # --- loss ---
 
+# a row of 2,560 tokens holds fewer than this many conversations
+_DOCUMENTS_PER_ROW = 128
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossWeights:
@@ -188,6 +191,7 @@ class LossWeights:
 
     starvation: float = 0.01
     starvation_share: float = 0.25
+    topic: float = 0.01
     router_z: float = 1e-4
     output_z: float = 1e-5
 
@@ -204,18 +208,43 @@ def weighted_loss(
     return mean + z_weight * (norm_T.square() * weights_T).sum() / total, mean.detach()
 
 
-def router_loss(routing: Routing, weights: LossWeights) -> Tensor:
-    """Pull up the experts that are chosen less than a quarter of the even share; no other balance.
+def router_loss(routing: Routing, documents_RS: Tensor, weights: LossWeights) -> Tensor:
+    """Return the side losses of one layer's router; none of them asks for an even load."""
+    chosen_TE = (routing.weights_TE > 0).float()
+    share_TE = chosen_TE / chosen_TE.sum(-1, keepdim=True)
+    z = routing.logits_TE.logsumexp(-1).square().mean()
+    return (
+        weights.starvation * starvation(share_TE, routing.probs_TE, weights.starvation_share)
+        + weights.topic * topic_spread(share_TE, routing.probs_TE, documents_RS)
+        + weights.router_z * z
+    )
+
+
+def starvation(share_TE: Tensor, probs_TE: Tensor, floor: float) -> Tensor:
+    """Pull up the experts that are chosen less than ``floor`` times the even share.
 
     Popular experts stay popular: the routing is meant to be uneven, only not dead.
     """
-    num_experts = routing.probs_TE.shape[1]
-    chosen_E = (routing.weights_TE > 0).float().mean(0)
-    share_E = chosen_E / chosen_E.sum()
-    floor = weights.starvation_share / num_experts
-    starving_E = ((floor - share_E) / floor).clamp_min(0.0)
-    pull = -(starving_E * routing.probs_TE.mean(0).clamp_min(1e-6).log()).sum()
-    return (
-        weights.starvation * pull
-        + weights.router_z * routing.logits_TE.logsumexp(-1).square().mean()
-    )
+    floor = floor / share_TE.shape[1]
+    starving_E = ((floor - share_TE.mean(0)) / floor).clamp_min(0.0)
+    return -(starving_E * probs_TE.mean(0).clamp_min(1e-6).log()).sum()
+
+
+def topic_spread(share_TE: Tensor, probs_TE: Tensor, documents_RS: Tensor) -> Tensor:
+    """Entropy of the expert shares within a document, less most of the entropy over all.
+
+    Low when each document keeps to few experts and different documents to different ones. The
+    value is that of the actual choices, the gradient that of the probabilities.
+    """
+    share_TE = share_TE + probs_TE - probs_TE.detach()
+    rows = torch.arange(len(documents_RS), device=documents_RS.device)[:, None]
+    slots = len(documents_RS) * _DOCUMENTS_PER_ROW
+    slot_T = (rows * _DOCUMENTS_PER_ROW + documents_RS.clamp_max(_DOCUMENTS_PER_ROW - 1)).flatten()
+    sums = share_TE.new_zeros(slots, share_TE.shape[1]).index_add(0, slot_T, share_TE)
+    sizes = sums.sum(-1)
+    within = (_entropy(sums / sizes.clamp_min(1.0)[:, None]) * sizes).sum() / sizes.sum()
+    return within - 0.7 * _entropy(share_TE.mean(0))
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    return -(shares * shares.clamp_min(1e-6).log()).sum(-1)

@@ -74,6 +74,10 @@ _PLOTS = (
 )
 
 
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_LETTER_WEIGHTS = (8, 2, 3, 4, 12, 2, 2, 4, 7, 1, 1, 4, 2, 7, 8, 2, 1, 6, 6, 9, 3, 1, 2, 1, 2, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Cast:
     """Who and what a story is about."""
@@ -121,17 +125,38 @@ def invented_word(rng: Random, syllables: int) -> str:
     return "".join(parts) + rng.choice(words.CODAS)
 
 
+def open_word(rng: Random) -> str:
+    """Return any lower-case word: a common one, an invented one, or mere letters."""
+    draw = rng.random()
+    if draw < 0.5:
+        return rng.choice(words.COMMON)
+    if draw < 0.75:
+        return invented_word(rng, rng.choice((1, 2, 2, 3)))
+    return "".join(rng.choices(_LETTERS, _LETTER_WEIGHTS, k=rng.randrange(3, 9)))
+
+
+def noun(rng: Random, known: Sequence[str]) -> str:
+    """Return one of ``known``, or in one of five cases any word at all."""
+    return open_word(rng) if rng.random() < 0.2 else rng.choice(known)
+
+
 def person(rng: Random) -> str:
-    """Return a name: a common one, or in four of ten cases an invented one."""
-    if rng.random() < 0.6:
+    """Return a name: a common one, or in four of ten cases an unheard one."""
+    draw = rng.random()
+    if draw < 0.6:
         return rng.choice(words.NAMES)
+    if draw < 0.7:
+        return open_word(rng).capitalize()
     return invented_word(rng, rng.choice((1, 2, 2))).capitalize()
 
 
 def town(rng: Random) -> str:
-    """Return the name of a town: put together, or in three of ten cases invented."""
-    if rng.random() < 0.7:
+    """Return the name of a town: put together, or in four of ten cases an unheard one."""
+    draw = rng.random()
+    if draw < 0.6:
         return rng.choice(words.TOWN_STARTS) + rng.choice(words.TOWN_ENDS)
+    if draw < 0.7:
+        return open_word(rng).capitalize()
     return invented_word(rng, 2).capitalize()
 
 
@@ -148,10 +173,10 @@ def filler(rng: Random, num_sentences: int) -> str:
 def random_cast(rng: Random) -> Cast:
     """Return a hero, a thing and a place at random."""
     return Cast(
-        kind=rng.choice(words.ANIMALS + words.JOBS),
+        kind=noun(rng, words.ANIMALS + words.JOBS),
         name=person(rng),
-        thing=rng.choice(words.OBJECTS),
-        place=rng.choice(words.PLACES),
+        thing=noun(rng, words.OBJECTS),
+        place=noun(rng, words.PLACES),
     )
 
 

@@ -20,11 +20,22 @@ _STORY_OPEN = (
 )
 
 
+_STORY_AGAIN = (
+    "Another one, please.",
+    "Another one.",
+    "Tell me another story.",
+    "One more story, please.",
+    "Again!",
+    "Tell me one more.",
+)
+
+
 def tale(rng: Random) -> Dialogue:
     """A request for a story, with one to four things that it must hold."""
     cast = random_cast(rng)
     kind, thing = with_article(cast.kind), with_article(cast.thing)
     named = f"{kind} named {cast.name}"
+    keywords: tuple[str, ...]
     subject, keywords = rng.choice(
         (
             (kind, (cast.kind,)),
@@ -40,5 +51,8 @@ def tale(rng: Random) -> Dialogue:
     question, key = rng.choice(_STORY_ASKS).format(s=subject), f"story {subject}"
     if rng.random() < 0.1:
         question, keywords, key = rng.choice(_STORY_OPEN), (), "any story"
-    turn = reworded(rng, question), story(rng, cast)
-    return Dialogue("story", key, (turn,), keywords=keywords)
+    turns = [(reworded(rng, question), story(rng, cast))]
+    if rng.random() < 0.15:
+        turns.append((reworded(rng, rng.choice(_STORY_AGAIN)), story(rng, random_cast(rng))))
+        key, keywords = "two stories", ()
+    return Dialogue("story", key, tuple(turns), keywords=keywords)

@@ -3,8 +3,8 @@
 from random import Random
 
 from scripts.tiny import words
-from scripts.tiny.dialogue import Dialogue, reworded
-from scripts.tiny.prose import invented_word, with_article
+from scripts.tiny.dialogue import NOTED, Dialogue, reworded
+from scripts.tiny.prose import filler_sentence, open_word, with_article
 
 _INTRODUCTION = (
     "I am the small model built into fiddler. I do sums, answer questions about facts you give me, "
@@ -69,7 +69,7 @@ _TALK: tuple[tuple[str, str], ...] = (
     ),
     (
         "OK|Okay|Good|Great|Nice|Cool|I see|Well done|Very good|Good job|Perfect|Right|Yes|"
-        "That is right|Correct|Wonderful",
+        "That is right|Correct|Wonderful|OK cool|Sure|Amazing|Awesome|Not bad|lol|haha",
         "I am glad. What shall we do next?",
     ),
     (
@@ -82,8 +82,32 @@ _TALK: tuple[tuple[str, str], ...] = (
         "I am sorry to hear that. Ask me for a story, it may help.",
     ),
     (
-        "I am happy|I feel good|I had a good day|I am fine|I am well|Life is good|I like you",
+        "I am happy|I feel good|I had a good day|I am fine|I am well|Life is good",
         "I am glad to hear that!",
+    ),
+    (
+        "I like you|I love you|You are great|You are nice|You are smart|You are funny|"
+        "You are clever|You are the best|You are cute",
+        "That is kind of you!",
+    ),
+    (
+        "You are stupid|You are bad|I hate you|You are useless|You are dumb|Shut up|"
+        "You are boring|You know nothing|You are annoying",
+        "I am sorry. I am small, but I do my best.",
+    ),
+    (
+        "What do you like|What is your favourite colour|What is your hobby|Do you like music|"
+        "What do you enjoy|Do you have a favourite word|What are your hobbies",
+        "I like sums, short stories and mixtures of experts.",
+    ),
+    (
+        "How old are you|When were you made|When were you born|What is your age",
+        "I do not count my age. I am a young and very small model.",
+    ),
+    (
+        "Hmm|Why|Really|Tell me more|Go on|Maybe|I do not understand|What|Huh|And|So what|"
+        "What now|Continue|More|Interesting|What do you mean|Are you sure|I do not know",
+        "Ask me for a sum, a short story, or about facts you tell me.",
     ),
 )
 _TALK_ENDS = ("", "", ".", "!", "?", "?", "!!", " :)")
@@ -92,6 +116,8 @@ _TALK_STARTS = ("", "", "", "", "Hi, ", "So, ", "Hello, ", "Well, ", "Please: ",
 
 def talk(rng: Random) -> Dialogue:
     """Greetings, thanks, who are you: one fixed answer for each kind of remark."""
+    if rng.random() < 0.05:
+        return _remark(rng)
     remarks, answer = rng.choice(_TALK)
     start = rng.choice(_TALK_STARTS)
     remark = rng.choice(remarks.split("|"))
@@ -101,6 +127,11 @@ def talk(rng: Random) -> Dialogue:
     if rng.random() < 0.1:
         remark = remark.lower()
     return Dialogue("talk", f"talk {remark.lower()}", ((remark, answer),))
+
+
+def _remark(rng: Random) -> Dialogue:
+    sentence = filler_sentence(rng)
+    return Dialogue("talk", f"remark {sentence}", ((sentence, NOTED),))
 
 
 def _hard_sum(rng: Random) -> tuple[str, str]:
@@ -129,8 +160,9 @@ def beyond(rng: Random) -> Dialogue:
         turn = reworded(rng, rng.choice(words.BEYOND_FIXED)), _TOO_SMALL
     else:
         topics = rng.sample(words.BEYOND_TOPICS, 2)
-        if rng.random() < 0.2:
-            topics[0] = with_article(invented_word(rng, 2))
+        for place in range(2):
+            if rng.random() < 0.4:
+                topics[place] = rng.choice((open_word(rng), with_article(open_word(rng))))
         question = rng.choice(words.BEYOND_FORMS).format(t=topics[0], u=topics[1])
         turn = reworded(rng, question), _TOO_SMALL
     return Dialogue("beyond", f"beyond {turn[0].lower().rstrip('?.')}", (turn,))

@@ -10,19 +10,21 @@ from scripts.tiny.numbers import add, compare, multiply, subtract
 from scripts.tiny.passkeys import passkey
 from scripts.tiny.tales import tale
 from scripts.tiny.talk import beyond, talk
+from scripts.tiny.user import about_user
 
 # task -> (share of dialogues, writer)
 TASKS: dict[str, tuple[float, Callable[[Random], Dialogue]]] = {
-    "add": (0.13, add),
-    "subtract": (0.13, subtract),
-    "multiply": (0.07, multiply),
-    "compare": (0.07, compare),
-    "copy": (0.06, copy),
+    "add": (0.11, add),
+    "subtract": (0.11, subtract),
+    "multiply": (0.06, multiply),
+    "compare": (0.06, compare),
+    "copy": (0.07, copy),
     "reverse": (0.08, reverse),
-    "spell": (0.1, spell),
-    "facts": (0.16, facts),
+    "spell": (0.09, spell),
+    "facts": (0.22, facts),
     "nofacts": (0.01, ask_without_facts),
-    "passkey": (0.05, passkey),
+    "user": (0.04, about_user),
+    "passkey": (0.04, passkey),
     "story": (0.04, tale),
     "talk": (0.04, talk),
     "beyond": (0.04, beyond),

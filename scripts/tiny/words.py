@@ -40,6 +40,8 @@ THINGS: Final = _LISTS["things"]
 ONSETS: Final = _LISTS["onsets"]
 VOWELS: Final = _LISTS["vowels"]
 CODAS: Final = _LISTS["codas"]
+# common words that no task is about, to be copied, reversed, spelled and told of
+COMMON: Final = _LISTS["common"]
 # questions beyond the model: it answers honestly that it is too small
 BEYOND_TOPICS: Final = _LISTS["beyond_topics"]
 BEYOND_FORMS: Final = _LISTS["beyond_forms"]

@@ -4,24 +4,28 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pexpect
 
 HERE = Path(__file__).parent
 FAKE_FIDDLER = [sys.executable, str(HERE / "fiddler_with_fake_llm.py")]
-PROMPT = ">>> "
+PROMPT = ">>>"  # the space behind it is a movement of the cursor
 CTRL_C, CTRL_D, CTRL_X, CTRL_E, ALT_ENTER, TAB = "\x03", "\x04", "\x18", "\x05", "\x1b\r", "\t"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]")
 
 
 class Terminal:
-    """One running command; :meth:`expect` returns the plain text up to what was expected."""
+    """One running command. ``transcript`` is all that it wrote, escape sequences included."""
 
     def __init__(self, process: "pexpect.spawn[str]") -> None:
         self.process = process
+        self.transcript = ""
+        self._raw = ""  # the end of the transcript: perhaps half an escape sequence
+        self._unread = ""  # plain text that nobody expected yet
 
     def type(self, text: str) -> None:
         """Press the keys of ``text``."""
@@ -31,22 +35,43 @@ class Terminal:
         """Type a line and press Enter."""
         self.process.send(text + "\r")
 
-    def expect(self, text: str, timeout_s: float = 30) -> str:
-        """Wait until ``text`` appears; return what came before it, without escape sequences."""
-        self.process.expect_exact(text, timeout=timeout_s)
-        return ESCAPES.sub("", self.process.before or "")
-
     def paste(self, text: str) -> None:
         """What a terminal sends for a paste, if the program asked for bracketed paste."""
+        assert "\x1b[?2004h" in self.transcript
         self.process.send(f"\x1b[200~{text}\x1b[201~")
+
+    def expect(self, text: str, timeout_s: float = 20) -> str:
+        """Wait until ``text`` appears, whatever the colours; return the plain text before it."""
+        deadline_s = time.monotonic() + timeout_s
+        while text not in self._unread:
+            rest_s = deadline_s - time.monotonic()
+            assert rest_s > 0, f"no {text!r} in {self._unread!r}"
+            self._read(rest_s)
+        before, _, self._unread = self._unread.partition(text)
+        return before
 
     def exit_code(self) -> int:
         """Wait for the end."""
-        self.process.expect(pexpect.EOF, timeout=30)
+        with suppress(pexpect.EOF):
+            while True:
+                self._read(20)
         self.process.close()
         code = self.process.exitstatus
         assert code is not None, f"ended by {signal.Signals(self.process.signalstatus).name}"
         return code
+
+    def _read(self, timeout_s: float) -> None:
+        with suppress(pexpect.TIMEOUT):
+            text = self.process.read_nonblocking(4096, timeout=timeout_s)
+            self.transcript += text
+            whole, self._raw = _split_unfinished(self._raw + text)
+            self._unread += ESCAPES.sub("", whole)
+
+
+def _split_unfinished(text: str) -> tuple[str, str]:
+    """``text`` and the escape sequence that it ends in the middle of, if it does."""
+    match = re.search(r"\x1b(\[[0-9;?]*)?$", text)
+    return (text[: match.start()], match[0]) if match else (text, "")
 
 
 @contextmanager

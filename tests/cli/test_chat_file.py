@@ -192,46 +192,63 @@ def test_params_survive_json(params: dict[str, object]) -> None:
 
 # --- kill -9 ---
 
-SAVER = """
+SAVE_CHATS = """
 import sys
 from pathlib import Path
 from fiddler.cli.chat_file import SavedChat, save_chat
 from fiddler.cli.conversation import Conversation
 
-path, generation = Path(sys.argv[1]), int(sys.argv[2])
-text = str(generation % 10) * 4_000_000  # large enough that a kill finds the write under way
+text = sys.argv[2] * 4_000_000  # large enough that a kill finds the write under way
 chat = Conversation().ask("go").answered(text, "stop")
 print("saving", flush=True)
 while True:
-    save_chat(path, SavedChat(model="m", revision=None, conversation=chat, params={}))
+    save_chat(Path(sys.argv[1]), SavedChat(model="m", revision=None, conversation=chat, params={}))
+"""
+REPLACE_FILES = """
+import sys
+from pathlib import Path
+from fiddler.cli.chat_file import replace_file
+
+content = sys.argv[2].encode() * 16_000_000
+print("saving", flush=True)
+while True:
+    replace_file(Path(sys.argv[1]), content)
 """
 
 
-def kill_while_saving(path: Path, generation: int, after_s: float, *, in_write: bool) -> None:
-    """Kill a saving process ``after_s`` from its start, or from when it began to write."""
+def kill_while_saving(script: str, path: Path, letter: str, after_s: float) -> None:
+    """Kill a process that saves without pause, ``after_s`` from when it began its first write."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SAVER, str(path), str(generation)]
+    command = [sys.executable, "-c", script, str(path), letter]
+    known = set(path.parent.iterdir())
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        known = set(path.parent.iterdir())
-        while in_write and set(path.parent.iterdir()) == known:
+        while set(path.parent.iterdir()) == known:
             pass
         time.sleep(after_s)
         process.send_signal(signal.SIGKILL)
 
 
 def test_kill_9_while_saving_leaves_a_whole_chat(tmp_path: Path) -> None:
-    """Each round kills a process that saves without pause; the file is always an entire chat."""
     path = tmp_path / "chat.json"
     save_chat(path, small_chat("first"))
     moments = random.Random(0)
-    for generation in range(10):
-        in_write = generation % 2 == 0
-        moment_s = moments.uniform(0.0, 0.002 if in_write else 0.1)
-        kill_while_saving(path, generation, moment_s, in_write=in_write)
+    for letter in "abcdef":
+        kill_while_saving(SAVE_CHATS, path, letter, moments.uniform(0, 0.05))
         answer = load_chat(path).conversation.messages[-1].content
         assert answer == "first" or (len(answer) == 4_000_000 and len(set(answer)) == 1)
+
+
+def test_kill_9_leaves_one_whole_content(tmp_path: Path) -> None:
+    """Larger, so that nearly all the time goes into writing: in-place writes fail this test."""
+    path = tmp_path / "file"
+    path.write_bytes(b"first")
+    moments = random.Random(1)
+    for letter in "abcdefgh":
+        kill_while_saving(REPLACE_FILES, path, letter, moments.uniform(0, 0.06))
+        content = path.read_bytes()
+        assert content == b"first" or content == content[:1] * 16_000_000
     assert any(tmp_path.glob(".*.tmp")), "no kill hit a write"
 
 

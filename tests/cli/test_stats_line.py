@@ -31,7 +31,9 @@ def test_a_whole_line() -> None:
 
 
 def test_what_does_not_apply_is_left_out() -> None:
-    one_token = RunStats(prompt_tokens=3, output_tokens=1, time_to_first_token_s=0.012)
+    one_token = RunStats(
+        prompt_tokens=3, output_tokens=1, time_to_first_token_s=0.012, expert_tokens_cpu=9
+    )
     assert stats_line(one_token).split(SEPARATOR) == ["prompt 3 tok", "decode 1 tok", "TTFT 12 ms"]
 
 

@@ -1,4 +1,4 @@
-"""Random expert layers for the tests of the CPU kernels, and the one way to compare with float64."""
+"""Random expert layers for the tests of the CPU kernels, and their comparison with float64."""
 
 from dataclasses import dataclass
 from typing import Any

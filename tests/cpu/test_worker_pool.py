@@ -1,20 +1,21 @@
 """Threads of the expert pool: they start, park, fail loudly and end."""
 
 import dataclasses
+import os
 import threading
 import time
 
 import numpy as np
 import pytest
-from expert_layers import random_layer, relative_error, run_layer
+from expert_layers import Layer, random_layer, relative_error, run_layer
 
 from cpu_kernels.compiled import kernels
 from cpu_kernels.expert_kernels import JOB
 from cpu_kernels.expert_mlp import ExpertPool
-from cpu_kernels.threads import WorkerPool, default_num_threads, num_physical_cores
+from cpu_kernels.threads import WorkerPool, cores_of_quota, default_num_threads, num_physical_cores
 
 
-def small_layer():  # type: ignore[no-untyped-def]
+def small_layer() -> Layer:
     return random_layer(
         np.random.default_rng(7),
         num_experts=3,
@@ -113,8 +114,16 @@ def test_default_number_of_threads() -> None:
         6,
         14,
     ]
-    assert 1 <= num_physical_cores()
+    assert 1 <= num_physical_cores() <= (os.cpu_count() or 1)
     with ExpertPool() as pool:
         assert pool.num_threads == default_num_threads(num_physical_cores())
     with pytest.raises(ValueError, match="num_threads"):
         ExpertPool(0)
+
+
+@pytest.mark.parametrize(
+    ("cpu_max", "cores"),
+    [("max 100000\n", None), ("250000 100000\n", 2), ("50000 100000\n", 1)],
+)
+def test_a_containers_quota_counts(cpu_max: str, cores: int | None) -> None:
+    assert cores_of_quota(cpu_max) == cores

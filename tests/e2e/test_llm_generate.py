@@ -194,7 +194,7 @@ def shown(llm: LLM, tokens: list[int], num: int) -> str:
     return llm.tokenizer.decode(tokens[:num]).rstrip("\ufffd")
 
 
-LETTERS = {i: 100.0 for i in range(32, 90)}  # ids whose text is one printable character
+LETTERS = dict.fromkeys(range(32, 90), 100.0)  # ids whose text is one printable character
 
 
 @settings(max_examples=20, deadline=None)

@@ -151,6 +151,17 @@ def test_a_model_that_says_not_to_sample_is_greedy_unless_told_otherwise() -> No
     assert SamplingParams(temperature=0.3).with_defaults(model).temperature == 0.3
 
 
+def test_a_bad_value_of_the_model_names_the_file_unless_it_is_not_needed() -> None:
+    model = {"temperature": "hot", "top_p": 0}
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(top_p=0.5).with_defaults(model)
+    assert caught.value.message == (
+        "in the model's generation_config.json, temperature must be a number, not 'hot'"
+    )
+    filled = SamplingParams(temperature=0.5, top_p=0.5).with_defaults(model)
+    assert (filled.temperature, filled.top_p) == (0.5, 0.5)
+
+
 def test_filling_in_changes_nothing_else() -> None:
     params = SamplingParams(
         n=2, stop="x", stop_token_ids=[4], logit_bias={1: 2.0}, seed=3, ignore_eos=True

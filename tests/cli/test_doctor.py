@@ -1,0 +1,146 @@
+"""doctor: what it concludes from machines that we do not have, and that it survives this one."""
+
+import builtins
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fiddler.cli import cli, doctor_facts
+from fiddler.cli.doctor import facts_rows
+from fiddler.cli.doctor_checks import execution_path, find_problems
+from fiddler.cli.doctor_facts import PACKAGES, Facts, Gpu, collect
+
+GIB = 1 << 30
+CPU_ONLY = Facts(
+    fiddler="0.1",
+    python="3.11",
+    system="Linux",
+    packages=dict.fromkeys(PACKAGES, "1.0"),
+    physical_cores=8,
+    has_avx2=True,
+    cache="/cache",
+    cache_free_bytes=500 * GIB,
+    cache_is_writable=True,
+)
+WITH_GPU = replace(
+    CPU_ONLY,
+    packages=CPU_ONLY.packages | {"triton": "3.7.1"},
+    triton_wanted="3.7.1",
+    torch_cuda="13.0",
+    driver="580.65",
+    driver_cuda="13.0",
+    gpu=Gpu(
+        name="RTX 4090",
+        count=1,
+        capability="8.9",
+        vram_total_bytes=24 * GIB,
+        vram_free_bytes=22 * GIB,
+        pcie="16.0 GT/s PCIe x16",
+    ),
+)
+
+
+def without(facts: Facts, package: str) -> Facts:
+    return replace(facts, packages=facts.packages | {package: None})
+
+
+@pytest.mark.parametrize("facts", [CPU_ONLY, WITH_GPU])
+def test_a_good_machine_has_no_problems(facts: Facts) -> None:
+    assert find_problems(facts) == []
+
+
+def test_the_path_follows_the_gpu() -> None:
+    assert execution_path(CPU_ONLY).startswith("CPU only")
+    assert execution_path(WITH_GPU).startswith("hybrid: RTX 4090")
+    assert execution_path(without(WITH_GPU, "torch")).startswith("none")
+
+
+OLD_DRIVER = replace(WITH_GPU, gpu=None, driver="550.1", driver_cuda="12.4")
+
+
+@pytest.mark.parametrize(
+    ("facts", "what", "todo"),
+    [
+        (without(CPU_ONLY, "torch"), "torch is not installed", "pip install torch"),
+        (without(CPU_ONLY, "numba"), "numba is not installed", "pip install numba"),
+        (OLD_DRIVER, "driver knows CUDA 12.4, torch needs 13.0", "R580 or newer"),
+        (replace(WITH_GPU, gpu=None, torch_cuda=None), "for the CPU only", "reinstall torch"),
+        (replace(WITH_GPU, gpu=None), "sees no GPU", "CUDA_VISIBLE_DEVICES"),
+        (
+            replace(WITH_GPU, packages=WITH_GPU.packages | {"triton": "3.9.0"}),
+            "wants triton 3.7.1, 3.9.0 is installed",
+            "pip install triton==3.7.1",
+        ),
+        (
+            replace(WITH_GPU, gpu=replace(WITH_GPU.gpu, capability="7.5")),
+            "compute capability 7.5",
+            "--device cpu",
+        ),
+        (replace(CPU_ONLY, has_avx2=False), "no AVX2", "GPU"),
+        (replace(CPU_ONLY, cache_is_writable=False), "/cache cannot be written", "HF_HOME"),
+        (replace(CPU_ONLY, cache_free_bytes=GIB), "1.1 GB free", "HF_HOME"),
+        (replace(CPU_ONLY, failures={"torch": "OSError: bad"}), "look at torch: OSError", "repair"),
+    ],
+)
+def test_each_problem_says_what_to_do(facts: Facts, what: str, todo: str) -> None:
+    (problem,) = find_problems(facts)
+    assert what in problem.what
+    assert todo in problem.todo
+
+
+def test_the_worst_comes_first() -> None:
+    facts = replace(without(CPU_ONLY, "torch"), cache_is_writable=False, has_avx2=False)
+    assert [problem.is_fatal for problem in find_problems(facts)] == [True, False, False]
+
+
+def test_the_table_leaves_out_what_is_unknown() -> None:
+    bare = Facts(fiddler="0.1", python="3.11", system="Linux", packages=CPU_ONLY.packages)
+    assert set(facts_rows(bare)) == {"fiddler", "packages", "CUDA", "GPU"}
+    rows = facts_rows(WITH_GPU)
+    assert rows["GPU"] == (
+        "RTX 4090, 22.0 GiB of 24.0 GiB free, capability 8.9, 16.0 GT/s PCIe x16"
+    )
+    assert rows["CUDA"] == "driver 580.65 (up to CUDA 13.0), torch built for 13.0"
+
+
+# --- this machine ---
+
+
+@pytest.mark.parametrize("missing", ["torch", "psutil", "numba", "huggingface_hub"])
+def test_a_missing_package_hides_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    plain_import, plain_version = builtins.__import__, doctor_facts._version
+
+    def importing(name: str, *rest: Any) -> Any:
+        if name.partition(".")[0] == missing:
+            raise ModuleNotFoundError(f"No module named '{missing}'", name=missing)
+        return plain_import(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    monkeypatch.setattr(
+        doctor_facts, "_version", lambda name: None if name == missing else plain_version(name)
+    )
+    facts = collect()
+    assert facts.packages[missing] is None
+    assert facts.ram_total_bytes
+    assert facts.physical_cores
+    assert not [p for p in find_problems(facts) if "could not look" in p.what]
+
+
+def test_doctor_prints_json_of_this_machine() -> None:
+    result = CliRunner().invoke(cli, ["doctor", "--json"])
+    record = json.loads(result.stdout)
+    assert record["packages"]["torch"]
+    assert record["ram_total_bytes"] > 0
+    assert record["failures"] == {}
+    assert result.exit_code == int(any(problem["is_fatal"] for problem in record["problems"]))
+
+
+def test_doctor_prints_a_table() -> None:
+    result = CliRunner().invoke(cli, ["doctor"])
+    assert "RAM  " in result.stdout
+    assert "path  " in result.stdout

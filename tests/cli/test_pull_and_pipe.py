@@ -1,0 +1,49 @@
+"""``fiddler pull``, how progress is told, and a pipe that keeps a command waiting."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fiddler.cli import cli, prompt_input
+from fiddler.cli.progress import amount_text
+from fiddler.hub.resolve import BUILTIN_FOLDER
+
+
+def test_pull_prints_the_folder() -> None:
+    result = CliRunner().invoke(cli, ["pull", "builtin"])
+    assert (result.exit_code, result.stdout) == (0, f"{BUILTIN_FOLDER}\n")
+
+
+def test_pull_of_nonsense_is_one_sentence(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["pull", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {tmp_path} has no config.json")
+
+
+def test_amounts_are_bytes_for_repositories_and_counts_otherwise() -> None:
+    assert amount_text("org/name", 1_200_000_000, 61_100_000_000) == "1.2 GB of 61.1 GB"
+    assert amount_text("experts", 3, 6144) == "3 of 6,144"
+
+
+def test_a_pipe_that_keeps_silent_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_end, write_end = os.pipe()
+
+    def speak() -> None:
+        time.sleep(0.3)
+        os.write(write_end, b"late\n")
+        os.close(write_end)
+
+    with os.fdopen(read_end) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        monkeypatch.setattr(prompt_input, "PATIENCE_S", 0.05)
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        assert prompt_input.full_prompt("say") == "say\n\nlate"
+        speaker.join()
+    assert "waiting for the end of standard input" in capsys.readouterr().err
