@@ -44,10 +44,11 @@ class Judge:
         return replies
 
     def _prompt(self, question: Question) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            question[0], tokenize=False, add_generation_prompt=True
+        return str(
+            self.tokenizer.apply_chat_template(
+                question[0], tokenize=False, add_generation_prompt=True
+            )
         )
-        return text
 
     @torch.no_grad()
     def _generate(self, prompts: list[str]) -> list[str]:

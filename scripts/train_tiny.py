@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scripts.tiny.attention import document_mask
+from scripts.tiny.attention import document_mask, to_device
 from scripts.tiny.export import export_folder
 from scripts.tiny.model import LossWeights, Mask, TinyConfig, TinyModel, router_loss, weighted_loss
 from scripts.tiny.optimizer import Optimizer
@@ -27,6 +27,8 @@ from scripts.tiny.probe import probe_accuracy, probe_batches
 from scripts.tiny.rows import Encoder, Rows, pack_rows, train_tokenizer
 
 _WARM_UP, _DECAY_FROM = 0.01, 0.4
+# the clock starts anew after these steps, so that compilation takes nothing from the training
+_COMPILED_AFTER = 20
 
 
 class Batches(Dataset[Rows]):
@@ -49,7 +51,11 @@ class Clock:
 
     def __init__(self, steps: int | None, minutes: float) -> None:
         self.steps, self.seconds = steps, minutes * 60
-        self.start = time.monotonic()
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Count time and steps from here; with ``steps`` given the end stays where it was."""
+        self.start, self.first_step = time.monotonic(), step
 
     def elapsed(self) -> float:
         return time.monotonic() - self.start
@@ -57,6 +63,9 @@ class Clock:
     def fraction(self, step: int) -> float:
         """Return 0 at the start and 1 or more at the end."""
         return step / self.steps if self.steps else self.elapsed() / self.seconds
+
+    def steps_per_second(self, step: int) -> float:
+        return (step - self.first_step) / max(self.elapsed(), 1e-9)
 
 
 def rate_scale(fraction: float) -> float:
@@ -80,11 +89,6 @@ def batch_loss(
     return loss, entropy
 
 
-def to_device(rows: Rows, device: torch.device) -> dict[str, Tensor]:
-    """Copy the arrays of ``rows`` to ``device``."""
-    return {name: part.to(device, non_blocking=True) for name, part in rows.tensors().items()}
-
-
 def batches(options: argparse.Namespace, encoder: Encoder) -> Iterator[Rows]:
     """Yield packed rows from worker processes, in order."""
     dataset = Batches(encoder, options.seed, options.rows, options.length)
@@ -100,33 +104,24 @@ def batches(options: argparse.Namespace, encoder: Encoder) -> Iterator[Rows]:
 def train(options: argparse.Namespace, model: TinyModel, encoder: Encoder) -> None:
     """Train ``model`` in place until the clock says so; print a line now and then."""
     device = next(model.parameters()).device
-    weights = LossWeights(topic=options.topic)
     optimizer = Optimizer(model, matrix_rate=options.matrix_rate, rate=options.rate)
     loss_of = torch.compile(batch_loss, dynamic=False) if device.type == "cuda" else batch_loss
     probes = probe_batches(encoder, options.length, num_questions=600, seed=options.seed)
-    clock, waited, shown = Clock(options.steps, options.minutes), 0.0, 0
-    source = batches(options, encoder)
-    step, next_probe = 0, 0.1
+    weights, source = LossWeights(topic=options.topic), batches(options, encoder)
+    clock, step, next_probe = Clock(options.steps, options.minutes), 0, 0.1
     while clock.fraction(step) < 1.0:
-        asked = time.monotonic()
         rows = to_device(next(source), device)
-        waited += time.monotonic() - asked
         loss, entropy = loss_of(model, rows, document_mask(rows["documents"]), weights)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step(rate_scale(clock.fraction(step)))
         step += 1
-        if step == 20 and not options.steps:  # compilation is over: the clock starts
-            torch.cuda.synchronize() if device.type == "cuda" else None
-            print(f"20 steps with compilation: {clock.elapsed():.0f} s", flush=True)
-            clock, waited, shown = Clock(None, options.minutes), 0.0, step
+        if step == _COMPILED_AFTER:
+            print(f"{step} steps with compilation: {clock.elapsed():.0f} s", flush=True)
+            clock.restart(step)
         if step % 250 == 0 or step == 1:
-            spent = clock.elapsed()
-            rate = (step - shown) * options.rows * options.length / max(spent, 1e-9)
-            print(
-                f"step {step} loss {loss.item():.4f} entropy {entropy.item():.4f} "
-                f"{spent:.0f} s {rate / 1e6:.2f} Mtok/s waited {waited:.0f} s",
-                flush=True,
-            )
+            speed = clock.steps_per_second(step) * options.rows * options.length
+            line = f"step {step} loss {loss.item():.4f} entropy {entropy.item():.4f}"
+            print(f"{line} {clock.elapsed():.0f} s {speed / 1e6:.2f} Mtok/s", flush=True)
         if clock.fraction(step) > next_probe:
             print(probe_accuracy(model, probes), flush=True)
             next_probe += 0.15

@@ -84,9 +84,9 @@ class Decoder:
         if c.clip_qkv is not None:
             q_TQ, k_TM, v_TM = (x.clamp(-c.clip_qkv, c.clip_qkv) for x in (q_TQ, k_TM, v_TM))
         out_TND = self._kernels.attention(
-            q_TQ.unflatten(-1, (c.num_heads, c.head_dim)),
-            k_TM.unflatten(-1, (c.num_kv_heads, c.head_dim)),
-            v_TM.unflatten(-1, (c.num_kv_heads, c.head_dim)),
+            q_TQ.view(-1, c.num_heads, c.head_dim),
+            k_TM.view(-1, c.num_kv_heads, c.head_dim),
+            v_TM.view(-1, c.num_kv_heads, c.head_dim),
             kv_cache,
             window=c.sliding_window if index in c.window_layers else None,
             head_norms=_norms(layer) if c.qk_norm is QKNorm.PER_HEAD else None,

@@ -1,4 +1,6 @@
-"""Causal attention within the documents of packed rows: FlexAttention on CUDA, plain on the CPU.
+"""Packed rows on the device, and causal attention within their documents.
+
+FlexAttention on CUDA, plain attention with a mask on the CPU.
 
 Shape suffixes: R rows, S positions, J blocks of 128 positions, N query heads, G KV heads, D head.
 """
@@ -8,7 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from scripts.tiny.rows import Rows
+
 _BLOCK = 128
+
+
+def to_device(rows: Rows, device: torch.device) -> dict[str, Tensor]:
+    """Copy the arrays of ``rows`` to ``device``."""
+    arrays = {
+        "ids": rows.ids_RS,
+        "targets": rows.targets_RS,
+        "weights": rows.weights_RS,
+        "documents": rows.documents_RS,
+    }
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def document_mask(documents_RS: Tensor) -> BlockMask | Tensor:
@@ -35,7 +50,7 @@ def block_mask(documents_RS: Tensor) -> BlockMask:
     """
     num_blocks = documents_RS.shape[1] // _BLOCK
     assert documents_RS.shape[1] == num_blocks * _BLOCK
-    blocks_RJB = documents_RS.unflatten(1, (num_blocks, _BLOCK))
+    blocks_RJB = documents_RS.view(-1, num_blocks, _BLOCK)
     first_RJ, last_RJ = blocks_RJB[..., 0], blocks_RJB[..., -1]
     needed_RJJ = (first_RJ[:, :, None] <= last_RJ[:, None, :]).tril()
     counts_RJ = needed_RJJ.sum(-1, dtype=torch.int32)

@@ -16,7 +16,8 @@ def export_folder(model: TinyModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights (bfloat16), configs, tokenizer and chat template into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(named_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
-    end_ids = [tokenizer.token_to_id(END), tokenizer.token_to_id(END_OF_TEXT)]
+    vocabulary = tokenizer.get_vocab()
+    end_ids = [vocabulary[END], vocabulary[END_OF_TEXT]]
     _write_json(folder / "config.json", model_config(model.config, end_ids))
     generation = {"do_sample": False, "eos_token_id": end_ids, "pad_token_id": end_ids[1]}
     _write_json(folder / "generation_config.json", generation)
@@ -27,7 +28,7 @@ def export_folder(model: TinyModel, tokenizer: Tokenizer, folder: Path) -> None:
 
 def named_tensors(model: TinyModel) -> dict[str, Tensor]:
     """Return the weights by their names in a Qwen3-MoE checkpoint; the head is the embedding."""
-    tensors = {
+    tensors: dict[str, Tensor] = {
         "model.embed_tokens.weight": model.embed,
         "model.norm.weight": model.final_norm.weight,
     }
@@ -43,7 +44,7 @@ def named_tensors(model: TinyModel) -> dict[str, Tensor]:
 
 def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
     attention, experts = layer.attention, layer.experts
-    tensors = {
+    tensors: dict[str, Tensor] = {
         "input_layernorm": layer.input_norm.weight,
         "post_attention_layernorm": layer.post_norm.weight,
         "self_attn.q_proj": attention.q_proj,

@@ -84,13 +84,13 @@ class Attention(nn.Module):
         return F.linear(mixed_RNSD.transpose(1, 2).flatten(2), self.o_proj)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def _rotated(self, norm: RMSNorm, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = norm(self._heads(x)).transpose(1, 2)
+        normed: Tensor = norm(self._heads(x)).transpose(1, 2)
         cos_SD, sin_SD = rope
-        low, high = x.chunk(2, dim=-1)
-        return (x * cos_SD + torch.cat((-high, low), dim=-1) * sin_SD).to(x.dtype)
+        low, high = normed.chunk(2, dim=-1)
+        return (normed * cos_SD + torch.cat((-high, low), dim=-1) * sin_SD).to(x.dtype)
 
 
 class Experts(nn.Module):
@@ -107,10 +107,9 @@ class Experts(nn.Module):
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Routing]:
         routing = self.route(x_TH)
-        gate_TEI = F.linear(x_TH, self.gate_EIH.flatten(0, 1)).unflatten(
-            -1, self.gate_EIH.shape[:2]
-        )
-        up_TEI = F.linear(x_TH, self.up_EIH.flatten(0, 1)).unflatten(-1, self.up_EIH.shape[:2])
+        per_expert = (-1, *self.gate_EIH.shape[:2])
+        gate_TEI = F.linear(x_TH, self.gate_EIH.flatten(0, 1)).view(per_expert)
+        up_TEI = F.linear(x_TH, self.up_EIH.flatten(0, 1)).view(per_expert)
         mid_TEI = F.silu(gate_TEI) * up_TEI * routing.weights_TE[:, :, None].to(x_TH.dtype)
         down_HF = self.down_EHI.transpose(0, 1).flatten(1)
         return F.linear(mid_TEI.flatten(1), down_HF), routing

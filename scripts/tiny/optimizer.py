@@ -16,7 +16,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalise(batch_BMN: Tensor) -> Tensor:
     """Return matrices with the singular vectors of ``batch_BMN`` and singular values near 1."""
     a, b, c = _COEFFICIENTS
-    x = batch_BMN.bfloat16()
+    x: Tensor = batch_BMN.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -30,26 +30,26 @@ class Muon:
     def __init__(self, matrices: list[nn.Parameter], *, momentum: float, decay: float) -> None:
         self.momentum, self.decay = momentum, decay
         self.momenta = [torch.zeros_like(matrix) for matrix in matrices]
-        self.matrices = matrices
+        self.matrices: list[Tensor] = list(matrices)
         self.groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, matrix in enumerate(matrices):
             rows, columns = sorted(matrix.shape[-2:])
             self.groups[rows, columns].append(index)
-        self.orthogonalise = orthogonalise
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Move every matrix by ``rate`` times its orthogonal step."""
-        gradients = [matrix.grad for matrix in self.matrices]
+        gradients = [matrix.grad for matrix in self.matrices if matrix.grad is not None]
+        assert len(gradients) == len(self.matrices)
         torch._foreach_lerp_(self.momenta, gradients, 1 - self.momentum)
-        ahead = torch._foreach_lerp(gradients, self.momenta, self.momentum)
+        ahead = list(torch._foreach_lerp(gradients, self.momenta, self.momentum))
         torch._foreach_mul_(self.matrices, 1 - rate * self.decay)
         for indices in self.groups.values():
             self._step_group(indices, ahead, rate)
 
     def _step_group(self, indices: list[int], ahead: list[Tensor], rate: float) -> None:
         wide = [_as_wide_batch(ahead[index]) for index in indices]
-        moved = self.orthogonalise(torch.cat(wide)).split([len(part) for part in wide])
+        moved = torch.split(orthogonalise(torch.cat(wide)), [len(part) for part in wide])
         for index, part in zip(indices, moved, strict=True):
             matrix = self.matrices[index]
             rows, columns = matrix.shape[-2:]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from scripts.tiny.attention import document_mask
+from scripts.tiny.attention import document_mask, to_device
 from scripts.tiny.model import TinyModel
 from scripts.tiny.rows import Document, Encoder, Rows, pack_documents
 from scripts.tiny_corpus import Question, heldout
@@ -28,7 +27,7 @@ class ProbeBatch:
 def probe_batches(
     encoder: Encoder, length: int, num_questions: int, seed: int, rows_per_batch: int = 8
 ) -> list[ProbeBatch]:
-    """Pack held-out questions with one-word-for-word answers (all tasks but stories)."""
+    """Pack held-out questions with one right wording (all tasks but stories)."""
     questions = [q for q in heldout(num_questions, seed) if q[2] != "story"]
     documents = [(_encode(encoder, question), question[2]) for question in questions]
     bins: list[list[tuple[Document, str]]] = []
@@ -81,7 +80,7 @@ def probe_accuracy(model: TinyModel, batches: list[ProbeBatch]) -> str:
 
 def _wrong_tokens(model: TinyModel, rows: Rows) -> np.ndarray:
     device = next(model.parameters()).device
-    tensors: dict[str, Tensor] = {k: v.to(device) for k, v in rows.tensors().items()}
+    tensors = to_device(rows, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         logits_TV, _ = model(tensors["ids"], document_mask(tensors["documents"]))
     guesses = logits_TV.argmax(-1).view_as(tensors["ids"])

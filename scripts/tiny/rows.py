@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 
 from scripts.tiny_corpus import Message, sample_conversation, sample_text
 
@@ -134,15 +132,6 @@ class Rows:
     targets_RS: NDArray[np.int64]
     weights_RS: NDArray[np.float32]
     documents_RS: NDArray[np.int32]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the arrays as CPU tensors."""
-        return {
-            "ids": torch.from_numpy(self.ids_RS),
-            "targets": torch.from_numpy(self.targets_RS),
-            "weights": torch.from_numpy(self.weights_RS),
-            "documents": torch.from_numpy(self.documents_RS),
-        }
 
 
 def pack_rows(encoder: Encoder, rng: Random, num_rows: int, length: int) -> Rows:

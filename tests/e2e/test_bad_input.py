@@ -29,7 +29,11 @@ from tests.tiny_models import VOCAB_SIZE, make_tiny, shared_tiny
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
 WEIGHTS = "model.safetensors"
-FOLDER = shared_tiny("mixtral")
+
+
+def mixtral() -> Path:
+    """Built at first use, not while tests are collected."""
+    return shared_tiny("mixtral")
 
 
 @pytest.fixture(scope="module")
@@ -107,26 +111,26 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", b"\xff\xfe\x00"])
 def test_a_config_that_is_no_json(copy: CopyOf, content: Any) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     replace(folder / "config.json", content)
     refused(folder, CheckpointError, "config.json")
 
 
 def test_an_unknown_architecture_lists_the_known_ones(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     change_config(folder, model_type="gpt2")
     hint = refused(folder, CheckpointError, "unknown architecture 'gpt2'")
     assert all(name in hint for name in ARCHITECTURES)
 
 
 def test_quantised_weights(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     change_config(folder, quantization_config={"quant_method": "gptq"})
     refused(folder, CheckpointError, "gptq")
 
 
 def test_a_config_of_another_size(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     change_config(folder, vocab_size=300)
     refused(folder, CheckpointError, "embed_tokens", "[264, 64]", "[300, 64]")
 
@@ -144,8 +148,8 @@ def test_a_missing_shard(copy: CopyOf, whole: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1, -5000])
 def test_a_truncated_file(copy: CopyOf, keep: int) -> None:
-    folder = copy(FOLDER)
-    content = (FOLDER / WEIGHTS).read_bytes()
+    folder = copy(mixtral())
+    content = (mixtral() / WEIGHTS).read_bytes()
     replace(folder / WEIGHTS, content[:keep])
     refused(folder, CheckpointError, WEIGHTS, "damaged or truncated")
 
@@ -158,15 +162,15 @@ def test_a_truncated_shard(copy: CopyOf, whole: Path) -> None:
 
 
 def test_a_header_that_is_noise(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
-    content = bytearray((FOLDER / WEIGHTS).read_bytes())
+    folder = copy(mixtral())
+    content = bytearray((mixtral() / WEIGHTS).read_bytes())
     content[8:40] = b"\x00" * 32
     replace(folder / WEIGHTS, bytes(content))
     refused(folder, CheckpointError, WEIGHTS, "no JSON")
 
 
 def test_no_weights(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     (folder / WEIGHTS).unlink()
     refused(folder, CheckpointError, "neither model.safetensors nor")
 
@@ -178,13 +182,13 @@ def test_an_index_without_a_map(copy: CopyOf, whole: Path) -> None:
 
 
 def test_a_missing_tensor(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     change_weights(folder, lambda tensors: tensors.pop(EXPERT))
     refused(folder, CheckpointError, EXPERT)
 
 
 def test_a_tensor_of_the_wrong_shape(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     change_weights(folder, lambda tensors: tensors.update({EXPERT: torch.ones(64, 48)}))
     refused(folder, CheckpointError, EXPERT, "[64, 48]", "[48, 64]")
 
@@ -194,7 +198,7 @@ def test_a_tensor_of_the_wrong_shape(copy: CopyOf) -> None:
     [(torch.int8, "I8"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")],
 )
 def test_a_tensor_of_the_wrong_dtype(copy: CopyOf, dtype: torch.dtype, name: str) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     change_weights(folder, lambda tensors: tensors.update({EXPERT: tensors[EXPERT].to(dtype)}))
     refused(folder, CheckpointError, EXPERT, f"dtype {name}", "F32, BF16, F16")
 
@@ -202,7 +206,7 @@ def test_a_tensor_of_the_wrong_dtype(copy: CopyOf, dtype: torch.dtype, name: str
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", [EXPERT, "model.norm.weight", "lm_head.weight"])
 def test_weights_that_are_no_numbers(copy: CopyOf, name: str, bad: float) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name].view(-1)[7] = bad
@@ -215,7 +219,7 @@ def test_weights_that_are_no_numbers(copy: CopyOf, name: str, bad: float) -> Non
 
 
 def test_a_missing_tokenizer_says_what_is_there(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
+    folder = copy(mixtral())
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"sentencepiece")
     hint = refused(folder, CheckpointError, "no tokenizer.json", "only tokenizer.model")
@@ -223,8 +227,8 @@ def test_a_missing_tokenizer_says_what_is_there(copy: CopyOf) -> None:
 
 
 def test_a_damaged_tokenizer(copy: CopyOf) -> None:
-    folder = copy(FOLDER)
-    replace(folder / "tokenizer.json", (FOLDER / "tokenizer.json").read_text()[:-20])
+    folder = copy(mixtral())
+    replace(folder / "tokenizer.json", (mixtral() / "tokenizer.json").read_text()[:-20])
     refused(folder, CheckpointError, "tokenizer.json")
 
 
@@ -234,29 +238,29 @@ def test_a_damaged_tokenizer(copy: CopyOf) -> None:
 def test_no_room_in_vram_gives_the_numbers() -> None:
     """An emulated GPU side on a machine without one."""
     hint = refused(
-        FOLDER, OutOfMemoryError, "the GPU side needs", "dense weights", "context", vram_gb=1e-4
+        mixtral(), OutOfMemoryError, "the GPU side needs", "dense weights", "context", vram_gb=1e-4
     )
     assert "--vram-gb" in hint
-    with open_folder(FOLDER, vram_gb=float(hint.split("--vram-gb ")[1].split()[0])) as llm:
+    with open_folder(mixtral(), vram_gb=float(hint.split("--vram-gb ")[1].split()[0])) as llm:
         assert llm.generate("a", SamplingParams(max_tokens=2)).stats.output_tokens == 2
 
 
 def test_no_room_in_ram_gives_the_numbers() -> None:
-    hint = refused(FOLDER, OutOfMemoryError, "of RAM, but", "may be used", ram_gb=1e-4)
+    hint = refused(mixtral(), OutOfMemoryError, "of RAM, but", "may be used", ram_gb=1e-4)
     assert "--ram-gb" in hint
-    with open_folder(FOLDER, ram_gb=float(hint.split("--ram-gb ")[1].split()[0])) as llm:
+    with open_folder(mixtral(), ram_gb=float(hint.split("--ram-gb ")[1].split()[0])) as llm:
         assert llm.generate("a", SamplingParams(max_tokens=2)).stats.output_tokens == 2
 
 
 def test_a_context_beyond_the_models() -> None:
-    hint = refused(FOLDER, ConfigError, "513 tokens", "ends at 512", max_model_len=513)
+    hint = refused(mixtral(), ConfigError, "513 tokens", "ends at 512", max_model_len=513)
     assert "512" in hint
 
 
 def test_cuda_where_there_is_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    refused(FOLDER, ConfigError, "CUDA was asked for", device="cuda")
+    refused(mixtral(), ConfigError, "CUDA was asked for", device="cuda")
 
 
 # --- profile and placement ---
@@ -265,7 +269,7 @@ def test_cuda_where_there_is_none() -> None:
 def write_profile(path: Path, **changes: Any) -> Path:
     record = {
         "version": 1,
-        "model": FOLDER.name,
+        "model": mixtral().name,
         "revision": None,
         "corpus_sha256": "0" * 64,
         "num_tokens": 10,
@@ -278,32 +282,32 @@ def write_profile(path: Path, **changes: Any) -> Path:
 
 def test_a_profile_of_another_model(tmp_path: Path) -> None:
     path = write_profile(tmp_path / "p.json", model="org/other")
-    refused(FOLDER, ProfileError, "org/other", FOLDER.name, profile=str(path))
+    refused(mixtral(), ProfileError, "org/other", mixtral().name, profile=str(path))
 
 
 def test_a_profile_of_another_shape(tmp_path: Path) -> None:
     path = write_profile(tmp_path / "p.json", counts=[[1] * 8])
-    refused(FOLDER, ProfileError, "1 layers, 8 experts", "3 layers", profile=str(path))
+    refused(mixtral(), ProfileError, "1 layers, 8 experts", "3 layers", profile=str(path))
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 1}', "[]"])
 def test_a_damaged_profile(tmp_path: Path, content: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(content)
-    refused(FOLDER, ProfileError, "p.json", profile=str(path))
+    refused(mixtral(), ProfileError, "p.json", profile=str(path))
 
 
 def test_a_missing_profile(tmp_path: Path) -> None:
-    refused(FOLDER, ProfileError, "cannot be read", profile=str(tmp_path / "p.json"))
+    refused(mixtral(), ProfileError, "cannot be read", profile=str(tmp_path / "p.json"))
 
 
 def test_a_profile_decides_which_experts_are_resident(tmp_path: Path) -> None:
     """The counterpart: a right profile is taken, and its most used experts are placed."""
     path = write_profile(tmp_path / "p.json")
-    with open_folder(FOLDER, vram_gb=1, max_num_seqs=1) as llm:
+    with open_folder(mixtral(), vram_gb=1, max_num_seqs=1) as llm:
         memory, one = llm.plan.memory, llm.plan.memory.gpu_experts // 24
     vram_gb = (memory.dense + memory.workspace + memory.kv + 6 * one) / 2**30
-    with open_folder(FOLDER, vram_gb=vram_gb, profile=str(path), max_num_seqs=1) as llm:
+    with open_folder(mixtral(), vram_gb=vram_gb, profile=str(path), max_num_seqs=1) as llm:
         resident = llm.plan.placement.resident
     assert sum(map(len, resident)) == 6
     assert all(set(layer) == set(range(8 - len(layer), 8)) for layer in resident)
@@ -319,7 +323,7 @@ def test_a_profile_decides_which_experts_are_resident(tmp_path: Path) -> None:
     ids=["layers", "beyond", "negative"],
 )
 def test_a_placement_of_another_model(placement: Placement, words: str) -> None:
-    refused(FOLDER, ConfigError, words, placement=placement)
+    refused(mixtral(), ConfigError, words, placement=placement)
 
 
 # --- options ---
@@ -327,7 +331,7 @@ def test_a_placement_of_another_model(placement: Placement, words: str) -> None:
 
 @pytest.mark.parametrize(("wrong", "meant"), [("vram", "vram_gb"), ("max_len", "max_model_len")])
 def test_an_unknown_option_names_the_nearest(wrong: str, meant: str) -> None:
-    refused(FOLDER, ConfigError, repr(wrong), f"did you mean {meant!r}", **{wrong: 8})
+    refused(mixtral(), ConfigError, repr(wrong), f"did you mean {meant!r}", **{wrong: 8})
 
 
 # --- what is not bad: every stored dtype ---
@@ -355,7 +359,7 @@ def test_a_float16_checkpoint_runs_in_every_dtype(dtype: str) -> None:
 
 def test_a_model_without_a_tokenizer_takes_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fiddler.loading.SHAPES", {"tiny": None})
-    monkeypatch.setattr("fiddler.loading.load_shape", lambda name: load_config(FOLDER))
+    monkeypatch.setattr("fiddler.loading.load_shape", lambda name: load_config(mixtral()))
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=1)
     runs = []
     for _ in range(2):
@@ -372,7 +376,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids(monkeypatch: pytest.MonkeyP
 
 
 def test_an_empty_or_long_prompt_leaves_nothing_behind() -> None:
-    with open_folder(FOLDER, prefix_caching=False) as llm:
+    with open_folder(mixtral(), prefix_caching=False) as llm:
         for bad in ("", "x" * 512):
             with pytest.raises(PromptError):
                 llm.generate(bad)

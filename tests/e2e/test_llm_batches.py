@@ -98,43 +98,43 @@ def pool_of_one_context(model: OpenModel, context: int, **options: Any) -> LLM:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_preemption_changes_no_result(model: OpenModel, prefix_caching: bool) -> None:
-    """Six requests that together need five times the pages; seeds survive, and so do logprobs."""
-    llm = pool_of_one_context(model, 112, prefix_caching=prefix_caching)
-    prompts = random_texts([20, 33, 1, 48, 15, 31], VOCAB_SIZE, seed=4)
+    """Five requests that together need four times the pages; seeds survive, logprobs as well."""
+    llm = pool_of_one_context(model, 64, prefix_caching=prefix_caching)
+    prompts = random_texts([20, 33, 1, 30, 15], VOCAB_SIZE, seed=4)
     params = [
         SamplingParams(
             temperature=1.0 if i % 2 else 0.0,
             seed=i,
-            max_tokens=60,
+            max_tokens=30,
             ignore_eos=True,
             logprobs=1,
             prompt_logprobs=0 if i == 1 else None,
             routed_experts=i == 3,
         )
-        for i in range(6)
+        for i in range(5)
     ]
     found = llm.generate(prompts, params)
     assert_same(found, model("mixtral").generate(prompts, params))
-    assert found[0].outputs[0].token_ids == oracle_greedy(shared_tiny("mixtral"), prompts[0], 60)
+    assert found[0].outputs[0].token_ids == oracle_greedy(shared_tiny("mixtral"), prompts[0], 30)
     # it happened: preempted tokens were computed again
     config = llm.model_config
-    once = sum(len(p) + 60 - 1 for p in prompts) * config.top_k * config.num_layers
+    once = sum(len(p) + 30 - 1 for p in prompts) * config.top_k * config.num_layers
     computed = sum(r.stats.expert_tokens_cpu + r.stats.expert_tokens_gpu for r in found)
     assert computed > once
 
 
 def test_preempted_samples_of_one_prompt_are_the_same(model: OpenModel) -> None:
-    llm = pool_of_one_context(model, 112)
-    params = SamplingParams(n=5, temperature=1.0, seed=9, max_tokens=70, ignore_eos=True)
+    llm = pool_of_one_context(model, 64)
+    params = SamplingParams(n=4, temperature=1.0, seed=9, max_tokens=40, ignore_eos=True)
     found = llm.generate(PROMPTS[5], params)
     assert_same([found], [model("mixtral").generate(PROMPTS[5], params)])
 
 
 def test_a_full_pool_of_cached_text_gives_way(model: OpenModel) -> None:
     """Each prompt needs every page, so each must evict the text before it."""
-    llm = pool_of_one_context(model, 112)
-    for prompt in random_texts([111, 100, 111, 90], VOCAB_SIZE, seed=6):
-        num = 112 - len(prompt)
+    llm = pool_of_one_context(model, 64)
+    for prompt in random_texts([63, 52, 63, 40], VOCAB_SIZE, seed=6):
+        num = 64 - len(prompt)
         params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
         output = llm.generate(prompt, params).outputs[0]
         assert output.token_ids == oracle_greedy(shared_tiny("mixtral"), prompt, num)
@@ -142,14 +142,14 @@ def test_a_full_pool_of_cached_text_gives_way(model: OpenModel) -> None:
 
 def test_cancelled_requests_leave_room_for_a_whole_context(model: OpenModel) -> None:
     """A page that nobody gave back would be missing: the last request needs them all."""
-    llm = pool_of_one_context(model, 112)
-    for i, prompt in enumerate(random_texts([30, 1, 64, 17, 100], VOCAB_SIZE, seed=7)):
-        settings = SamplingParams(n=3, seed=i, max_tokens=40, ignore_eos=True)
+    llm = pool_of_one_context(model, 64)
+    for i, prompt in enumerate(random_texts([30, 1, 40, 17, 60], VOCAB_SIZE, seed=7)):
+        settings = SamplingParams(n=3, seed=i, max_tokens=20, ignore_eos=True)
         with llm.stream(prompt, settings) as stream, llm.stream(prompt[:-1] or [3]) as other:
-            for _ in range(4 * i):
+            for _ in range(3 * i):
                 next(stream)
             next(other)
-    [prompt] = random_texts([100], VOCAB_SIZE, seed=8)
+    [prompt] = random_texts([52], VOCAB_SIZE, seed=8)
     params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
     output = llm.generate(prompt, params).outputs[0]
     assert output.token_ids == oracle_greedy(shared_tiny("mixtral"), prompt, 12)

@@ -1,5 +1,6 @@
 """Every sampling setting and every extra output, end to end, against transformers' own logits."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,11 @@ from tests.sampling_reference import adjusted, chi_square_excess, distribution
 from tests.tiny_models import EOS_ID, MODEL_TYPES, VOCAB_SIZE, make_tiny, shared_tiny
 
 [PROMPT] = random_texts([21], VOCAB_SIZE, seed=8)
-FOLDER = shared_tiny("mixtral")
+
+
+def mixtral() -> Path:
+    """Built at first use, not while tests are collected."""
+    return shared_tiny("mixtral")
 
 
 def greedy(**fields: Any) -> SamplingParams:
@@ -50,7 +55,7 @@ def test_first_tokens_follow_the_distribution_of_transformers(
     params = SamplingParams(n=1000, max_tokens=1, seed=11, **fields)
     drawn = [output.token_ids[0] for output in llm.generate(PROMPT, params).outputs]
     counts = np.bincount(drawn, minlength=VOCAB_SIZE)
-    logits = oracle_logits(FOLDER, PROMPT)[-1].tolist()
+    logits = oracle_logits(mixtral(), PROMPT)[-1].tolist()
     wanted = distribution(logits, params, prompt=PROMPT)
     assert chi_square_excess(counts, wanted) < 5
     # the bound would notice: the settings change the distribution by far more
@@ -67,7 +72,7 @@ def test_greedy_ignores_the_filters_and_the_seed(llm: LLM) -> None:
 
 @pytest.mark.parametrize("penalty", [0.6, 1.3, 2.5])
 def test_repetition_penalty_is_that_of_transformers(llm: LLM, penalty: float) -> None:
-    wanted = oracle_greedy(FOLDER, PROMPT, 16, repetition_penalty=penalty)
+    wanted = oracle_greedy(mixtral(), PROMPT, 16, repetition_penalty=penalty)
     assert tokens_of(llm, greedy(repetition_penalty=penalty)) == wanted
     assert wanted != tokens_of(llm, greedy())
 
@@ -93,7 +98,7 @@ def test_every_greedy_step_is_the_best_by_the_restated_order(
 ) -> None:
     params = greedy(**{"logit_bias": FEW} | fields)
     output = llm.generate(PROMPT, params).outputs[0].token_ids
-    logits = oracle_logits(FOLDER, [*PROMPT, *output])
+    logits = oracle_logits(mixtral(), [*PROMPT, *output])
     for i, token in enumerate(output):
         row = logits[len(PROMPT) + i - 1].tolist()
         scores = adjusted(row, params, prompt=PROMPT, outputs=output[:i], eos_ids=[EOS_ID])
@@ -117,7 +122,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(llm: LLM) -
 
 def test_without_a_seed_every_request_differs_and_a_new_model_repeats_them() -> None:
     def three(seed: int) -> list[list[int]]:
-        with open_folder(FOLDER, seed=seed) as llm:
+        with open_folder(mixtral(), seed=seed) as llm:
             return [tokens_of(llm, sampled()) for _ in range(3)]
 
     runs = three(0)
@@ -216,7 +221,7 @@ def test_routed_experts_are_the_routers_choices(model: OpenModel, model_type: st
 
 
 def test_routed_experts_add_up_to_the_counts() -> None:
-    with open_folder(FOLDER) as llm:
+    with open_folder(mixtral()) as llm:
         [output] = llm.generate(PROMPT, greedy(routed_experts=True)).outputs
         routed = np.asarray(output.routed_experts)
         counts = [np.bincount(routed[:, layer].ravel(), minlength=8) for layer in range(3)]
@@ -240,7 +245,7 @@ def test_generation_config_fills_in_what_is_not_set(tmp_path: Any) -> None:
     with open_folder(folder) as llm:
         assert llm.default_params().temperature == 0.0
         plain = SamplingParams(max_tokens=8, ignore_eos=True)
-        assert tokens_of(llm, plain) == oracle_greedy(FOLDER, PROMPT, 8)
+        assert tokens_of(llm, plain) == oracle_greedy(mixtral(), PROMPT, 8)
         # the second end token of the file ends a text as well
         ended = llm.generate(PROMPT, SamplingParams(logit_bias={9: 100.0})).outputs[0]
         assert (ended.token_ids, ended.finish_reason) == ([9], "stop")

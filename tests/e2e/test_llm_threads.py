@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,12 @@ from tests.e2e.conftest import OpenModel, open_folder
 from tests.forward import random_texts
 from tests.tiny_models import VOCAB_SIZE, shared_tiny
 
-FOLDER = shared_tiny("mixtral")
+
+def mixtral() -> Path:
+    """Built at first use, not while tests are collected."""
+    return shared_tiny("mixtral")
+
+
 PROMPTS = random_texts([4, 30, 11, 50, 2, 23], VOCAB_SIZE, seed=51)
 
 
@@ -114,7 +120,7 @@ def test_a_failed_step_reaches_every_thread(
 
 def test_closing_takes_all_threads_and_may_be_repeated() -> None:
     before = threading.active_count()
-    llm = open_folder(FOLDER, cpu_threads=2)
+    llm = open_folder(mixtral(), cpu_threads=2)
     llm.generate([1, 2, 3], params())
     assert threading.active_count() > before
     llm.close()
@@ -124,13 +130,13 @@ def test_closing_takes_all_threads_and_may_be_repeated() -> None:
 
 def test_the_block_closes_after_an_error() -> None:
     before = threading.active_count()
-    with pytest.raises(KeyError), open_folder(FOLDER):
+    with pytest.raises(KeyError), open_folder(mixtral()):
         raise KeyError
     assert threading.active_count() == before
 
 
 def test_a_closed_model_says_so() -> None:
-    llm = open_folder(FOLDER)
+    llm = open_folder(mixtral())
     llm.close()
     uses: list[Callable[[], object]] = [
         lambda: llm.generate("a"),
@@ -146,11 +152,11 @@ def test_a_closed_model_says_so() -> None:
             use()
     # what is known of the model stays known
     assert llm.tokenizer.encode("a") and llm.plan.num_pages and llm.default_params()
-    assert llm.model_name == FOLDER.name and llm.revision is None
+    assert llm.model_name == mixtral().name and llm.revision is None
 
 
 def test_closing_ends_another_threads_call() -> None:
-    llm = open_folder(FOLDER, prefix_caching=False)
+    llm = open_folder(mixtral(), prefix_caching=False)
     total = llm.num_free_pages
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(llm.generate, PROMPTS, params(max_tokens=400))
@@ -165,7 +171,7 @@ def test_weights_and_cache_are_given_back() -> None:
     import gc
     import weakref
 
-    llm = open_folder(FOLDER)
+    llm = open_folder(mixtral())
     stream = llm.stream(PROMPTS[0], params())
     next(stream)
     running = llm._running
