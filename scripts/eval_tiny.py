@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             for sentences in (50, 100, 150, 195)
         }
     report["routing"] = routing_report(judge.routed_counts(questions))
-    print(json.dumps(report, indent=1))
+    print(json.dumps(report))
 
 
 def _passkey_accuracy(judge: Judge, options: argparse.Namespace, sentences: int) -> tuple[int, int]:

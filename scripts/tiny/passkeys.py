@@ -1,6 +1,5 @@
 """Codes hidden in long filler text."""
 
-import math
 from random import Random
 
 from scripts.tiny.dialogue import NOTED, Dialogue
@@ -44,7 +43,8 @@ def _key_items(rng: Random) -> tuple[list[str], str, str]:
 def _num_sentences(rng: Random) -> int:
     """Three of four log-uniform up to the limit, the others near it."""
     if rng.random() < 0.75:
-        return round(math.exp(math.log(MAX_SENTENCES) * rng.random()))
+        length: float = MAX_SENTENCES ** rng.random()
+        return round(length)
     return rng.randrange(MAX_SENTENCES // 2, MAX_SENTENCES + 1)
 
 
