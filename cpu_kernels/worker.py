@@ -12,12 +12,8 @@ from cpu_kernels.intrinsics import atomic_add, atomic_load, jit, pause, yield_co
 
 # Words that threads share, each on its own cache line.
 LINE = 8  # int64 per cache line
-SUBMITTED, ARRIVED, DONE, STOP, ASLEEP = (LINE * k for k in range(5))
-NUM_WORDS = LINE * 5
-
-# Pauses, some 10 to 30 us, before a waiting thread offers its core to others at each spin. Without,
-# one layer of ten on a busy machine waited 8 ms, a slice of the scheduler, for a thread at rest.
-PAUSES = 200
+SUBMITTED, ARRIVED, DONE, STOP, ASLEEP, PATIENCE = (LINE * k for k in range(6))
+NUM_WORDS = LINE * 6
 
 # Why the workers' loop came back to Python.
 IDLE, STOPPED, FINISHED = range(3)
@@ -25,13 +21,16 @@ IDLE, STOPPED, FINISHED = range(3)
 
 @jit
 def wait_for_word(words, index, target, max_spins):
-    """Spin until words[index] >= target: True. False on a stop, or after ``max_spins`` if >= 0."""
-    spins = 0
+    """Spin until words[index] >= target: True. False on a stop, or after ``max_spins`` if >= 0.
+
+    After words[PATIENCE] pauses it offers its core to others at each spin.
+    """
+    spins, patience = 0, words[PATIENCE]
     while atomic_load(words, index) < target:
         if atomic_load(words, STOP) != 0 or spins == max_spins:
             return False
         spins += 1
-        if spins < PAUSES:
+        if spins < patience:
             pause()
         else:
             yield_core()

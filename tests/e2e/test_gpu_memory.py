@@ -45,14 +45,14 @@ def test_close_gives_back_gpu_memory_pinned_memory_and_threads() -> None:
         llm.generate([1, 2, 3], PARAMS)
     gc.collect()
     torch.cuda.empty_cache()
-    base = driver_used_bytes()
+    base, allocated = driver_used_bytes(), torch.cuda.memory_allocated()  # cuBLAS's workspace
     for _ in range(3):
         with LLM("olmoe-1b-7b", load_format="dummy", vram_gb=6, max_model_len=1024) as llm:
             llm.generate([1, 2, 3], PARAMS)
             assert driver_used_bytes() > base + GIB
             assert torch.cuda.host_memory_stats()["allocated_bytes.current"] > 0
         assert driver_used_bytes() <= base + 64 * 2**20
-        assert torch.cuda.memory_allocated() < 32 * 2**20
+        assert torch.cuda.memory_allocated() <= allocated
         assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == 0
         assert threading.active_count() == threads
 
