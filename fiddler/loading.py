@@ -84,50 +84,23 @@ def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> L
         device = torch.device("cuda" if hardware.has_gpu else "cpu")
         resources.callback(_give_back_memory, device)
         limit_vram(plan, hardware)
-        if on_progress is not None and needs_compile():
-            on_progress("compiling CPU kernels, once", 0, 1)
-        pool = resources.enter_context(ExpertPool(settings.cpu_threads))
-        dense = load_dense(
-            source, files.config, device=device, dtype=getattr(torch, dtypes.compute)
+        pool = resources.enter_context(_start_pool(settings, on_progress))
+        runner, experts = _load_weights(
+            settings, source, files.config, plan, dtypes, device, pool, on_progress, resources
         )
-        store = _fill_store(source, files.config, plan, dtypes, device, on_progress)
-        resources.callback(store.clear)
-        experts = HybridExperts(
-            store,
-            pool,
-            device=device,
-            max_tokens=max(settings.max_batched_tokens, settings.max_num_seqs),
-            top_k=files.config.top_k,
-        )
-        kernels = _kernels(files.config, plan, device)
-        runner = Runner(
-            Decoder(files.config, dense, kernels, experts),
-            num_pages=plan.num_pages,
-            page_size=PAGE_SIZE,
-            device=device,
-            dtype=getattr(torch, dtypes.compute),
-        )
-        resources.callback(runner.clear)
         pages = PagePool(plan.num_pages)
-        engine = Engine(
-            Scheduler(
-                pages,
-                PrefixCache(pages, PAGE_SIZE) if settings.prefix_caching else None,
-                page_size=PAGE_SIZE,
-                max_num_seqs=settings.max_num_seqs,
-                max_batched_tokens=settings.max_batched_tokens,
-            ),
-            runner,
-            experts,
-            eos_ids=frozenset(_eos_ids(files)),
-            decode_token=_token_text(files.tokenizer),
-        )
         return LoadedModel(
             files=files,
             hardware=hardware,
             dtypes=dtypes,
             plan=plan,
-            engine=engine,
+            engine=Engine(
+                _scheduler(settings, pages),
+                runner,
+                experts,
+                eos_ids=frozenset(_eos_ids(files)),
+                decode_token=_token_text(files.tokenizer),
+            ),
             experts=experts,
             pages=pages,
             peak_vram_bytes=_vram_meter(plan, device),
@@ -154,9 +127,16 @@ def find_model(settings: EngineConfig, on_progress: Progress | None = None) -> M
         folder=found.path,
         config=load_config(found.path),
         generation_config=load_generation_config(found.path),
-        tokenizer=Tokenizer.from_folder(found.path),
+        tokenizer=_tokenizer(settings, found.path),
         chat_template=ChatTemplate.from_folder(found.path),
     )
+
+
+def _tokenizer(settings: EngineConfig, folder: Path) -> Tokenizer | None:
+    """Seeded weights need a configuration and nothing else."""
+    if settings.load_format == "dummy" and not (folder / "tokenizer.json").exists():
+        return None
+    return Tokenizer.from_folder(folder)
 
 
 def _find_folder(settings: EngineConfig, on_progress: Progress | None) -> ModelFolder:
@@ -188,6 +168,56 @@ def limit_vram(plan: Plan, hardware: Hardware) -> None:
         torch.cuda.reset_peak_memory_stats()
         allowed = plan.vram_budget_bytes - plan.memory.context
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / hardware.vram_total_bytes))
+
+
+def _start_pool(settings: EngineConfig, on_progress: Progress | None) -> ExpertPool:
+    if on_progress is not None and needs_compile():
+        on_progress("compiling CPU kernels, once", 0, 1)
+    return ExpertPool(settings.cpu_threads)
+
+
+def _load_weights(
+    settings: EngineConfig,
+    source: WeightSource,
+    config: ModelConfig,
+    plan: Plan,
+    dtypes: Dtypes,
+    device: torch.device,
+    pool: ExpertPool,
+    on_progress: Progress | None,
+    resources: ExitStack,
+) -> tuple[Runner, HybridExperts]:
+    """Dense weights, experts and KV pages, each to its place; ``resources`` learns to drop them."""
+    dtype: torch.dtype = getattr(torch, dtypes.compute)
+    dense = load_dense(source, config, device=device, dtype=dtype)
+    store = _fill_store(source, config, plan, dtypes, device, on_progress)
+    resources.callback(store.clear)
+    experts = HybridExperts(
+        store,
+        pool,
+        device=device,
+        max_tokens=max(settings.max_batched_tokens, settings.max_num_seqs),
+        top_k=config.top_k,
+    )
+    runner = Runner(
+        Decoder(config, dense, _kernels(config, plan, device), experts),
+        num_pages=plan.num_pages,
+        page_size=PAGE_SIZE,
+        device=device,
+        dtype=dtype,
+    )
+    resources.callback(runner.clear)
+    return runner, experts
+
+
+def _scheduler(settings: EngineConfig, pages: PagePool) -> Scheduler:
+    return Scheduler(
+        pages,
+        PrefixCache(pages, PAGE_SIZE) if settings.prefix_caching else None,
+        page_size=PAGE_SIZE,
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=settings.max_batched_tokens,
+    )
 
 
 def _fill_store(
