@@ -26,6 +26,9 @@ MARGIN_DIVISOR = 32
 # is taken at its word.
 RAM_HEADROOM_DIVISOR = 20
 
+# An unasked VRAM budget leaves this to the desktop and to programs that start later.
+VRAM_HEADROOM_BYTES = 512 * MIB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -123,10 +126,10 @@ def margin_bytes(footprint: Footprint) -> int:
 
 
 def vram_limit_bytes(hardware: Hardware, budget: Budget) -> int:
-    """The asked VRAM, or all that this process can have; 0 without a GPU and a budget."""
+    """The asked VRAM, or all that is free but some headroom; 0 without a GPU and a budget."""
     if budget.vram_bytes is not None:
         return budget.vram_bytes
-    return usable_vram_bytes(hardware)
+    return max(0, usable_vram_bytes(hardware) - VRAM_HEADROOM_BYTES)
 
 
 def usable_vram_bytes(hardware: Hardware) -> int:

@@ -256,6 +256,13 @@ def test_the_margin_is_taken_from_a_real_gpu_only() -> None:
     assert made.memory.context == 512 * MIB
 
 
+def test_an_unasked_budget_leaves_half_a_gib_of_what_is_free() -> None:
+    hardware = machine(vram_free_bytes=10 << 30, cuda_context_bytes=1 << 30)
+    assert planned(model(), hardware, Budget(max_context=4096)).vram_budget_bytes == 21 << 29
+    whole = Budget(max_context=4096, vram_bytes=11 << 30)
+    assert planned(model(), hardware, whole).vram_budget_bytes == 11 << 30
+
+
 def test_bytes_per_token_follow_the_hit_rate() -> None:
     counts_LE = np.array([[90, 10, 0, 0, 0, 0, 0, 0]] * 4)
     made = plan(
