@@ -23,11 +23,11 @@ from cpu_kernels.worker import (
     SUBMITTED,
 )
 
-# Pauses (0.05 to 0.15 us each) of a waiting thread. With cores to spare it then parks, after 1 to
-# 3 ms; offering the core at each spin instead slowed the GPU's launches by a third (14 workers on
-# 16 cores, 11 against 16 tokens/s). Without spare cores it is polite soon: else one layer of ten on
-# a busy machine waited 8 ms, a slice of the scheduler, for a thread that could not run.
-PATIENCE_WITH_SPARE_CORES = 20_000
+# Pauses of a waiting thread. With cores to spare it spins for 10 to 50 ms (10 to 50 ns a pause, by
+# make of core) and then parks: between two layers of an eager GPU step 1 ms goes by, and waking
+# parked threads through Python at each layer halved the speed. Without spare cores it is polite
+# soon: else one layer of ten on a busy machine waited 8 ms for a thread that could not run.
+PATIENCE_WITH_SPARE_CORES = 1_000_000
 PATIENCE_WITHOUT = 200
 
 
