@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check gpu-test bench setup clean
+.PHONY: run test check gpu-test bench bench-cpu setup clean
 setup: $(READY)
 
 $(READY): setup.py constraints.txt
@@ -29,6 +29,9 @@ check: $(READY)
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest -q -m gpu
+
+bench-cpu: $(READY)
+	$(BIN)/python -m scripts.bench.cpu_experts
 
 bench: $(READY)
 	$(BIN)/python -m scripts.bench.engine

@@ -17,7 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from cpu_kernels import dot_tile, expert_kernels, intrinsics, isa, sort_pairs, worker
+from cpu_kernels import (
+    dot_tile,
+    expert_kernels,
+    intrinsics,
+    isa,
+    read_kernel,
+    sort_pairs,
+    worker,
+)
 
 DTYPES = (np.dtype(np.uint16), np.dtype(np.float32))  # of weights: bf16 bits, float32
 
@@ -76,7 +84,7 @@ def _entry_points(version: str) -> dict[str, tuple[Callable[..., Any], tuple[Any
 
 
 def _sources() -> list[Path]:
-    modules = (dot_tile, expert_kernels, intrinsics, isa, sort_pairs, worker)
+    modules = (dot_tile, expert_kernels, intrinsics, isa, read_kernel, sort_pairs, worker)
     return [Path(__file__), *(Path(str(module.__file__)) for module in modules)]
 
 

@@ -20,7 +20,8 @@ from cpu_kernels.dot_tile import (
 )
 from cpu_kernels.intrinsics import f32_array, i64_array, jit, power_of_two
 
-# One layer's work: addresses and sizes. Weights are bf16 bits or float32.
+# One layer's work: addresses and sizes. Weights are bf16 bits or float32. Or, where num_readers is
+# not 0, a plain read of read_words int64 at read, with one result for each worker at out.
 JOB = np.dtype(
     [
         (name, np.int64)
@@ -28,6 +29,7 @@ JOB = np.dtype(
             *("w13", "w2", "x", "out", "act"),  # addresses of [E,2I,H] [E,H,I] [T,H] [T,H] [P,I]
             *("expert", "start", "token", "weight"),  # of [N] [N+1] [P] int64 and [P] float32
             *("num_experts", "num_tokens", "hidden", "width", "is_bf16"),
+            *("num_readers", "read", "read_words"),
         )
     ]
 )

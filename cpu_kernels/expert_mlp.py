@@ -98,8 +98,29 @@ class ExpertPool:
         self._arrays = (w13_EFH, w2_EHI, x_TH, out_TH, self._act)
         addresses = (array.ctypes.data for array in self._arrays)
         sizes = (num_routed, *x_TH.shape, width, w13_EFH.dtype == np.uint16)
-        self._jobs[0] = (*addresses, *self._pairs.addresses, *sizes)
+        self._jobs[0] = (*addresses, *self._pairs.addresses, *sizes, 0, 0, 0)
         self._pool.start()
+
+    def read(self, arena: npt.NDArray[Any], num_readers: int) -> int:
+        """Read ``arena`` once with the first ``num_readers`` workers: what memory can deliver.
+
+        Returns the exclusive or of its int64 words when all is read. ValueError unless the arena is
+        C-contiguous, whole words long, and the pool has as many workers.
+        """
+        if not arena.flags.c_contiguous or arena.nbytes % 8:
+            raise ValueError("the arena must be C-contiguous and a multiple of 8 bytes")
+        if not 1 <= num_readers <= self.num_threads:
+            raise ValueError(f"num_readers must be 1 to {self.num_threads}, not {num_readers}")
+        self.wait()
+        found = np.zeros(self.num_threads, np.int64)
+        self._jobs[0] = 0
+        job = self._jobs[0]
+        job["num_readers"], job["out"] = num_readers, found.ctypes.data
+        job["read"], job["read_words"] = arena.ctypes.data, arena.nbytes // 8
+        self._arrays = (arena, found)
+        self._pool.start()
+        self.wait()
+        return int(np.bitwise_xor.reduce(found))
 
     def wait(self) -> None:
         """Return when the submitted layer is done; raise the exception of a worker that failed."""

@@ -9,6 +9,7 @@ to DONE; a caller that goes to sleep reads DONE after setting ASLEEP: one of the
 
 from cpu_kernels.expert_kernels import clear_out, run_stage, share
 from cpu_kernels.intrinsics import atomic_add, atomic_load, jit, pause, yield_core
+from cpu_kernels.read_kernel import read_share
 
 # Words that threads share, each on its own cache line.
 LINE = 8  # int64 per cache line
@@ -39,7 +40,11 @@ def wait_for_word(words, index, target, max_spins):
 
 @jit
 def run_share(words, job, number, worker, num_workers):
-    """One worker's share of layer ``number``; False if the pool was stopped midway."""
+    """One worker's share of job ``number``; False if the pool was stopped midway."""
+    if job.num_readers > 0:
+        read_share(job, worker)
+        atomic_add(words, ARRIVED, 1)  # the counts of later layers start from here
+        return True
     for is_down in (False, True):
         begin, end = share(job.hidden if is_down else job.width, worker, num_workers)
         if is_down:

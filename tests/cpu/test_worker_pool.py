@@ -121,6 +121,24 @@ def test_default_number_of_threads() -> None:
         ExpertPool(0)
 
 
+@pytest.mark.parametrize("num_words", [0, 1, 7, 2047, 2048, 2049, 100_003])
+def test_a_plain_read_reads_every_word_once(num_words: int) -> None:
+    arena = np.random.default_rng(num_words).integers(-(2**62), 2**62, num_words)
+    layer = small_layer()
+    with ExpertPool(3) as pool:
+        for readers in (1, 2, 3):
+            assert pool.read(arena, readers) == np.bitwise_xor.reduce(arena)
+            assert relative_error(run_layer(pool, layer), layer) < 1e-5  # layers go on after it
+
+
+def test_a_plain_read_refuses_what_it_cannot_read() -> None:
+    arena = np.zeros((8, 8), np.int64)
+    with ExpertPool(2) as pool:
+        for bad, readers in ((arena.T, 1), (np.zeros(3, np.uint16), 1), (arena, 0), (arena, 3)):
+            with pytest.raises(ValueError):
+                pool.read(bad, readers)
+
+
 @pytest.mark.parametrize(
     ("cpu_max", "cores"),
     [("max 100000\n", None), ("250000 100000\n", 2), ("50000 100000\n", 1)],
