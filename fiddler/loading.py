@@ -4,6 +4,7 @@ Everything that can be refused is refused before the first weight is read.
 """
 
 import gc
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fiddler.engine.pages import PagePool
 from fiddler.engine.prefix_cache import PrefixCache
 from fiddler.engine.runner import Runner
 from fiddler.engine.scheduler import Scheduler
+from fiddler.errors import ConfigError
 from fiddler.hub import ModelFolder, fetch_metadata, resolve_model
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
@@ -171,6 +173,12 @@ def limit_vram(plan: Plan, hardware: Hardware) -> None:
 
 
 def _start_pool(settings: EngineConfig, on_progress: Progress | None) -> ExpertPool:
+    cores = os.cpu_count() or 1
+    if settings.cpu_threads is not None and settings.cpu_threads > cores:
+        raise ConfigError(
+            f"{settings.cpu_threads} CPU threads were asked for, but there are {cores} cores",
+            hint="waiting threads spin: more than cores only slow each other down",
+        )
     if on_progress is not None and needs_compile():
         on_progress("compiling CPU kernels, once", 0, 1)
     return ExpertPool(settings.cpu_threads)
