@@ -49,6 +49,8 @@ class EngineConfig:
     seed: int = 0  # of dummy weights, and of requests that bring none
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str):
+            raise ConfigError(f"model must be a name or a folder, not {self.model!r}")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)

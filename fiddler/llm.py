@@ -2,9 +2,14 @@
 
 Three rings, each usable alone: ``Engine.step`` (token ids) inside ``LLM.stream`` (text and
 statistics) inside ``LLM.generate`` (results).
+
+Ordering: any number of threads may call. One lock is held for a whole step, and whenever a request
+enters or leaves; a sample's events are made under it and may be taken without it. A stream that
+the collector finds only appends to ``_abandoned``: its request is cancelled before the next step.
 """
 
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -37,9 +42,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: str = BUILTIN, *, on_progress: Progress | None = None, **options: Any
+        self,
+        model: str | os.PathLike[str] = BUILTIN,
+        *,
+        on_progress: Progress | None = None,
+        **options: Any,
     ) -> None:
-        self.config = EngineConfig(model=model, **options)
+        self.config = EngineConfig(model=_name(model), **options)
         self._loaded: LoadedModel | None = load_model(self.config, on_progress)
         self._files = self._loaded.files
         self._plan = self._loaded.plan
@@ -339,10 +348,16 @@ def _result(
 
 
 def _total_stats(requests: list[Request], peak_vram_bytes: int) -> RunStats:
-    """The first sample's times, everybody's tokens."""
+    """Everybody's tokens, decoded from the first token of all to the last."""
+    first, last = min(r.first_token_s for r in requests), max(r.last_token_s for r in requests)
     return replace(
         requests[0].stats(peak_vram_bytes),
+        decode_s=max(0.0, last - first),
         output_tokens=sum(r.num_outputs for r in requests),
         expert_tokens_gpu=sum(r.expert_tokens_gpu for r in requests),
         expert_tokens_cpu=sum(r.expert_tokens_cpu for r in requests),
     )
+
+
+def _name(model: str | os.PathLike[str]) -> str:
+    return os.fspath(model) if isinstance(model, os.PathLike) else model

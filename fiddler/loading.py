@@ -40,6 +40,7 @@ from fiddler.text.tokenizer import Tokenizer
 from offload.executor import HybridExperts
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.hardware import Hardware, probe
+from offload.layout import MARGIN_FIXED_BYTES
 from offload.plan import Plan
 
 Progress = Callable[[str, int, int], None]  # what is loaded, done, total
@@ -85,7 +86,7 @@ def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> L
         )
         device = torch.device("cuda" if hardware.has_gpu else "cpu")
         resources.callback(_give_back_memory, device)
-        limit_vram(plan, hardware)
+        limit_vram(plan, hardware, resources)
         pool = resources.enter_context(_start_pool(settings, on_progress))
         runner, experts = _load_weights(
             settings, source, files.config, plan, dtypes, device, pool, on_progress, resources
@@ -164,12 +165,30 @@ def open_source(settings: EngineConfig, files: ModelFiles, reading: ExitStack) -
     return CheckpointSource(checkpoint)
 
 
-def limit_vram(plan: Plan, hardware: Hardware) -> None:
-    """Make torch refuse to allocate beyond the budget; the CUDA context is not torch's own."""
-    if hardware.has_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        allowed = plan.vram_budget_bytes - plan.memory.context
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / hardware.vram_total_bytes))
+_vram_shares: list[int] = []  # bytes, of the models that are open: torch's limit is the process's
+
+
+def limit_vram(plan: Plan, hardware: Hardware, resources: ExitStack) -> None:
+    """Make torch refuse to allocate beyond the budget.
+
+    The CUDA context is not torch's own, nor is what late kernels add to it (the fixed margin).
+    """
+    if not hardware.has_gpu:
+        return
+
+    def apply() -> None:
+        allowed = sum(_vram_shares) / hardware.vram_total_bytes if _vram_shares else 1.0
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed))
+
+    def lift() -> None:
+        _vram_shares.remove(share)
+        apply()
+
+    share = plan.vram_budget_bytes - plan.memory.context - MARGIN_FIXED_BYTES
+    torch.cuda.reset_peak_memory_stats()
+    _vram_shares.append(share)
+    resources.callback(lift)
+    apply()
 
 
 def _start_pool(settings: EngineConfig, on_progress: Progress | None) -> ExpertPool:
@@ -198,8 +217,7 @@ def _load_weights(
     """Dense weights, experts and KV pages, each to its place; ``resources`` learns to drop them."""
     dtype: torch.dtype = getattr(torch, dtypes.compute)
     dense = load_dense(source, config, device=device, dtype=dtype)
-    store = _fill_store(source, config, plan, dtypes, device, on_progress)
-    resources.callback(store.clear)
+    store = _fill_store(source, config, plan, dtypes, device, on_progress, resources)
     experts = HybridExperts(
         store,
         pool,
@@ -235,6 +253,7 @@ def _fill_store(
     dtypes: Dtypes,
     device: torch.device,
     on_progress: Progress | None,
+    resources: ExitStack,
 ) -> ExpertStore:
     store = ExpertStore(
         ExpertShape(
@@ -248,6 +267,7 @@ def _fill_store(
         device=device,
         dtype=getattr(torch, dtypes.expert),
     )
+    resources.callback(store.clear)
 
     def fill_expert(layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> None:
         load_expert_into(source, config, layer, expert, w13_FH, w2_HI)
@@ -284,7 +304,7 @@ def _token_text(tokenizer: Tokenizer | None) -> Callable[[int], str]:
 
 
 def _vram_meter(plan: Plan, device: torch.device) -> Callable[[], int]:
-    """Peak VRAM so far as the driver counts it: torch's pool and the CUDA context."""
+    """Peak VRAM so far: torch's pool and the CUDA context as it was when the model was planned."""
     if device.type == "cpu":
         return lambda: 0
     return lambda: torch.cuda.max_memory_reserved() + plan.memory.context
@@ -293,6 +313,5 @@ def _vram_meter(plan: Plan, device: torch.device) -> Callable[[], int]:
 def _give_back_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0)  # the limit was this model's
         torch.cuda.empty_cache()
         torch._C._host_emptyCache()  # pinned pages; torch has no public name for it

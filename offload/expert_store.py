@@ -1,8 +1,8 @@
 """Where the weights of all routed experts lie: each expert in exactly one place.
 
 The GPU side has slots in device memory; the CPU side has rows in host memory. On a machine without
-a GPU both are host memory, and the device computes neither side. Layout of one expert, everywhere:
-``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous.
+a GPU both are host memory: torch computes the slots there, the worker pool the rows. Layout of one
+expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous.
 
 Shapes: S slots, C rows on the CPU side, F = 2I, H hidden, I expert width.
 """

@@ -84,6 +84,11 @@ class PrefixCache:
                 heapq.heappush(leaves, (parent.last_used, id(parent), parent))
         return freed
 
+    @property
+    def num_unheld(self) -> int:
+        """Pages that only the tree holds: at most so many can be evicted."""
+        return sum(self._pool.num_holders(node.page) == 1 for node in self._walk())
+
     def clear(self) -> None:
         """Forget everything."""
         for node in list(self._walk()):

@@ -122,11 +122,11 @@ class Scheduler:
             if request.num_to_compute > 1 and budget > 0:
                 chunks.append(_chunk(request, budget))
                 budget -= chunks[-1].num_tokens
-        while budget > 0 and self.waiting and len(self.running) < self._max_num_seqs:
-            request = self.waiting[0]
-            if self._must_wait(request) or not self._admit(request):
+        for request in [r for r in self.waiting if not self._must_wait(r)]:
+            if budget <= 0 or len(self.running) >= self._max_num_seqs or not self._admit(request):
                 break
-            self.running.append(self.waiting.popleft())
+            self.waiting.remove(request)
+            self.running.append(request)
             chunks.append(_chunk(request, budget))
             budget -= chunks[-1].num_tokens
         return chunks
@@ -182,8 +182,8 @@ class Scheduler:
 
     def _make_room(self, num_pages: int) -> bool:
         missing = num_pages - self._pool.num_free
-        if missing > 0 and self._cache is not None:
-            self._cache.evict(missing)
+        if missing > 0 and self._cache is not None and self._cache.num_unheld >= missing:
+            self._cache.evict(missing)  # not for a request that would not fit all the same
         return self._pool.num_free >= num_pages
 
     def _preempt(self, request: Request) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+EXPERT = ".experts."  # in the name of every routed expert's tensor
 _TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -92,10 +93,17 @@ class Checkpoint:
 
 
 def stored_dtype(folder: Path) -> str | None:
-    """Return torch's name of the first readable dtype in a folder, None where it has no weights."""
-    files = sorted(folder.glob("model*.safetensors"))
-    entries = read_header(files[0]).values() if files else ()
-    return next((_TORCH_NAMES[e.dtype] for e in entries if e.dtype in _TORCH_NAMES), None)
+    """Return torch's name of the widest dtype that a routed expert is stored in, from the headers.
+
+    None where the folder has no weights. ``config.json`` may say something else: the files count.
+    """
+    found = {
+        _TORCH_NAMES[entry.dtype]
+        for path in folder.glob("model*.safetensors")
+        for name, entry in read_header(path).items()
+        if EXPERT in name and entry.dtype in _TORCH_NAMES
+    }
+    return next((name for name in ("float32", "float16", "bfloat16") if name in found), None)
 
 
 def _single_file(folder: Path) -> Path:

@@ -46,7 +46,8 @@ def footprint(
         workspace_bytes=_rotary_bytes(config, positions)
         + workspace_bytes(
             config, width, max_batched_tokens=max_batched_tokens, max_num_seqs=max_num_seqs
-        ),
+        )
+        + (config.expert_numel * width if expert_dtype != dtype else 0),  # one expert, widened
     )
 
 

@@ -21,8 +21,7 @@ def load_config(folder: Path | str) -> ModelConfig:
     ends = dict.fromkeys([*integers(raw, "eos_token_id"), *integers(generation, "eos_token_id")])
     if ends:
         raw["eos_token_id"] = list(ends)
-    if raw.get("dtype") is None and raw.get("torch_dtype") is None:
-        raw["dtype"] = stored_dtype(folder)
+    raw["dtype"] = stored_dtype(folder) or raw.get("dtype") or raw.get("torch_dtype")
     return parse_config(raw)
 
 

@@ -1,6 +1,8 @@
 """fiddler against ``transformers``, for every architecture and wherever the experts lie."""
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -153,3 +155,16 @@ def test_sliding_windows_match(model: str) -> None:
         found = our_logits(llm, RAGGED, NUM_DECODES)
     lengths = tuple(n + NUM_DECODES for n in RAGGED)
     assert relative_error(found, oracle_logits(folder, "float32", "cpu", lengths)) < 1e-4
+
+
+def test_the_files_decide_the_stored_dtype_not_the_config(tmp_path: Path) -> None:
+    """Float32 experts under a config that says bfloat16 must not be rounded."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(shared_tiny("mixtral"), folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}))
+    with LLM(folder, dtype="float32", device="cpu", max_model_len=256) as llm:
+        found = our_logits(llm, RAGGED, 4)
+    lengths = tuple(n + 4 for n in RAGGED)
+    wanted = oracle_logits(shared_tiny("mixtral"), "float32", "cpu", lengths)
+    assert relative_error(found, wanted) < 1e-5

@@ -28,6 +28,8 @@ def test_errors_of_arguments_are_value_errors_too() -> None:
 def test_nearest_names_the_closest_or_nothing() -> None:
     assert nearest("dtyp", ["dtype", "device"]) == "; did you mean 'dtype'?"
     assert nearest("zzz", ["dtype", "device"]) == ""
+    assert nearest("max_new_tokens", ["max_tokens", "min_tokens"]) == "; did you mean 'max_tokens'?"
+    assert nearest("best_of", ["stop", "top_k"]) == ""  # half the letters are no likeness
 
 
 def test_the_first_unknown_name_is_reported_with_all_valid_ones() -> None:

@@ -178,3 +178,38 @@ def test_the_next_turn_computes_only_its_new_tokens() -> None:
     model.step()
     # the last sampled token was never run through the model; all others were
     assert second.num_cached == len(first.tokens) - 1
+
+
+def finished(model: PretendModel, prompt: list[int], max_tokens: int = 1) -> Request:
+    [request] = make_group(prompt, max_tokens, 1)
+    model.scheduler.add(request)
+    while model.scheduler.has_work:
+        model.step()
+    return request
+
+
+def test_a_prompt_that_does_not_fit_yet_evicts_nothing() -> None:
+    model = PretendModel(use_cache=True, max_num_seqs=4, max_batched_tokens=64)
+    assert model.cache is not None
+    finished(model, [0] * 8)
+    [running] = make_group([1] * 20, 8, 1)
+    model.scheduler.add(running)
+    model.step()
+    cached = model.cache.num_pages
+    [too_long] = make_group([2] * 36, 1, 1)  # 9 pages; the other request holds 5 of the 12
+    model.scheduler.add(too_long)
+    model.step()
+    assert too_long.pages == [] and model.cache.num_pages >= cached
+
+
+def test_samples_that_wait_for_their_first_let_others_pass() -> None:
+    model = PretendModel(use_cache=True, max_num_seqs=4, max_batched_tokens=4)
+    group = make_group([1] * 12, 2, 2)
+    [other] = make_group([2, 2], 2, 1)
+    for request in (*group, other):
+        model.scheduler.add(request)
+    for _ in range(3):
+        model.step()  # the first sample's prompt takes three steps of four tokens
+    assert group[1].num_computed == 0
+    model.step()
+    assert other.num_computed > 0
