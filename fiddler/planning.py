@@ -1,19 +1,16 @@
 """One way to a plan, for `fiddler plan` and for loading: settings and a model in, plan out."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from fiddler.config import PAGE_SIZE, EngineConfig
-from fiddler.errors import ConfigError, OutOfMemoryError
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, resolve_dtypes
 from fiddler.models.footprint import footprint
 from offload.hardware import Hardware
-from offload.placement import Placement
-from offload.plan import Budget, Footprint, Plan
+from offload.plan import Budget, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
-from offload.units import gib_to_bytes, size_text
+from offload.units import gib_to_bytes
 
 SHIPPED_PROFILE = "profile.json"  # a model folder may bring its own
 
@@ -26,7 +23,7 @@ def plan_model(
     name: str,
     folder: Path | None,
 ) -> tuple[Plan, Dtypes]:
-    """Return where everything will live, or raise OutOfMemoryError or ProfileError."""
+    """Return where everything will live, or raise as the planner and the profile do."""
     dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=hardware.has_gpu)
     needs = footprint(
         model,
@@ -45,9 +42,14 @@ def plan_model(
         page_size=PAGE_SIZE,
         max_num_seqs=settings.max_num_seqs,
     )
-    plan = make_plan(needs, hardware, budget, popularity, popularity_name=popularity_name)
-    if settings.placement is not None:
-        plan = with_placement(plan, settings.placement, needs, hardware)
+    plan = make_plan(
+        needs,
+        hardware,
+        budget,
+        popularity,
+        popularity_name=popularity_name,
+        placement=settings.placement,
+    )
     return plan, dtypes
 
 
@@ -65,29 +67,6 @@ def find_popularity(
         num_experts=model.num_experts,
     )
     return profile.popularity, profile.name
-
-
-def with_placement(plan: Plan, placement: Placement, needs: Footprint, hardware: Hardware) -> Plan:
-    """Return ``plan`` with exactly ``placement``, if that exists and fits."""
-    if len(placement.resident) != needs.num_layers:
-        raise ConfigError(
-            f"the placement has {len(placement.resident)} layers, the model {needs.num_layers}"
-        )
-    for layer, experts in enumerate(placement.resident):
-        valid = range(needs.num_experts if layer in needs.moe_layers else 0)
-        if wrong := sorted(e for e in experts if e not in valid):
-            raise ConfigError(
-                f"the placement names expert {wrong[0]} of layer {layer}, which has none such"
-            )
-    room = plan.memory.gpu_experts + plan.memory.unused
-    asked = placement.num_resident * needs.expert_bytes
-    if hardware.has_gpu and asked > room:
-        raise OutOfMemoryError(
-            f"the placement's {placement.num_resident} experts need {size_text(asked)} of VRAM,"
-            f" but the plan leaves {size_text(room)} for experts",
-            hint="place fewer experts, or give more VRAM",
-        )
-    return replace(plan, placement=placement)
 
 
 def _bytes(gib: float | None) -> int | None:

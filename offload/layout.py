@@ -22,8 +22,9 @@ MARGIN_LAYER_BYTES = 3 * 2 * MIB
 # and leaves holes in what is allocated in many pieces: 1/32 of dense weights and workspace.
 MARGIN_DIVISOR = 32
 
-# Of the RAM that is free, 1/20 stays free so that the machine does not swap; an asked RAM budget
-# is taken at its word.
+# Of the RAM that is free, 1/20 stays free so that the machine does not swap. An asked RAM budget
+# may use that too, but no more than is free: beyond it, a refusal names both figures. One above
+# all the machine's RAM is refused even where the model would fit, for it cannot be meant.
 RAM_HEADROOM_DIVISOR = 20
 
 # An unasked VRAM budget leaves this to the desktop and to programs that start later.
@@ -41,11 +42,14 @@ class Layout:
     num_pages: int
     context_tokens: int
     num_gpu_experts: int
+    gpu_expert_bytes: int
+    expert_room: int  # VRAM that is left for experts; 0 without a GPU side
     vram_limit: int
     vram_needed: int  # without the experts
     is_vram_overdrawn: bool  # more was asked for than the GPU can give this process
     ram_limit: int
     ram_needed: int
+    is_ram_overdrawn: bool  # more was asked for than the machine has
 
     @property
     def vram_missing(self) -> int:
@@ -53,9 +57,21 @@ class Layout:
         return max(0, self.vram_needed - self.vram_limit)
 
     @property
+    def expert_room_missing(self) -> int:
+        """Bytes by which an asked number of experts exceeds the room that the GPU side has."""
+        return 0 if self.side is GpuSide.NONE else max(0, self.gpu_expert_bytes - self.expert_room)
+
+    @property
     def ram_missing(self) -> int:
         """Bytes by which the host's part exceeds the RAM."""
         return max(0, self.ram_needed - self.ram_limit)
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is missing and nothing was asked for that there is not."""
+        overdrawn = self.is_vram_overdrawn or self.is_ram_overdrawn
+        missing = self.vram_missing + self.expert_room_missing + self.ram_missing
+        return not (overdrawn or missing)
 
 
 def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
@@ -76,7 +92,9 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # Experts get what the reserve leaves, not what its whole pages leave: with that, one more
     # byte of VRAM never costs an expert.
     free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
-    num_experts = min(footprint.total_experts, free // footprint.expert_bytes)
+    num_experts = budget.gpu_experts
+    if num_experts is None:
+        num_experts = min(footprint.total_experts, free // footprint.expert_bytes)
     on_gpu = num_experts * footprint.expert_bytes
 
     return Layout(
@@ -87,11 +105,14 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         num_pages=num_pages,
         context_tokens=min(context_range(budget)[1], num_pages * budget.page_size),
         num_gpu_experts=num_experts,
+        gpu_expert_bytes=on_gpu,
+        expert_room=free,
         vram_limit=vram_limit,
         vram_needed=0 if side is GpuSide.NONE else fixed + kv,
         is_vram_overdrawn=side is GpuSide.CUDA and vram_limit > usable_vram_bytes(hardware),
         ram_limit=ram_limit,
         ram_needed=all_experts - on_gpu if side is GpuSide.CUDA else fixed + kv + all_experts,
+        is_ram_overdrawn=(budget.ram_bytes or 0) > hardware.ram_total_bytes,
     )
 
 

@@ -45,7 +45,8 @@ class Budget:
 
     ``vram_bytes`` counts as the driver does, CUDA context included. ``context_tokens`` is what one
     request may hold; the KV pool grows beyond it towards ``max_num_seqs`` such requests as long as
-    it takes at most a tenth of what the fixed parts leave.
+    it takes at most a tenth of what the fixed parts leave. ``gpu_experts`` is how many experts the
+    GPU side has to hold.
     """
 
     max_context: int
@@ -54,6 +55,7 @@ class Budget:
     context_tokens: int | None = None
     page_size: int = 16
     max_num_seqs: int = 1
+    gpu_experts: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

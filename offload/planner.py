@@ -5,6 +5,7 @@ many experts catches more.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,13 @@ from offload.layout import Layout, lay_out
 from offload.placement import Placement
 from offload.plan import Budget, Footprint, GpuSide, MemoryBytes, Plan, TokenBytes
 from offload.popularity import Popularity
-from offload.refusal import refuse_ram, refuse_vram, refuse_vram_budget
+from offload.refusal import (
+    refuse_placement,
+    refuse_ram,
+    refuse_ram_budget,
+    refuse_vram,
+    refuse_vram_budget,
+)
 from offload.units import size_text
 
 __all__ = ["Budget", "Footprint", "GpuSide", "MemoryBytes", "Plan", "TokenBytes", "plan"]
@@ -27,15 +34,22 @@ def plan(
     popularity: Popularity,
     *,
     popularity_name: str,
+    placement: Placement | None = None,
 ) -> Plan:
-    """Place every expert, or raise before anything is allocated.
+    """Place every expert, by ``placement`` if given, or raise before anything is allocated.
 
-    Raises :class:`ConfigError` for a context beyond the model's, and :class:`OutOfMemoryError`
-    with the numbers and the nearest plan that fits where VRAM or RAM is short.
+    Raises :class:`ConfigError` for a context beyond the model's or a placement of another model,
+    and :class:`OutOfMemoryError` with the numbers and the nearest plan that fits where VRAM or RAM
+    is short.
     """
     assert popularity.counts_LE.shape == (footprint.num_layers, footprint.num_experts)
+    is_given = placement is not None
+    if placement is not None:
+        check_placement(placement, footprint)
+        budget = replace(budget, gpu_experts=placement.num_resident)
     layout = checked_layout(footprint, hardware, budget)
-    placement = place(popularity, footprint.moe_layers, layout.num_gpu_experts)
+    if placement is None:
+        placement = place(popularity, footprint.moe_layers, layout.num_gpu_experts)
     hits_L = resident_shares(placement, popularity)
     hit_rate = sum(hits_L[layer] for layer in footprint.moe_layers) / len(footprint.moe_layers)
     return Plan(
@@ -51,8 +65,23 @@ def plan(
         ram_budget_bytes=layout.ram_limit,
         expected_hit_rate=hit_rate,
         popularity_name=popularity_name,
-        notes=_notes(footprint, budget, layout, popularity),
+        notes=_notes(footprint, budget, layout, is_known=is_given or not popularity.is_uniform),
     )
+
+
+def check_placement(placement: Placement, footprint: Footprint) -> None:
+    """Raise :class:`ConfigError` where ``placement`` names what the model does not have."""
+    num_layers = len(placement.resident)
+    if num_layers != footprint.num_layers:
+        raise ConfigError(
+            f"the placement has {num_layers} layers, the model {footprint.num_layers}"
+        )
+    for layer, experts in enumerate(placement.resident):
+        valid = range(footprint.num_experts if layer in footprint.moe_layers else 0)
+        if wrong := sorted(e for e in experts if e not in valid):
+            raise ConfigError(
+                f"the placement names expert {wrong[0]} of layer {layer}, which has none such"
+            )
 
 
 def checked_layout(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
@@ -67,8 +96,12 @@ def checked_layout(footprint: Footprint, hardware: Hardware, budget: Budget) -> 
     layout = lay_out(footprint, hardware, budget)
     if layout.is_vram_overdrawn:
         raise refuse_vram_budget(hardware, layout)
+    if layout.is_ram_overdrawn:
+        raise refuse_ram_budget(hardware, budget)
     if layout.vram_missing:
         raise refuse_vram(footprint, hardware, budget, layout)
+    if layout.expert_room_missing:
+        raise refuse_placement(footprint, hardware, budget, layout)
     if layout.ram_missing:
         raise refuse_ram(footprint, hardware, budget, layout)
     return layout
@@ -101,7 +134,7 @@ def resident_shares(placement: Placement, popularity: Popularity) -> list[float]
 
 
 def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
-    gpu_experts = layout.num_gpu_experts * footprint.expert_bytes
+    gpu_experts = layout.gpu_expert_bytes
     used = layout.vram_needed + gpu_experts
     return MemoryBytes(
         context=layout.context_bytes,
@@ -111,7 +144,7 @@ def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
         workspace=footprint.workspace_bytes,
         gpu_experts=gpu_experts,
         cpu_experts=footprint.total_experts * footprint.expert_bytes - gpu_experts,
-        unused=layout.vram_limit - used,
+        unused=0 if layout.side is GpuSide.NONE else layout.vram_limit - used,
     )
 
 
@@ -127,18 +160,21 @@ def _token_bytes(footprint: Footprint, layout: Layout, hit_rate: float) -> Token
 
 
 def _notes(
-    footprint: Footprint, budget: Budget, layout: Layout, popularity: Popularity
+    footprint: Footprint, budget: Budget, layout: Layout, *, is_known: bool
 ) -> tuple[str, ...]:
+    """What the figures do not say; ``is_known``: there was a reason to choose these experts."""
     notes = []
+    if budget.gpu_experts is not None:
+        notes.append("the placement was given, not chosen by use")
     if layout.side is GpuSide.EMULATED:
         notes.append("no GPU here: the CPU also computes the GPU side, which lives in RAM")
     if layout.side is GpuSide.NONE:
         notes.append("no GPU here and no VRAM budget: everything is in RAM")
     elif layout.num_gpu_experts == footprint.total_experts:
         notes.append("every expert fits on the GPU side")
-    elif layout.num_gpu_experts == 0:
+    elif layout.num_gpu_experts == 0 and budget.gpu_experts is None:
         notes.append("no expert fits on the GPU side: the CPU computes them all")
-    elif popularity.is_uniform:
+    elif not is_known:
         notes.append("no profile: every expert counts the same")
     if budget.context_tokens is None and layout.context_tokens < budget.max_context:
         more = size_text(footprint.kv_bytes_per_token * 1024)

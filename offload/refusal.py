@@ -23,6 +23,17 @@ def refuse_vram_budget(hardware: Hardware, layout: Layout) -> OutOfMemoryError:
     )
 
 
+def refuse_ram_budget(hardware: Hardware, budget: Budget) -> OutOfMemoryError:
+    """More RAM was asked for than the machine has."""
+    assert budget.ram_bytes is not None
+    return OutOfMemoryError(
+        f"{size_text(budget.ram_bytes)} of RAM were asked for, but the machine has "
+        f"{size_text(hardware.ram_total_bytes)}",
+        hint=f"use --ram-gb {gib_at_most(hardware.ram_available_bytes)} or less, "
+        "or leave it out to use what is free",
+    )
+
+
 def refuse_vram(
     footprint: Footprint, hardware: Hardware, budget: Budget, layout: Layout
 ) -> OutOfMemoryError:
@@ -42,17 +53,33 @@ def refuse_vram(
     )
 
 
+def refuse_placement(
+    footprint: Footprint, hardware: Hardware, budget: Budget, layout: Layout
+) -> OutOfMemoryError:
+    """The GPU side has no room for all experts of a given placement."""
+    return OutOfMemoryError(
+        f"the placement's {layout.num_gpu_experts:,} experts take "
+        f"{size_text(layout.gpu_expert_bytes)} of VRAM, but {size_text(layout.expert_room)} of the "
+        f"{size_text(layout.vram_limit)} are left for experts",
+        hint=nearest_plan(footprint, hardware, budget),
+    )
+
+
 def refuse_ram(
     footprint: Footprint, hardware: Hardware, budget: Budget, layout: Layout
 ) -> OutOfMemoryError:
     """The host cannot hold its part."""
     num_cpu_experts = footprint.total_experts - layout.num_gpu_experts
-    what = f"{num_cpu_experts:,} experts of {size_text(footprint.expert_bytes)}"
+    what = f"{num_cpu_experts:,} experts of {size_text(footprint.expert_bytes)} need"
     if layout.side is not GpuSide.CUDA:
-        what = f"the whole model with {layout.context_tokens:,} tokens of context"
+        what = f"the whole model with {layout.context_tokens:,} tokens of context needs"
+    usable = f"{size_text(layout.ram_limit)} may be used"
+    if budget.ram_bytes is not None and budget.ram_bytes > layout.ram_limit:
+        usable = (
+            f"{size_text(layout.ram_limit)} of the {size_text(budget.ram_bytes)} asked for is free"
+        )
     return OutOfMemoryError(
-        f"{what} need {size_text(layout.ram_needed)} of RAM, but {size_text(layout.ram_limit)} "
-        f"may be used",
+        f"{what} {size_text(layout.ram_needed)} of RAM, but {usable}",
         hint=nearest_plan(footprint, hardware, budget),
     )
 
@@ -61,8 +88,7 @@ def nearest_plan(footprint: Footprint, hardware: Hardware, budget: Budget) -> st
     """Name each option that alone makes the plan fit, changed as little as possible."""
 
     def fits(**changes: int) -> bool:
-        layout = lay_out(footprint, hardware, replace(budget, **changes))
-        return not (layout.is_vram_overdrawn or layout.vram_missing or layout.ram_missing)
+        return lay_out(footprint, hardware, replace(budget, **changes)).fits
 
     most_vram = usable_vram_bytes(hardware)
     if not hardware.has_gpu and budget.vram_bytes:
@@ -71,11 +97,20 @@ def nearest_plan(footprint: Footprint, hardware: Hardware, budget: Budget) -> st
         _shorter_context(budget, lambda tokens: fits(context_tokens=tokens)),
         _more_gib("--vram-gb", most_vram, lambda size: fits(vram_bytes=size)),
         _more_gib("--ram-gb", hardware.ram_available_bytes, lambda size: fits(ram_bytes=size)),
+        _another_placement(footprint, hardware, budget),
     ]
     found = [way for way in ways if way]
     if not found:
         return "no budget on this machine makes it fit: choose a smaller model or dtype"
     return f"use {' or '.join(found)}"
+
+
+def _another_placement(footprint: Footprint, hardware: Hardware, budget: Budget) -> str:
+    """Say so where a given placement is all that is wrong, or return an empty string."""
+    if budget.gpu_experts is None:
+        return ""
+    unasked = replace(budget, gpu_experts=None)
+    return "another placement" if lay_out(footprint, hardware, unasked).fits else ""
 
 
 def _shorter_context(budget: Budget, fits: Callable[[int], bool]) -> str:

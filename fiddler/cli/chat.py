@@ -42,7 +42,7 @@ def command(
     with silent_keyboard():
         opened = session.open_llm(model=model, **engine)
     with contextlib.closing(opened) as llm:
-        session.require_chat_template(llm)
+        session.require_chat_template(llm, model)
         defaults = llm.default_params()
         chat = Chat(
             llm=llm,
@@ -56,17 +56,35 @@ def command(
             is_debug=bool(ctx.find_root().params.get("debug")),
         )
         if chat.is_interactive:
-            _greet(chat.llm.model_name, quiet)
+            if not quiet:
+                _greet(chat.llm)
             chat.run(typed_turns(TABLE, keep_history=not no_history))
         elif not chat.run(piped_turns()):
             ctx.exit(1)
 
 
-def _greet(model_name: str, is_quiet: bool) -> None:
+def _greet(llm: session.ChatModel) -> None:
     from fiddler._version import __version__
     from fiddler.cli.console import note
     from fiddler.cli.stats_line import SEPARATOR
 
-    if not is_quiet:
-        parts = f"fiddler {__version__}", model_name, "/help lists commands, Ctrl-D leaves"
-        note(SEPARATOR.join(parts))
+    parts = f"fiddler {__version__}", llm.model_name, "/help lists commands, Ctrl-D leaves"
+    note(SEPARATOR.join(parts))
+    if placement := _placement_line(llm):
+        note(placement)
+
+
+def _placement_line(llm: session.ChatModel) -> str:
+    """How many experts have their GPU side and by what they were chosen; empty without one."""
+    from offload.plan import GpuSide
+
+    plan, config = llm.plan, llm.model_config
+    if plan.gpu_side is GpuSide.NONE:
+        return ""
+    is_uniform = plan.popularity_name == "uniform"
+    chosen = "no profile" if is_uniform else f"placed by {plan.popularity_name}"
+    num_moe_layers = sum(config.is_moe_layer(layer) for layer in range(config.num_layers))
+    return (
+        f"{plan.placement.num_resident:,} of {config.num_experts * num_moe_layers:,} experts "
+        f"on the GPU side, {chosen}"
+    )

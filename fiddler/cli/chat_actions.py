@@ -15,6 +15,7 @@ from fiddler.cli.expert_heatmap import heatmap_lines
 from fiddler.cli.params_edit import edit_params, params_to_json
 from fiddler.cli.stats_line import folded, stats_line
 from fiddler.errors import ConfigError
+from fiddler.prompts import check_params
 
 if TYPE_CHECKING:
     from fiddler.cli.chat_session import Chat
@@ -69,7 +70,9 @@ def _system(chat: "Chat", argument: str) -> None:
 
 
 def _set(chat: "Chat", argument: str) -> None:
-    chat.params = edit_params(chat.params, argument, chat.defaults)
+    edited = edit_params(chat.params, argument, chat.defaults)
+    check_params(edited, vocab_size=chat.llm.model_config.vocab_size)
+    chat.params = edited
     name = argument.partition("=")[0].strip()
     note(f"{name} = {getattr(chat.params, name)!r}")
 

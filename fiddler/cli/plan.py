@@ -11,7 +11,7 @@ from fiddler.cli.console import output_console
 from fiddler.cli.options import ENGINE_OPTIONS
 from fiddler.cli.plan_table import PlanFacts, print_plan
 from fiddler.config import EngineConfig
-from fiddler.errors import ConfigError
+from fiddler.errors import ConfigError, FiddlerError
 
 if TYPE_CHECKING:
     from fiddler.hub import ModelMetadata
@@ -98,13 +98,19 @@ def _one_of(model: str | None, shape: str | None) -> str:
 
 def _fetch_metadata(settings: EngineConfig) -> "ModelMetadata":
     from fiddler.hub import fetch_metadata
+    from fiddler.models.shapes import SHAPES
 
-    return fetch_metadata(
-        settings.model,
-        revision=settings.revision,
-        token=settings.token,
-        offline=settings.offline,
-    )
+    try:
+        return fetch_metadata(
+            settings.model,
+            revision=settings.revision,
+            token=settings.token,
+            offline=settings.offline,
+        )
+    except FiddlerError as error:
+        if settings.model in SHAPES:
+            error.hint = f"a shape of that name is known: fiddler plan --shape {settings.model}"
+        raise
 
 
 def _record(facts: PlanFacts) -> dict[str, Any]:

@@ -100,7 +100,9 @@ def _token_table(plan: Plan) -> "Table":
 
 def _closing_lines(facts: PlanFacts) -> list[str]:
     plan = facts.plan
-    lines = [] if plan.gpu_side is GpuSide.NONE else _placement_lines(facts)
+    lines = [f"Context of one request: {plan.context_tokens:,} tokens"]
+    if plan.gpu_side is not GpuSide.NONE:
+        lines += _placement_lines(facts)
     notes = list(plan.notes)
     if facts.missing_bytes:
         notes.append(f"{size_text(facts.missing_bytes)} are still to be downloaded: fiddler pull")
@@ -117,7 +119,6 @@ def _placement_lines(facts: PlanFacts) -> list[str]:
     span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     hits = f"{plan.expected_hit_rate:.1%} ({plan.popularity_name})"
     return [
-        f"Context of one request: {plan.context_tokens:,} tokens",
         f"Experts on the GPU side: {span} of {config.num_experts} in each layer",
         f"Expected hit rate there: {hits}",
     ]

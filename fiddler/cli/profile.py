@@ -12,6 +12,7 @@ import click
 from fiddler.cli import session
 from fiddler.cli.console import note
 from fiddler.cli.options import engine_options
+from fiddler.cli.profile_outputs import check_outputs
 from fiddler.cli.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def command(
     check_writable(output)
     if picture is not None:
         check_picture(picture)
+    check_outputs([path for path in (text, chat) if path], output, picture)
     with contextlib.closing(session.open_llm(model=model, **engine)) as llm, progress_bars() as bar:
         result = profile_corpus(
             cast("ProfiledModel", llm),

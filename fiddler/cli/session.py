@@ -1,13 +1,18 @@
 """The one place where a command gets its model."""
 
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fiddler.cli.progress import progress_bars
+from fiddler.config import EngineConfig
+from fiddler.errors import PromptError, TemplateError
 
 if TYPE_CHECKING:
+    from fiddler.models.config import ModelConfig
     from fiddler.outputs import TokenEvent
     from fiddler.sampling_params import SamplingParams
+    from offload.plan import Plan
 
 Messages = list[dict[str, Any]]
 
@@ -30,6 +35,10 @@ class ChatModel(Protocol):
     def has_chat_template(self) -> bool: ...
     @property
     def tokenizer(self) -> Any: ...
+    @property
+    def model_config(self) -> "ModelConfig": ...
+    @property
+    def plan(self) -> "Plan": ...
 
     def default_params(self) -> "SamplingParams": ...
     def expert_counts(self) -> list[list[int]]: ...
@@ -55,17 +64,32 @@ def open_llm(**options: Any) -> ChatModel:
     from fiddler.llm import LLM
 
     with progress_bars() as on_progress:
+        if options.get("load_format") == "dummy":
+            _require_tokenizer(EngineConfig(**options))
         return LLM(**options, on_progress=on_progress)
 
 
-def require_chat_template(llm: ChatModel) -> None:
-    """Raise :class:`fiddler.errors.TemplateError` for a model that only continues text."""
-    from fiddler.errors import TemplateError
+def _require_tokenizer(settings: EngineConfig) -> None:
+    """Refuse a bare shape before gigabytes of seeded weights are made for it."""
+    from fiddler.loading import find_model
 
+    files = find_model(settings)
+    if files.tokenizer is None:
+        raise PromptError(
+            f"{files.name} has no tokenizer, so it reads no text",
+            hint="take a model that has a tokenizer.json; fiddler plan needs none",
+        )
+
+
+def require_chat_template(llm: ChatModel, model: str) -> None:
+    """Raise :class:`fiddler.errors.TemplateError` for a model that only continues text.
+
+    ``model`` is what the user called it: the hint is a command that works with that.
+    """
     if not llm.has_chat_template:
         raise TemplateError(
             f"{llm.model_name} has no chat template, so it cannot chat",
-            hint=f"fiddler generate -m {llm.model_name} --raw PROMPT continues a text with it",
+            hint=f"fiddler generate -m {shlex.quote(model)} --raw PROMPT continues a text with it",
         )
 
 

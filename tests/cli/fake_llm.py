@@ -6,11 +6,15 @@ Its streams end, and can be closed, exactly as those of ``fiddler.llm.LLM``.
 import re
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from fiddler.errors import PromptError
+from fiddler.models.config import ModelConfig, WeightNames
 from fiddler.outputs import RunStats, TokenEvent
 from fiddler.sampling_params import SamplingParams
+from offload.placement import Placement
+from offload.plan import GpuSide
 
 MARKDOWN = """# Title
 
@@ -84,6 +88,24 @@ class FakeLLM:
     revision = None
     has_chat_template = True
     tokenizer = FakeTokenizer()
+    model_config = ModelConfig(
+        model_type="fake",
+        vocab_size=0x110000,  # all code points
+        hidden_size=8,
+        num_layers=2,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        num_experts=4,
+        top_k=2,
+        expert_size=8,
+        names=WeightNames(),
+    )
+    plan = SimpleNamespace(
+        gpu_side=GpuSide.CUDA,
+        placement=Placement.of([(0, 1), (2,)]),
+        popularity_name="profile of 4,417 tokens",
+    )
 
     def __init__(self, **options: Any) -> None:
         self.options = options

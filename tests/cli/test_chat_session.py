@@ -129,6 +129,17 @@ def test_set_reaches_the_model_and_show_tells(
 # --- files ---
 
 
+def test_a_bias_beyond_the_vocabulary_is_refused_when_it_is_set(
+    chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = chat.params
+    beyond = chat.llm.model_config.vocab_size
+    assert not chat.run([f'/set logit_bias={{"{beyond}": 1}}'])
+    assert f"names token {beyond}" in capsys.readouterr().err
+    assert chat.params == before
+    assert chat.run([f'/set logit_bias={{"{beyond - 1}": 1}}', "hello"])
+
+
 def test_save_and_load_bring_everything_back(chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "my chat.json"
     chat.run(["/system be brief", "/set temperature=0.25", "hello", f"/save {path}"])

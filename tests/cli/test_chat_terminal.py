@@ -46,6 +46,13 @@ def test_a_turn_is_answered_with_statistics(chat: Terminal) -> None:
     leave(chat)
 
 
+def test_the_chat_begins_with_the_placement(tmp_path: Path) -> None:
+    with terminal([*FAKE_FIDDLER, "chat"], tmp_path, NO_COLOR="1") as chat:
+        shown = chat.expect(PROMPT)
+        assert "3 of 8 experts on the GPU side, placed by profile of 4,417 tokens" in shown
+        leave(chat)
+
+
 def test_markdown_is_rendered_once(chat: Terminal) -> None:
     chat.enter("tell me markdown")
     shown = chat.expect("TTFT")

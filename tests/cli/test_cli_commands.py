@@ -215,10 +215,20 @@ def test_a_model_without_a_template_cannot_chat(
     fake: list[FakeLLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeLLM, "has_chat_template", False)
-    code, out, err = run("chat", stdin="hello\n")
+    code, out, err = run("chat", "-m", "my models/fake", stdin="hello\n")
     assert (code, out) == (1, "")
     assert "has no chat template" in err
-    assert "--raw" in err
+    assert "fiddler generate -m 'my models/fake' --raw" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("command", [("generate", "hello"), ("chat",)])
+def test_a_shape_without_a_tokenizer_is_refused_before_weights_are_made(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("fiddler.llm.LLM", lambda **_: pytest.fail("was loaded"))
+    code, out, err = run(*command, "-m", "mixtral-8x7b", "--load-format", "dummy", stdin="hello\n")
+    assert (code, out) == (1, "")
+    assert "mixtral-8x7b has no tokenizer" in err
 
 
 # --- errors ---

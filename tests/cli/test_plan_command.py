@@ -46,6 +46,25 @@ def test_a_shape_is_planned_in_25_lines_that_fit_a_terminal() -> None:
     assert "no profile: every expert counts the same" in words
 
 
+def test_the_context_is_told_without_a_gpu_side_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Hardware(
+        has_gpu=False,
+        gpu_name=None,
+        vram_total_bytes=0,
+        vram_free_bytes=0,
+        cuda_context_bytes=0,
+        ram_total_bytes=128 * GIB,
+        ram_available_bytes=120 * GIB,
+        physical_cores=8,
+        cpu_name="Test CPU",
+    )
+    monkeypatch.setattr("offload.hardware.probe", lambda device: machine)
+    done = run("--shape", "olmoe-1b-7b", "--context", "2048")
+    assert done.exit_code == 0, done.output
+    assert "Context of one request: 2,048 tokens" in done.stdout
+    assert "GPU side" not in done.stdout
+
+
 def test_json_holds_the_same_plan_and_adds_up() -> None:
     done = run("--shape", "mixtral-8x7b", "--vram-gb", "22", "--json")
     record = json.loads(done.stdout)
@@ -87,6 +106,7 @@ def test_a_hub_model_is_planned_from_its_metadata(
     [
         ((), "error: a plan needs either a model or --shape NAME"),
         (("builtin", "--shape", "mixtral-8x7b"), "error: a plan needs either a model or --shape"),
+        (("mixtral-8x7b",), "fiddler plan --shape mixtral-8x7b"),
         (("--shape", "mixtral"), "did you mean 'mixtral-8x7b'?"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "3"), "before any expert, but has 3.0 GiB"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "80"), "23.5 GiB of the 24.0 GiB"),

@@ -89,6 +89,47 @@ def test_bad_input_is_one_sentence_before_the_model_loads(
     assert not (corpus.parent / "profile.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-o", "corpus.txt"], "-o corpus.txt is the corpus: it would be overwritten"),
+        (["-o", "link.txt"], "-o link.txt is the corpus"),
+        (["-o", "other.json"], "-o other.json exists and is not a profile"),
+        (["--picture", "linked.svg"], "--picture linked.svg is the corpus"),
+        (["--picture", "notes.svg"], "--picture notes.svg exists and is not a .svg picture"),
+        (["-o", "new.svg", "--picture", "./new.svg"], "new.svg is where the profile goes"),
+    ],
+)
+def test_nothing_of_the_users_is_overwritten(
+    monkeypatch: pytest.MonkeyPatch, corpus: Path, arguments: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(corpus.parent)
+    monkeypatch.setattr("fiddler.heatmap.check_picture", lambda path: None)
+    monkeypatch.setattr("fiddler.cli.session.open_llm", lambda **_: pytest.fail("was loaded"))
+    for link in ("link.txt", "linked.svg"):
+        Path(link).symlink_to(corpus)
+    Path("other.json").write_text('{"messages": []}')
+    Path("notes.svg").write_text("my notes")
+    before = {path: path.read_bytes() for path in corpus.parent.iterdir()}
+    done = run("--text", "corpus.txt", *arguments)
+    assert done.exit_code == 1
+    assert sentence in " ".join(done.stderr.split())
+    assert {path: path.read_bytes() for path in corpus.parent.iterdir()} == before
+
+
+def test_an_earlier_profile_and_its_picture_are_replaced(
+    llm: FakeLLM, corpus: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "p.json").touch()  # as mktemp does
+    for suffix in (".svg", ".svg", ".png", ".png"):
+        done = run(
+            *("--text", corpus, "-o", tmp_path / "p.json"),
+            *("--picture", tmp_path / f"p{suffix}"),
+        )
+        assert done.exit_code == 0, done.output
+
+
 def test_the_model_is_closed_when_the_corpus_is_too_short(llm: FakeLLM, tmp_path: Path) -> None:
     (tmp_path / "short").write_text("hello")
     done = run("--text", tmp_path / "short", "-o", tmp_path / "p.json")

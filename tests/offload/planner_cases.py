@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from offload.hardware import Hardware
+from offload.placement import Placement
 from offload.plan import Budget, Footprint
 from offload.popularity import Popularity
 
@@ -74,9 +75,9 @@ def models(draw: st.DrawFn) -> Footprint:
 def machines(draw: st.DrawFn) -> Hardware:
     ram = draw(st.sampled_from([2 * GIB, 20 * GIB, 80 * GIB]))
     if draw(st.booleans()):
-        return without_gpu(ram_available_bytes=ram)
+        return without_gpu(ram_total_bytes=ram + GIB, ram_available_bytes=ram)
     free = draw(st.sampled_from([GIB, 10 * GIB, 23 * GIB]))
-    return machine(vram_free_bytes=free, ram_available_bytes=ram)
+    return machine(vram_free_bytes=free, ram_total_bytes=ram + GIB, ram_available_bytes=ram)
 
 
 @st.composite
@@ -97,3 +98,12 @@ def popularities(draw: st.DrawFn, num_layers: int, num_experts: int) -> Populari
     row = st.lists(st.integers(0, 9), min_size=num_experts, max_size=num_experts)
     rows = draw(st.lists(row, min_size=num_layers, max_size=num_layers))
     return Popularity(np.array(rows, dtype=np.int64))
+
+
+@st.composite
+def placements(draw: st.DrawFn, footprint: Footprint) -> Placement:
+    experts = st.sets(st.integers(0, footprint.num_experts - 1))
+    return Placement.of(
+        draw(experts) if layer in footprint.moe_layers else []
+        for layer in range(footprint.num_layers)
+    )

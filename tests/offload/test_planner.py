@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fiddler.errors import ConfigError, OutOfMemoryError
 from offload.hardware import Hardware
+from offload.placement import Placement
 from offload.plan import Budget, Footprint, GpuSide, Plan
 from offload.planner import place, plan
 from offload.popularity import Popularity
@@ -25,14 +26,19 @@ from tests.offload.planner_cases import (
     machines,
     model,
     models,
+    placements,
     popularities,
     without_gpu,
 )
 
 
-def planned(footprint: Footprint, hardware: Hardware, budget: Budget) -> Plan:
+def planned(
+    footprint: Footprint, hardware: Hardware, budget: Budget, placement: Placement | None = None
+) -> Plan:
     popularity = Popularity.uniform(footprint.num_layers, footprint.num_experts)
-    return plan(footprint, hardware, budget, popularity, popularity_name="uniform")
+    return plan(
+        footprint, hardware, budget, popularity, popularity_name="uniform", placement=placement
+    )
 
 
 def planned_or_none(footprint: Footprint, hardware: Hardware, budget: Budget) -> Plan | None:
@@ -83,6 +89,58 @@ def test_one_more_slot_evicts_nobody(data: st.DataObject) -> None:
     placements = [place(popularity, (0, 1, 3), n) for n in range(16)]
     for fewer, more in itertools.pairwise(placements):
         assert all(a <= b for a, b in zip(fewer.resident, more.resident, strict=True))
+
+
+@settings(deadline=None)
+@given(st.data(), models(), machines(), budgets())
+def test_the_figures_of_a_given_placement_are_its_own(
+    data: st.DataObject, footprint: Footprint, hardware: Hardware, budget: Budget
+) -> None:
+    popularity = data.draw(popularities(footprint.num_layers, footprint.num_experts))
+    given_one = data.draw(placements(footprint))
+    try:
+        made = plan(
+            footprint, hardware, budget, popularity, popularity_name="p", placement=given_one
+        )
+    except OutOfMemoryError:
+        return
+    on_gpu = on_cpu = 0
+    caught = 0.0
+    for layer in footprint.moe_layers:
+        counts = [int(n) + 1 for n in popularity.counts_LE[layer]]
+        for expert, count in enumerate(counts):
+            if expert in given_one.resident[layer]:
+                on_gpu += footprint.expert_bytes
+                caught += count / sum(counts)
+            else:
+                on_cpu += footprint.expert_bytes
+    routed = len(footprint.moe_layers) * footprint.top_k * footprint.expert_bytes
+    memory = made.memory
+    assert made.placement == given_one
+    assert (memory.gpu_experts, memory.cpu_experts) == (on_gpu, on_cpu)
+    assert made.expected_hit_rate == pytest.approx(caught / len(footprint.moe_layers))
+    assert made.per_token.hot_experts == pytest.approx(routed * made.expected_hit_rate, abs=1)
+    assert made.per_token.hot_experts + made.per_token.cold_experts == routed
+    rest = memory.dense + memory.workspace + memory.kv
+    is_cuda = made.gpu_side is GpuSide.CUDA
+    assert made.ram_needed_bytes == (on_cpu if is_cuda else rest + on_gpu + on_cpu)
+    assert made.ram_needed_bytes <= made.ram_budget_bytes
+    if made.gpu_side is not GpuSide.NONE:
+        used = memory.context + memory.margin + rest + on_gpu
+        assert memory.unused == made.vram_budget_bytes - used >= 0
+
+
+@settings(deadline=None)
+@given(models(), machines(), budgets())
+def test_giving_the_chosen_placement_changes_nothing_but_the_notes(
+    footprint: Footprint, hardware: Hardware, budget: Budget
+) -> None:
+    chosen = planned_or_none(footprint, hardware, budget)
+    if chosen is None:
+        return
+    same = planned(footprint, hardware, budget, chosen.placement)
+    assert replace(same, notes=()) == replace(chosen, notes=())
+    assert "the placement was given, not chosen by use" in same.notes
 
 
 # --- budgets ---
@@ -179,13 +237,16 @@ def test_the_most_experts_that_fit_beside_an_asked_context(
 
 
 @settings(deadline=None)
-@given(models(), machines(), budgets())
+@given(st.data(), models(), machines(), budgets())
 def test_every_way_out_that_a_refusal_names_fits(
-    footprint: Footprint, hardware: Hardware, budget: Budget
+    data: st.DataObject, footprint: Footprint, hardware: Hardware, budget: Budget
 ) -> None:
+    placement = data.draw(st.none() | placements(footprint))
     try:
-        planned(footprint, hardware, budget)
+        planned(footprint, hardware, budget, placement)
     except OutOfMemoryError as error:
+        if "another placement" in error.hint:
+            planned(footprint, hardware, budget)
         for option, value in re.findall(r"(--[a-z-]+) ([\d.]+)", error.hint):
             changed = {
                 "--context": lambda v: replace(budget, context_tokens=int(v)),
@@ -193,7 +254,7 @@ def test_every_way_out_that_a_refusal_names_fits(
                 "--ram-gb": lambda v: replace(budget, ram_bytes=gib_to_bytes(float(v))),
             }[option](value)
             if "or leave it out" not in error.hint:  # says what there is, not what fits
-                planned(footprint, hardware, changed)
+                planned(footprint, hardware, changed, placement)
 
 
 def test_too_little_vram_names_the_numbers_and_the_nearest_plans() -> None:
@@ -221,6 +282,64 @@ def test_experts_beyond_the_ram_are_refused() -> None:
     with pytest.raises(OutOfMemoryError, match=r"experts of 300 MiB need .* of RAM") as caught:
         planned(model(), hardware, Budget(max_context=4096, vram_bytes=6 * GIB))
     assert "--vram-gb" in caught.value.hint and "--ram-gb" not in caught.value.hint
+
+
+NOTHING_RESIDENT = Placement.of([[]] * 4)
+ALL_RESIDENT = Placement.of([range(8)] * 4)
+
+
+def test_a_placement_that_leaves_too_much_to_the_ram_is_refused() -> None:
+    hardware = machine(ram_available_bytes=4 * GIB)
+    budget = Budget(max_context=4096)
+    planned(model(), hardware, budget)  # on its own the planner fits: the VRAM holds all experts
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(model(), hardware, budget, NOTHING_RESIDENT)
+    assert caught.value.message == (
+        "32 experts of 300 MiB need 9.4 GiB of RAM, but 3.8 GiB may be used"
+    )
+    assert caught.value.hint == "use another placement"
+
+
+@pytest.mark.parametrize("hardware", [machine(), without_gpu()], ids=["cuda", "emulated"])
+def test_a_placement_beyond_the_vram_is_refused(hardware: Hardware) -> None:
+    budget = Budget(max_context=4096, vram_bytes=6 * GIB)
+    with pytest.raises(OutOfMemoryError, match=r"32 experts take 9.4 GiB of VRAM, but .* GiB of"):
+        planned(model(), hardware, budget, ALL_RESIDENT)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([[0]] * 3, "3 layers, the model 4"),
+        ([[], [8], [], []], "expert 8 of layer 1"),
+        ([[], [-1], [], []], "expert -1 of layer 1"),
+        ([[], [], [], [0]], "expert 0 of layer 3"),
+    ],
+    ids=["layers", "beyond", "negative", "dense layer"],
+)
+def test_a_placement_of_another_model_is_an_error(layers: list[list[int]], words: str) -> None:
+    footprint = model(moe_layers=(0, 1, 2))
+    with pytest.raises(ConfigError, match=words):
+        planned(footprint, machine(), Budget(max_context=4096), Placement.of(layers))
+
+
+def test_more_ram_than_the_machine_has_is_refused() -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(model(), machine(), Budget(max_context=4096, ram_bytes=80 * GIB))
+    assert caught.value.message == "80.0 GiB of RAM were asked for, but the machine has 64.0 GiB"
+    assert "--ram-gb 60.0 or less" in caught.value.hint
+
+
+def test_an_asked_ram_budget_is_cut_to_what_is_free() -> None:
+    budget = Budget(max_context=4096, ram_bytes=62 * GIB)
+    assert planned(model(), machine(), budget).ram_budget_bytes == 60 * GIB
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(model(), without_gpu(ram_available_bytes=5 * GIB), budget)
+    assert re.fullmatch(
+        r"the whole model with 2,048 tokens of context needs 11.6 GiB of RAM, "
+        r"but 5.0 GiB of the 62.0 GiB asked for is free",
+        caught.value.message,
+    )
 
 
 def test_a_model_for_another_machine_has_no_way_out() -> None:
