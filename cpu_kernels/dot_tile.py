@@ -1,82 +1,114 @@
-"""The innermost loop: dot products of a tile of weight rows with a tile of activation rows.
+"""The innermost loop over row-major weights: a tile of weight rows times a tile of tokens.
 
 Written as LLVM vectors, so the order of every sum is ours and not the optimiser's: lane l of an
-output's one accumulator adds the products of elements l, l + lanes, l + 2 lanes, ...; the lanes are
-folded in halves, then the left-over elements added one by one. An output's bits depend neither on
-the tile it was computed in nor on its neighbours, so tiles may be cut as speed wants.
+output's one accumulator adds the products of elements l, l + lanes, l + 2 lanes, ... (of pairs of
+elements where both sides are bf16 and the CPU multiplies such pairs); the lanes are folded in
+halves, then the left-over elements added one by one. An output's bits depend neither on the tile it
+was computed in nor on its neighbours, so tiles may be cut as speed wants.
 
-R weight rows, T activation rows of a tile, L lanes of a vector. Addresses are int64.
+R weight rows, T tokens of a tile, L lanes of a vector. Addresses are int64.
 """
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from cpu_kernels import vector_ir as v
 from cpu_kernels.intrinsics import intrinsic
 from cpu_kernels.isa import host_isa
+from cpu_kernels.kernel_paths import PATHS, KernelPath
+from cpu_kernels.vector_ir import F32, I16, I64, LANES
 
-LANES = host_isa().lanes
 ROWS = 4
 TOKENS = 4 if LANES == 16 else 2  # 4 x 4 accumulators need the 32 registers of AVX-512
 UNROLL = 2  # vectors of a row per step of the loop
-PREFETCH = 512  # bytes: 10 to 40 % faster than none at 2-4 tokens, and than 1024, on Cascade Lake
+PREFETCH = int(os.environ.get("EXP_D", "1024"))  # bytes ahead in each row, then in the tile after it
+HAS_BF16 = host_isa().has_bf16
 
-_FUSE = ("contract",)  # let multiply and add become one FMA where the CPU has it; nothing else
-_I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
-_ADDRESSES = types.Array(types.int64, 1, "C")
-
-
-def _wide(kind: Any, lanes: int) -> Any:
-    return ir.VectorType(kind, lanes) if lanes > 1 else kind
+# add(builder, total, row, x, index): total + the products at element ``index``, by addresses
+AddProducts = Callable[[Any, Any, Any, Any], Any]
 
 
-def _pointer(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.inttoptr(address, kind.as_pointer())
+class _Bfloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite has no word for it
+    null = "0.0"
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def format_constant(self, value: float) -> str:
+        raise NotImplementedError("no constants of this type are written")
 
 
-def _load_f32(builder: Any, row: Any, index: Any, lanes: int) -> Any:
-    """Elements ``index``, ... of the row at address ``row``; rows may start at any byte."""
-    address = builder.add(row, builder.mul(index, _I64(4)))
-    return builder.load(_pointer(builder, address, _wide(_F32, lanes)), align=1)
+@dataclass(frozen=True, slots=True)
+class _Elements:
+    """How one path reads and multiplies: bytes of an element, and elements of a vector."""
+
+    weight_bytes: int
+    x_bytes: int
+    per_vector: int
+    load_w: Callable[[Any, Any, int], Any]  # (builder, address, lanes)
+    load_x: Callable[[Any, Any, int], Any]
+    multiply: Callable[[Any, Any, Any, Any], Any]  # (builder, w, x, total)
 
 
-def _load_bf16(builder: Any, row: Any, index: Any, lanes: int) -> Any:
-    """As :func:`_load_f32`; bf16 is the upper half of a float32: widen and shift."""
-    address = builder.add(row, builder.mul(index, _I64(2)))
-    half = builder.load(_pointer(builder, address, _wide(_I16, lanes)), align=1)
-    wide = _wide(_I32, lanes)
-    sixteen = wide([_I32(16)] * lanes) if lanes > 1 else wide(16)
-    return builder.bitcast(builder.shl(builder.zext(half, wide), sixteen), _wide(_F32, lanes))
+def _load_f32(builder: Any, address: Any, lanes: int) -> Any:
+    return v.load(builder, address, F32, lanes)
 
 
-def _multiply_add(builder: Any, slot: Any, a: Any, b: Any) -> None:
-    product = builder.fmul(a, b, flags=_FUSE)
-    total = builder.fadd(builder.load(slot, align=4), product, flags=_FUSE)
-    builder.store(total, slot, align=4)
+def _load_bf16(builder: Any, address: Any, lanes: int) -> Any:
+    return v.bf16_to_f32(builder, v.load(builder, address, I16, lanes), lanes)
+
+
+def _load_pairs(builder: Any, address: Any, lanes: int) -> Any:
+    return v.load(builder, address, I16, 2 * lanes)
+
+
+def _multiply_pairs(builder: Any, w: Any, x: Any, total: Any) -> Any:
+    pairs = ir.VectorType(_Bfloat(), 2 * LANES)
+    w, x = builder.bitcast(w, pairs), builder.bitcast(x, pairs)
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
+    return v.call(builder, name, total.type, total, w, x)
+
+
+def _fused(builder: Any, w: Any, x: Any, total: Any) -> Any:
+    return v.multiply_add(builder, w, x, total)
+
+
+def x_bytes(path: KernelPath) -> int:
+    """Bytes of an element of the hidden states that a path's tiles read."""
+    return 2 if path.activations == "bf16" and HAS_BF16 else 4
+
+
+def _elements(path: KernelPath) -> tuple[_Elements, _Elements]:
+    """For whole vectors, and for the single elements after them."""
+    load_w, size = (_load_bf16, 2) if path.kind.codes == "bf16" else (_load_f32, 4)
+    if x_bytes(path) == 4:
+        both = _Elements(size, 4, LANES, load_w, _load_f32, _fused)
+        return both, both
+    pairs = _Elements(2, 2, 2 * LANES, _load_pairs, _load_pairs, _multiply_pairs)
+    return pairs, _Elements(2, 2, LANES, _load_bf16, _load_bf16, _fused)
+
+
+def _at(builder: Any, row: Any, index: Any, element_bytes: int) -> Any:
+    return builder.add(row, builder.mul(index, I64(element_bytes)))
 
 
 def _add_products(
-    builder: Any,
-    load_w: Any,
-    rows: list[Any],
-    xs: list[Any],
-    slots: list[Any],
-    index: Any,
-    lanes: int,
+    builder: Any, e: _Elements, rows: list[Any], xs: list[Any], slots: list[Any], index: Any, lanes: int
 ) -> None:
-    """slots[t * R + r] += rows[r][index...] * xs[t][index...], ``lanes`` elements at once."""
-    x_vectors = [_load_f32(builder, x, index, lanes) for x in xs]
+    """slots[t * R + r] += rows[r][index...] * xs[t][index...], a vector or one element."""
+    x_vectors = [e.load_x(builder, _at(builder, x, index, e.x_bytes), lanes) for x in xs]
     for r, row in enumerate(rows):
-        w = load_w(builder, row, index, lanes)
+        w = e.load_w(builder, _at(builder, row, index, e.weight_bytes), lanes)
         for t, x in enumerate(x_vectors):
-            _multiply_add(builder, slots[t * len(rows) + r], w, x)
-
-
-def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    mask = ir.Constant(ir.VectorType(_I32, len(lanes)), [_I32(lane) for lane in lanes])
-    return builder.shuffle_vector(a, b, mask)
+            slot = slots[t * len(rows) + r]
+            builder.store(e.multiply(builder, w, x, builder.load(slot)), slot)
 
 
 def _fold_lanes(builder: Any, vectors: list[Any]) -> list[Any]:
@@ -94,7 +126,7 @@ def _fold_lanes(builder: Any, vectors: list[Any]) -> list[Any]:
         low = [lane for lane in range(lanes) if lane % group < half]
         high = [lane for lane in range(lanes) if lane % group >= half]
         vectors = [
-            builder.fadd(_pick(builder, a, b, low), _pick(builder, a, b, high))
+            builder.fadd(v.pick(builder, a, b, low), v.pick(builder, a, b, high))
             for a, b in zip(firsts, seconds, strict=True)
         ]
         group = half
@@ -102,80 +134,85 @@ def _fold_lanes(builder: Any, vectors: list[Any]) -> list[Any]:
 
 
 def _addresses(builder: Any, context: Any, array: Any, first: Any, count: int) -> list[Any]:
-    data = context.make_array(_ADDRESSES)(context, builder, array).data
-    places = (builder.add(first, _I64(k)) for k in range(count))
+    data = context.make_array(v.ADDRESSES)(context, builder, array).data
+    places = (builder.add(first, I64(k)) for k in range(count))
     return [builder.load(builder.gep(data, [place])) for place in places]
 
 
-def _prefetch(builder: Any, row: Any, index: Any, weight_bytes: int) -> None:
-    """Ask for the cache lines PREFETCH bytes further on; an address out of bounds does no harm."""
-    pointer = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-    hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    address = builder.add(row, builder.mul(index, _I64(weight_bytes)))
-    read, all_levels, data = _I32(0), _I32(3), _I32(1)
-    for line in range(0, UNROLL * LANES * weight_bytes, 64):
-        ahead = builder.inttoptr(builder.add(address, _I64(PREFETCH + line)), pointer)
-        builder.call(hint, [ahead, read, all_levels, data])
+def _prefetch(builder: Any, e: _Elements, rows: list[Any], index: Any, ahead: Any) -> None:
+    step_bytes = UNROLL * e.per_vector * e.weight_bytes
+    for row in rows:
+        address = builder.add(_at(builder, row, index, e.weight_bytes), ahead)
+        for line in range(0, step_bytes, v.CACHE_LINE):
+            v.prefetch(builder, v.offset(builder, address, line))
 
 
 def _sum_vectors(
-    builder: Any, load_w: Any, weight_bytes: int, rows: list[Any], xs: list[Any], length: Any
+    builder: Any, e: _Elements, rows: list[Any], xs: list[Any], length: Any
 ) -> tuple[list[Any], Any]:
-    """The accumulators [T, R] over all whole vectors of the rows, and where those end."""
-    vector = ir.VectorType(_F32, LANES)
-    zero = ir.Constant(vector, [_F32(0)] * LANES)
+    """The accumulators [T, R] over all whole vectors of the rows, and where those end.
+
+    Rows of a matrix follow each other, so the bytes after a tile's rows are the next tile's: what
+    is PREFETCH ahead of the end of a row lies R - 1 rows further on.
+    """
+    vector = ir.VectorType(F32, LANES)
+    zero = v.constant(F32, LANES, 0)
     slots = [cgutils.alloca_once_value(builder, zero) for _ in range(len(rows) * len(xs))]
-    begin = _I64(0)
-    for unroll in (UNROLL, 1):
-        step = _I64(unroll * LANES)
-        steps = builder.sdiv(builder.sub(length, begin), step)
-        with cgutils.for_range(builder, steps, intp=_I64) as loop:
+    row_bytes = builder.mul(length, I64(e.weight_bytes))
+    next_tile = builder.add(builder.mul(row_bytes, I64(ROWS - 1)), I64(PREFETCH))
+    in_row = builder.sub(length, I64(PREFETCH // e.weight_bytes))
+    is_short = builder.icmp_signed("<", in_row, I64(0))
+    in_row = builder.select(is_short, I64(0), in_row)
+    begin = I64(0)
+    for end, unroll, ahead in (
+        (in_row, UNROLL, I64(PREFETCH)),
+        (length, UNROLL, next_tile),
+        (length, 1, None),
+    ):
+        step = I64(unroll * e.per_vector)
+        steps = builder.sdiv(builder.sub(end, begin), step)
+        with cgutils.for_range(builder, steps, intp=I64) as loop:
             index = builder.add(begin, builder.mul(loop.index, step))
-            if unroll > 1:
-                for row in rows:
-                    _prefetch(builder, row, index, weight_bytes)
+            if ahead is not None:
+                _prefetch(builder, e, rows, index, ahead)
             for k in range(unroll):
-                place = builder.add(index, _I64(k * LANES))
-                _add_products(builder, load_w, rows, xs, slots, place, LANES)
+                place = builder.add(index, I64(k * e.per_vector))
+                _add_products(builder, e, rows, xs, slots, place, LANES)
         begin = builder.add(begin, builder.mul(steps, step))
+    assert slots[0].type.pointee == vector
     return [builder.load(slot) for slot in slots], begin
 
 
-def _make_dot_tile(load_w: Any, weight_bytes: int, num_tokens: int) -> Any:
+@intrinsic
+def dot_tile(typingctx, path, num_tokens, rows, row, xs, x, length, out, stride):
+    """out[t * stride + r] = rows[row + r] . xs[x + t] for r < ROWS and t < num_tokens.
+
+    ``path`` and ``num_tokens`` are literals. ``rows`` and ``xs`` are arrays of addresses of rows of
+    ``length`` elements, ``out`` is the address of float32.
+    """
+    if not isinstance(path, types.IntegerLiteral):
+        return None
+    vectors, singles = _elements(PATHS[path.literal_value])
+    count = num_tokens.literal_value
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        row_array, first_row, x_array, first_x, length, out, stride = args
+        _, _, row_array, first_row, x_array, first_x, length, out, stride = args
         rows = _addresses(builder, context, row_array, first_row, ROWS)
-        xs = _addresses(builder, context, x_array, first_x, num_tokens)
-        sums, whole = _sum_vectors(builder, load_w, weight_bytes, rows, xs, length)
+        xs = _addresses(builder, context, x_array, first_x, count)
+        sums, whole = _sum_vectors(builder, vectors, rows, xs, length)
         folded = _fold_lanes(builder, sums)
         lanes = folded[0].type.count
         slots = []
-        for t in range(num_tokens):
+        for t in range(count):
             vector, lane = divmod(t * ROWS, lanes)
-            place = builder.add(out, builder.mul(_I64(4 * t), stride))
-            part = _pick(builder, folded[vector], folded[vector], list(range(lane, lane + ROWS)))
-            builder.store(part, _pointer(builder, place, part.type), align=4)
-            first = _pointer(builder, place, _F32)
-            slots += [builder.gep(first, [_I64(r)]) for r in range(ROWS)]
-        with cgutils.for_range(builder, length, start=whole, intp=_I64) as loop:
-            _add_products(builder, load_w, rows, xs, slots, loop.index, 1)
+            place = builder.add(out, builder.mul(I64(4 * t), stride))
+            part = v.pick(builder, folded[vector], folded[vector], list(range(lane, lane + ROWS)))
+            builder.store(part, v.pointer(builder, place, part.type), align=4)
+            first = v.pointer(builder, place, F32)
+            slots += [builder.gep(first, [I64(r)]) for r in range(ROWS)]
+        with cgutils.for_range(builder, length, start=whole, intp=I64) as loop:
+            _add_products(builder, singles, rows, xs, slots, loop.index, 1)
         return context.get_dummy_value()
 
-    def dot_tile(typingctx, rows, row, xs, x, length, out, stride):
-        """out[t * stride + r] = rows[row + r] . xs[x + t] for r < ROWS and t < T.
-
-        ``rows`` and ``xs`` are arrays of addresses of rows of ``length`` elements, ``out`` is the
-        address of float32.
-        """
-        i64 = types.int64
-        return types.void(_ADDRESSES, i64, _ADDRESSES, i64, i64, i64, i64), codegen
-
-    return intrinsic(dot_tile)
-
-
-# For each type of weights: one activation row (decode), or TOKENS of them.
-dot_tile_bf16_1 = _make_dot_tile(_load_bf16, 2, 1)
-dot_tile_bf16 = _make_dot_tile(_load_bf16, 2, TOKENS)
-dot_tile_f32_1 = _make_dot_tile(_load_f32, 4, 1)
-dot_tile_f32 = _make_dot_tile(_load_f32, 4, TOKENS)
+    i64 = types.int64
+    return types.void(path, num_tokens, v.ADDRESSES, i64, v.ADDRESSES, i64, i64, i64, i64), codegen

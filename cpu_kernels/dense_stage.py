@@ -1,0 +1,186 @@
+"""The stage of an expert layer with row-major weights (bf16 or float32): two phases, or three.
+
+Routes and act = f(gate, up), by tiles of rows; out = sum of weight * down. With bf16 activations
+there is a phase before these that rounds x. Shares are as in :mod:`cpu_kernels.packed_stage`.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.activations import activate
+from cpu_kernels.addresses import bits_of, f32_array, float_of, u16_array
+from cpu_kernels.dot_tile import ROWS, TOKENS, dot_tile, x_bytes
+from cpu_kernels.expert_job import job_array
+from cpu_kernels.expert_parts import (
+    PANEL_TOKENS,
+    add_bias,
+    add_weighted,
+    clear_out,
+    complain,
+)
+from cpu_kernels.intrinsics import jit
+from cpu_kernels.kernel_paths import PATHS
+from cpu_kernels.routes import (
+    make_routes,
+    routed_experts,
+    routed_pairs,
+    share_of,
+    total_cost,
+)
+
+PANEL_ROWS = 32  # rows that stay in cache while all tokens pass over them
+AS_F32, AS_ROUNDED_F32, AS_BF16 = range(3)  # how the products read hidden states
+
+
+@jit
+def bf16_bits(x):
+    """bf16 of a float32, to nearest even, in the upper half of an int32; NaN stays NaN."""
+    bits = bits_of(x)
+    if bits & 0x7FFFFFFF > 0x7F800000:
+        return np.int32(bits | 0x400000)
+    return np.int32((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF)
+
+
+@jit
+def store_row(form, x, address):
+    """Write the float32 array ``x`` to ``address`` in one of the forms above."""
+    if form == AS_BF16:
+        halves = u16_array(address, len(x))
+        for k in range(len(x)):
+            halves[k] = np.uint16((bf16_bits(x[k]) >> 16) & 0xFFFF)
+    else:
+        floats = f32_array(address, len(x))
+        for k in range(len(x)):
+            floats[k] = float_of(bf16_bits(x[k])) if form == AS_ROUNDED_F32 else x[k]
+
+
+@jit
+def round_x(form, job, worker, num_workers):
+    """One worker's part of x as the products read it; the parts are runs of elements."""
+    size = 2 if form == AS_BF16 else 4
+    total = job.num_tokens * job.hidden
+    begin, end = total * worker // num_workers, total * (worker + 1) // num_workers
+    store_row(form, f32_array(job.x + 4 * begin, end - begin), job.x_rows + size * begin)
+
+
+@jit
+def multiply_panel(path, rows, num_rows, xs, num_xs, length, out):
+    """out[t, r] = rows[r] . xs[t]; ``rows`` and ``xs`` are addresses, padded to whole tiles.
+
+    ``out`` is the address of [PANEL_TOKENS, PANEL_ROWS] float32.
+    """
+    for t in range(0, num_xs, TOKENS):
+        is_single = num_xs - t == 1
+        for r in range(0, num_rows, ROWS):
+            at = out + (t * PANEL_ROWS + r) * 4
+            if is_single:
+                dot_tile(path, 1, rows, r, xs, t, length, at, PANEL_ROWS)
+            else:
+                dot_tile(path, TOKENS, rows, r, xs, t, length, at, PANEL_ROWS)
+
+
+@jit
+def fill_addresses(addresses, base, first, last, stride):
+    """Addresses of rows first, first + 1, ...; rows after ``last`` repeat it."""
+    for k in range(len(addresses)):
+        addresses[k] = base + min(first + k, last) * stride
+
+
+@jit
+def gate_up_panel(path, form, job, row_bytes, place, row, num_rows, first, last, tokens, room):
+    """act[pairs first to last, rows] of one expert."""
+    rows, xs, products, act = room
+    num_pairs = last - first
+    for t in range(PANEL_TOKENS):
+        xs[t] = job.x_rows + tokens[min(first + t, last - 1)] * job.x_row_bytes
+    for half in range(2):
+        base = job.w13 + place * job.w13_stride + half * job.width * row_bytes
+        fill_addresses(rows, base, row, row + num_rows - 1, row_bytes)
+        out = products[half].ctypes.data
+        multiply_panel(path, rows, num_rows, xs, num_pairs, job.hidden, out)
+        bias_row = half * job.width + row
+        add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
+    size = 2 if form == AS_BF16 else 4
+    for t in range(num_pairs):
+        gate, up = products[0, t, :num_rows], products[1, t, :num_rows]
+        activate(job.activation, job.limit, job.alpha, gate, up, act[:num_rows])
+        at = job.act_rows + (first + t) * job.act_row_bytes + size * row
+        store_row(form, act[:num_rows], at)
+
+
+@jit
+def gate_up(path, form, row_bytes, job, worker, num_workers, room):
+    places, starts = routed_experts(job, worker)
+    tokens, _ = routed_pairs(job, worker)
+    tiles = (job.width + ROWS - 1) // ROWS
+    cost = total_cost(starts, tiles)
+    begin, end = cost * worker // num_workers, cost * (worker + 1) // num_workers
+    before = 0
+    for n in range(len(places)):
+        first_tile, last_tile, before = share_of(starts, n, tiles, before, begin, end)
+        last_row = min(last_tile * ROWS, job.width)
+        for row in range(first_tile * ROWS, last_row, PANEL_ROWS):
+            num_rows = min(PANEL_ROWS, last_row - row)
+            for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
+                last = min(first + PANEL_TOKENS, starts[n + 1])
+                pairs = (first, last, tokens)
+                gate_up_panel(path, form, job, row_bytes, places[n], row, num_rows, *pairs, room)
+
+
+@jit
+def down_panel(path, job, row_bytes, place, row, num_rows, first, last, pairs, room):
+    """out[tokens of the pairs, rows] += weight * (rows of one expert) . act."""
+    rows, xs, products, _ = room
+    num_pairs = last - first
+    base = job.w2 + place * job.w2_stride
+    fill_addresses(rows, base, row, row + num_rows - 1, row_bytes)
+    fill_addresses(xs, job.act_rows, first, last - 1, job.act_row_bytes)
+    multiply_panel(path, rows, num_rows, xs, num_pairs, job.width, products[0].ctypes.data)
+    add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
+    add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])
+
+
+@jit
+def down(path, row_bytes, job, worker, num_workers, room):
+    places, starts = routed_experts(job, worker)
+    pairs = routed_pairs(job, worker)
+    tiles = (job.hidden + ROWS - 1) // ROWS
+    begin = tiles * worker // num_workers * ROWS
+    end = min(tiles * (worker + 1) // num_workers * ROWS, job.hidden)
+    clear_out(job, begin, end)
+    for n in range(len(places)):
+        for row in range(begin, end, PANEL_ROWS):
+            num_rows = min(PANEL_ROWS, end - row)
+            for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
+                last = min(first + PANEL_TOKENS, starts[n + 1])
+                panel = (places[n], row, num_rows, first, last)
+                down_panel(path, job, row_bytes, *panel, pairs, room)
+
+
+def make_dense_stage(path: int) -> Any:
+    """The stage for PATHS[path]; see the phases above."""
+    kernel = PATHS[path]
+    weight_bytes = 2 if kernel.kind.codes == "bf16" else 4
+    rounds = kernel.activations == "bf16"
+    form = AS_F32 if not rounds else AS_BF16 if x_bytes(kernel) == 2 else AS_ROUNDED_F32
+    gate_up_phase = 1 if rounds else 0
+
+    def stage(job_address, phase, worker, num_workers):
+        job = job_array(job_address, 1)[0]
+        room = (
+            np.empty(PANEL_ROWS, np.int64),
+            np.empty(PANEL_TOKENS, np.int64),
+            np.empty((2, PANEL_TOKENS, PANEL_ROWS), np.float32),
+            np.empty(PANEL_ROWS, np.float32),
+        )
+        if phase == 0 and not make_routes(job, worker):
+            complain(job)
+        if phase < gate_up_phase:
+            round_x(form, job, worker, num_workers)
+        elif phase == gate_up_phase:
+            gate_up(path, form, job.hidden * weight_bytes, job, worker, num_workers, room)
+        else:
+            down(path, job.width * weight_bytes, job, worker, num_workers, room)
+
+    return stage

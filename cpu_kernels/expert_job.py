@@ -1,0 +1,34 @@
+"""The record that tells the workers all about one layer's experts: addresses and sizes.
+
+T tokens, S choices of a token (top k), H hidden, I expert width, E experts held, P = T * S.
+"""
+
+import numpy as np
+
+from cpu_kernels.addresses import array_of_records
+from cpu_kernels.worker import JOB_HEADER
+
+ADDRESSES = (
+    # Weights, and the bytes from one expert's to the next; biases float32 [E, 2I] and [E, H] or 0.
+    *("w13", "w13_stride", "w2", "w2_stride", "b13", "b2"),
+    # What a step brings: float32 [T, H], int32 [T, S], float32 [T, S]; place_of is int32: the place
+    # of each expert that ids can name among those held, -1 if it is not, or 0 if they are the same.
+    *("x", "ids", "weights", "place_of", "out"),
+    # Scratch: prepared rows of x and of act, act itself float32 [P, act_cols], routes of a worker.
+    *("x_rows", "act_rows", "act", "routes", "routes_stride"),
+    "error",  # where to complain
+)
+SIZES = (
+    *("num_tokens", "top_k", "num_ids", "num_experts", "hidden", "width"),
+    *("x_row_bytes", "act_row_bytes", "act_cols", "activation"),
+)
+JOB = np.dtype(
+    [
+        *JOB_HEADER,
+        *((name, np.int64) for name in (*ADDRESSES, *SIZES)),
+        ("limit", np.float32),  # of a clamped activation
+        ("alpha", np.float32),
+    ]
+)
+
+job_array = array_of_records(JOB)

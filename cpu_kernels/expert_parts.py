@@ -1,0 +1,40 @@
+"""What the stages of packed and of row-major weights share: biases, the weighted sum, complaints."""
+
+import numpy as np
+
+from cpu_kernels.addresses import f32_array, i64_array
+from cpu_kernels.intrinsics import jit
+
+PANEL_TOKENS = 16  # tokens whose products wait for their activation at a time
+UNKNOWN_ID = 1  # error: an id names no expert
+
+
+@jit
+def complain(job):
+    i64_array(job.error, 1)[0] = UNKNOWN_ID
+
+
+@jit
+def add_bias(job, base, expert, stride, first_row, products, num_tokens, num_rows):
+    if base != 0:
+        bias = f32_array(base + 4 * (expert * stride + first_row), num_rows)
+        for t in range(num_tokens):
+            for r in range(num_rows):
+                products[t, r] += bias[r]
+
+
+@jit
+def clear_out(job, first_row, last_row):
+    for t in range(job.num_tokens):
+        out = f32_array(job.out + 4 * t * job.hidden, job.hidden)
+        out[first_row:last_row] = np.float32(0)
+
+
+@jit
+def add_weighted(job, pairs, first, num_pairs, row, num_rows, products):
+    """out[token, row...] += weight * products for pairs ``first``, first + 1, ..."""
+    tokens, weights = pairs
+    for t in range(num_pairs):
+        out = f32_array(job.out + 4 * (tokens[first + t] * job.hidden + row), num_rows)
+        for r in range(num_rows):
+            out[r] += weights[first + t] * products[t, r]

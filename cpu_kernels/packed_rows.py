@@ -1,0 +1,80 @@
+"""Hidden states as the packed kernels read them: one row of bytes per token.
+
+float32: [K'] with zeros after K. int8: codes int8 [K'], then scales float32 [G], then the sums of
+the codes as float32 [G]; see ``quantise_activations`` in :mod:`cpu_kernels.packed_reference`.
+"""
+
+import numpy as np
+
+from cpu_kernels.addresses import bits_of, f32_array, i8_array
+from cpu_kernels.intrinsics import jit
+
+LARGEST_CODE = np.float32(127)
+PART = np.float32(1) / LARGEST_CODE
+SMALLEST_BITS = 9 << 23  # of 2**-118: below, a group counts as zero
+INF_BITS = 0x7F800000
+ROUNDER = np.float32(1.5 * 2**23)  # added and taken away it rounds half to even
+
+
+@jit
+def row_bytes(is_int8, num_groups, group):
+    return num_groups * (group + 8) if is_int8 else num_groups * group * 4
+
+
+@jit
+def copy_group(x, row, g, group):
+    """The float32 of group ``g``, which may be shorter than the others in ``x``."""
+    out = f32_array(row + 4 * g * group, group)
+    for k in range(len(x)):
+        out[k] = x[k]
+    for k in range(len(x), group):
+        out[k] = np.float32(0)
+
+
+@jit
+def quantise_group(x, row, g, group, num_groups):
+    """Codes, scale and sum of group ``g``."""
+    codes = i8_array(row + g * group, group)
+    floats = f32_array(row + num_groups * group, 2 * num_groups)
+    most = 0
+    for k in range(len(x)):  # the order of floats' magnitudes is that of their bits; NaN is largest
+        most = max(most, bits_of(x[k]) & 0x7FFFFFFF)
+    total = 0
+    if SMALLEST_BITS <= most < INF_BITS:
+        largest = largest_of(x)
+        inverse, scale = LARGEST_CODE / largest, largest * PART
+        for k in range(len(x)):
+            code = np.int32(x[k] * inverse + ROUNDER - ROUNDER)
+            codes[k] = code
+            total += code
+        for k in range(len(x), group):
+            codes[k] = 0
+    else:
+        scale = np.float32(0) if most < INF_BITS else np.float32(np.nan)
+        for k in range(group):
+            codes[k] = 0
+    floats[g], floats[num_groups + g] = scale, np.float32(total)
+
+
+@jit
+def largest_of(x):
+    largest = np.float32(0)
+    for value in x:
+        largest = max(largest, abs(value))
+    return largest
+
+
+@jit
+def prepare_rows(source, stride, cols, num_rows, rows, is_int8, group, worker, num_workers):
+    """One worker's groups of all rows: float32 at ``source`` to prepared rows at ``rows``."""
+    num_groups = (cols + group - 1) // group
+    one_row = row_bytes(is_int8, num_groups, group)
+    total = num_rows * num_groups
+    for unit in range(total * worker // num_workers, total * (worker + 1) // num_workers):
+        r, g = unit // num_groups, unit % num_groups
+        length = min(group, cols - g * group)
+        x = f32_array(source + 4 * (r * stride + g * group), length)
+        if is_int8:
+            quantise_group(x, rows + r * one_row, g, group, num_groups)
+        else:
+            copy_group(x, rows + r * one_row, g, group)

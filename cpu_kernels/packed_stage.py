@@ -1,0 +1,153 @@
+"""The stage of an expert layer with packed weights: four phases, or three with float32 activations.
+
+0. routes and prepared rows of x; 1. act = f(gate, up), by blocks of 16 rows; 2. prepared rows of
+act (int8 only); 3. out = sum of weight * down, by blocks of rows of w2.
+
+In phase 1 the routed experts' blocks lie one behind the other and each worker takes one piece; in
+phase 3 each worker has the same blocks of every expert, so that it alone adds up its outputs.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.activations import activate
+from cpu_kernels.addresses import f32_array
+from cpu_kernels.expert_job import job_array
+from cpu_kernels.expert_parts import (
+    PANEL_TOKENS,
+    add_bias,
+    add_weighted,
+    clear_out,
+    complain,
+)
+from cpu_kernels.intrinsics import jit
+from cpu_kernels.kernel_paths import PATHS
+from cpu_kernels.packed_rows import prepare_rows
+from cpu_kernels.packed_tile import ROWS, packed_tile, tile_tokens
+from cpu_kernels.routes import (
+    make_routes,
+    routed_experts,
+    routed_pairs,
+    share_of,
+    total_cost,
+)
+
+
+@jit
+def multiply_block(path, tile_t, block, xs, num_xs, num_groups, out):
+    """out[t, r] = row r of the block . x of token t; ``xs`` is padded to whole tiles."""
+    for t in range(0, num_xs, tile_t):
+        at = out + t * ROWS * 4
+        if num_xs - t == 1:
+            packed_tile(path, 1, block, xs, t, num_groups, at)
+        else:
+            packed_tile(path, tile_t, block, xs, t, num_groups, at)
+
+
+@jit
+def gate_up_block(path, tile_t, job, sizes, place, block, first, last, tokens, xs, products):
+    """act[pairs first to last, rows of the block] of one expert."""
+    num_groups, block_bytes = sizes
+    row, num_pairs = block * ROWS, last - first
+    num_rows = min(ROWS, job.width - row)
+    for t in range(PANEL_TOKENS):
+        xs[t] = job.x_rows + tokens[min(first + t, last - 1)] * job.x_row_bytes
+    base = job.w13 + place * job.w13_stride + 2 * block * block_bytes
+    for half in range(2):
+        out = products[half].ctypes.data
+        multiply_block(path, tile_t, base + half * block_bytes, xs, num_pairs, num_groups, out)
+        bias_row = half * job.width + row
+        add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
+    for t in range(num_pairs):
+        act = f32_array(job.act + 4 * ((first + t) * job.act_cols + row), num_rows)
+        gate, up = products[0, t, :num_rows], products[1, t, :num_rows]
+        activate(job.activation, job.limit, job.alpha, gate, up, act)
+
+
+@jit
+def gate_up(path, tile_t, job, sizes, worker, num_workers):
+    xs = np.empty(PANEL_TOKENS, np.int64)
+    products = np.empty((2, PANEL_TOKENS, ROWS), np.float32)
+    places, starts = routed_experts(job, worker)
+    tokens, _ = routed_pairs(job, worker)
+    blocks = (job.width + ROWS - 1) // ROWS
+    cost = total_cost(starts, blocks)
+    begin, end = cost * worker // num_workers, cost * (worker + 1) // num_workers
+    before = 0
+    for n in range(len(places)):
+        first_block, last_block, before = share_of(starts, n, blocks, before, begin, end)
+        for block in range(first_block, last_block):
+            for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
+                last = min(first + PANEL_TOKENS, starts[n + 1])
+                gate_up_block(
+                    path, tile_t, job, sizes, places[n], block, first, last, tokens, xs, products
+                )
+
+
+@jit
+def down_block(path, tile_t, job, sizes, place, block, first, last, pairs, xs, products):
+    """out[tokens of the pairs, rows of the block] += weight * down of one expert."""
+    num_groups, block_bytes = sizes
+    row, num_pairs = block * ROWS, last - first
+    num_rows = min(ROWS, job.hidden - row)
+    for t in range(PANEL_TOKENS):
+        xs[t] = job.act_rows + min(first + t, last - 1) * job.act_row_bytes
+    base = job.w2 + place * job.w2_stride + block * block_bytes
+    multiply_block(path, tile_t, base, xs, num_pairs, num_groups, products[0].ctypes.data)
+    add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
+    add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])
+
+
+@jit
+def down(path, tile_t, job, sizes, worker, num_workers):
+    xs = np.empty(PANEL_TOKENS, np.int64)
+    products = np.empty((2, PANEL_TOKENS, ROWS), np.float32)
+    places, starts = routed_experts(job, worker)
+    pairs = routed_pairs(job, worker)
+    blocks = (job.hidden + ROWS - 1) // ROWS
+    begin, end = blocks * worker // num_workers, blocks * (worker + 1) // num_workers
+    clear_out(job, begin * ROWS, min(end * ROWS, job.hidden))
+    for n in range(len(places)):
+        for block in range(begin, end):
+            for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
+                last = min(first + PANEL_TOKENS, starts[n + 1])
+                down_block(
+                    path, tile_t, job, sizes, places[n], block, first, last, pairs, xs, products
+                )
+
+
+@jit
+def num_routed_pairs(job, worker):
+    _, starts = routed_experts(job, worker)
+    return starts[len(starts) - 1]
+
+
+def make_packed_stage(path: int) -> Any:
+    """The stage for PATHS[path]; see the phases above."""
+    kernel = PATHS[path]
+    kind = kernel.kind
+    is_int8, group, tile_t = kernel.activations == "int8", kind.group, tile_tokens(kernel)
+    code_bytes, group_bytes = ROWS * group * kind.bits // 8, ROWS * (3 if kind.has_zeros else 2)
+
+    @jit
+    def sizes(cols):
+        num_groups = (cols + group - 1) // group
+        return num_groups, (num_groups * (code_bytes + group_bytes) + 63) // 64 * 64
+
+    def stage(job_address, phase, worker, num_workers):
+        job = job_array(job_address, 1)[0]
+        if phase == 0:
+            if not make_routes(job, worker):
+                complain(job)
+            args = (job.x, job.hidden, job.hidden, job.num_tokens, job.x_rows)
+            prepare_rows(*args, is_int8, group, worker, num_workers)
+        elif phase == 1:
+            gate_up(path, tile_t, job, sizes(job.hidden), worker, num_workers)
+        elif is_int8 and phase == 2:
+            args = (job.act, job.act_cols, job.width, num_routed_pairs(job, worker), job.act_rows)
+            prepare_rows(*args, True, group, worker, num_workers)
+        else:
+            down(path, tile_t, job, sizes(job.width), worker, num_workers)
+
+    return stage

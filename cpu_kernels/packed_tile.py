@@ -1,0 +1,210 @@
+"""The innermost loop over packed weights: one block of 16 rows times a tile of tokens.
+
+A lane is a row (see :mod:`cpu_kernels.packed_layout`), so no sum crosses lanes. Sums of int8
+products are integers and exact; float sums go over k in four chains, k modulo 4, then over groups.
+So an output's bits depend neither on the tile nor on the width of the vectors.
+
+L lanes of a vector, T tokens of a tile, parts: vectors that make up 16 rows.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from cpu_kernels import vector_ir as v
+from cpu_kernels.intrinsics import intrinsic
+from cpu_kernels.kernel_paths import PATHS, KernelPath
+from cpu_kernels.vector_ir import F32, I8, I16, I32, I64, LANES
+
+ROWS = 16
+PARTS = ROWS // LANES
+STEP_BYTES = 64  # four (int8) or eight (int4) elements of each row
+UNROLL = 4  # steps; a group has at least four
+CHAINS = 4
+PREFETCH = 2048  # bytes ahead in the stream of codes
+
+# Tokens that share one unpacking of the codes; their sums have to stay in registers.
+TOKENS_INT8 = {16: 8, 8: 4, 4: 2}[LANES]
+TOKENS_F32 = {16: 4, 8: 2, 4: 2}[LANES]
+
+
+def tile_tokens(path: KernelPath) -> int:
+    """Tokens of a full tile."""
+    return TOKENS_INT8 if path.activations == "int8" else TOKENS_F32
+
+
+class _Tile:
+    """Emits the code of one tile; the fields are values of the function being built."""
+
+    def __init__(self, builder: Any, path: KernelPath, block: Any, xs: list[Any], groups: Any):
+        self.builder, self.path, self.block, self.xs, self.groups = builder, path, block, xs, groups
+        kind = path.kind
+        self.step_elements = STEP_BYTES * 8 // kind.bits // ROWS
+        self.group_steps = kind.group // self.step_elements
+        code_bytes = self.group_steps * STEP_BYTES
+        self.scales = builder.add(block, builder.mul(groups, I64(code_bytes)))
+        self.zeros = builder.add(self.scales, builder.mul(groups, I64(2 * ROWS)))
+
+    def slots(self, kind: Any, *counts: int) -> Any:
+        """Places for vectors, nested lists of ``counts``; the optimiser makes registers of them."""
+        if not counts:
+            return cgutils.alloca_once(self.builder, v.wide(kind, LANES))
+        return [self.slots(kind, *counts[1:]) for _ in range(counts[0])]
+
+    def clear(self, slots: Any, kind: Any) -> None:
+        if isinstance(slots, list):
+            for slot in slots:
+                self.clear(slot, kind)
+        else:
+            self.builder.store(v.constant(kind, LANES, 0), slots)
+
+    def codes(self, step: Any, part: int) -> Any:
+        address = self.builder.add(self.block, self.builder.mul(step, I64(STEP_BYTES)))
+        return v.load(self.builder, v.offset(self.builder, address, 4 * LANES * part), I32, LANES)
+
+    def nibbles(self, codes: Any) -> list[Any]:
+        """The low and the high halves of each byte."""
+        mask = v.constant(I32, LANES, 0x0F0F0F0F)
+        high = self.builder.lshr(codes, v.constant(I32, LANES, 4))
+        return [self.builder.and_(codes, mask), self.builder.and_(high, mask)]
+
+    def scale(self, group: Any, part: int) -> Any:
+        """The weights' scales of one group as float32."""
+        at = self.builder.add(self.scales, self.builder.mul(group, I64(2 * ROWS)))
+        bits = v.load(self.builder, v.offset(self.builder, at, 2 * LANES * part), I16, LANES)
+        widen = v.f16_to_f32 if self.path.kind.scales == "f16" else v.bf16_to_f32
+        return widen(self.builder, bits, LANES)
+
+    def zero(self, group: Any, part: int) -> Any:
+        """The zero points of one group as float32."""
+        if not self.path.kind.has_zeros:
+            return v.constant(F32, LANES, self.path.kind.middle)
+        at = self.builder.add(self.zeros, self.builder.mul(group, I64(ROWS)))
+        bits = v.load(self.builder, v.offset(self.builder, at, LANES * part), I8, LANES)
+        wide = self.builder.zext(bits, v.wide(I32, LANES))
+        return self.builder.sitofp(wide, v.wide(F32, LANES))
+
+    def for_steps(self, group: Any, body: Any) -> None:
+        """``body(step, k)`` for the steps of a group, UNROLL a round; asks for codes ahead."""
+        first = self.builder.mul(group, I64(self.group_steps))
+        with cgutils.for_range(self.builder, I64(self.group_steps // UNROLL), intp=I64) as loop:
+            for k in range(UNROLL):
+                step = self.builder.add(first, self.builder.mul(loop.index, I64(UNROLL)))
+                step = v.offset(self.builder, step, k)
+                address = self.builder.add(self.block, self.builder.mul(step, I64(STEP_BYTES)))
+                v.prefetch(self.builder, v.offset(self.builder, address, PREFETCH))
+                body(step, k)
+
+    def token_float(self, token: int, index: Any, first_byte: Any) -> Any:
+        """A float32 of a token's prepared row, in every lane."""
+        at = self.builder.add(self.xs[token], first_byte)
+        at = self.builder.add(at, self.builder.mul(index, I64(4)))
+        return v.splat(self.builder, v.load(self.builder, at, F32, 1), LANES)
+
+
+def _add_bytes(tile: _Tile, totals: Any) -> None:
+    """totals[t][part] += scale * x's scale * sum of (code - zero) * x's code, over all groups."""
+    builder, tokens = tile.builder, range(len(tile.xs))
+    is_int4 = tile.path.kind.bits == 4
+    sums = tile.slots(I32, len(tile.xs), PARTS, 2)  # two chains hide the latency of a product
+    columns = builder.mul(tile.groups, I64(tile.path.kind.group))
+    sum_bytes = builder.add(columns, builder.mul(tile.groups, I64(4)))
+
+    def x(token: int, step: Any, part_bytes: int) -> Any:
+        at = builder.add(tile.xs[token], builder.mul(step, I64(tile.step_elements)))
+        word = v.load(builder, v.offset(builder, at, part_bytes), I32, 1)
+        return v.splat(builder, word, LANES)
+
+    def add_step(step: Any, k: int) -> None:
+        dot = v.dot4_of_nibbles if is_int4 else v.dot4
+        for part in range(PARTS):
+            codes = tile.codes(step, part)
+            for half, bytes_ in enumerate(tile.nibbles(codes) if is_int4 else [codes]):
+                chain = half if is_int4 else k % 2
+                for t in tokens:
+                    slot = sums[t][part][chain]
+                    word = x(t, step, 4 * half)
+                    builder.store(dot(builder, builder.load(slot), bytes_, word, LANES), slot)
+
+    with cgutils.for_range(builder, tile.groups, intp=I64) as loop:
+        tile.clear(sums, I32)
+        tile.for_steps(loop.index, add_step)
+        for part in range(PARTS):
+            scale, zero = tile.scale(loop.index, part), tile.zero(loop.index, part)
+            for t in tokens:
+                both = builder.add(*(builder.load(slot) for slot in sums[t][part]))
+                x_scale = tile.token_float(t, loop.index, columns)
+                x_sum = tile.token_float(t, loop.index, sum_bytes)
+                exact = builder.fsub(
+                    builder.sitofp(both, v.wide(F32, LANES)), builder.fmul(zero, x_sum)
+                )
+                v.accumulate(builder, totals[t][part], exact, builder.fmul(scale, x_scale))
+
+
+def _add_floats(tile: _Tile, totals: Any) -> None:
+    """totals[t][part] += scale * sum of (code - zero) * x, over all groups."""
+    builder, tokens = tile.builder, range(len(tile.xs))
+    is_int4 = tile.path.kind.bits == 4
+    sums = tile.slots(F32, len(tile.xs), PARTS, CHAINS)
+    zeros = tile.slots(F32, PARTS)
+
+    def add_step(step: Any, _: int) -> None:
+        first = builder.mul(step, I64(tile.step_elements))
+        for part in range(PARTS):
+            zero, codes = builder.load(zeros[part]), tile.codes(step, part)
+            for half, bytes_ in enumerate(tile.nibbles(codes) if is_int4 else [codes]):
+                for chain in range(CHAINS):
+                    code = builder.lshr(bytes_, v.constant(I32, LANES, 8 * chain))
+                    code = builder.and_(code, v.constant(I32, LANES, 255))
+                    weight = builder.fsub(builder.sitofp(code, v.wide(F32, LANES)), zero)
+                    k = v.offset(builder, first, CHAINS * half + chain)
+                    for t in tokens:
+                        x = tile.token_float(t, k, I64(0))
+                        v.accumulate(builder, sums[t][part][chain], weight, x)
+
+    with cgutils.for_range(builder, tile.groups, intp=I64) as loop:
+        tile.clear(sums, F32)
+        for part in range(PARTS):
+            builder.store(tile.zero(loop.index, part), zeros[part])
+        tile.for_steps(loop.index, add_step)
+        for part in range(PARTS):
+            scale = tile.scale(loop.index, part)
+            for t in tokens:
+                a, b, c, d = (builder.load(slot) for slot in sums[t][part])
+                group_sum = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+                v.accumulate(builder, totals[t][part], group_sum, scale)
+
+
+@intrinsic
+def packed_tile(typingctx, path, num_tokens, block, xs, x, num_groups, out):
+    """out[t, r] = row r of ``block`` . x of token t, for 16 rows and ``num_tokens`` tokens.
+
+    ``path`` and ``num_tokens`` are literals. ``xs[x + t]`` is the address of a token's prepared
+    row: float32, or int8 codes [K], scales [G] and sums of codes [G] as float32; ``out`` is the
+    address of [num_tokens, 16] float32.
+    """
+    if not isinstance(path, types.IntegerLiteral):
+        return None
+    kernel, count = PATHS[path.literal_value], num_tokens.literal_value
+    add_products = _add_bytes if kernel.activations == "int8" else _add_floats
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, _, block, array, first, num_groups, out = args
+        data = context.make_array(v.ADDRESSES)(context, builder, array).data
+        xs = [
+            builder.load(builder.gep(data, [builder.add(first, I64(t))])) for t in range(count)
+        ]
+        tile = _Tile(builder, kernel, block, xs, num_groups)
+        totals = tile.slots(F32, count, PARTS)
+        tile.clear(totals, F32)
+        add_products(tile, totals)
+        for t in range(count):
+            for part in range(PARTS):
+                at = v.offset(builder, out, 4 * (ROWS * t + LANES * part))
+                v.store(builder, builder.load(totals[t][part]), at)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(path, num_tokens, i64, v.ADDRESSES, i64, i64, i64), codegen
