@@ -1,7 +1,8 @@
-"""Compiles the kernels' entry points; later starts find them in Numba's file cache.
+"""Compiles entry points and stages; later starts find them in Numba's file cache.
 
 Numba's cache looks only at the file that defines a function, so an edited callee elsewhere would
-stay stale. The entry points close over a hash of this package's sources, which is part of the key.
+stay stale. Names of all that is compiled here end in a hash of this folder's sources, and the name
+is part of the cache's key. What a function closes over (numbers, strings) is another part of it.
 """
 
 import functools
@@ -17,65 +18,73 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from cpu_kernels import (
-    dot_tile,
-    expert_kernels,
-    intrinsics,
-    isa,
-    read_kernel,
-    sort_pairs,
-    worker,
-)
+from cpu_kernels import intrinsics, sort_pairs, worker
 
 DTYPES = (np.dtype(np.uint16), np.dtype(np.float32))  # of weights: bf16 bits, float32
+FOLDER = Path(__file__).parent
 
 _WORDS = types.Array(types.int64, 1, "C")
 _FLOATS = types.Array(types.float32, 1, "C")
-_JOBS = types.Array(numba.from_dtype(expert_kernels.JOB), 1, "C")
 _INT = types.int64
+_STAGE = types.void(_INT, _INT, _INT, _INT)  # job address, phase, worker, number of workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """The compiled entry points; all of them run without the GIL."""
+    """The compiled entry points; all of them run without the GIL.
 
-    worker_loop: Callable[..., tuple[int, int]]
-    start_worker: Callable[[], None]
-    wait_for_word: Callable[..., bool]
-    atomic_store: Callable[..., None]
+    Those that take ``words`` want the address of the pool's words: an array costs a call from
+    Python 0.3 us more. :mod:`cpu_kernels.worker` says what they do.
+    """
+
+    worker_loop: Callable[[int, int, int, int, int, int], tuple[int, int, int]]
+    work_as_caller: Callable[[int, int, int, int, int], tuple[int, int]]
+    ring: Callable[[int, int], int]
+    wait_while: Callable[[int, int, int, bool], int]
+    announce: Callable[[int, int, int, int], int]
+    flush_denormals: Callable[[], None]
     sort_pairs: Callable[..., int]
 
 
-def _entry_points(version: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Functions and signatures; each mentions ``version`` so that it is part of its cache key."""
+def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Functions and signatures."""
+    num_words, num_jobs = worker.NUM_WORDS, worker.MAX_JOBS
 
-    def worker_loop(words, jobs, seen, index, num_workers, max_spins):
-        assert version
-        return worker.worker_loop(words, jobs, seen, index, num_workers, max_spins)
+    def worker_loop(words, table, number, phase, index, num_workers):
+        shared = intrinsics.i64_array(words, num_words)
+        jobs = intrinsics.i64_array(table, num_jobs)
+        return worker.worker_loop(shared, jobs, number, phase, index, num_workers)
 
-    def start_worker():
-        assert version
+    def work_as_caller(words, table, number, phase, num_workers):
+        shared = intrinsics.i64_array(words, num_words)
+        jobs = intrinsics.i64_array(table, num_jobs)
+        return worker.work_as_caller(shared, jobs, number, phase, num_workers)
+
+    def ring(words, number):
+        return worker.ring(intrinsics.i64_array(words, num_words), number)
+
+    def wait_while(words, index, value, is_patient):
+        shared = intrinsics.i64_array(words, num_words)
+        return worker.wait_while(shared, index, value, is_patient)
+
+    def announce(words, index, value, other):
+        return worker.announce(intrinsics.i64_array(words, num_words), index, value, other)
+
+    def flush_denormals():
         intrinsics.flush_denormals()
 
-    def wait_for_word(words, index, target, max_spins):
-        assert version
-        return worker.wait_for_word(words, index, target, max_spins)
-
-    def atomic_store(words, index, value):
-        assert version
-        intrinsics.atomic_store(words, index, value)
-
     def sort(expert_P, token_P, weight_P, num_experts, num_tokens, expert, start, token, weight):
-        assert version
         return sort_pairs.sort_pairs(
             expert_P, token_P, weight_P, num_experts, num_tokens, expert, start, token, weight
         )
 
     return {
-        "worker_loop": (worker_loop, (_WORDS, _JOBS, _INT, _INT, _INT, _INT)),
-        "start_worker": (start_worker, ()),
-        "wait_for_word": (wait_for_word, (_WORDS, _INT, _INT, _INT)),
-        "atomic_store": (atomic_store, (_WORDS, _INT, _INT)),
+        "worker_loop": (worker_loop, (_INT,) * 6),
+        "work_as_caller": (work_as_caller, (_INT,) * 5),
+        "ring": (ring, (_INT, _INT)),
+        "wait_while": (wait_while, (_INT, _INT, _INT, types.boolean)),
+        "announce": (announce, (_INT,) * 4),
+        "flush_denormals": (flush_denormals, ()),
         "sort_pairs": (
             sort,
             (_WORDS, _WORDS, _FLOATS, _INT, _INT, _WORDS, _WORDS, _WORDS, _FLOATS),
@@ -83,55 +92,84 @@ def _entry_points(version: str) -> dict[str, tuple[Callable[..., Any], tuple[Any
     }
 
 
-def _sources() -> list[Path]:
-    modules = (dot_tile, expert_kernels, intrinsics, isa, read_kernel, sort_pairs, worker)
-    return [Path(__file__), *(Path(str(module.__file__)) for module in modules)]
+@functools.cache
+def source_hash() -> str:
+    """A hash of all sources of this folder."""
+    sources = (path.read_bytes() for path in sorted(FOLDER.glob("*.py")))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
-def _version() -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()
+def _stamped(function: Callable[..., Any]) -> Callable[..., Any]:
+    function.__qualname__ = f"{function.__qualname__}.{source_hash()}"
+    return function
 
 
 def compile_entry(function: Callable[..., Any], signature: tuple[Any, ...]) -> Any:
-    """Compile for one signature, or load from the cache; without a cache where that fails.
+    """Compile for one signature, or load from the cache; without a cache where that fails."""
 
-    A cache fails where no folder can be written or its files are damaged, in many ways; an error in
-    the code itself is raised by the second attempt.
+    def compiled(*, cache: bool) -> Any:
+        dispatcher = numba.njit(nogil=True, cache=cache)(function)
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return _with_cache(compiled)
+
+
+def compile_stage(function: Callable[..., Any]) -> Any:
+    """As :func:`compile_entry`, for a stage of a job: a C function, which must not raise."""
+
+    def compiled(*, cache: bool) -> Any:
+        return numba.cfunc(_STAGE, cache=cache, error_model="numpy")(function)
+
+    return _with_cache(compiled)
+
+
+def _with_cache(compiled: Callable[..., Any]) -> Any:
+    """A cache fails where no folder can be written or its files are damaged, in many ways.
+
+    An error in the code itself is raised by the second attempt.
     """
     try:
-        return _compile(function, signature, cache=True)
+        return compiled(cache=True)
     except Exception:
-        return _compile(function, signature, cache=False)
+        return compiled(cache=False)
 
 
-def _compile(function: Callable[..., Any], signature: tuple[Any, ...], *, cache: bool) -> Any:
-    dispatcher = numba.njit(nogil=True, cache=cache)(function)
-    dispatcher.compile(signature)
-    dispatcher.disable_compile()
-    return dispatcher
+@functools.cache
+def _stage(make: Callable[..., Callable[..., None]], *key: int | str) -> Any:
+    return compile_stage(_stamped(make(*key)))
+
+
+def stage_address(make: Callable[..., Callable[..., None]], *key: int | str) -> int:
+    """The address of the stage ``make(*key)``, for a job's header; compiled once per process.
+
+    ``make`` is a module's function that returns a stage: (job address, phase, worker, number of
+    workers), which may close over numbers and strings. A stage must not raise: Numba would print
+    the exception and go on.
+    """
+    return int(_stage(make, *key).address)
 
 
 @functools.cache
 def kernels() -> Kernels:
     """The compiled kernels; the first call on a machine compiles them: :func:`needs_compile`."""
-    entries = _entry_points(_version())
-    return Kernels(**{name: compile_entry(*entry) for name, entry in entries.items()})
+    entries = _entry_points().items()
+    return Kernels(**{name: compile_entry(_stamped(f), types) for name, (f, types) in entries})
 
 
 def needs_compile() -> bool:
-    """Whether :func:`kernels` will probably have to compile, which takes some ten seconds.
+    """Whether :func:`kernels` will have to compile, which takes some ten seconds.
 
-    An estimate from the dates of the cache's files: a cache of another CPU counts as a cache.
+    An estimate: a cache that another make of CPU has written counts as a cache.
     """
     if kernels.cache_info().currsize:
         return False
     try:
-        loop = numba.njit(cache=True)(_entry_points("")["worker_loop"][0])
+        loop = numba.njit(cache=True)(_stamped(_entry_points()["worker_loop"][0]))
     except RuntimeError:  # no folder for a cache
         return True
-    newest_source = max(path.stat().st_mtime for path in _sources())
-    entries = Path(str(loop.stats.cache_path)).glob("compiled._entry_points.*worker_loop*.nbc")
-    return all(path.stat().st_mtime < newest_source for path in entries)
+    return not any(Path(str(loop.stats.cache_path)).glob(f"*worker_loop.{source_hash()}*.nbc"))
 
 
 def warmup(dtype: npt.DTypeLike) -> float:

@@ -1,9 +1,10 @@
-"""What Numba has no words for: atomic words, the pause hint, no denormals, arrays at addresses."""
+"""What Numba has no words for: atomics, pauses, denormals, C functions and arrays at addresses."""
 
 import os
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -52,6 +53,21 @@ def atomic_store(typingctx, words, index, value):
 
 
 @intrinsic
+def store_release(typingctx, words, index, value):
+    """words[index] = value, seen by others only after all that this thread wrote before.
+
+    A plain move on x86, where :func:`atomic_store` is an xchg that waits for all earlier stores.
+    """
+
+    def codegen(context, builder, signature, args):
+        pointer = _element(context, builder, signature.args[0], *args[:2])
+        builder.store_atomic(args[2], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(_WORDS, types.int64, types.int64), codegen
+
+
+@intrinsic
 def atomic_add(typingctx, words, index, value):
     """words[index] += value, sequentially consistent; returns the value before."""
 
@@ -77,29 +93,58 @@ def pause(typingctx):
     return types.void(), codegen
 
 
+def _access_mxcsr(builder, name, slot):
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer])
+    access = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.sse.{name}")
+    builder.call(access, [builder.bitcast(slot, pointer)])
+
+
 @intrinsic
-def flush_denormals(typingctx):
+def float_control(typingctx):
+    """This thread's MXCSR, which says how floats round and whether denormals count (0: no x86)."""
+
+    def codegen(context, builder, signature, args):
+        slot = cgutils.alloca_once_value(builder, ir.IntType(32)(0))
+        if host_isa().is_x86:
+            _access_mxcsr(builder, "stmxcsr", slot)
+        return builder.load(slot)
+
+    return types.int32(), codegen
+
+
+@intrinsic
+def set_float_control(typingctx, control):
+    """Set what :func:`float_control` reads."""
+
+    def codegen(context, builder, signature, args):
+        if host_isa().is_x86:
+            _access_mxcsr(builder, "ldmxcsr", cgutils.alloca_once_value(builder, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int32), codegen
+
+
+@jit
+def flush_denormals():
     """From now on this thread reads and writes denormals as 0 (x86; elsewhere nothing happens).
 
     One product with a denormal costs some 150 cycles on Intel cores: ten times slower weights.
     """
+    set_float_control(np.int32(float_control() | FLUSH_DENORMALS))
+
+
+@intrinsic
+def call_stage(typingctx, stage, job, phase, worker, num_workers):
+    """Call the C function at address ``stage`` with the four int64 that follow."""
 
     def codegen(context, builder, signature, args):
-        if host_isa().is_x86:
-            i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-            control = cgutils.alloca_once(builder, i32)
-            address = builder.bitcast(control, pointer)
-            access = ir.FunctionType(ir.VoidType(), [pointer])
-            names = ("llvm.x86.sse.stmxcsr", "llvm.x86.sse.ldmxcsr")
-            save, restore = (
-                cgutils.get_or_insert_function(builder.module, access, n) for n in names
-            )
-            builder.call(save, [address])
-            builder.store(builder.or_(builder.load(control), i32(FLUSH_DENORMALS)), control)
-            builder.call(restore, [address])
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word] * 4)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return types.void(*[types.int64] * 5), codegen
 
 
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())

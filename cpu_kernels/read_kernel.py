@@ -1,6 +1,20 @@
 """A plain read of memory by the worker pool: the speed that the expert kernels are held against."""
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels.compiled import stage_address
 from cpu_kernels.intrinsics import i64_array, jit
+from cpu_kernels.threads import WorkerPool
+from cpu_kernels.worker import JOB_HEADER
+
+HEADER_BYTES = np.dtype(JOB_HEADER).itemsize
+# A range of read_words int64 at read, for the first num_readers workers; a result of each at out.
+READ_JOB = np.dtype(
+    [*JOB_HEADER, *((name, np.int64) for name in ("num_readers", "read", "read_words", "out"))]
+)
 
 STREAMS = 4  # parts read side by side, as the kernels do: one alone is slower by a quarter
 STREAM_WORDS = 512  # a part, 4 KB: one after the other they are one range, read once
@@ -26,15 +40,40 @@ def xor_words(address, num_words):
     return total
 
 
-@jit
-def read_share(job, worker):
-    """One worker's part of the range; workers beyond ``num_readers`` read nothing.
+def make_read_stage():
+    """A worker's part of the range; workers beyond ``num_readers`` read nothing.
 
     Puts the exclusive or of its words at ``out``'s place ``worker``.
     """
-    total = 0
-    if worker < job.num_readers:
-        begin = job.read_words * worker // job.num_readers
-        end = job.read_words * (worker + 1) // job.num_readers
-        total = xor_words(job.read + 8 * begin, end - begin)
-    i64_array(job.out, worker + 1)[worker] = total
+
+    def read_stage(job_address, phase, worker, num_workers):
+        num_readers, address, num_words, out = i64_array(job_address + HEADER_BYTES, 4)
+        total = 0
+        if worker < num_readers:
+            begin = num_words * worker // num_readers
+            end = num_words * (worker + 1) // num_readers
+            total = xor_words(address + 8 * begin, end - begin)
+        i64_array(out, num_workers)[worker] = total
+
+    return read_stage
+
+
+def read(pool: WorkerPool, arena: npt.NDArray[Any], num_readers: int) -> int:
+    """Read ``arena`` once with the first ``num_readers`` workers: what memory can deliver.
+
+    Returns the exclusive or of its int64 words when all is read. ValueError unless the arena is
+    C-contiguous, whole words long, and the pool has as many workers. Ordering: as ring and wait.
+    """
+    if not arena.flags.c_contiguous or arena.nbytes % 8:
+        raise ValueError("the arena must be C-contiguous and a multiple of 8 bytes")
+    if not 1 <= num_readers <= pool.num_threads:
+        raise ValueError(f"num_readers must be 1 to {pool.num_threads}, not {num_readers}")
+    found = np.zeros(pool.num_threads, np.int64)
+    sizes = (num_readers, arena.ctypes.data, arena.nbytes // 8, found.ctypes.data)
+    number = pool.add_job(np.array([(stage_address(make_read_stage), 1, *sizes)], READ_JOB))
+    try:
+        pool.ring(number)
+        pool.wait()
+    finally:
+        pool.remove_job(number)
+    return int(np.bitwise_xor.reduce(found))

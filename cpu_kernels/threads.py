@@ -1,60 +1,57 @@
-"""Persistent worker threads: Python threads that live in GIL-free kernels while there is work.
+"""A pool of persistent worker threads that run jobs; a job is started by one store to memory.
 
-An idle worker spins for a while, because the next layer usually comes within a millisecond, then
-parks in a condition variable and costs nothing.
+The threads live in compiled code, without the GIL. An idle worker spins for a while, because the
+next job usually comes within a millisecond, then parks in a condition variable and costs nothing.
 """
 
-import os
+import functools
 import threading
-from pathlib import Path
-from typing import Any
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
-from cpu_kernels.compiled import Kernels
+from cpu_kernels.compiled import kernels
+from cpu_kernels.crew import Crew, PythonStage, aligned_words
+from cpu_kernels.topology import can_pin, num_cores, read_machine, spread
 from cpu_kernels.worker import (
-    ASLEEP,
-    DONE,
-    FINISHED,
+    DOORBELL,
+    ERROR,
+    GENERATION,
+    JOB_HEADER,
+    MAX_JOBS,
     NUM_WORDS,
     PATIENCE,
-    STOP,
-    STOPPED,
-    SUBMITTED,
+    SPINS,
 )
 
-# Pauses of a waiting thread. With cores to spare it spins for 10 to 50 ms (10 to 50 ns a pause, by
-# make of core) and then parks: between two layers of an eager GPU step 1 ms goes by, and waking
-# parked threads through Python at each layer halved the speed. Without spare cores it is polite
-# soon: else one layer of ten on a busy machine waited 8 ms for a thread that could not run.
-PATIENCE_WITH_SPARE_CORES = 1_000_000
-PATIENCE_WITHOUT = 200
+# With cores to spare a worker spins for 20 ms and then parks: between two layers of an eager GPU
+# step 1 ms goes by, and waking parked threads through Python at each layer halved the speed.
+SPIN_US_WITH_SPARE_CORES = 20_000.0
+# Without, it is polite after 10 us: it offers its core at each look, else one layer of ten on a
+# busy machine waited 8 ms for a thread that could not run.
+SPIN_US_WITHOUT = 1_000.0
+POLITE_AFTER_US = 10.0
 
 
-def num_physical_cores() -> int:
-    """Cores this process may use: affinity and container quota count, hyper-threads do not."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    cpus = affinity(0) if affinity else range(os.cpu_count() or 1)
-    siblings = set()
-    for cpu in cpus:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text() if path.exists() else str(cpu))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    limit = cores_of_quota(quota.read_text()) if quota.exists() else None
-    return max(1, min(len(siblings), limit or len(siblings)))
+class StageError(RuntimeError):
+    """A compiled stage has put ``code`` into the word ERROR; the pool goes on."""
 
-
-def cores_of_quota(cpu_max: str) -> int | None:
-    """Whole cores that a cgroup's ``cpu.max`` allows ("200000 100000": 2); None: all."""
-    quota, period = cpu_max.split()
-    return None if quota == "max" else max(1, int(quota) // int(period))
+    def __init__(self, code: int) -> None:
+        super().__init__(f"a stage of a CPU job failed with code {code}")
+        self.code = code
 
 
 def default_num_threads(cores: int) -> int:
     """Workers for a machine of ``cores``: two are left to Python and the driver from 8 cores on.
 
     16 spinning workers beside a busy caller on 16 cores fell from 165 to 9 GB/s. On few cores the
-    caller mostly sleeps while the workers run, so all of them work.
+    caller works too, so all of them work.
     """
     if cores >= 8:
         return cores - 2
@@ -62,101 +59,192 @@ def default_num_threads(cores: int) -> int:
 
 
 class WorkerPool:
-    """``num_threads`` threads in ``kernels.worker_loop``, fed through ``words`` and ``jobs``.
+    """Workers that run one job at a time, each its share; see :mod:`cpu_kernels.worker`.
 
-    Ordering: one thread at a time calls start, wait and close. Between wait and the next start the
-    caller alone owns ``jobs`` and all that it points to; between start and wait the workers do. The
-    words' own rules are in :mod:`cpu_kernels.worker`.
+    Ordering: one thread at a time calls ring, wait, add_job and close. Between wait and the next
+    ring the caller alone owns the jobs and all that they point to; between ring and wait the
+    workers do. Or a compiled loop or a GPU feeds ``words`` by the protocol of that module, with
+    nothing rung from here at that time, within :meth:`awake`, and only if not ``caller_works``.
+
+    A pool that is dropped ends its threads, unless its Python stages refer to it.
     """
 
-    def __init__(self, kernels: Kernels, jobs: np.ndarray[Any, Any], num_threads: int) -> None:
-        assert num_threads >= 1, num_threads
-        self.num_threads = num_threads
-        self._kernels = kernels
-        self._jobs = jobs
-        self._words = np.zeros(NUM_WORDS, np.int64)
-        self._num_started = 0
-        self._failure: BaseException | None = None
-        self._wake = threading.Condition()
-        self._finished = threading.Condition()
-        has_spare_cores = num_physical_cores() > num_threads
-        self._max_spins = PATIENCE_WITH_SPARE_CORES if has_spare_cores else PATIENCE_WITHOUT
-        self._words[PATIENCE] = self._max_spins
-        self._threads = [
-            threading.Thread(target=self._run, args=(n,), name=f"expert-{n}", daemon=True)
-            for n in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+    def __init__(
+        self,
+        num_threads: int | None = None,
+        *,
+        caller_works: bool | None = None,
+        spin_us: float | None = None,
+        words: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Start ``num_threads`` workers; None: a number that leaves room for the rest.
 
-    def start(self) -> None:
-        """Let the workers run ``jobs[0]``; returns at once. Raises the exception of a worker."""
-        self._raise_failure()
-        assert self._threads, "the pool is closed"
-        assert self._is_done(), "the job before has not been waited for"
-        self._num_started += 1
-        self._kernels.atomic_store(self._words, SUBMITTED, self._num_started)
-        with self._wake:
-            self._wake.notify_all()
+        ``caller_works``: worker 0 is whoever calls wait, so there is one thread less; None: if the
+        pool would use every core. ``spin_us``: how long a worker waits awake. ``words``: NUM_WORDS
+        int64 to share, for example in pinned memory; the pool sets and keeps them.
+        """
+        machine = read_machine()
+        cores = num_cores(machine)
+        num_threads = default_num_threads(cores) if num_threads is None else num_threads
+        if num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {num_threads}")
+        self.num_threads = num_threads
+        self.caller_works = num_threads >= cores if caller_works is None else caller_works
+        self.words = aligned_words() if words is None else _checked(words)
+        self.words[:NUM_WORDS] = 0
+        self._crew = Crew(self.words, num_threads)
+        self._crew.set_patience(*_patience(spin_us, has_spare_cores=cores > num_threads))
+        self._free_numbers: list[int] = []
+        self._rung = 0
+        cpus = spread(machine, num_threads) if can_pin() else None
+        threads = [
+            threading.Thread(
+                target=self._crew.run,
+                args=(worker, cpus[worker] if cpus else None),
+                name=f"worker-{worker}",
+                daemon=True,
+            )
+            for worker in range(self.caller_works, num_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        self._finalizer = weakref.finalize(self, _end, self._crew, threads)
+
+    @property
+    def error_address(self) -> int:
+        """Where a stage stores a code other than 0 to complain; 8 bytes, atomically."""
+        return self._crew.address + 8 * ERROR
+
+    def add_job(self, record: npt.NDArray[Any], python_stage: PythonStage | None = None) -> int:
+        """Make a record of one element a job; returns its number, 1 or more, for :meth:`ring`.
+
+        Its dtype starts with JOB_HEADER. The pool keeps the array, whose contents may change while
+        the job does not run. If its stage is 0, each phase is ``python_stage(phase, worker,
+        num_workers)``, called by all workers.
+        """
+        header = [(name, record.dtype[name].type) for name in (record.dtype.names or ())[:2]]
+        assert header == JOB_HEADER, record.dtype
+        assert record.size == 1 and record["num_phases"].item() >= 1, record
+        assert (record["stage"].item() == 0) == (python_stage is not None)
+        crew = self._crew
+        number = self._free_numbers.pop() if self._free_numbers else len(crew.jobs) + 1
+        assert number < MAX_JOBS, "too many jobs"
+        crew.jobs[number], crew.table[number] = record, record.ctypes.data
+        if python_stage is not None:
+            crew.python_stages[number] = python_stage
+        return number
+
+    def remove_job(self, number: int) -> None:
+        """Forget a job that does not run; its number may be given to another."""
+        assert number != self._rung, "the job runs"
+        del self._crew.jobs[number]
+        self._crew.python_stages.pop(number, None)
+        self._free_numbers.append(number)
+
+    def ring(self, number: int) -> None:
+        """Start a job and return at once. Raises the exception of a worker that failed before."""
+        crew = self._crew
+        if crew.failure is not None:
+            raise crew.failure
+        assert self._finalizer.alive, "the pool is closed"
+        assert not self._rung, "the job before has not been waited for"
+        assert number in crew.jobs, number
+        self._rung = number
+        if crew.kernels.ring(crew.address, number):
+            crew.wake()
 
     def wait(self) -> None:
-        """Return when the started job is done; raise the exception of a worker that failed."""
-        target = self._num_started * self.num_threads
-        if not self._kernels.wait_for_word(self._words, DONE, target, self._max_spins):
-            self._sleep_until_done()
-        self._raise_failure()
+        """Return when the rung job is done; if the caller works, it works here.
+
+        Raises the exception of a worker's Python phase, which ends the pool, or StageError.
+        """
+        if self._rung:
+            if self.caller_works:
+                self._crew.work_as_caller(self._rung)
+            else:
+                self._crew.wait_done()
+            self._rung = 0
+        if self._crew.failure is not None:
+            raise self._crew.failure
+        code = int(self.words[ERROR])
+        if code:
+            self.words[ERROR] = 0
+            raise StageError(code)
+
+    def wake(self) -> None:
+        """Let parked workers spin again for a while."""
+        self._crew.wake()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Within, all workers spin: for feeders that cannot wake them."""
+        with self._crew.awake():
+            yield
 
     def close(self) -> None:
-        """Let the started job end, then stop and join all threads. Safe to call again."""
+        """Let a started job end, stop and join the threads. Safe to call again.
+
+        Raises what :meth:`wait` would, if it was not called for the job.
+        """
         try:
-            if self._threads:
+            if self._finalizer.alive and self._rung:
                 self.wait()
+            elif self._finalizer.alive and self.words[DOORBELL]:  # another feeder's
+                self.wake()
+                self._crew.wait_done()
         finally:
-            self._stop()
-            for thread in self._threads:
-                thread.join()
-            self._threads = []
+            self._finalizer()
 
-    def _is_done(self) -> bool:
-        return int(self._words[DONE]) >= self._num_started * self.num_threads
+    def __enter__(self) -> Self:
+        return self
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
-    def _sleep_until_done(self) -> None:
-        with self._finished:
-            self._kernels.atomic_store(self._words, ASLEEP, 1)
-            self._finished.wait_for(lambda: self._is_done() or self._failure is not None)
-            self._kernels.atomic_store(self._words, ASLEEP, 0)
 
-    def _stop(self) -> None:
-        self._kernels.atomic_store(self._words, STOP, 1)
-        with self._wake:
-            self._wake.notify_all()
+def _end(crew: Crew, threads: list[threading.Thread]) -> None:
+    crew.stop()
+    for thread in threads:
+        thread.join()
 
-    def _run(self, index: int) -> None:
-        try:
-            self._kernels.start_worker()
-            self._work(index)
-        except BaseException as failure:
-            self._failure = failure
-            self._stop()  # the others would wait for us between the stages
-            with self._finished:
-                self._finished.notify_all()
 
-    def _work(self, index: int) -> None:
-        loop, reason, seen = self._kernels.worker_loop, FINISHED, 0
-        while reason != STOPPED:
-            reason, seen = loop(
-                self._words, self._jobs, seen, index, self.num_threads, self._max_spins
-            )
-            if reason == FINISHED:
-                with self._finished:
-                    self._finished.notify_all()
-            else:
-                self._park(seen)
+def _checked(words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    fits = words.dtype == np.int64 and words.ndim == 1 and len(words) >= NUM_WORDS
+    if not fits or not words.flags.c_contiguous or words.ctypes.data % 8:
+        raise ValueError(f"words must be at least {NUM_WORDS} aligned int64 in one piece")
+    return words
 
-    def _park(self, seen: int) -> None:
-        with self._wake:
-            self._wake.wait_for(lambda: self._words[SUBMITTED] > seen or self._words[STOP] != 0)
+
+def _patience(spin_us: float | None, *, has_spare_cores: bool) -> tuple[int, int]:
+    """Looks at a bell before sleep, and how many of them are followed by a mere pause."""
+    if spin_us is None:
+        spin_us = SPIN_US_WITH_SPARE_CORES if has_spare_cores else SPIN_US_WITHOUT
+    pause_us, offer_us = _look_us()
+    if has_spare_cores:
+        looks = int(spin_us / pause_us)
+        return looks, looks
+    pauses = int(min(spin_us, POLITE_AFTER_US) / pause_us)
+    return pauses + int(max(0.0, spin_us - POLITE_AFTER_US) / offer_us), pauses
+
+
+@functools.cache
+def _look_us() -> tuple[float, float]:
+    """What a look at a bell costs with a pause (10 to 60 ns by make of core), and with an offer."""
+    words = aligned_words()
+    looks = words[SPINS] = 1000
+
+    def best_us(patience: int) -> float:
+        words[PATIENCE] = patience
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            kernels().wait_while(words.ctypes.data, GENERATION, 0, False)
+            times.append(time.perf_counter() - started)
+        return min(times) / looks * 1e6
+
+    return best_us(looks + 1), best_us(0)

@@ -1,75 +1,166 @@
-"""What a worker thread runs outside Python: wait for a layer, do a share of it, say so.
+"""What a worker runs outside Python: wait for a job's number, do a share of each phase, say so.
 
-Ordering: the caller writes the job, then SUBMITTED (all words are sequentially consistent); workers
-read the job after they saw it. A worker adds to ARRIVED after its last store to act, and reads act
-after all have; it adds to DONE after its last store to out, the caller reads out after all have.
-Counters only grow, so nothing is ever reset. A worker that finishes last reads ASLEEP after adding
-to DONE; a caller that goes to sleep reads DONE after setting ASLEEP: one of them sees the other.
+A job is a record that starts with JOB_HEADER; table[k] is the address of job k. Its stage is a C
+function (job address, phase, worker, number of workers), which all workers call for phase 0, 1, ...
+and between two phases all wait for each other. Stage 0 is a phase in Python: the loop returns.
+
+Protocol: a feeder (Python, a compiled loop or a GPU stream, with stores of 8 or of the lower 4
+bytes) stores 0 to DONE_BELL, then k to DOORBELL, and may ring again once it has read k from
+DONE_BELL. A feeder that does not look at PARKED has to keep the workers awake.
+
+Ordering: the feeder writes the job before it rings (release); workers read it after they saw the
+bell (acquire). A worker's stores of a phase come before its add to ARRIVED; the last of them to
+arrive has thus seen them all, and releases GENERATION, which the others acquire before they go on.
+So nobody runs ahead by more than one generation, and "it differs" is all they need to compare. The
+last one of a job clears DOORBELL before it releases GENERATION: who looks at the bell again sees 0
+or a new job, never the old one. DONE_BELL comes last: the feeder that has read it owns the job, its
+results and the bell. These stores are plain moves on x86. Two pairs need a full fence, as both
+sides write a word and then read the other's: DOORBELL and PARKED (ring, park), DONE_BELL and ASLEEP
+(the last worker, a caller that goes to sleep): with it at least one of the two sees the other.
 """
 
-from cpu_kernels.expert_kernels import clear_out, run_stage, share
-from cpu_kernels.intrinsics import atomic_add, atomic_load, jit, pause, yield_core
-from cpu_kernels.read_kernel import read_share
+import numpy as np
 
-# Words that threads share, each on its own cache line.
-LINE = 8  # int64 per cache line
-SUBMITTED, ARRIVED, DONE, STOP, ASLEEP, PATIENCE = (LINE * k for k in range(6))
-NUM_WORDS = LINE * 6
+from cpu_kernels.intrinsics import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    call_stage,
+    float_control,
+    flush_denormals,
+    i64_array,
+    jit,
+    pause,
+    set_float_control,
+    store_release,
+    yield_core,
+)
 
-# Why the workers' loop came back to Python.
-IDLE, STOPPED, FINISHED = range(3)
+# The first fields of a job's record: a C function's address (0: Python) and its number of phases.
+JOB_HEADER: list[tuple[str, type]] = [("stage", np.int64), ("num_phases", np.int64)]
+
+# Words that threads share. Each has two cache lines, since cores fetch lines in pairs.
+LINE = 16  # int64
+(
+    DOORBELL,  # the job to run; 0: none
+    DONE_BELL,  # the job that is done; 0: it runs
+    GENERATION,  # how often all workers have met
+    ARRIVED,  # workers that wait for the others
+    STOP,  # 1: come back to Python and end
+    ERROR,  # not 0: what a stage complained of
+    PARKED,  # workers that sleep, or are about to
+    ASLEEP,  # 1: the caller sleeps until the job is done, or is about to
+    SPINS,  # looks at a bell before a worker parks or the caller sleeps
+    PATIENCE,  # looks with a pause in between; later ones offer the core to other threads
+) = (LINE * k for k in range(10))
+NUM_WORDS = LINE * 10
+
+FOREVER = 2**62  # of SPINS
+MAX_JOBS = 4096  # length of the table of addresses
+
+# Why compiled code came back to Python.
+IDLE, STOPPED, FINISHED, PYTHON = range(4)
 
 
 @jit
-def wait_for_word(words, index, target, max_spins):
-    """Spin until words[index] >= target: True. False on a stop, or after ``max_spins`` if >= 0.
+def wait_while(words, index, value, is_patient):
+    """Spin while words[index] == value; returns what it is then.
 
-    After words[PATIENCE] pauses it offers its core to others at each spin.
+    Gives up, returning ``value``, after a stop, or after words[SPINS] looks if not ``is_patient``.
     """
     spins, patience = 0, words[PATIENCE]
-    while atomic_load(words, index) < target:
-        if atomic_load(words, STOP) != 0 or spins == max_spins:
-            return False
+    while True:
+        found = atomic_load(words, index)
+        if found != value or atomic_load(words, STOP) != 0:
+            return found
+        if not is_patient and spins >= atomic_load(words, SPINS):
+            return found
         spins += 1
         if spins < patience:
             pause()
         else:
             yield_core()
-    return True
 
 
 @jit
-def run_share(words, job, number, worker, num_workers):
-    """One worker's share of job ``number``; False if the pool was stopped midway."""
-    if job.num_readers > 0:
-        read_share(job, worker)
-        atomic_add(words, ARRIVED, 1)  # the counts of later layers start from here
-        return True
-    for is_down in (False, True):
-        begin, end = share(job.hidden if is_down else job.width, worker, num_workers)
-        if is_down:
-            clear_out(job, begin, end)
-        run_stage(job, is_down, begin, end)
-        if not is_down:
-            atomic_add(words, ARRIVED, 1)
-            if not wait_for_word(words, ARRIVED, number * num_workers, -1):
-                return False
-    return True
+def meet(words, ends_job, num_workers):
+    """Wait until all workers are here; the last one ends job ``ends_job``, if that is not 0.
+
+    Returns IDLE, STOPPED, or FINISHED in the worker that ended a job whose caller sleeps.
+    """
+    generation = atomic_load(words, GENERATION)  # cannot change before we have arrived
+    if atomic_add(words, ARRIVED, 1) < num_workers - 1:
+        is_released = wait_while(words, GENERATION, generation, True) != generation
+        return IDLE if is_released else STOPPED
+    store_release(words, ARRIVED, 0)
+    if ends_job == 0:
+        store_release(words, GENERATION, generation + 1)
+        return IDLE
+    store_release(words, DOORBELL, 0)
+    store_release(words, GENERATION, generation + 1)
+    atomic_store(words, DONE_BELL, ends_job)
+    return FINISHED if atomic_load(words, ASLEEP) != 0 else IDLE
 
 
 @jit
-def worker_loop(words, jobs, seen, worker, num_workers, max_spins):
-    """Work on layers ``seen + 1``, ... as they are submitted; returns (reason, last layer done).
+def run_job(words, table, number, phase, worker, num_workers):
+    """One worker's share of a job after phase ``phase`` (-1: all of it); returns (reason, phase).
 
-    IDLE: nothing came for ``max_spins``; FINISHED: the layer is done, this worker was its last and
-    the caller sleeps; STOPPED: the stop word is set.
+    PYTHON: do this phase in Python and come back with it; IDLE: the job is done. Else as meet.
+    """
+    header = i64_array(table[number], 2)
+    stage, num_phases = header[0], header[1]
+    while True:
+        if phase >= 0:
+            is_end = phase + 1 == num_phases
+            reason = meet(words, number if is_end else 0, num_workers)
+            if is_end or reason == STOPPED:
+                return reason, phase
+        phase += 1
+        if stage == 0:
+            return PYTHON, phase
+        call_stage(stage, table[number], phase, worker, num_workers)
+
+
+@jit
+def worker_loop(words, table, number, phase, worker, num_workers):
+    """Run jobs as they are rung, first the rest of job ``number`` after ``phase`` if it is not 0.
+
+    Returns (reason, number, phase). IDLE: the bell was silent for SPINS; FINISHED: wake the caller;
+    PYTHON: do this phase of this job and come back with both; STOPPED.
     """
     while True:
-        if not wait_for_word(words, SUBMITTED, seen + 1, max_spins):
-            return (STOPPED if atomic_load(words, STOP) != 0 else IDLE), seen
-        seen += 1
-        if not run_share(words, jobs[0], seen, worker, num_workers):
-            return STOPPED, seen
-        is_last = atomic_add(words, DONE, 1) + 1 == seen * num_workers
-        if is_last and atomic_load(words, ASLEEP) != 0:
-            return FINISHED, seen
+        if number == 0:
+            number, phase = wait_while(words, DOORBELL, 0, False), -1
+            if number == 0:
+                return (STOPPED if atomic_load(words, STOP) != 0 else IDLE), 0, 0
+        reason, phase = run_job(words, table, number, phase, worker, num_workers)
+        if reason == PYTHON:
+            return reason, number, phase
+        if reason != IDLE:
+            return reason, 0, 0
+        number = 0
+
+
+@jit
+def work_as_caller(words, table, number, phase, num_workers):
+    """As :func:`run_job` for worker 0, on the caller's thread; leaves its float modes alone."""
+    control = float_control()
+    flush_denormals()
+    result = run_job(words, table, number, phase, 0, num_workers)
+    set_float_control(control)
+    return result
+
+
+@jit
+def announce(words, index, value, other):
+    """words[index] = value, then, after a full fence, what words[other] is."""
+    atomic_store(words, index, value)
+    return atomic_load(words, other)
+
+
+@jit
+def ring(words, number):
+    """Start a job; returns how many workers are parked and have to be woken."""
+    store_release(words, DONE_BELL, 0)
+    return announce(words, DOORBELL, number, PARKED)
