@@ -7,24 +7,18 @@ is part of the cache's key. What a function closes over (numbers, strings) is an
 
 import functools
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
-import numpy.typing as npt
 from numba import types
 
-from cpu_kernels import intrinsics, sort_pairs, worker
+from cpu_kernels import intrinsics, worker
 
-DTYPES = (np.dtype(np.uint16), np.dtype(np.float32))  # of weights: bf16 bits, float32
 FOLDER = Path(__file__).parent
 
-_WORDS = types.Array(types.int64, 1, "C")
-_FLOATS = types.Array(types.float32, 1, "C")
 _INT = types.int64
 _STAGE = types.void(_INT, _INT, _INT, _INT)  # job address, phase, worker, number of workers
 
@@ -43,7 +37,6 @@ class Kernels:
     wait_while: Callable[[int, int, int, bool], int]
     announce: Callable[[int, int, int, int], int]
     flush_denormals: Callable[[], None]
-    sort_pairs: Callable[..., int]
 
 
 def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -73,11 +66,6 @@ def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     def flush_denormals():
         intrinsics.flush_denormals()
 
-    def sort(expert_P, token_P, weight_P, num_experts, num_tokens, expert, start, token, weight):
-        return sort_pairs.sort_pairs(
-            expert_P, token_P, weight_P, num_experts, num_tokens, expert, start, token, weight
-        )
-
     return {
         "worker_loop": (worker_loop, (_INT,) * 6),
         "work_as_caller": (work_as_caller, (_INT,) * 5),
@@ -85,10 +73,6 @@ def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "wait_while": (wait_while, (_INT, _INT, _INT, types.boolean)),
         "announce": (announce, (_INT,) * 4),
         "flush_denormals": (flush_denormals, ()),
-        "sort_pairs": (
-            sort,
-            (_WORDS, _WORDS, _FLOATS, _INT, _INT, _WORDS, _WORDS, _WORDS, _FLOATS),
-        ),
     }
 
 
@@ -170,15 +154,3 @@ def needs_compile() -> bool:
     except RuntimeError:  # no folder for a cache
         return True
     return not any(Path(str(loop.stats.cache_path)).glob(f"*worker_loop.{source_hash()}*.nbc"))
-
-
-def warmup(dtype: npt.DTypeLike) -> float:
-    """Compile all that weights of ``dtype`` (uint16 for bf16, or float32) need; returns seconds.
-
-    One set of kernels serves both types. ValueError for any other.
-    """
-    if np.dtype(dtype) not in DTYPES:
-        raise ValueError(f"no CPU expert kernels for weights of {np.dtype(dtype)}")
-    started = time.perf_counter()
-    kernels()
-    return time.perf_counter() - started

@@ -88,8 +88,9 @@ def fill_addresses(addresses, base, first, last, stride):
 
 
 @jit
-def gate_up_panel(path, form, job, row_bytes, place, row, num_rows, first, last, tokens, room):
+def gate_up_panel(path, form, job, row_bytes, panel, tokens, room):
     """act[pairs first to last, rows] of one expert."""
+    place, row, num_rows, first, last = panel
     rows, xs, products, act = room
     num_pairs = last - first
     for t in range(PANEL_TOKENS):
@@ -124,13 +125,14 @@ def gate_up(path, form, row_bytes, job, worker, num_workers, room):
             num_rows = min(PANEL_ROWS, last_row - row)
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
-                pairs = (first, last, tokens)
-                gate_up_panel(path, form, job, row_bytes, places[n], row, num_rows, *pairs, room)
+                panel = (places[n], row, num_rows, first, last)
+                gate_up_panel(path, form, job, row_bytes, panel, tokens, room)
 
 
 @jit
-def down_panel(path, job, row_bytes, place, row, num_rows, first, last, pairs, room):
+def down_panel(path, job, row_bytes, panel, pairs, room):
     """out[tokens of the pairs, rows] += weight * (rows of one expert) . act."""
+    place, row, num_rows, first, last = panel
     rows, xs, products, _ = room
     num_pairs = last - first
     base = job.w2 + place * job.w2_stride
@@ -155,7 +157,7 @@ def down(path, row_bytes, job, worker, num_workers, room):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], row, num_rows, first, last)
-                down_panel(path, job, row_bytes, *panel, pairs, room)
+                down_panel(path, job, row_bytes, panel, pairs, room)
 
 
 def make_dense_stage(path: int) -> Any:

@@ -35,18 +35,20 @@ from cpu_kernels.routes import (
 
 
 @jit
-def multiply_block(path, tile_t, block, xs, num_xs, num_groups, out):
+def multiply_block(path, full, part, block, xs, num_xs, num_groups, out):
     """out[t, r] = row r of the block . x of token t; ``xs`` is padded to whole tiles."""
-    for t in range(0, num_xs, tile_t):
+    for t in range(0, num_xs, full):
         at = out + t * ROWS * 4
         if num_xs - t == 1:
             packed_tile(path, 1, block, xs, t, num_groups, at)
+        elif num_xs - t <= part:
+            packed_tile(path, part, block, xs, t, num_groups, at)
         else:
-            packed_tile(path, tile_t, block, xs, t, num_groups, at)
+            packed_tile(path, full, block, xs, t, num_groups, at)
 
 
 @jit
-def gate_up_block(path, tile_t, job, sizes, place, block, first, last, tokens, xs, products):
+def gate_up_block(path, full, part, job, sizes, place, block, first, last, tokens, xs, products):
     """act[pairs first to last, rows of the block] of one expert."""
     num_groups, block_bytes = sizes
     row, num_pairs = block * ROWS, last - first
@@ -56,17 +58,20 @@ def gate_up_block(path, tile_t, job, sizes, place, block, first, last, tokens, x
     base = job.w13 + place * job.w13_stride + 2 * block * block_bytes
     for half in range(2):
         out = products[half].ctypes.data
-        multiply_block(path, tile_t, base + half * block_bytes, xs, num_pairs, num_groups, out)
+        multiply_block(path, full, part, base + half * block_bytes, xs, num_pairs, num_groups, out)
         bias_row = half * job.width + row
         add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
     for t in range(num_pairs):
         act = f32_array(job.act + 4 * ((first + t) * job.act_cols + row), num_rows)
         gate, up = products[0, t, :num_rows], products[1, t, :num_rows]
         activate(job.activation, job.limit, job.alpha, gate, up, act)
+        if row + ROWS >= job.width:  # what pads the last group
+            pads = f32_array(job.act + 4 * (first + t) * job.act_cols, job.act_cols)
+            pads[job.width :] = np.float32(0)
 
 
 @jit
-def gate_up(path, tile_t, job, sizes, worker, num_workers):
+def gate_up(path, full, part, job, sizes, worker, num_workers):
     xs = np.empty(PANEL_TOKENS, np.int64)
     products = np.empty((2, PANEL_TOKENS, ROWS), np.float32)
     places, starts = routed_experts(job, worker)
@@ -81,12 +86,12 @@ def gate_up(path, tile_t, job, sizes, worker, num_workers):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 gate_up_block(
-                    path, tile_t, job, sizes, places[n], block, first, last, tokens, xs, products
+                    path, full, part, job, sizes, places[n], block, first, last, tokens, xs, products
                 )
 
 
 @jit
-def down_block(path, tile_t, job, sizes, place, block, first, last, pairs, xs, products):
+def down_block(path, full, part, job, sizes, place, block, first, last, pairs, xs, products):
     """out[tokens of the pairs, rows of the block] += weight * down of one expert."""
     num_groups, block_bytes = sizes
     row, num_pairs = block * ROWS, last - first
@@ -94,13 +99,13 @@ def down_block(path, tile_t, job, sizes, place, block, first, last, pairs, xs, p
     for t in range(PANEL_TOKENS):
         xs[t] = job.act_rows + min(first + t, last - 1) * job.act_row_bytes
     base = job.w2 + place * job.w2_stride + block * block_bytes
-    multiply_block(path, tile_t, base, xs, num_pairs, num_groups, products[0].ctypes.data)
+    multiply_block(path, full, part, base, xs, num_pairs, num_groups, products[0].ctypes.data)
     add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
     add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])
 
 
 @jit
-def down(path, tile_t, job, sizes, worker, num_workers):
+def down(path, full, part, job, sizes, worker, num_workers):
     xs = np.empty(PANEL_TOKENS, np.int64)
     products = np.empty((2, PANEL_TOKENS, ROWS), np.float32)
     places, starts = routed_experts(job, worker)
@@ -113,7 +118,7 @@ def down(path, tile_t, job, sizes, worker, num_workers):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 down_block(
-                    path, tile_t, job, sizes, places[n], block, first, last, pairs, xs, products
+                    path, full, part, job, sizes, places[n], block, first, last, pairs, xs, products
                 )
 
 
@@ -123,17 +128,20 @@ def num_routed_pairs(job, worker):
     return starts[len(starts) - 1]
 
 
+@jit
+def block_sizes(cols, group, group_bytes):
+    """Groups of a row, and bytes of a block of 16 rows."""
+    num_groups = (cols + group - 1) // group
+    return num_groups, (num_groups * group_bytes + 63) // 64 * 64
+
+
 def make_packed_stage(path: int) -> Any:
     """The stage for PATHS[path]; see the phases above."""
     kernel = PATHS[path]
     kind = kernel.kind
-    is_int8, group, tile_t = kernel.activations == "int8", kind.group, tile_tokens(kernel)
-    code_bytes, group_bytes = ROWS * group * kind.bits // 8, ROWS * (3 if kind.has_zeros else 2)
-
-    @jit
-    def sizes(cols):
-        num_groups = (cols + group - 1) // group
-        return num_groups, (num_groups * (code_bytes + group_bytes) + 63) // 64 * 64
+    is_int8, group = kernel.activations == "int8", kind.group
+    full, part = tile_tokens(kernel)
+    group_bytes = ROWS * (group * kind.bits // 8 + 2 + kind.has_zeros)  # codes, scales, zeros
 
     def stage(job_address, phase, worker, num_workers):
         job = job_array(job_address, 1)[0]
@@ -143,11 +151,13 @@ def make_packed_stage(path: int) -> Any:
             args = (job.x, job.hidden, job.hidden, job.num_tokens, job.x_rows)
             prepare_rows(*args, is_int8, group, worker, num_workers)
         elif phase == 1:
-            gate_up(path, tile_t, job, sizes(job.hidden), worker, num_workers)
+            sizes = block_sizes(job.hidden, group, group_bytes)
+            gate_up(path, full, part, job, sizes, worker, num_workers)
         elif is_int8 and phase == 2:
             args = (job.act, job.act_cols, job.width, num_routed_pairs(job, worker), job.act_rows)
             prepare_rows(*args, True, group, worker, num_workers)
         else:
-            down(path, tile_t, job, sizes(job.width), worker, num_workers)
+            sizes = block_sizes(job.width, group, group_bytes)
+            down(path, full, part, job, sizes, worker, num_workers)
 
     return stage

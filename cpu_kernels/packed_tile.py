@@ -23,16 +23,17 @@ PARTS = ROWS // LANES
 STEP_BYTES = 64  # four (int8) or eight (int4) elements of each row
 UNROLL = 4  # steps; a group has at least four
 CHAINS = 4
-PREFETCH = 2048  # bytes ahead in the stream of codes
+import os
+PREFETCH = int(os.environ.get("EXP_P", "2048"))  # bytes ahead in the stream of codes
 
-# Tokens that share one unpacking of the codes; their sums have to stay in registers.
-TOKENS_INT8 = {16: 8, 8: 4, 4: 2}[LANES]
-TOKENS_F32 = {16: 4, 8: 2, 4: 2}[LANES]
+# Tokens that share one unpacking of the codes, most first: their sums have to stay in registers.
+TILES_INT8 = {16: (8, 4), 8: (4, 2), 4: (2, 2)}[LANES]
+TILES_F32 = {16: (4, 2), 8: (2, 2), 4: (2, 2)}[LANES]
 
 
-def tile_tokens(path: KernelPath) -> int:
-    """Tokens of a full tile."""
-    return TOKENS_INT8 if path.activations == "int8" else TOKENS_F32
+def tile_tokens(path: KernelPath) -> tuple[int, int]:
+    """Tokens of a full tile, and of a smaller one for what is left; one alone has its own."""
+    return TILES_INT8 if path.activations == "int8" else TILES_F32
 
 
 class _Tile:

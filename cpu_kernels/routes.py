@@ -11,13 +11,6 @@ COUNTS = 8  # int64 in front: number of experts that have a token, and room up t
 
 
 @jit
-def routes_words(num_experts, num_pairs):
-    """int64 that a worker's routes take: counts, experts, starts, tokens, weights; whole lines."""
-    words = COUNTS + num_experts + (num_experts + 1) + num_pairs + num_pairs
-    return (words + 7) // 8 * 8
-
-
-@jit
 def make_routes(job, worker):
     """Group the job's choices by expert, then token, then as given; False if an id is unknown.
 

@@ -1,46 +1,51 @@
 """CPU expert layers beside a plain read by the same workers, and the cost of a layer call.
 
-    python -m scripts.bench.cpu_experts [--threads N] [--rounds 15]
+    python -m scripts.bench.cpu_experts [--threads N] [--rounds 15] [--kinds bf16/f32,w4g128/int8]
 
 Prints a table and writes build/bench-cpu.json. Each round takes, in turn, a plain read of the arena
 at its best number of workers and layer calls that go once through the same arena with 1, 4 and 8
-tokens; ratios are medians over the rounds. The arena is many times the last-level cache.
+tokens; ratios are medians over the rounds. The arena is several times the last-level cache. The
+narrower instruction sets are measured in processes of their own.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from cpu_kernels.compiled import warmup
-from cpu_kernels.expert_mlp import ExpertPool, aligned_floats
-from cpu_kernels.expert_reference import f32_to_bf16
-from cpu_kernels.isa import host_isa
-from scripts.bench.rows import Row, at_least, at_most, table, write
+from cpu_kernels.arena import Arena
+from cpu_kernels.compiled import kernels
+from cpu_kernels.expert_pool import ExpertLayer, ExpertPool, aligned_floats
+from cpu_kernels.intrinsics import atomic_load, i64_array, njit, pause, store_release
+from cpu_kernels.isa import VARIABLE, host_isa
+from cpu_kernels.kernel_paths import Activations
+from cpu_kernels.read_kernel import read
+from cpu_kernels.weight_kind import parse_kind
+from cpu_kernels.worker import DONE_BELL, DOORBELL, NUM_WORDS
+from scripts.bench.cpu_arena import SHAPES, Shape, fill_experts
+from scripts.bench.rows import Row, at_least, at_most, row_from, table, write
 
-# name: experts held, routed per token, hidden, expert width
-SHAPES = {"mixtral-8x7b": (8, 2, 4096, 14336), "qwen3-30b-a3b": (128, 8, 2048, 768)}
+# weights/activations: least share of a plain read that one token must reach
+BANDWIDTH = {
+    "bf16/f32": 0.85,
+    "bf16/bf16": 0.85,
+    "w8g128/f32": 0.85,
+    "w8g128/int8": 0.85,
+    "w4g128/int8": 0.75,
+}
+NARROW = {"bf16/f32": 0.75, "w4g128/int8": 0.6}  # the same with FIDDLER_ISA=avx2 and avxvnni
 TOKENS = {4: 1.25, 8: 1.6}  # tokens that share experts: largest time in units of one token's
-BANDWIDTH_TARGET = 0.85
 EMPTY_CALL_US = 15.0
-EMPTY_CALLS = 1000
+EMPTY_FLAG_US = 3.0
+EMPTY_CALLS = 2000
 OUTPUT = Path("build/bench-cpu.json")
-
-
-def make_arena(num_elements: int) -> npt.NDArray[np.uint16]:
-    """Normal bf16 weights, one random block repeated: random bits would be full of denormals."""
-    rng = np.random.default_rng(0)
-    block = f32_to_bf16(rng.standard_normal(1 << 20, np.float32) / np.float32(64))
-    arena = np.empty(num_elements, np.uint16)
-    for at in range(0, num_elements, block.size):
-        arena[at : at + block.size] = block[: num_elements - at]
-    return arena
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -49,71 +54,81 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-class LayerCalls:
-    """Layer calls for ``num_tokens`` tokens that all use the same ``routed`` experts."""
+@njit(nogil=True)
+def feed(words_address, number, times):  # type: ignore[no-untyped-def]
+    """Ring job ``number`` as a GPU would, by stores to the words, and wait by looking at them."""
+    words = i64_array(words_address, NUM_WORDS)
+    for _ in range(times):
+        store_release(words, DONE_BELL, 0)
+        store_release(words, DOORBELL, number)
+        while atomic_load(words, DONE_BELL) != number:
+            pause()
 
-    def __init__(
-        self, pool: ExpertPool, arrays: tuple[npt.NDArray[Any], ...], routed: int, num_tokens: int
-    ) -> None:
-        num_experts, hidden, _ = arrays[1].shape
-        self._pool, self._arrays = pool, arrays
-        self._x_TH = aligned_floats(num_tokens * hidden).reshape(num_tokens, hidden)
+
+class LayerCalls:
+    """Layer calls for ``num_tokens`` tokens that all use the same experts, a few at a time."""
+
+    def __init__(self, pool: ExpertPool, layer: ExpertLayer, shape: Shape, num_tokens: int) -> None:
+        self._pool, self._layer = pool, layer
+        self._x_TH = aligned_floats(num_tokens * shape.hidden).reshape(num_tokens, shape.hidden)
         self._x_TH[:] = np.random.default_rng(1).standard_normal(self._x_TH.shape, np.float32)
         self._out_TH = np.empty_like(self._x_TH)
-        self._token_P = np.repeat(np.arange(num_tokens), routed)
-        self._weight_P = np.full(num_tokens * routed, 1 / routed, np.float32)
-        self._experts = [
-            np.tile(np.arange(first, first + routed), num_tokens)
-            for first in range(0, num_experts, routed)
+        self._weights_TS = np.full((num_tokens, shape.routed), 1 / shape.routed, np.float32)
+        held = layer.experts.num_experts
+        self._ids = [
+            np.tile(np.arange(first, first + shape.routed, dtype=np.int32), (num_tokens, 1))
+            for first in range(0, held - shape.routed + 1, shape.routed)
         ]
 
     @property
     def num_calls(self) -> int:
-        return len(self._experts)
+        return len(self._ids)
 
     def run(self) -> None:
         """Go once through all experts."""
-        pairs = (self._token_P, self._weight_P)
-        for expert_P in self._experts:
-            self._pool.submit(*self._arrays, self._x_TH, expert_P, *pairs, self._out_TH)
+        for ids_TS in self._ids:
+            self._pool.submit(self._layer, self._x_TH, ids_TS, self._weights_TS, self._out_TH)
         self._pool.wait()
 
 
-def best_readers(pool: ExpertPool, arena: npt.NDArray[Any]) -> int:
+def best_readers(pool: ExpertPool, arena: np.ndarray) -> int:
     """The number of workers that reads the arena fastest."""
     most = pool.num_threads
     counts = sorted({max(1, most * eighths // 8) for eighths in range(3, 9)} | {max(1, most - 1)})
     times = {
-        n: statistics.median(seconds(lambda n=n: pool.read(arena, n)) for _ in range(5))  # type: ignore[misc]
+        n: statistics.median(seconds(lambda n=n: read(pool.workers, arena, n)) for _ in range(5))  # type: ignore[misc]
         for n in counts
     }
     return min(times, key=lambda n: times[n])
 
 
-def shape_rows(
-    pool: ExpertPool, whole: npt.NDArray[Any], name: str, rounds: int
+def kind_rows(
+    pool: ExpertPool,
+    arena: Arena,
+    shape: Shape,
+    kind: str,
+    targets: dict[str, float],
+    tokens: dict[int, float],
+    rounds: int,
 ) -> tuple[list[Row], float]:
-    """The rows of one shape; and the fastest that memory was read by any means, in GB/s."""
-    num_experts, routed, hidden, width = SHAPES[name]
-    half = num_experts * 2 * width * hidden
-    arena = whole[: half // 2 * 3]
-    arrays = (
-        arena[:half].reshape(num_experts, 2 * width, hidden),
-        arena[half:].reshape(num_experts, hidden, width),
-    )
-    readers = best_readers(pool, arena)
-    layers = {tokens: LayerCalls(pool, arrays, routed, tokens) for tokens in (1, *TOKENS)}
-    for layer in layers.values():
-        layer.run()
+    """The rows of one shape and kind; and the fastest that memory was read by any means, GB/s."""
+    weights, activations = kind.split("/")
+    experts, used = fill_experts(arena, shape, parse_kind(weights))
+    layer = pool.add_layer(experts, activations=_activations(activations))
+    readers = best_readers(pool, used)
+    layers = {count: LayerCalls(pool, layer, shape, count) for count in (1, *tokens)}
+    for calls in layers.values():
+        calls.run()
     read_s: list[float] = []
-    layer_s: dict[int, list[float]] = {tokens: [] for tokens in layers}
+    layer_s: dict[int, list[float]] = {count: [] for count in layers}
     for _ in range(rounds):
-        read_s.append(seconds(lambda: pool.read(arena, readers)))
-        for tokens, layer in layers.items():
-            layer_s[tokens].append(seconds(layer.run))
-    one_s, giga, per_call = layer_s[1], arena.nbytes / 1e9, 1e3 / layers[1].num_calls
+        read_s.append(seconds(lambda: read(pool.workers, used, readers)))
+        for count, calls in layers.items():
+            layer_s[count].append(seconds(calls.run))
+    pool.remove_layer(layer)
+    one_s, giga, per_call = layer_s[1], used.nbytes / 1e9, 1e3 / layers[1].num_calls
     median = statistics.median
-    title = f"{name}, bf16, {routed} of {num_experts}"
+    title = f"{shape.name}, {kind}, {shape.routed} of {shape.experts}"
     rows = [
         at_least(
             f"{title}, M = 1, against {readers} readers",
@@ -121,53 +136,115 @@ def shape_rows(
             "GB/s",
             giga / median(read_s),
             median(r / s for r, s in zip(read_s, one_s, strict=True)),
-            BANDWIDTH_TARGET,
+            targets[kind],
         )
     ]
-    for tokens, target in TOKENS.items():
+    for count, target in tokens.items():
         rows.append(
             at_most(
-                f"{title}, M = {tokens}, against M = 1",
-                median(layer_s[tokens]) * per_call,
+                f"{title}, M = {count}, against M = 1",
+                median(layer_s[count]) * per_call,
                 "ms",
                 median(one_s) * per_call,
-                median(s / one for s, one in zip(layer_s[tokens], one_s, strict=True)),
+                median(s / one for s, one in zip(layer_s[count], one_s, strict=True)),
                 target,
             )
         )
     return rows, giga / min(*read_s, *one_s)
 
 
-def empty_call_row(pool: ExpertPool) -> Row:
-    """A layer call from Python whose experts are so small that only the call itself counts."""
-    arrays = (np.zeros((8, 2, 16), np.uint16), np.zeros((8, 16, 1), np.uint16))
-    x_TH = np.zeros((1, 16), np.float32)
-    expert_P, token_P = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    pairs = (expert_P, token_P, np.zeros(0, np.float32))
+def _activations(name: str) -> Activations:
+    names: dict[str, Activations] = {"f32": "f32", "bf16": "bf16", "int8": "int8"}
+    return names[name]
+
+
+def empty_call_rows(pool: ExpertPool, arena: Arena) -> list[Row]:
+    """A layer call without a choice of expert, from Python and by the doorbell."""
+    shape = SHAPES["qwen3-30b-a3b"]
+    experts, _ = fill_experts(arena, shape, parse_kind("bf16"), num_experts=shape.routed)
+    layer = pool.add_layer(experts)
+    x_TH = np.zeros((1, shape.hidden), np.float32)
     out_TH = np.empty_like(x_TH)
+    ids_TS = np.full((1, shape.routed), -1, np.int32)
+    weights_TS = np.zeros((1, shape.routed), np.float32)
 
     def call() -> None:
-        pool.submit(*arrays, x_TH, *pairs, out_TH)
+        pool.submit(layer, x_TH, ids_TS, weights_TS, out_TH)
         pool.wait()
 
     for _ in range(EMPTY_CALLS):
         call()
     value = statistics.median(seconds(call) for _ in range(EMPTY_CALLS)) * 1e6
     name = "layer call from Python, no work"
-    return at_most(name, value, "us", EMPTY_CALL_US, value / EMPTY_CALL_US, 1.0)
+    rows = [at_most(name, value, "us", EMPTY_CALL_US, value / EMPTY_CALL_US, 1.0)]
+    if not pool.workers.caller_works:
+        with pool.workers.awake():
+            address = pool.workers.words.ctypes.data
+            feed(address, layer.number, EMPTY_CALLS)
+            flag = statistics.median(
+                seconds(lambda: feed(address, layer.number, EMPTY_CALLS)) * 1e6 / EMPTY_CALLS
+                for _ in range(15)
+            )
+        name = "layer call by the doorbell, workers awake, no work"
+        rows.append(at_most(name, flag, "us", EMPTY_FLAG_US, flag / EMPTY_FLAG_US, 1.0))
+    pool.remove_layer(layer)
+    return rows
+
+
+def narrow_rows(level: str, options: argparse.Namespace) -> list[Row]:
+    """The rows of NARROW, from a process that is forced to an instruction set."""
+    command = [sys.executable, "-m", "scripts.bench.cpu_experts", "--narrow"]
+    command += ["--rounds", str(options.rounds)]
+    if options.threads:
+        command += ["--threads", str(options.threads)]
+    run = subprocess.run(command, env=os.environ | {VARIABLE: level}, capture_output=True, text=True)
+    if run.returncode:
+        print(f"{VARIABLE}={level}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return []
+    return [row_from(row) for row in json.loads(run.stdout)]
+
+
+def measure(options: argparse.Namespace) -> tuple[list[Row], float]:
+    """All rows that this process measures, and the fastest read in GB/s."""
+    arena = Arena(max(shape.arena_bytes for shape in SHAPES.values()))
+    targets = NARROW if options.narrow else BANDWIDTH
+    tokens = {} if options.narrow else TOKENS
+    chosen = options.kinds.split(",") if options.kinds else list(targets)
+    rows, fastest = [], 0.0
+    with ExpertPool(options.threads) as pool:
+        for shape in SHAPES.values():
+            for kind in chosen:
+                found, speed = kind_rows(
+                    pool, arena, shape, kind, targets, tokens, options.rounds
+                )
+                rows += found
+                fastest = max(fastest, speed)
+        if not options.narrow:
+            rows += empty_call_rows(pool, arena)
+            print(f"{pool.num_threads} workers; fastest read {fastest:.1f} GB/s")
+    prefix = f"{VARIABLE}={host_isa().level}, " if options.narrow else ""
+    return [row.renamed(prefix + row.name) for row in rows], fastest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, help="workers (default: the pool's own choice)")
     parser.add_argument("--rounds", type=int, default=15, help="paired measurements per row")
+    parser.add_argument("--kinds", help="weights/activations, with commas (default: all)")
+    parser.add_argument("--narrow", action="store_true", help="the rows of one FIDDLER_ISA as JSON")
     options = parser.parse_args()
-    print(f"compiled in {warmup(np.uint16):.1f} s; {host_isa().summary()}", file=sys.stderr)
-    arena = make_arena(max(3 * e * h * w for e, _, h, w in SHAPES.values()))
-    with ExpertPool(options.threads) as pool:
-        results = [shape_rows(pool, arena, name, options.rounds) for name in SHAPES]
-        rows = [row for shape, _ in results for row in shape] + [empty_call_row(pool)]
-        print(f"{pool.num_threads} workers; fastest read {max(f for _, f in results):.1f} GB/s")
+    if options.narrow:
+        rows, _ = measure(options)
+        print(json.dumps([row.as_dict() for row in rows]))
+        return
+    started = time.perf_counter()
+    kernels()
+    spent = time.perf_counter() - started
+    print(f"worker loop ready in {spent:.1f} s; {host_isa().summary()}", file=sys.stderr)
+    rows, _ = measure(options)
+    if not options.kinds:
+        for level in ("avx2", "avxvnni"):
+            rows += narrow_rows(level, options)
     print(table(rows))
     write(rows, OUTPUT)
 

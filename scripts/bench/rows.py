@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,17 @@ class Row:
     ratio: float
     target: float
     met: bool
+
+    def renamed(self, name: str) -> Self:
+        return replace(self, name=name)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def row_from(fields: dict[str, Any]) -> Row:
+    """The inverse of ``as_dict``."""
+    return Row(**fields)
 
 
 def at_least(name: str, value: float, unit: str, limit: float, ratio: float, target: float) -> Row:
@@ -58,4 +70,4 @@ def table(rows: Sequence[Row]) -> str:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    path.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
