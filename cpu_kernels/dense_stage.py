@@ -10,7 +10,14 @@ import numpy as np
 
 from cpu_kernels.activations import activate
 from cpu_kernels.addresses import bits_of, f32_array, float_of, u16_array
-from cpu_kernels.dot_tile import ROWS, TOKENS, dot_tile, x_bytes
+from cpu_kernels.dot_tile import (
+    FEW_TOKENS,
+    MANY_ROWS,
+    MANY_TOKENS,
+    ROWS,
+    dot_tile,
+    x_bytes,
+)
 from cpu_kernels.expert_job import job_array
 from cpu_kernels.expert_parts import (
     PANEL_TOKENS,
@@ -18,6 +25,7 @@ from cpu_kernels.expert_parts import (
     add_weighted,
     clear_out,
     complain,
+    padded,
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS
@@ -70,20 +78,27 @@ def multiply_panel(path, rows, num_rows, xs, num_xs, length, out):
 
     ``out`` is the address of [PANEL_TOKENS, PANEL_ROWS] float32.
     """
-    for t in range(0, num_xs, TOKENS):
-        is_single = num_xs - t == 1
+    t = 0
+    while t < num_xs:
         for r in range(0, num_rows, ROWS):
             at = out + (t * PANEL_ROWS + r) * 4
-            if is_single:
-                dot_tile(path, 1, rows, r, xs, t, length, at, PANEL_ROWS)
+            if num_xs - t == 1:
+                dot_tile(path, ROWS, 1, rows, r, xs, t, length, at, PANEL_ROWS)
+            elif num_xs - t <= FEW_TOKENS:
+                dot_tile(path, ROWS, FEW_TOKENS, rows, r, xs, t, length, at, PANEL_ROWS)
             else:
-                dot_tile(path, TOKENS, rows, r, xs, t, length, at, PANEL_ROWS)
+                for half in range(0, ROWS, MANY_ROWS):
+                    to = at + half * 4
+                    dot_tile(
+                        path, MANY_ROWS, MANY_TOKENS, rows, r + half, xs, t, length, to, PANEL_ROWS
+                    )
+        t += FEW_TOKENS if num_xs - t <= FEW_TOKENS else MANY_TOKENS
 
 
 @jit
-def fill_addresses(addresses, base, first, last, stride):
-    """Addresses of rows first, first + 1, ...; rows after ``last`` repeat it."""
-    for k in range(len(addresses)):
+def fill_addresses(addresses, count, base, first, last, stride):
+    """Addresses of ``count`` rows first, first + 1, ...; rows after ``last`` repeat it."""
+    for k in range(min(count, len(addresses))):
         addresses[k] = base + min(first + k, last) * stride
 
 
@@ -93,11 +108,11 @@ def gate_up_panel(path, form, job, row_bytes, panel, tokens, room):
     place, row, num_rows, first, last = panel
     rows, xs, products, act = room
     num_pairs = last - first
-    for t in range(PANEL_TOKENS):
+    for t in range(padded(num_pairs)):
         xs[t] = job.x_rows + tokens[min(first + t, last - 1)] * job.x_row_bytes
     for half in range(2):
         base = job.w13 + place * job.w13_stride + half * job.width * row_bytes
-        fill_addresses(rows, base, row, row + num_rows - 1, row_bytes)
+        fill_addresses(rows, num_rows + ROWS - 1, base, row, row + num_rows - 1, row_bytes)
         out = products[half].ctypes.data
         multiply_panel(path, rows, num_rows, xs, num_pairs, job.hidden, out)
         bias_row = half * job.width + row
@@ -136,8 +151,8 @@ def down_panel(path, job, row_bytes, panel, pairs, room):
     rows, xs, products, _ = room
     num_pairs = last - first
     base = job.w2 + place * job.w2_stride
-    fill_addresses(rows, base, row, row + num_rows - 1, row_bytes)
-    fill_addresses(xs, job.act_rows, first, last - 1, job.act_row_bytes)
+    fill_addresses(rows, num_rows + ROWS - 1, base, row, row + num_rows - 1, row_bytes)
+    fill_addresses(xs, padded(num_pairs), job.act_rows, first, last - 1, job.act_row_bytes)
     multiply_panel(path, rows, num_rows, xs, num_pairs, job.width, products[0].ctypes.data)
     add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
     add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])

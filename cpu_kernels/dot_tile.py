@@ -24,8 +24,10 @@ from cpu_kernels.isa import host_isa
 from cpu_kernels.kernel_paths import PATHS, KernelPath
 from cpu_kernels.vector_ir import F32, I16, I64, LANES
 
-ROWS = 4
-TOKENS = 4 if LANES == 16 else 2  # 4 x 4 accumulators need the 32 registers of AVX-512
+# Rows and tokens of a tile; one token alone has its own. 16 accumulators need the 32 registers of
+# AVX-512. Many tokens share the widening of fewer rows.
+ROWS, FEW_TOKENS = (4, 4) if LANES == 16 else (4, 2)
+MANY_ROWS, MANY_TOKENS = (2, 8) if LANES == 16 else (2, 4)
 UNROLL = 2  # vectors of a row per step of the loop
 PREFETCH = int(os.environ.get("EXP_D", "1024"))  # bytes ahead in each row, then in the tile after it
 HAS_BF16 = host_isa().has_bf16
@@ -43,6 +45,9 @@ class _Bfloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite has no
 
     def format_constant(self, value: float) -> str:
         raise NotImplementedError("no constants of this type are written")
+
+
+_Bfloat._create_instance()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +164,7 @@ def _sum_vectors(
     zero = v.constant(F32, LANES, 0)
     slots = [cgutils.alloca_once_value(builder, zero) for _ in range(len(rows) * len(xs))]
     row_bytes = builder.mul(length, I64(e.weight_bytes))
-    next_tile = builder.add(builder.mul(row_bytes, I64(ROWS - 1)), I64(PREFETCH))
+    next_tile = builder.add(builder.mul(row_bytes, I64(len(rows) - 1)), I64(PREFETCH))
     in_row = builder.sub(length, I64(PREFETCH // e.weight_bytes))
     is_short = builder.icmp_signed("<", in_row, I64(0))
     in_row = builder.select(is_short, I64(0), in_row)
@@ -184,35 +189,36 @@ def _sum_vectors(
 
 
 @intrinsic
-def dot_tile(typingctx, path, num_tokens, rows, row, xs, x, length, out, stride):
-    """out[t * stride + r] = rows[row + r] . xs[x + t] for r < ROWS and t < num_tokens.
+def dot_tile(typingctx, path, num_rows, num_tokens, rows, row, xs, x, length, out, stride):
+    """out[t * stride + r] = rows[row + r] . xs[x + t] for r < num_rows and t < num_tokens.
 
-    ``path`` and ``num_tokens`` are literals. ``rows`` and ``xs`` are arrays of addresses of rows of
+    ``path`` and both numbers are literals. ``rows`` and ``xs`` are arrays of addresses of rows of
     ``length`` elements, ``out`` is the address of float32.
     """
     if not isinstance(path, types.IntegerLiteral):
         return None
     vectors, singles = _elements(PATHS[path.literal_value])
-    count = num_tokens.literal_value
+    num_r, num_t = num_rows.literal_value, num_tokens.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, _, row_array, first_row, x_array, first_x, length, out, stride = args
-        rows = _addresses(builder, context, row_array, first_row, ROWS)
-        xs = _addresses(builder, context, x_array, first_x, count)
+        _, _, _, row_array, first_row, x_array, first_x, length, out, stride = args
+        rows = _addresses(builder, context, row_array, first_row, num_r)
+        xs = _addresses(builder, context, x_array, first_x, num_t)
         sums, whole = _sum_vectors(builder, vectors, rows, xs, length)
         folded = _fold_lanes(builder, sums)
         lanes = folded[0].type.count
         slots = []
-        for t in range(count):
-            vector, lane = divmod(t * ROWS, lanes)
+        for t in range(num_t):
+            vector, lane = divmod(t * num_r, lanes)
             place = builder.add(out, builder.mul(I64(4 * t), stride))
-            part = v.pick(builder, folded[vector], folded[vector], list(range(lane, lane + ROWS)))
+            part = v.pick(builder, folded[vector], folded[vector], list(range(lane, lane + num_r)))
             builder.store(part, v.pointer(builder, place, part.type), align=4)
             first = v.pointer(builder, place, F32)
-            slots += [builder.gep(first, [I64(r)]) for r in range(ROWS)]
+            slots += [builder.gep(first, [I64(r)]) for r in range(num_r)]
         with cgutils.for_range(builder, length, start=whole, intp=I64) as loop:
             _add_products(builder, singles, rows, xs, slots, loop.index, 1)
         return context.get_dummy_value()
 
-    i64 = types.int64
-    return types.void(path, num_tokens, v.ADDRESSES, i64, v.ADDRESSES, i64, i64, i64, i64), codegen
+    i64, array = types.int64, v.ADDRESSES
+    tile = (path, num_rows, num_tokens)
+    return types.void(*tile, array, i64, array, i64, i64, i64, i64), codegen

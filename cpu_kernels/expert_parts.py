@@ -10,6 +10,12 @@ UNKNOWN_ID = 1  # error: an id names no expert
 
 
 @jit
+def padded(num_tokens):
+    """Tokens that tiles may read for ``num_tokens``: those after the last repeat it."""
+    return num_tokens if num_tokens == 1 else PANEL_TOKENS
+
+
+@jit
 def complain(job):
     i64_array(job.error, 1)[0] = UNKNOWN_ID
 

@@ -37,6 +37,7 @@ class ExpertLayer:
         self.record = np.zeros(1, JOB)
         self.number = 0
         self.step: tuple[npt.NDArray[Any], ...] = ()  # x, ids, weights and out of the last step
+        self.scratch: dict[str, npt.NDArray[np.uint8]] = {}  # alive while the record points to it
 
     @property
     def num_ids(self) -> int:
@@ -172,22 +173,29 @@ class ExpertPool:
         x_row_bytes, act_row_bytes, act_cols = layer.row_sizes()
         stride = 8 * routes_words(layer.experts.num_experts, num_pairs)
         record["routes_stride"] = stride
-        record["routes"] = self._room("routes", stride * self.num_threads)
-        record["act_rows"] = self._room("act_rows", num_pairs * act_row_bytes)
+        sizes = {
+            "routes": stride * self.num_threads,
+            "x_rows": num_tokens * x_row_bytes,
+            "act_rows": num_pairs * act_row_bytes,
+            "act": num_pairs * act_cols * 4,
+        }
+        for name, num_bytes in sizes.items():
+            layer.scratch[name] = self._room(name, num_bytes)
+            record[name] = -(-_address(layer.scratch[name]) // LINE) * LINE
         if path.activations == "f32" and not path.kind.is_packed:
             record["x_rows"] = record["x"]
-        else:
-            record["x_rows"] = self._room("x_rows", num_tokens * x_row_bytes)
-        record["act"] = record["act_rows"]
-        if path.activations == "int8":
-            record["act"] = self._room("act", num_pairs * act_cols * 4)
+        if path.activations != "int8":
+            record["act"] = record["act_rows"]
 
-    def _room(self, name: str, num_bytes: int) -> int:
-        """Address of scratch of at least that size; what was there before may be gone."""
+    def _room(self, name: str, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Scratch of at least that size after a line's start, the same for all layers.
+
+        Where it has to grow, layers that were bound before keep the smaller one.
+        """
         room = self._scratch.get(name)
         if room is None or room.size < num_bytes + LINE:
             room = self._scratch[name] = np.zeros(2 * num_bytes + LINE, np.uint8)
-        return -(-_address(room) // LINE) * LINE
+        return room
 
 
 def routes_words(num_experts: int, num_pairs: int) -> int:

@@ -6,13 +6,14 @@ the codes as float32 [G]; see ``quantise_activations`` in :mod:`cpu_kernels.pack
 
 import numpy as np
 
-from cpu_kernels.addresses import bits_of, f32_array, i8_array
+from cpu_kernels.addresses import bits_of, f32_array, float_of, i8_array
 from cpu_kernels.intrinsics import jit
 
 LARGEST_CODE = np.float32(127)
 PART = np.float32(1) / LARGEST_CODE
 SMALLEST_BITS = 9 << 23  # of 2**-118: below, a group counts as zero
 INF_BITS = 0x7F800000
+MAGNITUDE = np.int32(0x7FFFFFFF)
 ROUNDER = np.float32(1.5 * 2**23)  # added and taken away it rounds half to even
 
 
@@ -36,12 +37,12 @@ def quantise_group(x, row, g, group, num_groups):
     """Codes, scale and sum of group ``g``."""
     codes = i8_array(row + g * group, group)
     floats = f32_array(row + num_groups * group, 2 * num_groups)
-    most = 0
+    most = np.int32(0)
     for k in range(len(x)):  # the order of floats' magnitudes is that of their bits; NaN is largest
-        most = max(most, bits_of(x[k]) & 0x7FFFFFFF)
-    total = 0
+        most = max(most, bits_of(x[k]) & MAGNITUDE)
+    total = np.int32(0)
     if SMALLEST_BITS <= most < INF_BITS:
-        largest = largest_of(x)
+        largest = float_of(np.int32(most))
         inverse, scale = LARGEST_CODE / largest, largest * PART
         for k in range(len(x)):
             code = np.int32(x[k] * inverse + ROUNDER - ROUNDER)
@@ -54,14 +55,6 @@ def quantise_group(x, row, g, group, num_groups):
         for k in range(group):
             codes[k] = 0
     floats[g], floats[num_groups + g] = scale, np.float32(total)
-
-
-@jit
-def largest_of(x):
-    largest = np.float32(0)
-    for value in x:
-        largest = max(largest, abs(value))
-    return largest
 
 
 @jit

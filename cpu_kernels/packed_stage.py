@@ -20,6 +20,7 @@ from cpu_kernels.expert_parts import (
     add_weighted,
     clear_out,
     complain,
+    padded,
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS
@@ -53,7 +54,7 @@ def gate_up_block(path, full, part, job, sizes, place, block, first, last, token
     num_groups, block_bytes = sizes
     row, num_pairs = block * ROWS, last - first
     num_rows = min(ROWS, job.width - row)
-    for t in range(PANEL_TOKENS):
+    for t in range(padded(num_pairs)):
         xs[t] = job.x_rows + tokens[min(first + t, last - 1)] * job.x_row_bytes
     base = job.w13 + place * job.w13_stride + 2 * block * block_bytes
     for half in range(2):
@@ -96,7 +97,7 @@ def down_block(path, full, part, job, sizes, place, block, first, last, pairs, x
     num_groups, block_bytes = sizes
     row, num_pairs = block * ROWS, last - first
     num_rows = min(ROWS, job.hidden - row)
-    for t in range(PANEL_TOKENS):
+    for t in range(padded(num_pairs)):
         xs[t] = job.act_rows + min(first + t, last - 1) * job.act_row_bytes
     base = job.w2 + place * job.w2_stride + block * block_bytes
     multiply_block(path, full, part, base, xs, num_pairs, num_groups, products[0].ctypes.data)

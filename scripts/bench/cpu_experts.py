@@ -24,6 +24,7 @@ from cpu_kernels.arena import Arena
 from cpu_kernels.compiled import kernels
 from cpu_kernels.expert_pool import ExpertLayer, ExpertPool, aligned_floats
 from cpu_kernels.intrinsics import atomic_load, i64_array, njit, pause, store_release
+from cpu_kernels.experts import Experts
 from cpu_kernels.isa import VARIABLE, host_isa
 from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.read_kernel import read
@@ -55,40 +56,59 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 @njit(nogil=True)
-def feed(words_address, number, times):  # type: ignore[no-untyped-def]
-    """Ring job ``number`` as a GPU would, by stores to the words, and wait by looking at them."""
+def feed(words_address, numbers, times):  # type: ignore[no-untyped-def]
+    """Ring jobs as a GPU would, by stores to the words, and wait for each by looking at them."""
     words = i64_array(words_address, NUM_WORDS)
     for _ in range(times):
-        store_release(words, DONE_BELL, 0)
-        store_release(words, DOORBELL, number)
-        while atomic_load(words, DONE_BELL) != number:
-            pause()
+        for number in numbers:
+            store_release(words, DONE_BELL, 0)
+            store_release(words, DOORBELL, number)
+            while atomic_load(words, DONE_BELL) != number:
+                pause()
 
 
 class LayerCalls:
-    """Layer calls for ``num_tokens`` tokens that all use the same experts, a few at a time."""
+    """Layer calls for ``num_tokens`` tokens that all use the same experts, a set at a time.
 
-    def __init__(self, pool: ExpertPool, layer: ExpertLayer, shape: Shape, num_tokens: int) -> None:
-        self._pool, self._layer = pool, layer
-        self._x_TH = aligned_floats(num_tokens * shape.hidden).reshape(num_tokens, shape.hidden)
-        self._x_TH[:] = np.random.default_rng(1).standard_normal(self._x_TH.shape, np.float32)
-        self._out_TH = np.empty_like(self._x_TH)
-        self._weights_TS = np.full((num_tokens, shape.routed), 1 / shape.routed, np.float32)
-        held = layer.experts.num_experts
-        self._ids = [
-            np.tile(np.arange(first, first + shape.routed, dtype=np.int32), (num_tokens, 1))
-            for first in range(0, held - shape.routed + 1, shape.routed)
-        ]
+    Fed by the doorbell as in a decode step, or from Python where the caller works too.
+    """
+
+    def __init__(
+        self,
+        pool: ExpertPool,
+        experts: Experts,
+        activations: Activations,
+        shape: Shape,
+        num_tokens: int,
+    ) -> None:
+        self._pool = pool
+        x_TH = aligned_floats(num_tokens * shape.hidden).reshape(num_tokens, shape.hidden)
+        x_TH[:] = np.random.default_rng(1).standard_normal(x_TH.shape, np.float32)
+        weights_TS = np.full((num_tokens, shape.routed), 1 / shape.routed, np.float32)
+        self._layers: list[ExpertLayer] = []
+        for first in range(0, experts.num_experts - shape.routed + 1, shape.routed):
+            ids = np.arange(first, first + shape.routed, dtype=np.int32)
+            layer = pool.add_layer(experts, activations=activations)
+            pool.bind(layer, x_TH, np.tile(ids, (num_tokens, 1)), weights_TS, np.empty_like(x_TH))
+            self._layers.append(layer)
+        self._numbers = np.array([layer.number for layer in self._layers])
 
     @property
     def num_calls(self) -> int:
-        return len(self._ids)
+        return len(self._layers)
 
     def run(self) -> None:
         """Go once through all experts."""
-        for ids_TS in self._ids:
-            self._pool.submit(self._layer, self._x_TH, ids_TS, self._weights_TS, self._out_TH)
-        self._pool.wait()
+        if self._pool.workers.caller_works:
+            for layer in self._layers:
+                self._pool.submit(layer, *layer.step)
+            self._pool.wait()
+        else:
+            feed(self._pool.workers.words.ctypes.data, self._numbers, 1)
+
+    def close(self) -> None:
+        for layer in self._layers:
+            self._pool.remove_layer(layer)
 
 
 def best_readers(pool: ExpertPool, arena: np.ndarray) -> int:
@@ -114,18 +134,22 @@ def kind_rows(
     """The rows of one shape and kind; and the fastest that memory was read by any means, GB/s."""
     weights, activations = kind.split("/")
     experts, used = fill_experts(arena, shape, parse_kind(weights))
-    layer = pool.add_layer(experts, activations=_activations(activations))
+    layers = {
+        count: LayerCalls(pool, experts, _activations(activations), shape, count)
+        for count in (1, *tokens)
+    }
     readers = best_readers(pool, used)
-    layers = {count: LayerCalls(pool, layer, shape, count) for count in (1, *tokens)}
-    for calls in layers.values():
-        calls.run()
     read_s: list[float] = []
     layer_s: dict[int, list[float]] = {count: [] for count in layers}
-    for _ in range(rounds):
-        read_s.append(seconds(lambda: read(pool.workers, used, readers)))
-        for count, calls in layers.items():
-            layer_s[count].append(seconds(calls.run))
-    pool.remove_layer(layer)
+    with pool.workers.awake():
+        for calls in layers.values():
+            calls.run()
+        for _ in range(rounds):
+            read_s.append(seconds(lambda: read(pool.workers, used, readers)))
+            for count, calls in layers.items():
+                layer_s[count].append(seconds(calls.run))
+    for calls in layers.values():
+        calls.close()
     one_s, giga, per_call = layer_s[1], used.nbytes / 1e9, 1e3 / layers[1].num_calls
     median = statistics.median
     title = f"{shape.name}, {kind}, {shape.routed} of {shape.experts}"
@@ -179,12 +203,10 @@ def empty_call_rows(pool: ExpertPool, arena: Arena) -> list[Row]:
     rows = [at_most(name, value, "us", EMPTY_CALL_US, value / EMPTY_CALL_US, 1.0)]
     if not pool.workers.caller_works:
         with pool.workers.awake():
-            address = pool.workers.words.ctypes.data
-            feed(address, layer.number, EMPTY_CALLS)
-            flag = statistics.median(
-                seconds(lambda: feed(address, layer.number, EMPTY_CALLS)) * 1e6 / EMPTY_CALLS
-                for _ in range(15)
-            )
+            arguments = (pool.workers.words.ctypes.data, np.array([layer.number]), EMPTY_CALLS)
+            feed(*arguments)
+            flag = statistics.median(seconds(lambda: feed(*arguments)) for _ in range(15))
+            flag *= 1e6 / EMPTY_CALLS
         name = "layer call by the doorbell, workers awake, no work"
         rows.append(at_most(name, flag, "us", EMPTY_FLAG_US, flag / EMPTY_FLAG_US, 1.0))
     pool.remove_layer(layer)
