@@ -18,14 +18,14 @@ from cpu_kernels.dot_tile import (
     dot_tile,
     x_bytes,
 )
-from cpu_kernels.expert_job import job_array
+from cpu_kernels.expert_job import PANEL_ROWS, PANEL_TOKENS, job_array
 from cpu_kernels.expert_parts import (
-    PANEL_TOKENS,
     add_bias,
     add_weighted,
     clear_out,
     complain,
     padded,
+    room_of,
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS
@@ -37,7 +37,6 @@ from cpu_kernels.routes import (
     total_cost,
 )
 
-PANEL_ROWS = 32  # rows that stay in cache while all tokens pass over them
 AS_F32, AS_ROUNDED_F32, AS_BF16 = range(3)  # how the products read hidden states
 
 
@@ -106,7 +105,7 @@ def fill_addresses(addresses, count, base, first, last, stride):
 def gate_up_panel(path, form, job, row_bytes, panel, tokens, room):
     """act[pairs first to last, rows] of one expert."""
     place, row, num_rows, first, last = panel
-    rows, xs, products, act = room
+    products, act, xs, rows = room
     num_pairs = last - first
     for t in range(padded(num_pairs)):
         xs[t] = job.x_rows + tokens[min(first + t, last - 1)] * job.x_row_bytes
@@ -126,7 +125,8 @@ def gate_up_panel(path, form, job, row_bytes, panel, tokens, room):
 
 
 @jit
-def gate_up(path, form, row_bytes, job, worker, num_workers, room):
+def gate_up(path, form, row_bytes, job, worker, num_workers):
+    room = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
     tiles = (job.width + ROWS - 1) // ROWS
@@ -148,7 +148,7 @@ def gate_up(path, form, row_bytes, job, worker, num_workers, room):
 def down_panel(path, job, row_bytes, panel, pairs, room):
     """out[tokens of the pairs, rows] += weight * (rows of one expert) . act."""
     place, row, num_rows, first, last = panel
-    rows, xs, products, _ = room
+    products, _, xs, rows = room
     num_pairs = last - first
     base = job.w2 + place * job.w2_stride
     fill_addresses(rows, num_rows + ROWS - 1, base, row, row + num_rows - 1, row_bytes)
@@ -159,7 +159,8 @@ def down_panel(path, job, row_bytes, panel, pairs, room):
 
 
 @jit
-def down(path, row_bytes, job, worker, num_workers, room):
+def down(path, row_bytes, job, worker, num_workers):
+    room = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
     tiles = (job.hidden + ROWS - 1) // ROWS
@@ -185,19 +186,13 @@ def make_dense_stage(path: int) -> Any:
 
     def stage(job_address, phase, worker, num_workers):
         job = job_array(job_address, 1)[0]
-        room = (
-            np.empty(PANEL_ROWS, np.int64),
-            np.empty(PANEL_TOKENS, np.int64),
-            np.empty((2, PANEL_TOKENS, PANEL_ROWS), np.float32),
-            np.empty(PANEL_ROWS, np.float32),
-        )
         if phase == 0 and not make_routes(job, worker):
             complain(job)
         if phase < gate_up_phase:
             round_x(form, job, worker, num_workers)
         elif phase == gate_up_phase:
-            gate_up(path, form, job.hidden * weight_bytes, job, worker, num_workers, room)
+            gate_up(path, form, job.hidden * weight_bytes, job, worker, num_workers)
         else:
-            down(path, job.width * weight_bytes, job, worker, num_workers, room)
+            down(path, job.width * weight_bytes, job, worker, num_workers)
 
     return stage

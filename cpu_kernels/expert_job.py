@@ -14,8 +14,9 @@ ADDRESSES = (
     # What a step brings: float32 [T, H], int32 [T, S], float32 [T, S]; place_of is int32: the place
     # of each expert that ids can name among those held, -1 if it is not, or 0 if they are the same.
     *("x", "ids", "weights", "place_of", "out"),
-    # Scratch: prepared rows of x and of act, act itself float32 [P, act_cols], routes of a worker.
-    *("x_rows", "act_rows", "act", "routes", "routes_stride"),
+    # Scratch: prepared rows of x and of act, act itself float32 [P, act_cols]; and each worker's
+    # own: a Room, then its routes.
+    *("x_rows", "act_rows", "act", "workers", "worker_stride"),
     "error",  # where to complain
 )
 SIZES = (
@@ -28,6 +29,19 @@ JOB = np.dtype(
         *((name, np.int64) for name in (*ADDRESSES, *SIZES)),
         ("limit", np.float32),  # of a clamped activation
         ("alpha", np.float32),
+    ]
+)
+
+PANEL_TOKENS = 16  # tokens whose products wait for their activation at a time
+PANEL_ROWS = 32  # rows of weights that stay in cache while all tokens pass over them
+
+# What one worker needs while it multiplies a panel.
+ROOM = np.dtype(
+    [
+        ("products", np.float32, (2, PANEL_TOKENS, PANEL_ROWS)),
+        ("act", np.float32, (PANEL_ROWS,)),
+        ("xs", np.int64, (PANEL_TOKENS,)),  # addresses of tokens' rows
+        ("rows", np.int64, (PANEL_ROWS,)),  # addresses of rows of weights
     ]
 )
 

@@ -3,10 +3,21 @@
 import numpy as np
 
 from cpu_kernels.addresses import f32_array, i64_array
+from cpu_kernels.expert_job import PANEL_ROWS, PANEL_TOKENS
 from cpu_kernels.intrinsics import jit
 
-PANEL_TOKENS = 16  # tokens whose products wait for their activation at a time
 UNKNOWN_ID = 1  # error: an id names no expert
+
+
+@jit
+def room_of(job, worker):
+    """A worker's (products [2, PANEL_TOKENS, PANEL_ROWS], act [PANEL_ROWS], xs, rows)."""
+    at = job.workers + worker * job.worker_stride
+    size = PANEL_TOKENS * PANEL_ROWS
+    products = f32_array(at, 2 * size).reshape(2, PANEL_TOKENS, PANEL_ROWS)
+    act = f32_array(at + 8 * size, PANEL_ROWS)
+    at += 8 * size + 4 * PANEL_ROWS
+    return products, act, i64_array(at, PANEL_TOKENS), i64_array(at + 8 * PANEL_TOKENS, PANEL_ROWS)
 
 
 @jit

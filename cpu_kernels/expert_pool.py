@@ -11,17 +11,16 @@ import numpy.typing as npt
 
 from cpu_kernels.activations import ACTIVATIONS
 from cpu_kernels.checks import FLOAT, ID, check_array
+from cpu_kernels.compiled import stage_address
 from cpu_kernels.dense_stage import make_dense_stage
 from cpu_kernels.dot_tile import x_bytes
-from cpu_kernels.expert_job import JOB
+from cpu_kernels.expert_job import JOB, ROOM
 from cpu_kernels.expert_reference import F32
 from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import PATHS, Activations, KernelPath, path_number
-from cpu_kernels.packed_layout import BLOCK_ROWS
 from cpu_kernels.packed_stage import make_packed_stage
 from cpu_kernels.routes import COUNTS
 from cpu_kernels.threads import StageError, WorkerPool
-from cpu_kernels.compiled import stage_address
 
 I32 = npt.NDArray[np.int32]
 LINE = 64  # bytes of a cache line
@@ -171,10 +170,10 @@ class ExpertPool:
     def _bind_scratch(self, layer: ExpertLayer, num_tokens: int, num_pairs: int) -> None:
         record, path = layer.record[0], layer.path
         x_row_bytes, act_row_bytes, act_cols = layer.row_sizes()
-        stride = 8 * routes_words(layer.experts.num_experts, num_pairs)
-        record["routes_stride"] = stride
+        stride = ROOM.itemsize + 8 * routes_words(layer.experts.num_experts, num_pairs)
+        record["worker_stride"] = stride
         sizes = {
-            "routes": stride * self.num_threads,
+            "workers": stride * self.num_threads,
             "x_rows": num_tokens * x_row_bytes,
             "act_rows": num_pairs * act_row_bytes,
             "act": num_pairs * act_cols * 4,
@@ -215,9 +214,7 @@ def _address(array: npt.NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _check_step(
-    layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out_TH: F32
-) -> None:
+def _check_step(layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out_TH: F32) -> None:
     if ids_TS.ndim != 2:
         raise ValueError(f"ids must be [T, S], not {ids_TS.shape}")
     x_shape = (len(ids_TS), layer.experts.hidden)

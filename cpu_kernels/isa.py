@@ -40,6 +40,8 @@ NEEDS: dict[str, tuple[frozenset[str], ...]] = {
     ),
     "avx512": (frozenset({"avx512f", "avx512bw", "avx512vl"}),),
 }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Isa:
     """The extensions that the kernels may use on one CPU, and the path that they take."""
@@ -139,9 +141,7 @@ def host_isa() -> Isa:
     ValueError if that names no path or one that this CPU cannot run.
     """
     forced = os.environ.get(VARIABLE) or None
-    return isa_from_features(
-        platform.machine(), llvm.get_host_cpu_name(), _host_features(), forced
-    )
+    return isa_from_features(platform.machine(), llvm.get_host_cpu_name(), _host_features(), forced)
 
 
 def _restrict_numba() -> None:

@@ -13,14 +13,14 @@ import numpy as np
 
 from cpu_kernels.activations import activate
 from cpu_kernels.addresses import f32_array
-from cpu_kernels.expert_job import job_array
+from cpu_kernels.expert_job import PANEL_ROWS, PANEL_TOKENS, job_array
 from cpu_kernels.expert_parts import (
-    PANEL_TOKENS,
     add_bias,
     add_weighted,
     clear_out,
     complain,
     padded,
+    room_of,
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS
@@ -39,13 +39,13 @@ from cpu_kernels.routes import (
 def multiply_block(path, full, part, block, xs, num_xs, num_groups, out):
     """out[t, r] = row r of the block . x of token t; ``xs`` is padded to whole tiles."""
     for t in range(0, num_xs, full):
-        at = out + t * ROWS * 4
+        at = out + t * PANEL_ROWS * 4
         if num_xs - t == 1:
-            packed_tile(path, 1, block, xs, t, num_groups, at)
+            packed_tile(path, 1, block, xs, t, num_groups, at, PANEL_ROWS)
         elif num_xs - t <= part:
-            packed_tile(path, part, block, xs, t, num_groups, at)
+            packed_tile(path, part, block, xs, t, num_groups, at, PANEL_ROWS)
         else:
-            packed_tile(path, full, block, xs, t, num_groups, at)
+            packed_tile(path, full, block, xs, t, num_groups, at, PANEL_ROWS)
 
 
 @jit
@@ -73,8 +73,7 @@ def gate_up_block(path, full, part, job, sizes, place, block, first, last, token
 
 @jit
 def gate_up(path, full, part, job, sizes, worker, num_workers):
-    xs = np.empty(PANEL_TOKENS, np.int64)
-    products = np.empty((2, PANEL_TOKENS, ROWS), np.float32)
+    products, _, xs, _ = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
     blocks = (job.width + ROWS - 1) // ROWS
@@ -87,7 +86,18 @@ def gate_up(path, full, part, job, sizes, worker, num_workers):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 gate_up_block(
-                    path, full, part, job, sizes, places[n], block, first, last, tokens, xs, products
+                    path,
+                    full,
+                    part,
+                    job,
+                    sizes,
+                    places[n],
+                    block,
+                    first,
+                    last,
+                    tokens,
+                    xs,
+                    products,
                 )
 
 
@@ -107,8 +117,7 @@ def down_block(path, full, part, job, sizes, place, block, first, last, pairs, x
 
 @jit
 def down(path, full, part, job, sizes, worker, num_workers):
-    xs = np.empty(PANEL_TOKENS, np.int64)
-    products = np.empty((2, PANEL_TOKENS, ROWS), np.float32)
+    products, _, xs, _ = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
     blocks = (job.hidden + ROWS - 1) // ROWS

@@ -5,9 +5,16 @@ worker would (8 choices of 128 experts: 0.3 us).
 """
 
 from cpu_kernels.addresses import f32_array, i32_array, i64_array
+from cpu_kernels.expert_job import ROOM
 from cpu_kernels.intrinsics import jit
 
+ROOM_BYTES = ROOM.itemsize
 COUNTS = 8  # int64 in front: number of experts that have a token, and room up to a cache line
+
+
+@jit
+def routes_address(job, worker):
+    return job.workers + worker * job.worker_stride + ROOM_BYTES
 
 
 @jit
@@ -17,7 +24,7 @@ def make_routes(job, worker):
     Choices of -1 and of experts that are not held here are left out.
     """
     num_pairs = job.num_tokens * job.top_k
-    base = job.routes + worker * job.routes_stride
+    base = routes_address(job, worker)
     words = i64_array(base, COUNTS + 2 * job.num_experts + 1 + num_pairs)
     expert = words[COUNTS : COUNTS + job.num_experts]
     start = words[COUNTS + job.num_experts : COUNTS + 2 * job.num_experts + 1]
@@ -63,7 +70,7 @@ def place_at(job, place_of, expert):
 @jit
 def routed_experts(job, worker):
     """(places [N], starts [N + 1]) of the experts that have a token."""
-    base = job.routes + worker * job.routes_stride
+    base = routes_address(job, worker)
     num_routed = i64_array(base, 1)[0]
     expert = i64_array(base + 8 * COUNTS, num_routed)
     return expert, i64_array(base + 8 * (COUNTS + job.num_experts), num_routed + 1)
@@ -73,7 +80,7 @@ def routed_experts(job, worker):
 def routed_pairs(job, worker):
     """(tokens, weights), [P] both, in the order of the starts."""
     num_pairs = job.num_tokens * job.top_k
-    at = job.routes + worker * job.routes_stride + 8 * (COUNTS + 2 * job.num_experts + 1)
+    at = routes_address(job, worker) + 8 * (COUNTS + 2 * job.num_experts + 1)
     return i64_array(at, num_pairs), f32_array(at + 8 * num_pairs, num_pairs)
 
 

@@ -101,12 +101,14 @@ def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(function, arguments)
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line of ``address``; one out of bounds does no harm."""
+def prefetch(builder: Any, address: Any, *, to_level_1: bool) -> None:
+    """Ask for the cache line of ``address``, to the first or the second level of cache.
+
+    An address out of bounds does no harm.
+    """
     place = pointer(builder, address, I8)
-    import os
-    read, all_levels, data = I32(0), I32(int(os.environ.get("EXP_L","3"))), I32(1)
-    call(builder, "llvm.prefetch.p0i8", ir.VoidType(), place, read, all_levels, data)
+    read, locality, data = I32(0), I32(3 if to_level_1 else 2), I32(1)
+    call(builder, "llvm.prefetch.p0i8", ir.VoidType(), place, read, locality, data)
 
 
 def dot4(builder: Any, total: Any, codes: Any, x: Any, lanes: int) -> Any:
