@@ -93,7 +93,8 @@ class WorkerPool:
         self.words = aligned_words() if words is None else _checked(words)
         self.words[:NUM_WORDS] = 0
         self._crew = Crew(self.words, num_threads)
-        self._crew.set_patience(*_patience(spin_us, has_spare_cores=cores > num_threads))
+        num_busy = num_threads + (not self.caller_works)  # a caller that waits spins too
+        self._crew.set_patience(*_patience(spin_us, has_spare_cores=cores > num_busy))
         self._free_numbers: list[int] = []
         self._rung = 0
         cpus = spread(machine, num_threads) if can_pin() else None
