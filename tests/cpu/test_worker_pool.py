@@ -74,7 +74,7 @@ def test_a_feeder_without_python(num_threads: int) -> None:
     counter, rng = np.zeros(1, np.int64), np.random.default_rng(5)
     with WorkerPool(num_threads, caller_works=False) as pool, pool.awake():
         numbers = np.array([count_job(pool, counter, n + 1, 10**n) for n in (0, 1, 3)])
-        chosen = rng.integers(0, 3, 2000 if num_threads == 1 else 200)
+        chosen = rng.integers(0, 3, 500 if num_threads == 1 else 100)
         done = np.array([1, 2 * 10, 4 * 1000]) * num_threads
         seen = np.zeros(len(chosen), np.int64)
         feed(pool.words.ctypes.data, numbers[chosen], counter.ctypes.data, seen)
