@@ -150,6 +150,18 @@ def call_stage(typingctx, stage, job, phase, worker, num_workers):
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
+_usleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+@jit
+def nap():
+    """Sleep for some 100 us; a pause where the system cannot."""
+    if HAS_YIELD:
+        _usleep(np.uint32(50))
+    else:
+        pause()
+
+
 @jit
 def yield_core():
     """Let another thread have this core if one waits; a pause where the system cannot."""

@@ -30,6 +30,7 @@ from cpu_kernels.intrinsics import (
     flush_denormals,
     i64_array,
     jit,
+    nap,
     pause,
     set_float_control,
     store_release,
@@ -56,6 +57,10 @@ LINE = 16  # int64
 NUM_WORDS = LINE * 10
 
 FOREVER = 2**62  # of SPINS
+# After its pauses a worker that waits for others offers its core (0.4 us each if nobody wants it),
+# then naps: only an idle core takes over a thread that waits for another core. With a busy process
+# beside 2 workers on 2 cores a job of 0.08 ms took 0.09 ms on average, without naps 1.1 ms.
+OFFERS = 1000
 MAX_JOBS = 4096  # length of the table of addresses
 
 # Why compiled code came back to Python.
@@ -67,6 +72,7 @@ def wait_while(words, index, value, is_patient):
     """Spin while words[index] == value; returns what it is then.
 
     Gives up, returning ``value``, after a stop, or after words[SPINS] looks if not ``is_patient``.
+    Only who is patient naps: the others wait for a bell, which should be heard at once.
     """
     spins, patience = 0, words[PATIENCE]
     while True:
@@ -78,8 +84,10 @@ def wait_while(words, index, value, is_patient):
         spins += 1
         if spins < patience:
             pause()
-        else:
+        elif spins < patience + OFFERS or not is_patient:
             yield_core()
+        else:
+            nap()
 
 
 @jit
@@ -88,6 +96,9 @@ def meet(words, ends_job, num_workers):
 
     Returns IDLE, STOPPED, or FINISHED in the worker that ended a job whose caller sleeps.
     """
+    # ns per meeting of 2 threads with nothing else to do: this 175; all spin on the counter itself
+    # 115, yet each arrival then has to win its line back from all who spin; one gathers a flag of
+    # each and releases the others 225; all read all flags 116, but N * N lines travel.
     generation = atomic_load(words, GENERATION)  # cannot change before we have arrived
     if atomic_add(words, ARRIVED, 1) < num_workers - 1:
         is_released = wait_while(words, GENERATION, generation, True) != generation

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numba
@@ -9,7 +10,17 @@ import numpy as np
 import pytest
 from numba.core import caching
 
-from cpu_kernels.compiled import compile_entry, kernels, needs_compile, warmup
+from cpu_kernels import compiled
+from cpu_kernels.compiled import (
+    _stage,
+    compile_entry,
+    compile_stage,
+    kernels,
+    needs_compile,
+    source_hash,
+    stage_address,
+    warmup,
+)
 
 FRESH_PROCESS = """
 import numpy as np
@@ -37,6 +48,38 @@ def double(number: int) -> int:
     return 2 * number
 
 
+def store_double(job: int, phase: int, worker: int, num_workers: int) -> None:
+    pass
+
+
+def make_stage(first: int, second: str) -> Callable[[int, int, int, int], None]:
+    def stage(job: int, phase: int, worker: int, num_workers: int) -> None:
+        _ = first, second
+
+    return stage
+
+
+def test_a_stage_is_compiled_once_for_each_key() -> None:
+    address = stage_address(make_stage, 3, "a")
+    assert address == stage_address(make_stage, 3, "a") != 0
+    assert len({address, stage_address(make_stage, 4, "a"), stage_address(make_stage, 3, "b")}) == 3
+
+
+def test_a_stage_is_cached_by_key_and_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    for first, second, expected_hits in ((5, "a", 0), (5, "b", 0), (5, "a", 1)):
+        _stage.cache_clear()
+        assert _stage(make_stage, first, second).cache_hits == expected_hits
+    monkeypatch.setattr(compiled, "source_hash", lambda: "edited")
+    _stage.cache_clear()
+    assert _stage(make_stage, 5, "a").cache_hits == 0
+    assert all(
+        source_hash() in path.name or "edited" in path.name for path in tmp_path.rglob("*.nb?")
+    )
+
+
 def test_an_entry_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     for expected_hits in (0, 1):
@@ -60,6 +103,7 @@ def test_works_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match="cache"):
         numba.njit(cache=True)(double)
     assert compile_entry(double, (numba.int64,))(21) == 42
+    assert compile_stage(store_double).address
 
 
 def test_warmup_serves_both_weight_types_and_refuses_others() -> None:

@@ -1,0 +1,143 @@
+"""How many workers read memory fastest here: measured once, then remembered in a file.
+
+Often fewer than there are cores: memory is full before they are, and more only disturb each other.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.compiled import source_hash
+from cpu_kernels.isa import host_isa
+from cpu_kernels.read_kernel import read
+from cpu_kernels.threads import WorkerPool, default_num_threads
+from cpu_kernels.topology import Machine, num_cores, read_cache_bytes, read_machine
+from cpu_kernels.worker import JOB_HEADER
+
+NOISE = 0.02  # a count within this of the best is as good
+CACHES = 4  # the buffer is so many times as large as all last-level caches
+MAX_BYTES = 2**30
+SECONDS = 0.5  # for all measurements together; each count is read at least once
+PAGE_WORDS = 512
+
+
+def best_num_threads(candidates: Iterable[int], measure: Callable[[int], float]) -> int:
+    """The smallest of the counts whose ``measure`` (more is better) is within NOISE of the best."""
+    rates = {count: measure(count) for count in sorted(candidates)}
+    return min(count for count, rate in rates.items() if rate >= (1 - NOISE) * max(rates.values()))
+
+
+def counts_to_try(limit: int) -> list[int]:
+    """A handful of counts up to ``limit``; memory is rarely full with less than a third."""
+    return sorted({limit, *(max(1, limit * part // 8) for part in (3, 4, 5, 6, 7))})
+
+
+def measured_num_threads() -> int:
+    """The number of workers that reads memory fastest, at most the default; takes up to 1 s.
+
+    Later calls find it in ``$XDG_CACHE_HOME/fiddler/cpu.json``, for as long as the machine and
+    these sources stay the same. A file that cannot be read or written is as good as none.
+    """
+    machine = read_machine()
+    path, fingerprint = cache_file(), fingerprint_of(machine)
+    known = load_count(path, fingerprint)
+    if known is None:
+        known = _measure(default_num_threads(num_cores(machine)))
+        store_count(path, fingerprint, known)
+    return known
+
+
+def fingerprint_of(machine: Machine) -> dict[str, Any]:
+    """What the answer depends on, as JSON gives it back."""
+    nodes = sorted(set(machine.node_of.values()))
+    return {
+        "cpu": host_isa().cpu,
+        "cpus": sorted(machine.core_of),
+        "cores": num_cores(machine),
+        "nodes": nodes,
+        "sources": source_hash(),
+    }
+
+
+def cache_file() -> Path:
+    """Where the answer is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler" / "cpu.json"
+
+
+def load_count(path: Path, fingerprint: dict[str, Any]) -> int | None:
+    """The number in the file; None if there is none for this machine."""
+    try:
+        found = json.loads(path.read_text())
+        count = found["num_threads"] if found["machine"] == fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return count if isinstance(count, int) and count >= 1 else None
+
+
+def store_count(path: Path, fingerprint: dict[str, Any], num_threads: int) -> None:
+    """Write the file whole or not at all."""
+    text = json.dumps({"machine": fingerprint, "num_threads": num_threads})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    except OSError:
+        return  # measured again at the next start
+
+
+def _measure(limit: int) -> int:
+    if limit == 1:
+        return 1
+    counts = counts_to_try(limit)
+    with WorkerPool(limit) as pool:
+        arena = np.empty(_buffer_bytes() // 8, np.int64)
+        _touch(pool, arena)
+
+        def bytes_per_s(num_readers: int) -> float:
+            times: list[float] = []
+            started = time.perf_counter()
+            while not times or time.perf_counter() - started < SECONDS / len(counts):
+                before = time.perf_counter()
+                read(pool, arena, num_readers)
+                times.append(time.perf_counter() - before)
+            return arena.nbytes / min(times)
+
+        return best_num_threads(counts, bytes_per_s)
+
+
+def _touch(pool: WorkerPool, arena: np.ndarray[Any, Any]) -> None:
+    """Give every page memory of its own, near the worker that reads it when all read.
+
+    Untouched pages would all be the same page of zeros, in cache.
+    """
+
+    def touch_share(phase: int, worker: int, num_workers: int) -> None:
+        share = slice(len(arena) * worker // num_workers, len(arena) * (worker + 1) // num_workers)
+        arena[share][::PAGE_WORDS] = 1
+
+    number = pool.add_job(np.array([(0, 1)], JOB_HEADER), touch_share)
+    pool.ring(number)
+    pool.wait()
+    pool.remove_job(number)
+
+
+def _buffer_bytes() -> int:
+    """Several times the caches, within MAX_BYTES and a quarter of the free memory; whole pages."""
+    wanted = CACHES * (read_cache_bytes() or 64 * 2**20)
+    return max(2**20, min(wanted, MAX_BYTES, _free_bytes() // 4)) // 4096 * 4096
+
+
+def _free_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return 2 * MAX_BYTES
+    kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kilobytes) * 1024
