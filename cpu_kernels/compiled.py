@@ -15,7 +15,7 @@ from typing import Any
 import numba
 from numba import types
 
-from cpu_kernels import intrinsics, worker
+from cpu_kernels import addresses, intrinsics, worker
 
 FOLDER = Path(__file__).parent
 
@@ -44,24 +44,24 @@ def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     num_words, num_jobs = worker.NUM_WORDS, worker.MAX_JOBS
 
     def worker_loop(words, table, number, phase, index, num_workers):
-        shared = intrinsics.i64_array(words, num_words)
-        jobs = intrinsics.i64_array(table, num_jobs)
+        shared = addresses.i64_array(words, num_words)
+        jobs = addresses.i64_array(table, num_jobs)
         return worker.worker_loop(shared, jobs, number, phase, index, num_workers)
 
     def work_as_caller(words, table, number, phase, num_workers):
-        shared = intrinsics.i64_array(words, num_words)
-        jobs = intrinsics.i64_array(table, num_jobs)
+        shared = addresses.i64_array(words, num_words)
+        jobs = addresses.i64_array(table, num_jobs)
         return worker.work_as_caller(shared, jobs, number, phase, num_workers)
 
     def ring(words, number):
-        return worker.ring(intrinsics.i64_array(words, num_words), number)
+        return worker.ring(addresses.i64_array(words, num_words), number)
 
     def wait_while(words, index, value, is_patient):
-        shared = intrinsics.i64_array(words, num_words)
+        shared = addresses.i64_array(words, num_words)
         return worker.wait_while(shared, index, value, is_patient)
 
     def announce(words, index, value, other):
-        return worker.announce(intrinsics.i64_array(words, num_words), index, value, other)
+        return worker.announce(addresses.i64_array(words, num_words), index, value, other)
 
     def flush_denormals():
         intrinsics.flush_denormals()

@@ -1,4 +1,4 @@
-"""What the stages of packed and of row-major weights share: biases, the weighted sum, complaints."""
+"""What the stages of packed and row-major weights share: room, biases, the weighted sum."""
 
 import numpy as np
 

@@ -171,27 +171,6 @@ def yield_core():
         pause()
 
 
-def _array_at(element: Any) -> Any:
-    @intrinsic
-    def pointer(typingctx, address):
-        def codegen(context, builder, signature, args):
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(types.int64), codegen
-
-    carray: Any = numba.carray  # type: ignore[attr-defined]
-
-    @jit
-    def array_at(address, length):
-        return carray(pointer(address), (length,))
-
-    return array_at
-
-
-f32_array = _array_at(types.float32)  # (address, length): the array that lies there
-i64_array = _array_at(types.int64)
-
-
 @intrinsic
 def power_of_two(typingctx, shifted):
     """2.0**n of a float32 n + 1.5 * 2**23, n from -126 to 127: its low bits are n."""

@@ -49,9 +49,10 @@ def multiply_block(path, full, part, block, xs, num_xs, num_groups, out):
 
 
 @jit
-def gate_up_block(path, full, part, job, sizes, place, block, first, last, tokens, xs, products):
+def gate_up_block(path, full, part, job, sizes, panel, tokens, xs, products):
     """act[pairs first to last, rows of the block] of one expert."""
     num_groups, block_bytes = sizes
+    place, block, first, last = panel
     row, num_pairs = block * ROWS, last - first
     num_rows = min(ROWS, job.width - row)
     for t in range(padded(num_pairs)):
@@ -85,26 +86,15 @@ def gate_up(path, full, part, job, sizes, worker, num_workers):
         for block in range(first_block, last_block):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
-                gate_up_block(
-                    path,
-                    full,
-                    part,
-                    job,
-                    sizes,
-                    places[n],
-                    block,
-                    first,
-                    last,
-                    tokens,
-                    xs,
-                    products,
-                )
+                panel = (places[n], block, first, last)
+                gate_up_block(path, full, part, job, sizes, panel, tokens, xs, products)
 
 
 @jit
-def down_block(path, full, part, job, sizes, place, block, first, last, pairs, xs, products):
+def down_block(path, full, part, job, sizes, panel, pairs, xs, products):
     """out[tokens of the pairs, rows of the block] += weight * down of one expert."""
     num_groups, block_bytes = sizes
+    place, block, first, last = panel
     row, num_pairs = block * ROWS, last - first
     num_rows = min(ROWS, job.hidden - row)
     for t in range(padded(num_pairs)):
@@ -127,9 +117,8 @@ def down(path, full, part, job, sizes, worker, num_workers):
         for block in range(begin, end):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
-                down_block(
-                    path, full, part, job, sizes, places[n], block, first, last, pairs, xs, products
-                )
+                panel = (places[n], block, first, last)
+                down_block(path, full, part, job, sizes, panel, pairs, xs, products)
 
 
 @jit

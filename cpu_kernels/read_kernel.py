@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels.addresses import i64_array
 from cpu_kernels.compiled import stage_address
-from cpu_kernels.intrinsics import i64_array, jit
+from cpu_kernels.intrinsics import jit
 from cpu_kernels.threads import WorkerPool
 from cpu_kernels.worker import JOB_HEADER
 

@@ -84,8 +84,8 @@ def routed_pairs(job, worker):
     return i64_array(at, num_pairs), f32_array(at + 8 * num_pairs, num_pairs)
 
 
-# What reading a tile of weights costs, in units of multiplying it with one token (measured: 8 tokens
-# take 1.4 to 1.5 times as long as one).
+# What reading a tile of weights costs, in units of multiplying it with one token (measured: eight
+# tokens take 1.4 to 1.5 times as long as one).
 READ_COST = 16
 
 

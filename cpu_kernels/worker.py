@@ -21,6 +21,7 @@ sides write a word and then read the other's: DOORBELL and PARKED (ring, park), 
 
 import numpy as np
 
+from cpu_kernels.addresses import i64_array
 from cpu_kernels.intrinsics import (
     atomic_add,
     atomic_load,
@@ -28,7 +29,6 @@ from cpu_kernels.intrinsics import (
     call_stage,
     float_control,
     flush_denormals,
-    i64_array,
     jit,
     nap,
     pause,

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cpu_kernels.addresses import i64_array
 from cpu_kernels.arena import Arena
 from cpu_kernels.compiled import kernels
 from cpu_kernels.expert_pool import ExpertLayer, ExpertPool, aligned_floats
 from cpu_kernels.experts import Experts
-from cpu_kernels.intrinsics import atomic_load, i64_array, njit, pause, store_release
+from cpu_kernels.intrinsics import atomic_load, njit, pause, store_release
 from cpu_kernels.isa import VARIABLE, host_isa
 from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.read_kernel import read
@@ -219,9 +220,8 @@ def narrow_rows(level: str, options: argparse.Namespace) -> list[Row]:
     command += ["--rounds", str(options.rounds)]
     if options.threads:
         command += ["--threads", str(options.threads)]
-    run = subprocess.run(
-        command, env=os.environ | {VARIABLE: level}, capture_output=True, text=True
-    )
+    forced = os.environ | {VARIABLE: level}
+    run = subprocess.run(command, env=forced, capture_output=True, text=True)
     if run.returncode:
         print(f"{VARIABLE}={level}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return []

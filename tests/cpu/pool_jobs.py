@@ -10,8 +10,9 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels.addresses import i64_array
 from cpu_kernels.compiled import stage_address
-from cpu_kernels.intrinsics import atomic_add, atomic_load, i64_array, pause, store_release
+from cpu_kernels.intrinsics import atomic_add, atomic_load, pause, store_release
 from cpu_kernels.threads import WorkerPool
 from cpu_kernels.worker import DONE_BELL, DOORBELL, JOB_HEADER, NUM_WORDS
 

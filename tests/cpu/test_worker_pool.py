@@ -17,8 +17,9 @@ from pool_jobs import (
     python_job,
 )
 
+from cpu_kernels.addresses import f32_array, i64_array
 from cpu_kernels.compiled import stage_address
-from cpu_kernels.intrinsics import atomic_store, f32_array, i64_array
+from cpu_kernels.intrinsics import atomic_store
 from cpu_kernels.isa import host_isa
 from cpu_kernels.read_kernel import read
 from cpu_kernels.threads import StageError, WorkerPool, default_num_threads
