@@ -34,15 +34,12 @@ from cpu_kernels.worker import DONE_BELL, DOORBELL, NUM_WORDS
 from scripts.bench.cpu_arena import SHAPES, Shape, fill_experts
 from scripts.bench.rows import Row, at_least, at_most, row_from, table, write
 
-# weights/activations: least share of a plain read that one token must reach
-BANDWIDTH = {
-    "bf16/f32": 0.85,
-    "bf16/bf16": 0.85,
-    "w8g128/f32": 0.85,
-    "w8g128/int8": 0.85,
-    "w4g128/int8": 0.75,
-}
-NARROW = {"bf16/f32": 0.75, "w4g128/int8": 0.6}  # the same with FIDDLER_ISA=avx2 and avxvnni
+# Least share of a plain read that one token must reach, by the weights' codes; and the same with
+# FIDDLER_ISA=avx2 and avxvnni.
+BANDWIDTH = {"bf16": 0.85, "int8": 0.85, "int4": 0.75}
+NARROW_BANDWIDTH = {"bf16": 0.75, "int8": 0.75, "int4": 0.6}
+KINDS = "bf16/f32,bf16/bf16,w8g128/f32,w8g128/int8,w4g128/int8"  # weights/activations
+NARROW_KINDS = "bf16/f32,w4g128/int8"
 TOKENS = {4: 1.25, 8: 1.6}  # tokens that share experts: largest time in units of one token's
 EMPTY_CALL_US = 15.0
 EMPTY_FLAG_US = 3.0
@@ -128,12 +125,12 @@ def kind_rows(
     arena: Arena,
     shape: Shape,
     kind: str,
-    targets: dict[str, float],
-    tokens: dict[int, float],
-    rounds: int,
+    options: argparse.Namespace,
 ) -> tuple[list[Row], float]:
     """The rows of one shape and kind; and the fastest that memory was read by any means, GB/s."""
     weights, activations = kind.split("/")
+    tokens = {} if options.narrow else TOKENS
+    targets = NARROW_BANDWIDTH if options.narrow else BANDWIDTH
     experts, used = fill_experts(arena, shape, parse_kind(weights))
     layers = {
         count: LayerCalls(pool, experts, _activations(activations), shape, count)
@@ -145,7 +142,7 @@ def kind_rows(
     with pool.workers.awake():
         for calls in layers.values():
             calls.run()
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             read_s.append(seconds(lambda: read(pool.workers, used, readers)))
             for count, calls in layers.items():
                 layer_s[count].append(seconds(calls.run))
@@ -161,7 +158,7 @@ def kind_rows(
             "GB/s",
             giga / median(read_s),
             median(r / s for r, s in zip(read_s, one_s, strict=True)),
-            targets[kind],
+            targets[experts.kind.codes],
         )
     ]
     for count, target in tokens.items():
@@ -231,14 +228,12 @@ def narrow_rows(level: str, options: argparse.Namespace) -> list[Row]:
 def measure(options: argparse.Namespace) -> tuple[list[Row], float]:
     """All rows that this process measures, and the fastest read in GB/s."""
     arena = Arena(max(shape.arena_bytes for shape in SHAPES.values()))
-    targets = NARROW if options.narrow else BANDWIDTH
-    tokens = {} if options.narrow else TOKENS
-    chosen = options.kinds.split(",") if options.kinds else list(targets)
+    chosen = (options.kinds or (NARROW_KINDS if options.narrow else KINDS)).split(",")
     rows, fastest = [], 0.0
     with ExpertPool(options.threads) as pool:
         for shape in SHAPES.values():
             for kind in chosen:
-                found, speed = kind_rows(pool, arena, shape, kind, targets, tokens, options.rounds)
+                found, speed = kind_rows(pool, arena, shape, kind, options)
                 rows += found
                 fastest = max(fastest, speed)
         if not options.narrow:
