@@ -99,6 +99,7 @@ class WorkerPool:
         self._crew.set_patience(*_patience(spin_us, has_spare_cores=cores > num_busy))
         self._free_numbers: list[int] = []
         self._rung = 0
+        self._is_open = True
         cpus = spread(machine, num_threads) if can_pin() else None
         threads = [
             threading.Thread(
@@ -149,7 +150,7 @@ class WorkerPool:
         crew = self._crew
         if crew.failure is not None:
             raise crew.failure
-        assert self._finalizer.alive, "the pool is closed"
+        assert self._is_open, "the pool is closed"
         assert not self._rung, "the job before has not been waited for"
         assert number in crew.jobs, number
         self._rung = number
@@ -169,10 +170,10 @@ class WorkerPool:
             self._rung = 0
         if self._crew.failure is not None:
             raise self._crew.failure
-        code = int(self.words[ERROR])
+        code = self.words[ERROR]
         if code:
             self.words[ERROR] = 0
-            raise StageError(code)
+            raise StageError(int(code))
 
     def wake(self) -> None:
         """Let parked workers spin again for a while."""
@@ -190,12 +191,13 @@ class WorkerPool:
         Raises what :meth:`wait` would, if it was not called for the job.
         """
         try:
-            if self._finalizer.alive and self._rung:
+            if self._is_open and self._rung:
                 self.wait()
-            elif self._finalizer.alive and self.words[DOORBELL]:  # another feeder's
+            elif self._is_open and self.words[DOORBELL]:  # another feeder's
                 self.wake()
                 self._crew.wait_done()
         finally:
+            self._is_open = False
             self._finalizer()
 
     def __enter__(self) -> Self:
@@ -213,7 +215,8 @@ class WorkerPool:
 def _end(crew: Crew, threads: list[threading.Thread]) -> None:
     crew.stop()
     for thread in threads:
-        thread.join()
+        if thread is not threading.current_thread():  # a Python stage dropped the pool
+            thread.join()
 
 
 def _checked(words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
