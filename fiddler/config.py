@@ -1,6 +1,6 @@
 """Every setting of an engine, resolved once; nothing below this reads the environment."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,6 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value, Integral) and value >= 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def option_names() -> list[str]:
-    """Names of all engine options, for help texts and tests."""
-    return [f.name for f in fields(EngineConfig)]
 
 
 def _is_number(value: object, kind: type) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from cpu_kernels.compiled import needs_compile
-from cpu_kernels.expert_mlp import ExpertPool
+from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.thread_count import measured_num_threads
 from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.engine.engine import Engine
 from fiddler.engine.pages import PagePool
@@ -37,7 +38,7 @@ from fiddler.models.weights import CheckpointSource, WeightSource, load_dense, l
 from fiddler.planning import plan_model
 from fiddler.text.chat_template import ChatTemplate
 from fiddler.text.tokenizer import Tokenizer
-from offload.executor import HybridExperts
+from offload.executor import HybridExperts, warm_up
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.hardware import Hardware, probe
 from offload.layout import MARGIN_FIXED_BYTES
@@ -87,7 +88,7 @@ def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> L
         device = torch.device("cuda" if hardware.has_gpu else "cpu")
         resources.callback(_give_back_memory, device)
         limit_vram(plan, hardware, resources)
-        pool = resources.enter_context(_start_pool(settings, on_progress))
+        pool = resources.enter_context(_start_pool(settings, plan, dtypes, on_progress))
         runner, experts = _load_weights(
             settings, source, files.config, plan, dtypes, device, pool, on_progress, resources
         )
@@ -191,16 +192,27 @@ def limit_vram(plan: Plan, hardware: Hardware, resources: ExitStack) -> None:
     apply()
 
 
-def _start_pool(settings: EngineConfig, on_progress: Progress | None) -> ExpertPool:
+def _start_pool(
+    settings: EngineConfig, plan: Plan, dtypes: Dtypes, on_progress: Progress | None
+) -> ExpertPool:
+    """Workers with compiled kernels, before the weights are read: who waits sees what for."""
     cores = os.cpu_count() or 1
     if settings.cpu_threads is not None and settings.cpu_threads > cores:
         raise ConfigError(
             f"{settings.cpu_threads} CPU threads were asked for, but there are {cores} cores",
             hint="waiting threads spin: more than cores only slow each other down",
         )
-    if on_progress is not None and needs_compile():
-        on_progress("compiling CPU kernels, once", 0, 1)
-    return ExpertPool(settings.cpu_threads)
+    report = on_progress if on_progress is not None and needs_compile() else _no_progress
+    report("compiling CPU kernels, once", 0, 1)
+    pool = ExpertPool(settings.cpu_threads or measured_num_threads())
+    if plan.memory.cpu_experts:
+        warm_up(pool, getattr(torch, dtypes.expert))
+    report("compiling CPU kernels, once", 1, 1)
+    return pool
+
+
+def _no_progress(what: str, done: int, total: int) -> None:
+    """For who does not watch."""
 
 
 def _load_weights(
@@ -225,6 +237,7 @@ def _load_weights(
         max_tokens=max(settings.max_batched_tokens, settings.max_num_seqs),
         top_k=config.top_k,
     )
+    resources.callback(experts.clear)
     runner = Runner(
         Decoder(config, dense, _kernels(config, plan, device), experts),
         num_pages=plan.num_pages,

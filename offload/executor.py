@@ -9,30 +9,41 @@ Shapes: T tokens, K top-k, H hidden, E experts, P (token, expert) pairs, M token
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from offload.expert_store import ExpertStore, LayerExperts, as_numpy
+from cpu_kernels.experts import Experts
+from offload.cold_weights import cold_weights
+from offload.expert_store import ExpertStore, LayerExperts
+from offload.host_buffers import HostBuffers, HostRows
 
 
 class WorkerPool(Protocol):
-    """The part of :class:`cpu_kernels.expert_mlp.ExpertPool` that is used here."""
+    """The part of :class:`cpu_kernels.expert_pool.ExpertPool` that is used here."""
+
+    def add_layer(self, experts: Experts, *, place_of: np.ndarray | None = None) -> Any: ...
+
+    def remove_layer(self, layer: Any) -> None: ...
 
     def submit(
         self,
-        w13_EFH: np.ndarray,
-        w2_EHI: np.ndarray,
+        layer: Any,
         x_TH: np.ndarray,
-        expert_P: np.ndarray,
-        token_P: np.ndarray,
-        weight_P: np.ndarray,
+        ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
         out_TH: np.ndarray,
+        /,
     ) -> None: ...
 
     def wait(self) -> None: ...
+
+
+def warm_up(pool: WorkerPool, dtype: torch.dtype) -> None:
+    """Compile the kernels for experts of ``dtype``, by adding a layer of one small expert."""
+    pool.remove_layer(pool.add_layer(cold_weights(1, 1, 1, dtype).experts))
 
 
 @dataclass(slots=True)
@@ -59,13 +70,16 @@ class HybridExperts:
         self._store = store
         self._pool = pool
         self._device = device
-        pin = device.type == "cuda"
-        hidden = store.shape.hidden_size
-        self._x_TH = torch.empty(max_tokens, hidden, dtype=torch.float32, pin_memory=pin)
-        self._out_TH = torch.empty(max_tokens, hidden, dtype=torch.float32, pin_memory=pin)
-        self._ids_TK = torch.empty(max_tokens, top_k, dtype=torch.int64, pin_memory=pin)
-        self._weights_TK = torch.empty(max_tokens, top_k, dtype=torch.float32, pin_memory=pin)
-        self._copied = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
+        self._top_k = top_k
+        is_gpu = device.type == "cuda"
+        self._host = HostBuffers(max_tokens, store.shape.hidden_size, top_k, pin=is_gpu)
+        self._copied = torch.cuda.Event() if is_gpu else None  # type: ignore[no-untyped-call]
+        self._pool_layers: dict[int, Any] = {}  # of the layers that have cold experts
+        for layer in store.shape.moe_layers:
+            experts = store[layer]
+            if experts.cpu_experts is not None:
+                added = pool.add_layer(experts.cpu_experts, place_of=experts.row_E)
+                self._pool_layers[layer] = added
         self.counts_LE = np.zeros((store.shape.num_layers, store.shape.num_experts), dtype=np.int64)
         self.begin_step(0)
 
@@ -78,9 +92,8 @@ class HybridExperts:
 
     def routed_ids(self, rows: slice) -> np.ndarray:
         """The step's choices for some tokens, int16 ``[tokens, layers, K]``; -1: no experts."""
-        top_k = self._ids_TK.shape[1]
-        num_layers = self._store.shape.num_layers
-        chosen_TLK = np.full((rows.stop - rows.start, num_layers, top_k), -1, dtype=np.int16)
+        shape = rows.stop - rows.start, self._store.shape.num_layers, self._top_k
+        chosen_TLK = np.full(shape, -1, dtype=np.int16)
         for layer, ids_TK in self.routing.ids.items():
             chosen_TLK[:, layer] = ids_TK[rows]
         return chosen_TLK
@@ -89,33 +102,40 @@ class HybridExperts:
         self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> "PendingLayer":
         """Start one layer on both sides."""
-        num_tokens = x_TH.shape[0]
-        ids, weights = self._to_host(x_TH, ids_TK, weights_TK)
+        rows = self._to_host(x_TH, ids_TK, weights_TK)
+        _, ids, _, _ = rows.arrays
         experts = self._store[layer]
         cold_TK = experts.row_E[ids] >= 0
         self._record(layer, ids, cold_TK)
         has_cold = bool(cold_TK.any())
         if has_cold:
-            self._submit(experts, ids, weights, cold_TK)
+            self._pool.submit(self._pool_layers[layer], *rows.arrays)
         hot_TH = None if cold_TK.all() else self._resident(experts, x_TH, ids, ~cold_TK, weights_TK)
-        return PendingLayer(self, hot_TH, num_tokens, has_cold)
+        return PendingLayer(self, hot_TH, rows.out_TH if has_cold else None)
 
-    def collect(self, num_tokens: int) -> torch.Tensor:
+    def collect(self, out_TH: torch.Tensor) -> torch.Tensor:
         """Wait for the pool and return its part on the device."""
         self._pool.wait()
-        return self._out_TH[:num_tokens].to(self._device, non_blocking=True)
+        return out_TH.to(self._device, non_blocking=True)
+
+    def clear(self) -> None:
+        """Let the pool forget the layers and their weights; nothing can be launched after."""
+        for pool_layer in self._pool_layers.values():
+            self._pool.remove_layer(pool_layer)
+        self._pool_layers.clear()
 
     def _to_host(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        t = x_TH.shape[0]
-        self._x_TH[:t].copy_(x_TH.float(), non_blocking=True)
-        self._ids_TK[:t].copy_(ids_TK, non_blocking=True)
-        self._weights_TK[:t].copy_(weights_TK, non_blocking=True)
+    ) -> HostRows:
+        rows = self._host.rows(len(x_TH))
+        # converted where they lie: between types a copy from the device takes a detour
+        rows.x_TH.copy_(x_TH.float(), non_blocking=True)
+        rows.ids_TK.copy_(ids_TK.int(), non_blocking=True)
+        rows.weights_TK.copy_(weights_TK, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
             self._copied.synchronize()
-        return self._ids_TK[:t].numpy(), self._weights_TK[:t].numpy()
+        return rows
 
     def _record(self, layer: int, ids: np.ndarray, cold_TK: np.ndarray) -> None:
         num_cold_T = cold_TK.sum(axis=1)
@@ -123,21 +143,6 @@ class HybridExperts:
         self.routing.hot_T += ids.shape[1] - num_cold_T
         self.routing.ids[layer] = ids.astype(np.int16)
         self.counts_LE[layer] += np.bincount(ids.ravel(), minlength=self.counts_LE.shape[1])
-
-    def _submit(
-        self, experts: LayerExperts, ids: np.ndarray, weights: np.ndarray, cold_TK: np.ndarray
-    ) -> None:
-        pair_P = np.flatnonzero(cold_TK)
-        t, top_k = ids.shape
-        self._pool.submit(
-            as_numpy(experts.cpu_w13_CFH),
-            as_numpy(experts.cpu_w2_CHI),
-            self._x_TH[:t].numpy(),
-            experts.row_E[ids.ravel()[pair_P]],
-            pair_P // top_k,
-            weights.ravel()[pair_P],
-            self._out_TH[:t].numpy(),
-        )
 
     def _resident(
         self,
@@ -172,15 +177,14 @@ class PendingLayer:
 
     _experts: HybridExperts
     _hot_TH: torch.Tensor | None
-    _num_tokens: int
-    _has_cold: bool
+    _host_out_TH: torch.Tensor | None  # where the pool writes; None: nothing is cold
 
     def result(self) -> torch.Tensor:
         """Return the float32 sum ``[T, H]`` of both sides."""
-        if not self._has_cold:
+        if self._host_out_TH is None:
             assert self._hot_TH is not None
             return self._hot_TH
-        cold_TH = self._experts.collect(self._num_tokens)
+        cold_TH = self._experts.collect(self._host_out_TH)
         return cold_TH if self._hot_TH is None else cold_TH + self._hot_TH
 
 

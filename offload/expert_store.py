@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cpu_kernels.experts import Experts
+from offload.cold_weights import cold_weights
 from offload.placement import Placement
 
 # fill(layer, expert, w13_FH, w2_HI): write one expert's weights into the given tensors
@@ -33,10 +35,14 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """One layer's experts. ``slot_E`` and ``row_E`` are int32 with -1 for "not here"."""
+    """One layer's experts. ``slot_E`` and ``row_E`` are int32 with -1 for "not here".
+
+    ``cpu_experts`` are the rows as the CPU kernels take them; None: there is no row.
+    """
 
     slot_E: np.ndarray
     row_E: np.ndarray
+    cpu_experts: Experts | None
     gpu_w13_SFH: torch.Tensor
     gpu_w2_SHI: torch.Tensor
     cpu_w13_CFH: torch.Tensor
@@ -109,19 +115,13 @@ def _allocate(
     slot_E[hot] = np.arange(len(hot), dtype=np.int32)
     row_E[cold] = np.arange(len(cold), dtype=np.int32)
     f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
+    rows = cold_weights(len(cold), h, i, dtype) if cold else None
     return LayerExperts(
         slot_E,
         row_E,
+        rows.experts if rows else None,
         torch.empty(len(hot), f, h, dtype=dtype, device=device),
         torch.empty(len(hot), h, i, dtype=dtype, device=device),
-        torch.empty(len(cold), f, h, dtype=dtype),
-        torch.empty(len(cold), h, i, dtype=dtype),
+        rows.w13_CFH if rows else torch.empty(0, f, h, dtype=dtype),
+        rows.w2_CHI if rows else torch.empty(0, h, i, dtype=dtype),
     )
-
-
-def as_numpy(weights: torch.Tensor) -> np.ndarray:
-    """A zero-copy numpy view for the CPU kernels: bf16 as uint16 bit patterns, float32 as it is."""
-    if weights.dtype == torch.bfloat16:
-        return weights.view(torch.int16).numpy().view(np.uint16)
-    assert weights.dtype == torch.float32, weights.dtype
-    return weights.numpy()

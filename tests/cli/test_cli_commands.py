@@ -15,7 +15,7 @@ from fake_llm import FakeLLM
 from fiddler.cli import COMMANDS, cli, session
 from fiddler.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
 from fiddler.cli.params_edit import SETTABLE
-from fiddler.config import EngineConfig, option_names
+from fiddler.config import EngineConfig
 from fiddler.errors import OutOfMemoryError
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +182,7 @@ def test_options_not_given_leave_the_defaults(fake: list[FakeLLM]) -> None:
 
 
 def test_every_shared_option_sets_a_real_field() -> None:
-    assert {option.field for option in ENGINE_OPTIONS} <= set(option_names())
+    assert {option.field for option in ENGINE_OPTIONS} <= {field.name for field in fields(EngineConfig)}
     assert {option.field for option in SAMPLING_OPTIONS} <= set(SETTABLE)
     assert {option.type.name for option in ENGINE_OPTIONS if option.type is not None} >= {"choice"}
 

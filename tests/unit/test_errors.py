@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fiddler import errors
-from fiddler.config import EngineConfig, option_names
+from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError, FiddlerError, named_arguments, nearest, reject_unknown
 
 
@@ -96,7 +96,3 @@ def test_an_engine_option_out_of_range_names_itself_and_what_is_valid(
         EngineConfig(**{name: value})
     message = caught.value.message
     assert name in message and expected in message and message.endswith(f"not {value!r}")
-
-
-def test_option_names_are_the_fields() -> None:
-    assert {"model", "dtype", "vram_gb", "ram_gb", "seed"} <= set(option_names())
