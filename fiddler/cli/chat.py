@@ -40,9 +40,8 @@ def command(
     from fiddler.cli.interrupts import silent_keyboard
 
     with silent_keyboard():
-        opened = session.open_llm(model=model, **engine)
+        opened = session.open_llm(model=model, must_chat=True, **engine)
     with contextlib.closing(opened) as llm:
-        session.require_chat_template(llm, model)
         defaults = llm.default_params()
         chat = Chat(
             llm=llm,

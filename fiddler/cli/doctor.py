@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fiddler.cli.errors import ISA_VARIABLE
+
 if TYPE_CHECKING:
     from fiddler.cli.doctor_checks import Problem
     from fiddler.cli.doctor_facts import Facts
@@ -39,7 +41,8 @@ def facts_rows(facts: "Facts") -> dict[str, str]:
         "CUDA": _cuda(facts),
         "GPU": _gpu(facts),
         "CPU": _joined(facts.cpu, _count(facts.physical_cores, "core")),
-        "ISA": facts.isa or "",
+        "ISA": _joined(facts.isa, facts.forced_isa and f"forced by {ISA_VARIABLE}"),
+        "workers": f"{facts.num_workers} (measured)" if facts.num_workers else "",
         "NUMA": _count(facts.numa_nodes, "node"),
         "RAM": _part(facts.ram_available_bytes, facts.ram_total_bytes),
         "cache": _joined(facts.cache, _free(facts.cache_free_bytes)),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fiddler.cli.doctor_facts import Facts
+from fiddler.cli.errors import ISA_VARIABLE
 
 REQUIRED = ("torch", "numba", "numpy", "safetensors", "tokenizers", "huggingface_hub")
 LEAST_CAPABILITY = (8, 0)  # bfloat16 in the tensor cores
@@ -24,7 +25,7 @@ def execution_path(facts: Facts) -> str:
     """Which parts would compute what."""
     if any(problem.is_fatal for problem in find_problems(facts)):
         return "none: see the problems"
-    experts = f"Numba on {facts.physical_cores or 'some'} cores"
+    experts = f"Numba on {facts.num_workers or facts.physical_cores or 'some'} cores"
     if facts.gpu is not None:
         return f"hybrid: {facts.gpu.name} (Triton), experts that do not fit there by {experts}"
     return f"CPU only: attention by torch, experts by {experts}"
@@ -75,6 +76,8 @@ def _triton(facts: Facts) -> list[Problem]:
 
 def _machine(facts: Facts) -> list[Problem]:
     found = []
+    if facts.isa_refusal is not None:
+        found.append(Problem(facts.isa_refusal, f"unset {ISA_VARIABLE}", is_fatal=True))
     if facts.has_avx2 is False:
         found.append(Problem("the CPU has no AVX2: its experts are slow", "give the GPU more"))
     if facts.cache_is_writable is False:

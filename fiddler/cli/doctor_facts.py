@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fiddler.cli.errors import ISA_VARIABLE
+
 PACKAGES = (
     "torch",
     "triton",
@@ -53,7 +55,10 @@ class Facts:
     gpu: Gpu | None = None
     cpu: str | None = None
     isa: str | None = None
-    has_avx2: bool | None = None
+    forced_isa: str | None = None  # what FIDDLER_ISA says
+    isa_refusal: str | None = None  # why that cannot be
+    has_avx2: bool | None = None  # None also if FIDDLER_ISA may hide it
+    num_workers: int | None = None  # as a start has measured it
     physical_cores: int | None = None
     numa_nodes: int | None = None
     ram_total_bytes: int | None = None
@@ -167,11 +172,23 @@ def _machine() -> dict[str, Any]:
 
 
 def _isa() -> dict[str, Any]:
-    from cpu_kernels.isa import host_isa
-
+    forced = os.environ.get(ISA_VARIABLE) or None
+    try:
+        from cpu_kernels.isa import host_isa
+    except ValueError as error:
+        if forced is None:
+            raise
+        return {"forced_isa": forced, "isa_refusal": str(error)}
     isa = host_isa()
-    has_avx2 = "avx2" in isa.extensions if isa.is_x86 else None
-    return {"isa": isa.summary(), "has_avx2": has_avx2}
+    has_avx2 = "avx2" in isa.extensions if isa.is_x86 and forced is None else None
+    return {"isa": isa.summary(), "forced_isa": forced, "has_avx2": has_avx2, **_workers()}
+
+
+def _workers() -> dict[str, Any]:
+    from cpu_kernels.thread_count import cache_file, fingerprint_of, load_count
+    from cpu_kernels.topology import read_machine
+
+    return {"num_workers": load_count(cache_file(), fingerprint_of(read_machine()))}
 
 
 def _cache() -> dict[str, Any]:

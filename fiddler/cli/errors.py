@@ -12,6 +12,8 @@ from fiddler.cli.console import styled
 from fiddler.errors import FiddlerError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# cpu_kernels.isa.VARIABLE: that module cannot be imported if the variable asks for the impossible
+ISA_VARIABLE = "FIDDLER_ISA"
 
 
 class Sentence(click.ClickException):
@@ -69,6 +71,8 @@ def sentence(error: Exception) -> Sentence:
     if isinstance(error, MemoryError):
         return Sentence("out of memory", "lower --context or --ram-gb, or close other programs")
     said = str(error).partition("\n")[0]
+    if isinstance(error, ValueError) and ISA_VARIABLE in said:
+        return Sentence(said, f"unset {ISA_VARIABLE}: the best path is then taken")
     kind = type(error).__name__
     return Sentence(f"unexpected {kind}: {said}" if said else f"unexpected {kind}", _debug_hint())
 

@@ -56,16 +56,20 @@ class ChatModel(Protocol):
     def close(self) -> None: ...
 
 
-def open_llm(**options: Any) -> ChatModel:
+def open_llm(*, must_chat: bool = False, **options: Any) -> ChatModel:
     """Load the model that ``options`` (of :class:`fiddler.config.EngineConfig`) ask for.
 
-    Progress is shown on standard error if that is a terminal.
+    ``must_chat``: raise TemplateError for one that only continues text, before its weights are
+    fetched. Progress is shown on standard error if that is a terminal.
     """
     from fiddler.llm import LLM
 
+    settings = EngineConfig(**options)
     with progress_bars() as on_progress:
-        if options.get("load_format") == "dummy":
-            _require_tokenizer(EngineConfig(**options))
+        if settings.load_format == "dummy":
+            _require_tokenizer(settings)
+        if must_chat:
+            _require_chat_template(settings)
         return LLM(**options, on_progress=on_progress)
 
 
@@ -81,15 +85,21 @@ def _require_tokenizer(settings: EngineConfig) -> None:
         )
 
 
-def require_chat_template(llm: ChatModel, model: str) -> None:
-    """Raise :class:`fiddler.errors.TemplateError` for a model that only continues text.
+def _require_chat_template(settings: EngineConfig) -> None:
+    from fiddler.hub import fetch_metadata
+    from fiddler.text.chat_template import ChatTemplate
 
-    ``model`` is what the user called it: the hint is a command that works with that.
-    """
-    if not llm.has_chat_template:
+    folder = fetch_metadata(
+        settings.model,
+        revision=settings.revision,
+        token=settings.token,
+        offline=settings.offline,
+    ).folder
+    if ChatTemplate.from_folder(folder.path) is None:
+        model = shlex.quote(settings.model)  # as the user called it: the hint works with that
         raise TemplateError(
-            f"{llm.model_name} has no chat template, so it cannot chat",
-            hint=f"fiddler generate -m {shlex.quote(model)} --raw PROMPT continues a text with it",
+            f"{folder.name} has no chat template, so it cannot chat",
+            hint=f"fiddler generate -m {model} --raw PROMPT continues a text with it",
         )
 
 

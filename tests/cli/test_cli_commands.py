@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -182,7 +183,9 @@ def test_options_not_given_leave_the_defaults(fake: list[FakeLLM]) -> None:
 
 
 def test_every_shared_option_sets_a_real_field() -> None:
-    assert {option.field for option in ENGINE_OPTIONS} <= {field.name for field in fields(EngineConfig)}
+    assert {option.field for option in ENGINE_OPTIONS} <= {
+        field.name for field in fields(EngineConfig)
+    }
     assert {option.field for option in SAMPLING_OPTIONS} <= set(SETTABLE)
     assert {option.type.name for option in ENGINE_OPTIONS if option.type is not None} >= {"choice"}
 
@@ -211,14 +214,17 @@ def test_chat_on_a_pipe_fails_if_a_turn_failed(fake: list[FakeLLM]) -> None:
     assert err.startswith("error: ")
 
 
-def test_a_model_without_a_template_cannot_chat(
-    fake: list[FakeLLM], monkeypatch: pytest.MonkeyPatch
+def test_a_model_without_a_template_cannot_chat_and_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(FakeLLM, "has_chat_template", False)
-    code, out, err = run("chat", "-m", "my models/fake", stdin="hello\n")
+    monkeypatch.setattr("fiddler.llm.LLM", lambda **_: pytest.fail("was loaded"))
+    folder = tmp_path / "my models"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    code, out, err = run("chat", "-m", str(folder), stdin="hello\n")
     assert (code, out) == (1, "")
-    assert "has no chat template" in err
-    assert "fiddler generate -m 'my models/fake' --raw" in " ".join(err.split())
+    assert "my models has no chat template" in err
+    assert f"fiddler generate -m '{folder}' --raw" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("command", [("generate", "hello"), ("chat",)])
@@ -248,6 +254,11 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (OutOfMemoryError("it does not fit"), 1, "error: it does not fit\n"),
         (ModuleNotFoundError("x", name="torch.cuda"), 1, "'torch' is missing\nhint: pip install"),
         (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: permission denied\n"),
+        (
+            ValueError("FIDDLER_ISA is odd."),
+            1,
+            "error: FIDDLER_ISA is odd.\nhint: unset FIDDLER_ISA",
+        ),
         (RuntimeError("odd\nlines"), 1, "error: unexpected RuntimeError: odd\nhint: "),
         (KeyboardInterrupt(), 130, ""),
         (click.UsageError("no"), 2, "Error: no"),

@@ -2,6 +2,9 @@
 
 import builtins
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +59,8 @@ def test_the_path_follows_the_gpu() -> None:
     assert execution_path(CPU_ONLY).startswith("CPU only")
     assert execution_path(WITH_GPU).startswith("hybrid: RTX 4090")
     assert execution_path(without(WITH_GPU, "torch")).startswith("none")
+    assert execution_path(CPU_ONLY).endswith("on 8 cores")
+    assert execution_path(replace(CPU_ONLY, num_workers=5)).endswith("on 5 cores")
 
 
 OLD_DRIVER = replace(WITH_GPU, gpu=None, driver="550.1", driver_cuda="12.4")
@@ -80,6 +85,7 @@ OLD_DRIVER = replace(WITH_GPU, gpu=None, driver="550.1", driver_cuda="12.4")
             "--device cpu",
         ),
         (replace(CPU_ONLY, has_avx2=False), "no AVX2", "GPU"),
+        (replace(CPU_ONLY, isa_refusal="cannot run it"), "cannot run it", "unset FIDDLER_ISA"),
         (replace(CPU_ONLY, cache_is_writable=False), "/cache cannot be written", "HF_HOME"),
         (replace(CPU_ONLY, cache_free_bytes=GIB), "1.1 GB free", "HF_HOME"),
         (replace(CPU_ONLY, failures={"torch": "OSError: bad"}), "look at torch: OSError", "repair"),
@@ -104,6 +110,9 @@ def test_the_table_leaves_out_what_is_unknown() -> None:
         "RTX 4090, 22.0 GiB of 24.0 GiB free, capability 8.9, 16.0 GT/s PCIe x16"
     )
     assert rows["CUDA"] == "driver 580.65 (up to CUDA 13.0), torch built for 13.0"
+    forced = facts_rows(replace(CPU_ONLY, isa="kernels: avx2", forced_isa="avx2", num_workers=5))
+    assert forced["ISA"] == "kernels: avx2, forced by FIDDLER_ISA"
+    assert forced["workers"] == "5 (measured)"
 
 
 # --- this machine ---
@@ -138,6 +147,38 @@ def test_doctor_prints_json_of_this_machine() -> None:
     assert record["ram_total_bytes"] > 0
     assert record["failures"] == {}
     assert result.exit_code == int(any(problem["is_fatal"] for problem in record["problems"]))
+
+
+@pytest.mark.parametrize(("level", "code"), [("plain", 0), ("mmx", 1)])
+def test_doctor_tells_of_a_forced_path(level: str, code: int) -> None:
+    """In a process of its own: the variable is read when the kernels are imported."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "fiddler", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"FIDDLER_ISA": level},
+    )
+    record = json.loads(ran.stdout)
+    assert ran.returncode == code
+    assert record["forced_isa"] == level
+    assert record["failures"] == {}
+    assert not any("AVX2" in problem["what"] for problem in record["problems"])
+    refusal = "FIDDLER_ISA must be one of plain, avx2, avxvnni, avx512, not 'mmx'."
+    assert record["isa_refusal"] == (refusal if code else None)
+
+
+def test_a_forced_path_that_cannot_be_is_one_sentence() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "fiddler", "generate", "hello"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"FIDDLER_ISA": "mmx"},
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == (
+        "error: FIDDLER_ISA must be one of plain, avx2, avxvnni, avx512, not 'mmx'.\n"
+        "hint: unset FIDDLER_ISA: the best path is then taken\n"
+    )
 
 
 def test_doctor_prints_a_table() -> None:
