@@ -1,4 +1,4 @@
-"""The store: one place for each expert, the same for torch and the CPU kernels, given back whole."""
+"""The store: one place for each expert, the same for torch and the kernels, given back whole."""
 
 import subprocess
 import sys
