@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.activations import activate
 from cpu_kernels.addresses import bits_of, f32_array, float_of, u16_array
 from cpu_kernels.dot_tile import (
     FEW_TOKENS,
@@ -20,6 +19,7 @@ from cpu_kernels.dot_tile import (
 )
 from cpu_kernels.expert_job import PANEL_ROWS, PANEL_TOKENS, job_array
 from cpu_kernels.expert_parts import (
+    activate_row,
     add_bias,
     add_weighted,
     clear_out,
@@ -118,8 +118,7 @@ def gate_up_panel(path, form, job, row_bytes, panel, tokens, room):
         add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
     size = 2 if form == AS_BF16 else 4
     for t in range(num_pairs):
-        gate, up = products[0, t, :num_rows], products[1, t, :num_rows]
-        activate(job.activation, job.limit, job.alpha, gate, up, act[:num_rows])
+        activate_row(job, products, t, num_rows, act)
         at = job.act_rows + (first + t) * job.act_row_bytes + size * row
         store_row(form, act[:num_rows], at)
 

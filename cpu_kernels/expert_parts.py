@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from cpu_kernels.activations import CHUNK, activate
 from cpu_kernels.addresses import f32_array, i64_array
 from cpu_kernels.expert_job import PANEL_ROWS, PANEL_TOKENS
 from cpu_kernels.intrinsics import jit
@@ -41,6 +42,18 @@ def add_bias(job, base, expert, stride, first_row, products, num_tokens, num_row
 
 
 @jit
+def activate_row(job, products, t, num_rows, act):
+    """act = f(gate, up) of one token of a panel; rows after ``num_rows`` up to a chunk are spoilt.
+
+    What they hold before does not matter: it never leaves the panel.
+    """
+    gate, up = products[0, t].ctypes.data, products[1, t].ctypes.data
+    for r in range(0, 4 * num_rows, 4 * CHUNK):
+        kind, to = job.activation, act.ctypes.data + r
+        activate(kind, job.limit, job.alpha, gate + r, up + r, to)
+
+
+@jit
 def clear_out(job, first_row, last_row):
     for t in range(job.num_tokens):
         out = f32_array(job.out + 4 * t * job.hidden, job.hidden)
@@ -51,7 +64,18 @@ def clear_out(job, first_row, last_row):
 def add_weighted(job, pairs, first, num_pairs, row, num_rows, products):
     """out[token, row...] += weight * products for pairs ``first``, first + 1, ..."""
     tokens, weights = pairs
+    whole = num_rows // CHUNK * CHUNK
     for t in range(num_pairs):
-        out = f32_array(job.out + 4 * (tokens[first + t] * job.hidden + row), num_rows)
-        for r in range(num_rows):
-            out[r] += weights[first + t] * products[t, r]
+        weight = weights[first + t]
+        to = job.out + 4 * (tokens[first + t] * job.hidden + row)
+        come_from = products[t].ctypes.data
+        for r in range(0, whole, CHUNK):  # a known number of rows: whole vectors, no remainder
+            add_rows(weight, f32_array(come_from + 4 * r, CHUNK), f32_array(to + 4 * r, CHUNK))
+        rest = num_rows - whole
+        add_rows(weight, f32_array(come_from + 4 * whole, rest), f32_array(to + 4 * whole, rest))
+
+
+@jit
+def add_rows(weight, products, out):
+    for r in range(len(out)):
+        out[r] += weight * products[r]

@@ -169,15 +169,3 @@ def yield_core():
         _sched_yield()
     else:
         pause()
-
-
-@intrinsic
-def power_of_two(typingctx, shifted):
-    """2.0**n of a float32 n + 1.5 * 2**23, n from -126 to 127: its low bits are n."""
-
-    def codegen(context, builder, signature, args):
-        i32 = ir.IntType(32)
-        exponent = builder.shl(builder.bitcast(args[0], i32), i32(23))
-        return builder.bitcast(builder.add(exponent, i32(127 << 23)), ir.FloatType())
-
-    return types.float32(types.float32), codegen

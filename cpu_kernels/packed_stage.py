@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.activations import activate
 from cpu_kernels.addresses import f32_array
 from cpu_kernels.expert_job import PANEL_ROWS, PANEL_TOKENS, job_array
 from cpu_kernels.expert_parts import (
+    activate_row,
     add_bias,
     add_weighted,
     clear_out,
@@ -49,10 +49,11 @@ def multiply_block(path, full, part, block, xs, num_xs, num_groups, out):
 
 
 @jit
-def gate_up_block(path, full, part, job, sizes, panel, tokens, xs, products):
+def gate_up_block(path, full, part, job, sizes, panel, tokens, room):
     """act[pairs first to last, rows of the block] of one expert."""
     num_groups, block_bytes = sizes
     place, block, first, last = panel
+    products, act, xs, _ = room
     row, num_pairs = block * ROWS, last - first
     num_rows = min(ROWS, job.width - row)
     for t in range(padded(num_pairs)):
@@ -64,9 +65,10 @@ def gate_up_block(path, full, part, job, sizes, panel, tokens, xs, products):
         bias_row = half * job.width + row
         add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
     for t in range(num_pairs):
-        act = f32_array(job.act + 4 * ((first + t) * job.act_cols + row), num_rows)
-        gate, up = products[0, t, :num_rows], products[1, t, :num_rows]
-        activate(job.activation, job.limit, job.alpha, gate, up, act)
+        activate_row(job, products, t, num_rows, act)
+        to = f32_array(job.act + 4 * ((first + t) * job.act_cols + row), num_rows)
+        for r in range(num_rows):
+            to[r] = act[r]
         if row + ROWS >= job.width:  # what pads the last group
             pads = f32_array(job.act + 4 * (first + t) * job.act_cols, job.act_cols)
             pads[job.width :] = np.float32(0)
@@ -74,7 +76,7 @@ def gate_up_block(path, full, part, job, sizes, panel, tokens, xs, products):
 
 @jit
 def gate_up(path, full, part, job, sizes, worker, num_workers):
-    products, _, xs, _ = room_of(job, worker)
+    room = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
     blocks = (job.width + ROWS - 1) // ROWS
@@ -87,7 +89,7 @@ def gate_up(path, full, part, job, sizes, worker, num_workers):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], block, first, last)
-                gate_up_block(path, full, part, job, sizes, panel, tokens, xs, products)
+                gate_up_block(path, full, part, job, sizes, panel, tokens, room)
 
 
 @jit

@@ -29,7 +29,8 @@ PREFETCH = 4096
 
 # Tokens that share one unpacking of the codes, most first: their sums have to stay in registers.
 TILES_INT8 = {16: (8, 4), 8: (4, 2), 4: (2, 2)}[LANES]
-TILES_F32 = {16: (4, 2), 8: (2, 2), 4: (2, 2)}[LANES]
+TILES_F32 = {16: (8, 4), 8: (4, 2), 4: (2, 2)}[LANES]
+CHAINS_AT_ONCE = {16: 16, 8: 8, 4: 8}[LANES]  # accumulators that leave room for the other values
 
 
 def tile_tokens(path: KernelPath) -> tuple[int, int]:
@@ -88,7 +89,7 @@ class _Tile:
         wide = self.builder.zext(bits, v.wide(I32, LANES))
         return self.builder.sitofp(wide, v.wide(F32, LANES))
 
-    def for_steps(self, group: Any, body: Any) -> None:
+    def for_steps(self, group: Any, body: Any, *, prefetches: bool = True) -> None:
         """``body(step, k)`` for the steps of a group, UNROLL a round; asks for codes ahead."""
         first = self.builder.mul(group, I64(self.group_steps))
         with cgutils.for_range(self.builder, I64(self.group_steps // UNROLL), intp=I64) as loop:
@@ -96,9 +97,9 @@ class _Tile:
                 step = self.builder.add(first, self.builder.mul(loop.index, I64(UNROLL)))
                 step = v.offset(self.builder, step, k)
                 address = self.builder.add(self.block, self.builder.mul(step, I64(STEP_BYTES)))
-                v.prefetch(
-                    self.builder, v.offset(self.builder, address, PREFETCH), to_level_1=False
-                )
+                if prefetches:
+                    ahead = v.offset(self.builder, address, PREFETCH)
+                    v.prefetch(self.builder, ahead, to_level_1=False)
                 body(step, k)
 
     def token_float(self, token: int, index: Any, first_byte: Any) -> Any:
@@ -148,31 +149,44 @@ def _add_bytes(tile: _Tile, totals: Any) -> None:
 
 
 def _add_floats(tile: _Tile, totals: Any) -> None:
-    """totals[t][part] += scale * sum of (code - zero) * x, over all groups."""
+    """totals[t][part] += scale * sum of (code - zero) * x, over all groups.
+
+    With many tokens the chains are added up one after the other, so that fewer sums are under way.
+    """
     builder, tokens = tile.builder, range(len(tile.xs))
     is_int4 = tile.path.kind.bits == 4
     sums = tile.slots(F32, len(tile.xs), PARTS, CHAINS)
     zeros = tile.slots(F32, PARTS)
+    at_once = max(1, min(CHAINS, CHAINS_AT_ONCE // (len(tile.xs) * PARTS)))
 
-    def add_step(step: Any, _: int) -> None:
-        first = builder.mul(step, I64(tile.step_elements))
-        for part in range(PARTS):
-            zero, codes = builder.load(zeros[part]), tile.codes(step, part)
-            for half, bytes_ in enumerate(tile.nibbles(codes) if is_int4 else [codes]):
-                for chain in range(CHAINS):
-                    code = builder.lshr(bytes_, v.constant(I32, LANES, 8 * chain))
-                    code = builder.and_(code, v.constant(I32, LANES, 255))
-                    weight = builder.fsub(builder.sitofp(code, v.wide(F32, LANES)), zero)
-                    k = v.offset(builder, first, CHAINS * half + chain)
-                    for t in tokens:
-                        x = tile.token_float(t, k, I64(0))
-                        v.accumulate(builder, sums[t][part][chain], weight, x)
+    def add_chain(step: Any, part: int, codes: list[Any], chain: int) -> None:
+        zero = builder.load(zeros[part])
+        for half, bytes_ in enumerate(codes):
+            code = builder.lshr(bytes_, v.constant(I32, LANES, 8 * chain))
+            code = builder.and_(code, v.constant(I32, LANES, 255))
+            weight = builder.fsub(builder.sitofp(code, v.wide(F32, LANES)), zero)
+            k = builder.mul(step, I64(tile.step_elements))
+            k = v.offset(builder, k, CHAINS * half + chain)
+            for t in tokens:
+                x = tile.token_float(t, k, I64(0))
+                v.accumulate(builder, sums[t][part][chain], weight, x)
+
+    def add_chains(first: int) -> Any:
+        def add_step(step: Any, _: int) -> None:
+            for part in range(PARTS):
+                codes = tile.codes(step, part)
+                halves = tile.nibbles(codes) if is_int4 else [codes]
+                for chain in range(first, first + at_once):
+                    add_chain(step, part, halves, chain)
+
+        return add_step
 
     with cgutils.for_range(builder, tile.groups, intp=I64) as loop:
         tile.clear(sums, F32)
         for part in range(PARTS):
             builder.store(tile.zero(loop.index, part), zeros[part])
-        tile.for_steps(loop.index, add_step)
+        for first in range(0, CHAINS, at_once):
+            tile.for_steps(loop.index, add_chains(first), prefetches=first == 0)
         for part in range(PARTS):
             scale = tile.scale(loop.index, part)
             for t in tokens:
