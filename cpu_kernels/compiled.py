@@ -83,8 +83,8 @@ def source_hash() -> str:
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
-def _stamped(function: Callable[..., Any]) -> Callable[..., Any]:
-    function.__qualname__ = f"{function.__qualname__}.{source_hash()}"
+def _stamped(function: Callable[..., Any], *key: int | str) -> Callable[..., Any]:
+    function.__qualname__ = ".".join([function.__qualname__, source_hash(), *map(str, key)])
     return function
 
 
@@ -122,7 +122,7 @@ def _with_cache(compiled: Callable[..., Any]) -> Any:
 
 @functools.cache
 def _stage(make: Callable[..., Callable[..., None]], *key: int | str) -> Any:
-    return compile_stage(_stamped(make(*key)))
+    return compile_stage(_stamped(make(*key), *key))
 
 
 def stage_address(make: Callable[..., Callable[..., None]], *key: int | str) -> int:
@@ -147,10 +147,20 @@ def needs_compile() -> bool:
 
     An estimate: a cache that another make of CPU has written counts as a cache.
     """
-    if kernels.cache_info().currsize:
-        return False
+    is_ready = kernels.cache_info().currsize > 0
+    return not is_ready and not _is_cached(_stamped(_entry_points()["worker_loop"][0]))
+
+
+def stage_needs_compile(make: Callable[..., Callable[..., None]], *key: int | str) -> bool:
+    """As :func:`needs_compile`, for :func:`stage_address` with the same arguments."""
+    return not _is_cached(_stamped(make(*key), *key))
+
+
+def _is_cached(function: Callable[..., Any]) -> bool:
+    """Whether a stamped function has a file in Numba's cache."""
     try:
-        loop = numba.njit(cache=True)(_stamped(_entry_points()["worker_loop"][0]))
+        folder = numba.njit(cache=True)(function).stats.cache_path
     except RuntimeError:  # no folder for a cache
-        return True
-    return not any(Path(str(loop.stats.cache_path)).glob(f"*worker_loop.{source_hash()}*.nbc"))
+        return False
+    name = function.__qualname__.rpartition("<locals>.")[2]
+    return any(Path(str(folder)).glob(f"*.{name}-*.nbc"))

@@ -3,6 +3,7 @@
 T tokens, S choices of a token (top k), H hidden, I expert width, E experts held.
 """
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from cpu_kernels.activations import ACTIVATIONS
 from cpu_kernels.checks import FLOAT, ID, check_array
-from cpu_kernels.compiled import stage_address
+from cpu_kernels.compiled import stage_address, stage_needs_compile
 from cpu_kernels.dense_stage import make_dense_stage
 from cpu_kernels.dot_tile import x_bytes
 from cpu_kernels.expert_job import JOB, ROOM
@@ -21,6 +22,7 @@ from cpu_kernels.kernel_paths import PATHS, Activations, KernelPath, path_number
 from cpu_kernels.packed_stage import make_packed_stage
 from cpu_kernels.routes import COUNTS
 from cpu_kernels.threads import StageError, WorkerPool
+from cpu_kernels.weight_kind import WeightKind
 
 I32 = npt.NDArray[np.int32]
 LINE = 64  # bytes of a cache line
@@ -84,10 +86,9 @@ class ExpertPool:
         weights cannot be had with these activations.
         """
         number = path_number(experts.kind, activations)
-        make = make_packed_stage if experts.kind.is_packed else make_dense_stage
         layer = ExpertLayer(experts, PATHS[number], place_of)
         record, mlp = layer.record[0], experts.mlp
-        record["stage"] = stage_address(make, number)
+        record["stage"] = stage_address(_stage_maker(experts.kind), number)
         record["num_phases"] = {"f32": 3 if experts.kind.is_packed else 2, "bf16": 3, "int8": 4}[
             activations
         ]
@@ -195,6 +196,15 @@ class ExpertPool:
         if room is None or room.size < num_bytes + LINE:
             room = self._scratch[name] = np.zeros(2 * num_bytes + LINE, np.uint8)
         return room
+
+
+def needs_compile(kind: WeightKind, activations: Activations = "f32") -> bool:
+    """Whether add_layer will compile for these weights; see :mod:`cpu_kernels.compiled`."""
+    return stage_needs_compile(_stage_maker(kind), path_number(kind, activations))
+
+
+def _stage_maker(kind: WeightKind) -> Callable[[int], Any]:
+    return make_packed_stage if kind.is_packed else make_dense_stage
 
 
 def routes_words(num_experts: int, num_pairs: int) -> int:

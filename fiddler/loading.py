@@ -38,7 +38,7 @@ from fiddler.models.weights import CheckpointSource, WeightSource, load_dense, l
 from fiddler.planning import plan_model
 from fiddler.text.chat_template import ChatTemplate
 from fiddler.text.tokenizer import Tokenizer
-from offload.executor import HybridExperts, warm_up
+from offload.executor import HybridExperts, needs_warm_up, warm_up
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.hardware import Hardware, probe
 from offload.layout import MARGIN_FIXED_BYTES
@@ -202,11 +202,14 @@ def _start_pool(
             f"{settings.cpu_threads} CPU threads were asked for, but there are {cores} cores",
             hint="waiting threads spin: more than cores only slow each other down",
         )
-    report = on_progress if on_progress is not None and needs_compile() else _no_progress
+    expert_dtype: torch.dtype = getattr(torch, dtypes.expert)
+    has_cold = plan.memory.cpu_experts > 0
+    compiles = needs_compile() or (has_cold and needs_warm_up(expert_dtype))
+    report = on_progress if on_progress is not None and compiles else _no_progress
     report("compiling CPU kernels, once", 0, 1)
     pool = ExpertPool(settings.cpu_threads or measured_num_threads())
-    if plan.memory.cpu_experts:
-        warm_up(pool, getattr(torch, dtypes.expert))
+    if has_cold:
+        warm_up(pool, expert_dtype)
     report("compiling CPU kernels, once", 1, 1)
     return pool
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cpu_kernels.experts import Experts
-from offload.cold_weights import cold_weights
+from cpu_kernels.expert_pool import needs_compile
+from cpu_kernels.experts import DENSE, Experts
+from offload.cold_weights import NUMPY_DTYPES, cold_weights
 from offload.expert_store import ExpertStore, LayerExperts
 from offload.host_buffers import HostBuffers, HostRows
 
@@ -39,6 +40,11 @@ class WorkerPool(Protocol):
     ) -> None: ...
 
     def wait(self) -> None: ...
+
+
+def needs_warm_up(dtype: torch.dtype) -> bool:
+    """Whether :func:`warm_up` will have to compile, as far as can be told."""
+    return needs_compile(DENSE[NUMPY_DTYPES[dtype]])
 
 
 def warm_up(pool: WorkerPool, dtype: torch.dtype) -> None:
