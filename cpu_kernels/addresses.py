@@ -32,7 +32,7 @@ def array_at(element: Any) -> Any:
 
 def array_of_records(dtype: npt.DTypeLike) -> Any:
     """As :func:`array_at` for a structured numpy type."""
-    return array_at(numba.from_dtype(np.dtype(dtype)))  # type: ignore[attr-defined]
+    return array_at(numba.from_dtype(np.dtype(dtype)))
 
 
 f32_array = array_at(types.float32)

@@ -15,7 +15,10 @@ from cpu_kernels.expert_reference import F32, U16
 from cpu_kernels.packed_layout import U8, PackedShape
 from cpu_kernels.weight_kind import WeightKind
 
-DENSE = {np.dtype(np.uint16): WeightKind("bf16"), np.dtype(np.float32): WeightKind("f32")}
+DENSE: dict[np.dtype[Any], WeightKind] = {
+    np.dtype(np.uint16): WeightKind("bf16"),
+    np.dtype(np.float32): WeightKind("f32"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,12 @@ import functools
 import os
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 import llvmlite.binding as llvm
-from numba.core import config
+from numba.core import config as numba_config
+
+config: Any = numba_config  # its settings appear at run time
 
 VARIABLE = "FIDDLER_ISA"
 
