@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.expert_reference import F32
+from cpu_kernels.kernel_paths import KernelPath
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -43,6 +44,11 @@ class Piece(NamedTuple):
     n: int
     first: int
     last: int
+
+
+def may_hand_over(path: KernelPath) -> bool:
+    """Whether torch computes what these experts promise: it rounds x as it rounds the weights."""
+    return path.name in ("bf16/bf16", "f32/f32")
 
 
 def padded_rows(count: int) -> int:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.big_expert_rows import row_kernels
-from cpu_kernels.big_experts import BigExperts, Piece, share_rows, take_big
+from cpu_kernels.big_experts import BigExperts, Piece, may_hand_over, share_rows, take_big
 from cpu_kernels.threads import WorkerPool
 from cpu_kernels.worker import ERROR, JOB_HEADER
 
@@ -34,11 +34,6 @@ NUM_PHASES = 4
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
-def may_hand_over(codes: str, activations: str) -> bool:
-    """Whether torch computes what the kernels promise: it rounds x as it rounds the weights."""
-    return (codes, activations) in (("bf16", "bf16"), ("f32", "f32"))
-
-
 class HandOver:
     """The second way of one layer: its job, and what a step gives to torch.
 
@@ -48,7 +43,7 @@ class HandOver:
     def __init__(self, workers: WorkerPool, layer: "ExpertLayer", least: int) -> None:
         """Take experts with ``least`` tokens and more; ValueError where that is not possible."""
         experts, kind = layer.experts, layer.path.kind
-        if not may_hand_over(kind.codes, layer.path.activations):
+        if not may_hand_over(layer.path):
             raise ValueError(
                 f"{layer.path.name} experts cannot be handed over: choose bf16 weights with bf16 "
                 "activations, or f32 weights"

@@ -1,135 +1,130 @@
-"""CPU expert layers at many tokens: GFLOP/s beside the kernels' own tile in the cache.
+"""CPU experts with many tokens: ms and GFLOP/s of each kernel, and from where torch is faster.
 
-    python -m scripts.bench.cpu_prefill [--threads N] [--json] [--rounds 5]
+    python -m scripts.bench.cpu_prefill [--threads N] [--tokens 16,64] [--shapes qwen3-30b-a3b]
 
-Ratios are medians of pairs (layer, tile); the tile is the kernels' tile of float32 rows in the
-first-level cache, on all threads at once.
+Prints a table per shape and writes build/bench-cpu-prefill.json. A layer call has the experts that
+a token of the shape chooses, all with M tokens, and each call takes others, so that the weights
+come from memory. "handed over" is torch's product of the same bf16/bf16 experts, taken in turn with
+the own kernel. Medians of up to five calls.
 """
 
 import argparse
-import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
-import numba
-import numpy as np
-import numpy.typing as npt
-
-from cpu_kernels.compiled import warmup
-from cpu_kernels.dot_tile import ROWS, TOKENS, dot_tile_f32
-from cpu_kernels.expert_mlp import ExpertPool, aligned_floats
-from cpu_kernels.expert_reference import f32_to_bf16
+from cpu_kernels.arena import Arena
+from cpu_kernels.compiled import kernels
+from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.isa import host_isa
+from cpu_kernels.kernel_paths import Activations
+from cpu_kernels.times import TimeTable, measure_times
+from cpu_kernels.weight_kind import parse_kind
+from scripts.bench.cpu_arena import SHAPES, Shape, fill_experts
+from scripts.bench.rows import Row, at_least, at_most, write
 
-# name: experts held, routed per token, hidden, expert width
-PREFILL_SHAPES = {"mixtral-8x7b": (1, 1, 4096, 14336), "qwen3-30b-a3b": (4, 4, 2048, 768)}
-PREFILL_TOKENS = (8, 64, 256)
-
-Row = dict[str, str | float]
-
-
-@numba.njit(nogil=True)
-def tile_in_cache(rows: Any, xs: Any, length: int, out: int, repeats: int) -> None:
-    """The kernels' own tile of float32 rows, again and again."""
-    for _ in range(repeats):
-        dot_tile_f32(rows, 0, xs, 0, length, out, ROWS)
-
-
-def weights(num_experts: int, hidden: int, width: int) -> tuple[npt.NDArray[np.uint16], ...]:
-    """Normal bf16 weights, one random block repeated: random bits would be full of denormals."""
-    rng = np.random.default_rng(0)
-    block = f32_to_bf16(rng.standard_normal(1 << 20, np.float32) / np.float32(64))
-    shapes = ((num_experts, 2 * width, hidden), (num_experts, hidden, width))
-    return tuple(np.resize(block, shape) for shape in shapes)
+KINDS: tuple[tuple[str, Activations], ...] = (
+    *(("bf16", "f32"), ("bf16", "bf16")),
+    *(("w8g128", "int8"), ("w4g128", "int8")),
+)
+HANDED = "handed over"
+TOKENS = (16, 32, 64, 128, 256, 512)
+BUDGET_S = 5.0  # for one shape and kind; the 8 tables took under 90 s on 16 cores
+LEAST_RATE = 0.8  # of a kernel's best GFLOP/s, at any M
+OUTPUT = Path("build/bench-cpu-prefill.json")
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def shape_tables(
+    pool: ExpertPool, arena: Arena, shape: Shape, tokens: tuple[int, ...], budget_s: float
+) -> list[TimeTable]:
+    tables = []
+    for weights, activations in KINDS:
+        experts, _ = fill_experts(arena, shape, parse_kind(weights))
+        table = measure_times(
+            pool,
+            experts,
+            activations,
+            tokens=tokens,
+            routed=shape.routed,
+            budget_s=budget_s,
+        )
+        tables.append(table)
+        print(f"{shape.name}, {table.kernel}: measured", file=sys.stderr)
+    return tables
 
 
-@contextmanager
-def layer_calls(
-    pool: ExpertPool, arrays: tuple[npt.NDArray[Any], ...], routed: int, num_tokens: int
-) -> Iterator[Callable[[], None]]:
-    """Calls of one layer for ``num_tokens`` tokens; each call takes the next ``routed`` experts."""
-    rng = np.random.default_rng(1)
-    num_experts, hidden = len(arrays[0]), arrays[0].shape[2]
-    x_TH = aligned_floats(num_tokens * hidden).reshape(num_tokens, hidden)
-    x_TH[:] = rng.standard_normal(x_TH.shape, np.float32)
-    out_TH = np.empty_like(x_TH)
-    token_P = np.repeat(np.arange(num_tokens), routed)
-    weight_P = np.full(num_tokens * routed, 1 / routed, np.float32)
-    first = 0
-
-    def call() -> None:
-        nonlocal first
-        expert_P = np.tile((first + np.arange(routed)) % num_experts, num_tokens)
-        first += routed
-        pool.submit(arrays[0], arrays[1], x_TH, expert_P, token_P, weight_P, out_TH)
-        pool.wait()
-
-    call()
-    yield call
+def columns(tables: list[TimeTable]) -> dict[str, tuple[float, ...]]:
+    """Seconds by implementation, for the numbers of tokens of the tables."""
+    found = {table.kernel: table.own_s for table in tables}
+    return found | {HANDED: table.handed_s for table in tables if table.handed_s is not None}
 
 
-def tile_gflops(num_threads: int) -> float:
-    """The kernels' register tile on rows in the first-level cache, on all threads at once."""
-    length, repeats = 512, 100_000
+def shape_text(shape: Shape, tables: list[TimeTable]) -> str:
+    """ms per expert (GFLOP/s) by M and implementation, the fastest one, the switch-over."""
+    found = columns(tables)
+    lines = [f"{shape.name}: ms per expert (GFLOP/s)"]
+    lines += [f"{'M':>5} " + "".join(f"{name:>18}" for name in found) + "  fastest of bf16, of all"]
+    for n, count in enumerate(tables[0].tokens):
+        cells = (
+            f"{seconds[n] * 1e3:9.2f} ({gflops(shape, count, seconds[n]):6.0f})"
+            for seconds in found.values()
+        )
+        by_time = sorted(found, key=lambda name: found[name][n])
+        of_bf16 = next(name for name in by_time if not name.startswith("w"))
+        lines.append(f"{count:5} " + " ".join(cells) + f"  {of_bf16}, {by_time[0]}")
+    for table in tables:
+        if table.handed_s is not None:
+            first = table.switch_over()
+            when = f"from M = {first}" if first else "never"
+            lines.append(f"{table.kernel} experts: hand over {when}")
+    return "\n".join(lines)
 
-    def run(_: int) -> None:
-        data = aligned_floats((ROWS + TOKENS + 1) * length)
-        data[:] = 1
-        at = data.ctypes.data + 4 * length * np.arange(ROWS + TOKENS + 1)
-        tile_in_cache(at[:ROWS], at[ROWS:-1].copy(), length, int(at[-1]), repeats)
 
-    with ThreadPoolExecutor(num_threads) as executor:
-        times = [seconds(lambda: list(executor.map(run, range(num_threads)))) for _ in range(6)]
-    return num_threads * repeats * ROWS * TOKENS * length * 2 / min(times[1:]) / 1e9
+def shape_rows(shape: Shape, tables: list[TimeTable]) -> list[Row]:
+    """GFLOP/s against the same implementation's best; handing over against the own kernel."""
+    rows = []
+    for name, seconds in columns(tables).items():
+        counts = tables[0].tokens
+        rates = [gflops(shape, *point) for point in zip(counts, seconds, strict=True)]
+        for count, rate in zip(counts, rates, strict=True):
+            title = f"{shape.name}, {name}, M = {count}, against its best"
+            ratio = rate / max(rates)
+            rows.append(at_least(title, rate, "GFLOP/s", max(rates), ratio, LEAST_RATE))
+    for table in tables:
+        for count, own_s, handed_s in zip(
+            table.tokens, table.own_s, table.handed_s or (), strict=False
+        ):
+            title = f"{shape.name}, {table.kernel}, M = {count}, handed over against own"
+            ratio = handed_s / own_s
+            rows.append(at_most(title, handed_s * 1e3, "ms", own_s * 1e3, ratio, 1.0))
+    return rows
 
 
-def prefill_row(pool: ExpertPool, name: str, num_tokens: int, rounds: int) -> Row:
-    num_experts, routed, hidden, width = PREFILL_SHAPES[name]
-    arrays = weights(num_experts, hidden, width)
-    flops = 2 * num_tokens * routed * 3 * hidden * width
-    with layer_calls(pool, arrays, routed, num_tokens) as call:
-        pairs = [
-            (flops / seconds(call) / 1e9, tile_gflops(pool.num_threads)) for _ in range(rounds)
-        ]
-    return {
-        "name": f"{name}, {routed} experts, M = {num_tokens}",
-        "value": statistics.median(rate for rate, _ in pairs),
-        "unit": "GFLOP/s",
-        "limit": statistics.median(limit for _, limit in pairs),
-        "ratio": statistics.median(rate / limit for rate, limit in pairs),
-    }
+def gflops(shape: Shape, num_tokens: int, seconds: float) -> float:
+    return 2 * num_tokens * shape.elements / seconds / 1e9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, help="workers (default: the pool's own choice)")
-    parser.add_argument("--rounds", type=int, default=5, help="paired measurements per row")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="M, with commas")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="with commas")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds per shape and kind")
     options = parser.parse_args()
-    print(f"compiled in {warmup(np.uint16):.1f} s; {host_isa().summary()}", file=sys.stderr)
+    tokens = tuple(map(int, options.tokens.split(",")))
+    shapes = [SHAPES[name] for name in options.shapes.split(",")]
+    kernels()
+    print(host_isa().summary(), file=sys.stderr)
+    started, rows = time.perf_counter(), []
+    arena = Arena(max(shape.arena_bytes for shape in shapes))
     with ExpertPool(options.threads) as pool:
-        rows = [
-            prefill_row(pool, name, tokens, options.rounds)
-            for name in PREFILL_SHAPES
-            for tokens in PREFILL_TOKENS
-        ]
-        if options.json:
-            print(json.dumps({"threads": pool.num_threads, "rows": rows}, indent=1))
-            return
-        print(f"{pool.num_threads} threads")
-        line = "{name:38} {value:8.1f} {unit:8} of {limit:6.1f}: {ratio:.2f}"
-        print("\n".join(line.format_map(row) for row in rows))
+        print(f"{pool.num_threads} workers")
+        for shape in shapes:
+            tables = shape_tables(pool, arena, shape, tokens, options.budget)
+            print(shape_text(shape, tables))
+            rows += shape_rows(shape, tables)
+    write(rows, OUTPUT)
+    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
