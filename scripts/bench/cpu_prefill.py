@@ -56,7 +56,10 @@ def shape_tables(
 def columns(tables: list[TimeTable]) -> dict[str, tuple[float, ...]]:
     """Seconds by implementation, for the numbers of tokens of the tables."""
     found = {table.kernel: table.own_s for table in tables}
-    return found | {HANDED: table.handed_s for table in tables if table.handed_s is not None}
+    for table in tables:
+        if table.handed_s is not None:
+            found[HANDED] = table.handed_s
+    return found
 
 
 def shape_text(shape: Shape, tables: list[TimeTable]) -> str:
