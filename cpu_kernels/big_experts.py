@@ -3,6 +3,7 @@
 T tokens, S choices of a token, P pairs (token, expert), N experts taken, Q rows of their pairs.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,13 +104,18 @@ def share_rows(starts: list[int], num_rows: int, num_workers: int) -> list[list[
     hold Python's lock.
     """
     steps = -(-num_rows // STEP)
-    cost_N1 = READ_COST + np.diff(starts)[:, None]
-    end_N1 = steps * np.cumsum(cost_N1)[:, None]
-    total = int(end_N1[-1, 0])
-    bound_W = total * np.arange(num_workers + 1) // num_workers
-    step_NW = np.clip(-((end_N1 - steps * cost_N1 - bound_W) // cost_N1), 0, steps)
+    costs = [READ_COST + end - start for start, end in itertools.pairwise(starts)]
+    total, before, worker = steps * sum(costs), 0, 0
     shares: list[list[Piece]] = [[] for _ in range(num_workers)]
-    for n, worker in np.argwhere(step_NW[:, :-1] < step_NW[:, 1:]).tolist():
-        first, last = (int(step_NW[n, w]) * STEP for w in (worker, worker + 1))
-        shares[worker].append(Piece(n, first, min(last, num_rows)))
+    for n, cost in enumerate(costs):
+        first = 0
+        while first < steps:
+            end = total * (worker + 1) // num_workers
+            last = min(-((before - end) // cost), steps)
+            if first < last:
+                shares[worker].append(Piece(n, first * STEP, min(last * STEP, num_rows)))
+                first = last
+            if last < steps:
+                worker += 1
+        before += steps * cost
     return shares

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpu_kernels.activations import ACTIVATIONS
 from cpu_kernels.big_expert_rows import row_kernels
 from cpu_kernels.big_experts import BigExperts, Piece, may_hand_over, share_rows, take_big
 from cpu_kernels.threads import WorkerPool
@@ -56,6 +57,8 @@ class HandOver:
         self._size = self._dtype.itemsize
         self._w13 = self._tensor(experts.w13, experts.num_experts * experts.w13_stride)
         self._w2 = self._tensor(experts.w2, experts.num_experts * experts.w2_stride)
+        mlp = experts.mlp
+        self._activation = (ACTIVATIONS.index(mlp.activation), mlp.limit, mlp.alpha)
         self._kernels = row_kernels()
         self._words, self._caller_works = workers.words, workers.caller_works
         self._num_workers = workers.num_threads
@@ -76,6 +79,10 @@ class HandOver:
         self._big = big
         self._rest[:] = layer.record
         self._rest["ids"] = big.rest_TS.ctypes.data
+        # Numbers, since a look into a record takes Python 0.5 us.
+        self._x_TH, self._out_TH, self._b13, self._b2 = (
+            int(self._rest[name][0]) for name in ("x", "out", "b13", "b2")
+        )
         self._bind_scratch(big, room)
         self._gate_up = share_rows(big.starts, layer.experts.width, self._num_workers)
         self._down = share_rows(big.starts, layer.experts.hidden, self._num_workers)
@@ -129,8 +136,8 @@ class HandOver:
     def _gather(self, worker: int, num_workers: int) -> None:
         token_Q, hidden = self._big.token_Q, self._layer.experts.hidden
         first, last = (len(token_Q) * w // num_workers for w in (worker, worker + 1))
-        x, tokens = int(self._rest["x"][0]), token_Q.ctypes.data
-        self._kernels.gather(self._is_bf16, x, tokens, first, last, hidden, self._x.data_ptr())
+        tokens, rows = token_Q.ctypes.data, self._x.data_ptr()
+        self._kernels.gather(self._is_bf16, self._x_TH, tokens, first, last, hidden, rows)
 
     def _gate_up_piece(self, piece: Piece, worker: int) -> None:
         """act[rows of the expert, columns of the piece]."""
@@ -146,11 +153,10 @@ class HandOver:
             place = at + half * num_rows * num_cols
             products = self._products.as_strided((num_rows, num_cols), (num_cols, 1), place)
             torch.mm(x, w, out=products)
-        mlp, bias = self._rest[0], int(self._rest["b13"][0])
+        bias = self._b13 + 4 * (2 * big.places[n] * width + first) if self._b13 else 0
         gate = self._products.data_ptr() + worker * self._products_bytes
         self._kernels.activate(
-            *(self._is_bf16, int(mlp["activation"]), float(mlp["limit"]), float(mlp["alpha"])),
-            bias + 4 * (2 * big.places[n] * width + first) if bias else 0,
+            *(self._is_bf16, *self._activation, bias),
             *(width, gate, gate + num_rows * num_cols * size, num_rows, num_cols),
             *(self._act.data_ptr() + (start * width + first) * size, width * size),
         )
@@ -171,13 +177,13 @@ class HandOver:
         """out += weight * down for this worker's columns, expert by expert."""
         big, hidden = self._big, self._layer.experts.hidden
         first, last = (hidden * w // num_workers for w in (worker, worker + 1))
-        bias, out = (int(self._rest[name][0]) for name in ("b2", "out"))
         for place, count, start in zip(big.places, big.counts, big.starts, strict=False):
             self._kernels.add_up(
                 self._is_bf16,
                 self._rows_down.data_ptr() + start * hidden * self._size,
                 *(big.token_Q[start:].ctypes.data, big.weight_Q[start:].ctypes.data, count),
-                *(bias + 4 * place * hidden if bias else 0, hidden, first, last, out),
+                self._b2 + 4 * place * hidden if self._b2 else 0,
+                *(hidden, first, last, self._out_TH),
             )
 
 
