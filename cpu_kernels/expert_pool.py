@@ -5,7 +5,7 @@ T tokens, S choices of a token (top k), H hidden, I expert width, E experts held
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from cpu_kernels.routes import COUNTS
 from cpu_kernels.threads import StageError, WorkerPool
 from cpu_kernels.weight_kind import WeightKind
 
+if TYPE_CHECKING:
+    from cpu_kernels.onednn import HandOver
+
 I32 = npt.NDArray[np.int32]
 LINE = 64  # bytes of a cache line
 
@@ -39,6 +42,7 @@ class ExpertLayer:
         self.number = 0
         self.step: tuple[npt.NDArray[Any], ...] = ()  # x, ids, weights and out of the last step
         self.scratch: dict[str, npt.NDArray[np.uint8]] = {}  # alive while the record points to it
+        self.hand_over: HandOver | None = None
 
     @property
     def num_ids(self) -> int:
@@ -75,15 +79,22 @@ class ExpertPool:
         return self.workers.num_threads
 
     def add_layer(
-        self, experts: Experts, *, activations: Activations = "f32", place_of: I32 | None = None
+        self,
+        experts: Experts,
+        *,
+        activations: Activations = "f32",
+        place_of: I32 | None = None,
+        hand_over: int | None = None,
     ) -> ExpertLayer:
         """A layer for :meth:`submit`; compiles its kernels if no start before did.
 
         ``activations``: what x and the intermediate are rounded to before each product. "f32" is
         exact; "bf16" (bf16 weights) and "int8" (packed weights, a scale per token and group) are
         faster for more than one token. ``place_of``: the place of expert e among ``experts``, -1 if
-        it is not there and its choices are to be left out; None: ids are places. ValueError if the
-        weights cannot be had with these activations.
+        it is not there and its choices are to be left out; None: ids are places. ``hand_over``:
+        experts with that many tokens of a step are computed by torch (bf16 weights with bf16
+        activations, whose products are then rounded to bf16 too, or f32 weights); None: never.
+        ValueError if the weights cannot be had with these activations, or not be handed over.
         """
         number = path_number(experts.kind, activations)
         layer = ExpertLayer(experts, PATHS[number], place_of)
@@ -107,17 +118,27 @@ class ExpertPool:
         record["error"] = self.workers.error_address
         record["x_row_bytes"], record["act_row_bytes"], record["act_cols"] = layer.row_sizes()
         layer.number = self.workers.add_job(layer.record)
+        if hand_over is not None:
+            from cpu_kernels.onednn import HandOver  # takes seconds to import
+
+            self.wait()
+            layer.hand_over = HandOver(self.workers, layer, hand_over)
         return layer
 
     def remove_layer(self, layer: ExpertLayer) -> None:
         """Forget a layer that does not run."""
         self.wait()
         self.workers.remove_job(layer.number)
+        if layer.hand_over is not None:
+            self.workers.remove_job(layer.hand_over.number)
 
     def bind(
         self, layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out_TH: F32
     ) -> None:
-        """Give a layer that does not run its arrays; see :meth:`submit`."""
+        """Give a layer that does not run its arrays; see :meth:`submit`.
+
+        Who rings ``layer.number`` without submit hands no expert over.
+        """
         step = (x_TH, ids_TS, weights_TS, out_TH)
         if len(layer.step) == 4 and all(a is b for a, b in zip(step, layer.step, strict=True)):
             return
@@ -136,12 +157,14 @@ class ExpertPool:
 
         out[t] = sum over t's choices of weight * down(f(gate(x[t]), up(x[t]))), zeros for a token
         without one; float32 sums in an order that depends on neither the threads nor the other
-        tokens. All C-contiguous; ids are int32, -1 is no choice. Denormals count as 0. ValueError
-        if something does not fit; an id out of range is found later, by wait.
+        tokens, except that experts which are handed over come last. All C-contiguous; ids are
+        int32, -1 is no choice. Denormals count as 0. ValueError if something does not fit; an id
+        out of range is found later, by wait.
         """
         self.wait()
         self.bind(layer, x_TH, ids_TS, weights_TS, out_TH)
-        self.workers.ring(layer.number)
+        handed = layer.hand_over
+        self.workers.ring(layer.number if handed is None else handed.take(self._room))
 
     def wait(self) -> None:
         """Return when the submitted layer is done; raise the exception of a worker that failed.

@@ -1,0 +1,132 @@
+"""Tables of expert times: curves through hand-made points, and one that is measured."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.experts import Experts, dense_experts, packed_experts
+from cpu_kernels.kernel_paths import Activations
+from cpu_kernels.packed_layout import PackedShape
+from cpu_kernels.times import TimeTable, measure_times
+from cpu_kernels.weight_kind import parse_kind
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> TimeTable:
+    """Any table; some curves have level pieces."""
+    tokens = sorted(draw(st.sets(st.integers(1, 300), min_size=1, max_size=6)))
+    steps = st.lists(
+        st.floats(0, 1e-2, allow_subnormal=False), min_size=len(tokens), max_size=len(tokens)
+    )
+    curve = steps.map(lambda found: tuple(itertools.accumulate([1e-6 + found[0], *found[1:]])))
+    return TimeTable(
+        kernel="bf16/bf16",
+        hidden=64,
+        width=32,
+        tokens=tuple(tokens),
+        own_s=draw(curve),
+        handed_s=draw(st.none() | curve),
+    )
+
+
+def table(own_s: tuple[float, ...], handed_s: tuple[float, ...] | None = None) -> TimeTable:
+    return TimeTable(
+        kernel="bf16/bf16", hidden=4, width=4, tokens=(1, 10, 20), own_s=own_s, handed_s=handed_s
+    )
+
+
+@given(tables())
+def test_time_is_exact_at_the_points_and_never_falls(found: TimeTable) -> None:
+    for handed_over, seconds in ((False, found.own_s), (True, found.handed_s)):
+        if seconds is not None:
+            times = [found.time(n, handed_over=handed_over) for n in range(400)]
+            assert [times[n] for n in found.tokens] == list(seconds)
+            assert times == sorted(times)
+            assert times[0] == 0
+
+
+@given(tables())
+def test_json_gives_the_same_table(found: TimeTable) -> None:
+    assert TimeTable.from_json(found.to_json()) == found
+
+
+@given(tables())
+def test_the_switch_over_is_where_handing_over_begins_to_stay_faster(found: TimeTable) -> None:
+    first, last = found.switch_over(), found.tokens[-1]
+    if found.handed_s is None:
+        assert first is None
+        return
+    is_faster = [found.time(n, handed_over=True) < found.time(n) for n in range(last + 1)]
+    if first is None:
+        assert not is_faster[last]
+    else:
+        assert all(is_faster[first:])
+        assert not is_faster[first - 1]
+    for n in range(last + 50):
+        both = (found.time(n), found.time(n, handed_over=True))
+        assert found.best(n) == min(both)
+
+
+def test_between_and_beyond_the_points() -> None:
+    found = table((1.0, 10.0, 30.0), (5.0, 5.0, 5.0))
+    assert [found.time(n) for n in (1, 4, 15, 25)] == [1.0, 4.0, 20.0, 40.0]
+    assert (found.time(100, handed_over=True), found.best(25)) == (5.0, 5.0)
+    assert found.switch_over() == 6
+    assert table((1.0, 2.0, 3.0), (1.0, 2.0, 3.0)).switch_over() is None
+    assert table((4.0, 4.0, 4.0), (1.0, 2.0, 3.0)).switch_over() == 1
+    with pytest.raises(ValueError, match="never handed over"):
+        table((1.0, 2.0, 3.0)).time(1, handed_over=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "own_s"),
+    [
+        ((), ()),
+        ((0, 1), (1.0, 2.0)),
+        ((2, 1), (1.0, 2.0)),
+        ((1, 2), (2.0, 1.0)),
+        ((1, 2), (1.0,)),
+        ((1, 2), (0.0, 1.0)),
+    ],
+)
+def test_what_is_no_curve_is_refused(tokens: tuple[int, ...], own_s: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        TimeTable(kernel="f32/f32", hidden=4, width=4, tokens=tokens, own_s=own_s)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"tokens": 3}', "no JSON", '{"tokens": [1]}'])
+def test_json_that_is_no_table_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        TimeTable.from_json(text)
+
+
+def bf16_experts() -> Experts:
+    weights = np.full((4, 32, 64), 0x3C00, np.uint16)
+    return dense_experts(weights, weights[:, :16].reshape(4, 64, 16).copy())
+
+
+def packed() -> Experts:
+    shape = PackedShape(parse_kind("w8g32"), 64, 32)
+    return packed_experts(np.zeros((3, shape.expert_bytes), np.uint8), shape)
+
+
+@pytest.mark.parametrize(
+    ("experts", "activations", "is_handed"),
+    [(bf16_experts(), "bf16", True), (bf16_experts(), "f32", False), (packed(), "int8", False)],
+)
+def test_a_tiny_layer_is_measured(
+    experts: Experts, activations: Activations, is_handed: bool
+) -> None:
+    with ExpertPool(2) as pool:
+        found = measure_times(
+            pool, experts, activations, tokens=(1, 3, 16), routed=2, budget_s=0.05
+        )
+        assert pool.add_layer(experts, activations=activations).number <= 3  # both were removed
+    assert found.kernel == f"{experts.kind.name}/{activations}"
+    assert (found.hidden, found.width) == (experts.hidden, experts.width)
+    assert (found.handed_s is not None) == is_handed
+    assert 0 < found.time(1) <= found.best(600)
