@@ -15,6 +15,9 @@ from cpu_kernels.dot_tile import (
     MANY_TOKENS,
     ROWS,
     dot_tile,
+    dot_tile_end,
+    dot_tile_part,
+    part_sizes,
     x_bytes,
 )
 from cpu_kernels.expert_job import PANEL_ROWS, PANEL_TOKENS, job_array
@@ -26,6 +29,7 @@ from cpu_kernels.expert_parts import (
     complain,
     padded,
     room_of,
+    sums_of,
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS
@@ -36,6 +40,7 @@ from cpu_kernels.routes import (
     share_of,
     total_cost,
 )
+from cpu_kernels.vector_ir import LANES
 
 AS_F32, AS_ROUNDED_F32, AS_BF16 = range(3)  # how the products read hidden states
 
@@ -72,11 +77,15 @@ def round_x(form, job, worker, num_workers):
 
 
 @jit
-def multiply_panel(path, rows, num_rows, xs, num_xs, length, out):
+def multiply_panel(path, part, rows, num_rows, xs, num_xs, length, out, sums):
     """out[t, r] = rows[r] . xs[t]; ``rows`` and ``xs`` are addresses, padded to whole tiles.
 
-    ``out`` is the address of [PANEL_TOKENS, PANEL_ROWS] float32.
+    ``out`` is the address of [PANEL_TOKENS, PANEL_ROWS] float32. The bits are the same whichever
+    tiles are used.
     """
+    if num_xs > PANEL_TOKENS - FEW_TOKENS:
+        multiply_in_parts(path, part, rows, num_rows, xs, num_xs, length, out, sums)
+        return
     t = 0
     while t < num_xs:
         for r in range(0, num_rows, ROWS):
@@ -95,6 +104,30 @@ def multiply_panel(path, rows, num_rows, xs, num_xs, length, out):
 
 
 @jit
+def multiply_in_parts(path, part, rows, num_rows, xs, num_xs, length, out, sums):
+    """As :func:`multiply_panel`, so many elements of the rows at a time; ``part`` as part_sizes.
+
+    A part of the tokens' rows stays in the first level of cache while all rows of weights pass.
+    """
+    part_elements, vector_elements = part
+    tile_bytes = MANY_ROWS * MANY_TOKENS * 4 * LANES
+    tiles_r = (num_rows + MANY_ROWS - 1) // MANY_ROWS
+    whole = length // vector_elements * vector_elements
+    f32_array(sums, tiles_r * (PANEL_TOKENS // MANY_TOKENS) * tile_bytes // 4)[:] = np.float32(0)
+    for begin in range(0, whole, part_elements):
+        end = min(begin + part_elements, whole)
+        for t in range(0, num_xs, MANY_TOKENS):
+            for r in range(tiles_r):
+                at = sums + (t // MANY_TOKENS * tiles_r + r) * tile_bytes
+                dot_tile_part(path, rows, r * MANY_ROWS, xs, t, begin, end, at)
+    for t in range(0, num_xs, MANY_TOKENS):
+        for r in range(tiles_r):
+            at = sums + (t // MANY_TOKENS * tiles_r + r) * tile_bytes
+            to = out + (t * PANEL_ROWS + r * MANY_ROWS) * 4
+            dot_tile_end(path, rows, r * MANY_ROWS, xs, t, whole, length, at, to, PANEL_ROWS)
+
+
+@jit
 def fill_addresses(addresses, count, base, first, last, stride):
     """Addresses of ``count`` rows first, first + 1, ...; rows after ``last`` repeat it."""
     for k in range(min(count, len(addresses))):
@@ -102,7 +135,7 @@ def fill_addresses(addresses, count, base, first, last, stride):
 
 
 @jit
-def gate_up_panel(path, form, job, row_bytes, panel, tokens, room):
+def gate_up_panel(path, part, form, job, row_bytes, panel, tokens, room, sums):
     """act[pairs first to last, rows] of one expert."""
     place, row, num_rows, first, last = panel
     products, act, xs, rows = room
@@ -113,7 +146,7 @@ def gate_up_panel(path, form, job, row_bytes, panel, tokens, room):
         base = job.w13 + place * job.w13_stride + half * job.width * row_bytes
         fill_addresses(rows, num_rows + ROWS - 1, base, row, row + num_rows - 1, row_bytes)
         out = products[half].ctypes.data
-        multiply_panel(path, rows, num_rows, xs, num_pairs, job.hidden, out)
+        multiply_panel(path, part, rows, num_rows, xs, num_pairs, job.hidden, out, sums)
         bias_row = half * job.width + row
         add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
     size = 2 if form == AS_BF16 else 4
@@ -124,8 +157,8 @@ def gate_up_panel(path, form, job, row_bytes, panel, tokens, room):
 
 
 @jit
-def gate_up(path, form, row_bytes, job, worker, num_workers):
-    room = room_of(job, worker)
+def gate_up(path, part, form, row_bytes, job, worker, num_workers):
+    room, sums = room_of(job, worker), sums_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
     tiles = (job.width + ROWS - 1) // ROWS
@@ -140,11 +173,11 @@ def gate_up(path, form, row_bytes, job, worker, num_workers):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], row, num_rows, first, last)
-                gate_up_panel(path, form, job, row_bytes, panel, tokens, room)
+                gate_up_panel(path, part, form, job, row_bytes, panel, tokens, room, sums)
 
 
 @jit
-def down_panel(path, job, row_bytes, panel, pairs, room):
+def down_panel(path, part, job, row_bytes, panel, pairs, room, sums):
     """out[tokens of the pairs, rows] += weight * (rows of one expert) . act."""
     place, row, num_rows, first, last = panel
     products, _, xs, rows = room
@@ -152,14 +185,15 @@ def down_panel(path, job, row_bytes, panel, pairs, room):
     base = job.w2 + place * job.w2_stride
     fill_addresses(rows, num_rows + ROWS - 1, base, row, row + num_rows - 1, row_bytes)
     fill_addresses(xs, padded(num_pairs), job.act_rows, first, last - 1, job.act_row_bytes)
-    multiply_panel(path, rows, num_rows, xs, num_pairs, job.width, products[0].ctypes.data)
+    out = products[0].ctypes.data
+    multiply_panel(path, part, rows, num_rows, xs, num_pairs, job.width, out, sums)
     add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
     add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])
 
 
 @jit
-def down(path, row_bytes, job, worker, num_workers):
-    room = room_of(job, worker)
+def down(path, part, row_bytes, job, worker, num_workers):
+    room, sums = room_of(job, worker), sums_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
     tiles = (job.hidden + ROWS - 1) // ROWS
@@ -172,7 +206,7 @@ def down(path, row_bytes, job, worker, num_workers):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], row, num_rows, first, last)
-                down_panel(path, job, row_bytes, panel, pairs, room)
+                down_panel(path, part, job, row_bytes, panel, pairs, room, sums)
 
 
 def make_dense_stage(path: int) -> Any:
@@ -182,6 +216,7 @@ def make_dense_stage(path: int) -> Any:
     rounds = kernel.activations == "bf16"
     form = AS_F32 if not rounds else AS_BF16 if x_bytes(kernel) == 2 else AS_ROUNDED_F32
     gate_up_phase = 1 if rounds else 0
+    part = part_sizes(kernel)
 
     def stage(job_address, phase, worker, num_workers):
         job = job_array(job_address, 1)[0]
@@ -190,8 +225,8 @@ def make_dense_stage(path: int) -> Any:
         if phase < gate_up_phase:
             round_x(form, job, worker, num_workers)
         elif phase == gate_up_phase:
-            gate_up(path, form, job.hidden * weight_bytes, job, worker, num_workers)
+            gate_up(path, part, form, job.hidden * weight_bytes, job, worker, num_workers)
         else:
-            down(path, job.width * weight_bytes, job, worker, num_workers)
+            down(path, part, job.width * weight_bytes, job, worker, num_workers)
 
     return stage

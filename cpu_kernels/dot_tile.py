@@ -167,7 +167,6 @@ def _sum_vectors(
     Rows of a matrix follow each other, so the bytes after a tile's rows are the next tile's: what
     is PREFETCH ahead of the end of a row lies R - 1 rows further on.
     """
-    vector = ir.VectorType(F32, LANES)
     zero = v.constant(F32, LANES, 0)
     slots = [cgutils.alloca_once_value(builder, zero) for _ in range(len(rows) * len(xs))]
     row_bytes = builder.mul(length, I64(e.weight_bytes))
@@ -191,8 +190,25 @@ def _sum_vectors(
                 place = builder.add(index, I64(k * e.per_vector))
                 _add_products(builder, e, rows, xs, slots, place, LANES)
         begin = builder.add(begin, builder.mul(steps, step))
-    assert slots[0].type.pointee == vector
     return [builder.load(slot) for slot in slots], begin
+
+
+def _store_folded(
+    builder: Any, sums: list[Any], num_rows: int, num_tokens: int, out: Any, stride: Any
+) -> list[Any]:
+    """out[t * stride + r] = the sum of all lanes; returns the places of these outputs, [T, R]."""
+    folded = _fold_lanes(builder, sums)
+    lanes = folded[0].type.count
+    places = []
+    for t in range(num_tokens):
+        vector, lane = divmod(t * num_rows, lanes)
+        address = builder.add(out, builder.mul(I64(4 * t), stride))
+        chosen = list(range(lane, lane + num_rows))
+        part = v.pick(builder, folded[vector], folded[vector], chosen)
+        builder.store(part, v.pointer(builder, address, part.type), align=4)
+        first = v.pointer(builder, address, F32)
+        places += [builder.gep(first, [I64(r)]) for r in range(num_rows)]
+    return places
 
 
 @intrinsic
@@ -212,20 +228,79 @@ def dot_tile(typingctx, path, num_rows, num_tokens, rows, row, xs, x, length, ou
         rows = _addresses(builder, context, row_array, first_row, num_r)
         xs = _addresses(builder, context, x_array, first_x, num_t)
         sums, whole = _sum_vectors(builder, vectors, rows, xs, length)
-        folded = _fold_lanes(builder, sums)
-        lanes = folded[0].type.count
-        slots = []
-        for t in range(num_t):
-            vector, lane = divmod(t * num_r, lanes)
-            place = builder.add(out, builder.mul(I64(4 * t), stride))
-            part = v.pick(builder, folded[vector], folded[vector], list(range(lane, lane + num_r)))
-            builder.store(part, v.pointer(builder, place, part.type), align=4)
-            first = v.pointer(builder, place, F32)
-            slots += [builder.gep(first, [I64(r)]) for r in range(num_r)]
+        places = _store_folded(builder, sums, num_r, num_t, out, stride)
         with cgutils.for_range(builder, length, start=whole, intp=I64) as loop:
-            _add_products(builder, singles, rows, xs, slots, loop.index, 1)
+            _add_products(builder, singles, rows, xs, places, loop.index, 1)
         return context.get_dummy_value()
 
     i64, array = types.int64, v.ADDRESSES
     tile = (path, num_rows, num_tokens)
     return types.void(*tile, array, i64, array, i64, i64, i64, i64), codegen
+
+
+def part_sizes(path: KernelPath) -> tuple[int, int]:
+    """Elements of a part of the rows, and of a vector: parts are whole vectors.
+
+    A part of the rows of a tile's tokens takes half of a first level of cache of 32 KB.
+    """
+    vectors, _ = _elements(path)
+    return 16 * 1024 // (MANY_TOKENS * vectors.x_bytes), vectors.per_vector
+
+
+@intrinsic
+def dot_tile_part(typingctx, path, rows, row, xs, x, begin, end, sums):
+    """Add the products of elements [begin, end), whole vectors, to the sums of a tile of many.
+
+    ``sums`` is the address of [MANY_TOKENS, MANY_ROWS] vectors. The weights that lie as far ahead
+    as the part is long, those of the part after it, are asked for.
+    """
+    if not isinstance(path, types.IntegerLiteral):
+        return None
+    vectors, _ = _elements(PATHS[path.literal_value])
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, row_array, first_row, x_array, first_x, begin, end, sums = args
+        rows = _addresses(builder, context, row_array, first_row, MANY_ROWS)
+        xs = _addresses(builder, context, x_array, first_x, MANY_TOKENS)
+        places = _sum_places(builder, sums)
+        slots = [cgutils.alloca_once_value(builder, builder.load(at)) for at in places]
+        ahead = builder.mul(builder.sub(end, begin), I64(vectors.weight_bytes))
+        steps = builder.sdiv(builder.sub(end, begin), I64(vectors.per_vector))
+        with cgutils.for_range(builder, steps, intp=I64) as loop:
+            index = builder.add(begin, builder.mul(loop.index, I64(vectors.per_vector)))
+            for r in rows:
+                next_part = builder.add(_at(builder, r, index, vectors.weight_bytes), ahead)
+                v.prefetch(builder, next_part, to_level_1=False)
+            _add_products(builder, vectors, rows, xs, slots, index, LANES)
+        for slot, at in zip(slots, places, strict=True):
+            builder.store(builder.load(slot), at)
+        return context.get_dummy_value()
+
+    i64, array = types.int64, v.ADDRESSES
+    return types.void(path, array, i64, array, i64, i64, i64, i64), codegen
+
+
+@intrinsic
+def dot_tile_end(typingctx, path, rows, row, xs, x, whole, length, sums, out, stride):
+    """As :func:`dot_tile` for a tile of many, whose first ``whole`` elements are in ``sums``."""
+    if not isinstance(path, types.IntegerLiteral):
+        return None
+    _, singles = _elements(PATHS[path.literal_value])
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, row_array, first_row, x_array, first_x, whole, length, sums, out, stride = args
+        rows = _addresses(builder, context, row_array, first_row, MANY_ROWS)
+        xs = _addresses(builder, context, x_array, first_x, MANY_TOKENS)
+        loaded = [builder.load(at) for at in _sum_places(builder, sums)]
+        places = _store_folded(builder, loaded, MANY_ROWS, MANY_TOKENS, out, stride)
+        with cgutils.for_range(builder, length, start=whole, intp=I64) as loop:
+            _add_products(builder, singles, rows, xs, places, loop.index, 1)
+        return context.get_dummy_value()
+
+    i64, array = types.int64, v.ADDRESSES
+    return types.void(path, array, i64, array, i64, i64, i64, i64, i64, i64), codegen
+
+
+def _sum_places(builder: Any, sums: Any) -> list[Any]:
+    first = v.pointer(builder, sums, ir.VectorType(F32, LANES))
+    return [builder.gep(first, [I64(k)]) for k in range(MANY_ROWS * MANY_TOKENS)]

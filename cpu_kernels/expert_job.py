@@ -38,6 +38,7 @@ PANEL_ROWS = 32  # rows of weights that stay in cache while all tokens pass over
 # What one worker needs while it multiplies a panel.
 ROOM = np.dtype(
     [
+        ("sums", np.float32, (PANEL_TOKENS, PANEL_ROWS, 16)),  # a vector for each product
         ("products", np.float32, (2, PANEL_TOKENS, PANEL_ROWS)),
         ("act", np.float32, (PANEL_ROWS,)),
         ("xs", np.int64, (PANEL_TOKENS,)),  # addresses of tokens' rows

@@ -11,10 +11,16 @@ UNKNOWN_ID = 1  # error: an id names no expert
 
 
 @jit
+def sums_of(job, worker):
+    """Address of a worker's sums of a panel, a vector of 64 bytes for each product."""
+    return job.workers + worker * job.worker_stride
+
+
+@jit
 def room_of(job, worker):
     """A worker's (products [2, PANEL_TOKENS, PANEL_ROWS], act [PANEL_ROWS], xs, rows)."""
-    at = job.workers + worker * job.worker_stride
     size = PANEL_TOKENS * PANEL_ROWS
+    at = sums_of(job, worker) + 64 * size
     products = f32_array(at, 2 * size).reshape(2, PANEL_TOKENS, PANEL_ROWS)
     act = f32_array(at + 8 * size, PANEL_ROWS)
     at += 8 * size + 4 * PANEL_ROWS
