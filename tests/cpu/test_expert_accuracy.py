@@ -11,6 +11,7 @@ import pytest
 from expert_layers import (
     BY_NAME,
     EXACT_PATHS,
+    FEW_PATHS,
     PACKED_PATHS,
     ROUNDED_PATHS,
     TESTED_PATHS,
@@ -111,7 +112,7 @@ def test_agrees_with_float64_for_any_layer(
     assert error < (1e-5 if name in EXACT_PATHS else 2e-2)
 
 
-@pytest.mark.parametrize("name", ["bf16/f32", "bf16/bf16", "w4g32z/int8", "w4g64z/f32"])
+@pytest.mark.parametrize("name", FEW_PATHS)
 @pytest.mark.parametrize("has_biases", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_biases(
