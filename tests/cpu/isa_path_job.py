@@ -1,11 +1,11 @@
-"""Compact layers of four paths, and their outputs: one process runs them per instruction set."""
+"""Compact layers of a few paths, and their outputs: one process runs them per instruction set."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from expert_layers import Step, Weights, random_step, random_weights, run
+from expert_layers import F32, Step, Weights, random_step, random_weights, run
 
 from cpu_kernels.expert_pool import ExpertPool
 
@@ -14,29 +14,30 @@ TOKENS = (1, 2, 11)  # every tile, whole and in part
 HIDDEN, WIDTH = 147, 70
 
 
-def layers() -> Iterator[tuple[str, Weights, Step]]:
-    """The same in every process."""
-    rng = np.random.default_rng(20261121)
-    for name in PATHS:
+def layers(names: Iterable[str]) -> Iterator[tuple[str, Weights, Step]]:
+    """The same in every process, whichever others it runs."""
+    for name in names:
+        rng = np.random.default_rng(PATHS.index(name))
         weights = random_weights(rng, name, hidden=HIDDEN, width=WIDTH)
         for count in TOKENS:
-            step = random_step(rng, num_tokens=count, hidden=HIDDEN, num_experts=3)
-            yield f"{name} {count}", weights, step
+            step = random_step(rng, num_tokens=count, hidden=HIDDEN, num_experts=3, top_k=3)
+            yield f"{name}, {count} tokens", weights, step
 
 
-def outputs() -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def outputs(names: Iterable[str]) -> dict[str, F32]:
     with ExpertPool(2) as pool:
-        return {key: run(pool, weights, step) for key, weights, step in layers()}
+        return {key: run(pool, weights, step) for key, weights, step in layers(names)}
 
 
-def save(outputs: dict[str, np.ndarray], path: Path) -> None:  # type: ignore[type-arg]
-    np.savez(path, **{key.replace("/", ":"): array for key, array in outputs.items()})
+def save(arrays: dict[str, F32], path: Path) -> None:
+    np.savez(path, *arrays.values())
 
 
-def load(path: Path) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def load(names: Iterable[str], path: Path) -> dict[str, F32]:
+    keys = [key for key, _, _ in layers(names)]
     with np.load(path) as arrays:
-        return {key.replace(":", "/"): arrays[key] for key in arrays}
+        return {key: arrays[f"arr_{n}"] for n, key in enumerate(keys)}
 
 
 if __name__ == "__main__":
-    save(outputs(), Path(sys.argv[1]))
+    save(outputs(sys.argv[2:]), Path(sys.argv[1]))
