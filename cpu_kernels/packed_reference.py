@@ -1,4 +1,4 @@
-"""Expert layers in float64, with float32 or int8 activations: what the kernels must agree with.
+"""Expert layers in float64, activations rounded or not: what the kernels must agree with.
 
 T tokens, S slots of a token (its top k), H hidden, I width, E experts, F = 2I, K columns, G groups.
 """
@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.activation_reference import ACTIVATIONS, Activation
-from cpu_kernels.expert_reference import F32, F64, Integers
+from cpu_kernels.expert_reference import F32, F64, Integers, bf16_to_f32, f32_to_bf16
 
 I8 = npt.NDArray[np.int8]
-ActivationType = Literal["f32", "int8"]
 
 # A group whose largest magnitude is below counts as zero. Then inv is finite, the scale is a normal
 # number, and denormals become code 0 whether or not the CPU flushes them: 127 * 2**118 * 2**-126
@@ -53,7 +52,7 @@ def packed_layer_reference(
     weights_TS: F32,
     *,
     group: int,
-    activations: ActivationType,
+    activations: Literal["f32", "int8"],
     activation: Activation = "silu",
     b13_EF: F64 | None = None,
     b2_EH: F64 | None = None,
@@ -80,20 +79,27 @@ def dense_layer_reference(
     ids_TS: Integers,
     weights_TS: F32,
     *,
+    activations: Literal["f32", "bf16"] = "f32",
     activation: Activation = "silu",
     b13_EF: F64 | None = None,
     b2_EH: F64 | None = None,
 ) -> F64:
     """Sum over a token's slots of weight * (w2 @ act(w13 @ x + b13) + b2); [T, H].
 
-    F holds I gate rows, then I up rows. A slot with id -1 is skipped.
+    F holds I gate rows, then I up rows. A slot with id -1 is skipped. With "bf16" activations, x
+    and the intermediate are rounded to the nearest bf16, ties to even.
     """
+    operand = _through_bf16 if activations == "bf16" else _unchanged
     weights = (w13_EFH, w2_EHI)
-    return _layer(*weights, x_TH, ids_TS, weights_TS, activation, b13_EF, b2_EH, _unchanged)
+    return _layer(*weights, x_TH, ids_TS, weights_TS, activation, b13_EF, b2_EH, operand)
 
 
 def _unchanged(x_TK: F64) -> F64:
     return x_TK
+
+
+def _through_bf16(x_TK: F64) -> F64:
+    return bf16_to_f32(f32_to_bf16(x_TK)).astype(np.float64)
 
 
 def _layer(
