@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 
 from cpu_kernels import addresses, intrinsics
-from cpu_kernels.activations import activate
+from cpu_kernels.activations import CHUNK, activate
 from cpu_kernels.addresses import f32_array, float_of, i64_array, u16_array
 from cpu_kernels.compiled import compile_entry, source_hash
 from cpu_kernels.dense_stage import AS_BF16, AS_F32, store_row
@@ -84,15 +84,18 @@ def activate_rows(
 
     ``bias``: the first column's for gate, up's ``width`` further; 0: none.
     """
-    gates, ups = np.empty(num_cols, np.float32), np.empty(num_cols, np.float32)
-    results = np.empty(num_cols, np.float32)
+    whole = (num_cols + CHUNK - 1) // CHUNK * CHUNK
+    gates, ups = np.zeros(whole, np.float32), np.zeros(whole, np.float32)
+    results = np.empty(whole, np.float32)
     row_bytes = num_cols * (2 if is_bf16 else 4)
     up_bias = bias + 4 * width if bias != 0 else 0
     for q in range(num_rows):
-        load(is_bf16, gate + q * row_bytes, bias, gates)
-        load(is_bf16, up + q * row_bytes, up_bias, ups)
-        activate(kind, limit, alpha, gates, ups, results)
-        store(is_bf16, results, act + q * act_row_bytes)
+        load(is_bf16, gate + q * row_bytes, bias, gates[:num_cols])
+        load(is_bf16, up + q * row_bytes, up_bias, ups[:num_cols])
+        for at in range(0, 4 * whole, 4 * CHUNK):
+            from_gate, from_up = gates.ctypes.data + at, ups.ctypes.data + at
+            activate(kind, limit, alpha, from_gate, from_up, results.ctypes.data + at)
+        store(is_bf16, results[:num_cols], act + q * act_row_bytes)
 
 
 def add_up(is_bf16, down, tokens, weights, num_rows, bias, hidden, first, last, out):
