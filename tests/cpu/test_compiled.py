@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numba
-import numpy as np
 import pytest
 from numba.core import caching
 
@@ -19,14 +18,12 @@ from cpu_kernels.compiled import (
     needs_compile,
     source_hash,
     stage_address,
-    warmup,
 )
 
 FRESH_PROCESS = """
-import numpy as np
-from cpu_kernels.compiled import kernels, needs_compile, warmup
+from cpu_kernels.compiled import kernels, needs_compile
 print(needs_compile())
-warmup(np.uint16)
+kernels()
 print(sum(kernels().worker_loop.stats.cache_hits.values()), needs_compile())
 """
 
@@ -104,11 +101,3 @@ def test_works_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) ->
         numba.njit(cache=True)(double)
     assert compile_entry(double, (numba.int64,))(21) == 42
     assert compile_stage(store_double).address
-
-
-def test_warmup_serves_both_weight_types_and_refuses_others() -> None:
-    assert warmup(np.uint16) >= 0
-    assert warmup("float32") >= 0
-    assert not needs_compile()
-    with pytest.raises(ValueError, match="float64"):
-        warmup(np.float64)
