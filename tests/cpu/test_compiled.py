@@ -15,7 +15,6 @@ from cpu_kernels.compiled import (
     compile_entry,
     compile_stage,
     kernels,
-    needs_compile,
     source_hash,
     stage_address,
 )
