@@ -31,7 +31,7 @@ UNROLL = 2  # vectors of a row per step of the loop
 # Bytes ahead in each row, then in the tile after it. 14 workers, bf16, 2048 x 768: 0.73 of a plain
 # read with 512 bytes and an end at the row's, 0.88 with 1,024, 0.92 with 2,048; 4,096 as 2,048.
 PREFETCH = 2048
-HAS_BF16 = host_isa().has_bf16
+IN_PAIRS = host_isa().multiplies_pairs
 
 # add(builder, total, row, x, index): total + the products at element ``index``, by addresses
 AddProducts = Callable[[Any, Any, Any, Any], Any]
@@ -88,7 +88,7 @@ def _fused(builder: Any, w: Any, x: Any, total: Any) -> Any:
 
 def x_bytes(path: KernelPath) -> int:
     """Bytes of an element of the hidden states that a path's tiles read."""
-    return 2 if path.activations == "bf16" and HAS_BF16 else 4
+    return 2 if path.activations == "bf16" and IN_PAIRS else 4
 
 
 def _elements(path: KernelPath) -> tuple[_Elements, _Elements]:

@@ -72,6 +72,15 @@ class Isa:
         return self.level == "avx512" and "avx512bf16" in self.extensions
 
     @property
+    def multiplies_pairs(self) -> bool:
+        """Whether products of two bf16 are used: on AMD's cores.
+
+        On Emerald Rapids they have half the rate of float32's: 16 tokens take an expert of
+        4096 x 14336 15.1 ms instead of 9.4, and one token gains nothing, since memory is the limit.
+        """
+        return self.has_bf16 and self.cpu.startswith("znver")
+
+    @property
     def is_x86(self) -> bool:
         return self.machine in ("x86_64", "amd64", "i686", "i386")
 

@@ -63,6 +63,8 @@ FOREVER = 2**62  # of SPINS
 OFFERS = 1000
 MAX_JOBS = 4096  # length of the table of addresses
 
+EAGER = 64  # looks without a pause, of up to 60 ns: what is near is heard at once
+
 # Why compiled code came back to Python.
 IDLE, STOPPED, FINISHED, PYTHON = range(4)
 
@@ -82,6 +84,8 @@ def wait_while(words, index, value, is_patient):
         if not is_patient and spins >= atomic_load(words, SPINS):
             return found
         spins += 1
+        if spins < EAGER:
+            continue
         if spins < patience:
             pause()
         elif spins < patience + OFFERS or not is_patient:

@@ -67,6 +67,7 @@ def test_products_of_bytes_and_of_bf16() -> None:
     assert not isa_of(AVX2).has_vnni and isa_of(AVXVNNI).has_vnni
     assert not isa_of(AVX512).has_vnni and isa_of(CASCADE_LAKE).has_vnni
     assert isa_of(SAPPHIRE_RAPIDS).has_bf16 and not isa_of(CASCADE_LAKE).has_bf16
+    assert not isa_of(SAPPHIRE_RAPIDS).multiplies_pairs
     for level in ("avxvnni", "avx2", "plain"):
         assert not isa_of(SAPPHIRE_RAPIDS, level).has_bf16
         assert isa_of(SAPPHIRE_RAPIDS, level).has_vnni == (level == "avxvnni")

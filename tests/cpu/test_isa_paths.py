@@ -35,6 +35,14 @@ isa.Isa.has_vnni = isa.Isa.has_bf16 = property(lambda self: False)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# Products of two bf16 on a CPU that has them, though it would not choose them.
+IN_PAIRS = """
+import runpy, sys
+from cpu_kernels import isa
+isa.Isa.multiplies_pairs = property(lambda self: self.has_bf16)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 Outputs = dict[str, F32]
 
 
@@ -120,6 +128,16 @@ def test_avx512_without_products_of_four_bytes(tmp_path: Path) -> None:
     if host_isa().level != "avx512":
         pytest.skip("this CPU cannot run avx512")
     check(run_job(ALL, "-c", WITHOUT_VNNI, NUMBA_CACHE_DIR=str(tmp_path)), ALL)
+
+
+@pytest.mark.slow
+def test_products_of_two_bf16(tmp_path: Path) -> None:
+    if not host_isa().has_bf16:
+        pytest.skip("this CPU cannot multiply two bf16")
+    names = ("bf16/bf16",)
+    outputs = run_job(names, "-c", IN_PAIRS, NUMBA_CACHE_DIR=str(tmp_path))
+    for key, weights, step in isa_path_job.layers(names):
+        assert relative_error(outputs[key], reference(weights, step)) < 4e-3, key
 
 
 def test_an_unknown_level_is_refused_at_the_start() -> None:
