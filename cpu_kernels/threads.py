@@ -25,6 +25,7 @@ from cpu_kernels.worker import (
     GENERATION,
     JOB_HEADER,
     MAX_JOBS,
+    MAX_WORKERS,
     NUM_WORDS,
     PATIENCE,
     SPINS,
@@ -90,6 +91,8 @@ class WorkerPool:
         num_threads = default_num_threads(cores) if num_threads is None else num_threads
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, not {num_threads}")
+        if num_threads > MAX_WORKERS:
+            raise ValueError(f"num_threads must be at most {MAX_WORKERS}, not {num_threads}")
         self.num_threads = num_threads
         self.caller_works = num_threads >= cores if caller_works is None else caller_works
         self.words = aligned_words() if words is None else _checked(words)

@@ -9,21 +9,20 @@ bytes) stores 0 to DONE_BELL, then k to DOORBELL, and may ring again once it has
 DONE_BELL. A feeder that does not look at PARKED has to keep the workers awake.
 
 Ordering: the feeder writes the job before it rings (release); workers read it after they saw the
-bell (acquire). A worker's stores of a phase come before its add to ARRIVED; the last of them to
-arrive has thus seen them all, and releases GENERATION, which the others acquire before they go on.
-So nobody runs ahead by more than one generation, and "it differs" is all they need to compare. The
-last one of a job clears DOORBELL before it releases GENERATION: who looks at the bell again sees 0
+bell (acquire). A worker's stores of a phase come before it releases its word of ARRIVED; worker 0
+acquires all of these, then releases GENERATION, which the others acquire before they go on. So
+nobody runs ahead by more than one generation, and "it differs" is all they need to compare. At a
+job's end worker 0 clears DOORBELL before it releases GENERATION: who looks at the bell again sees 0
 or a new job, never the old one. DONE_BELL comes last: the feeder that has read it owns the job, its
 results and the bell. These stores are plain moves on x86. Two pairs need a full fence, as both
 sides write a word and then read the other's: DOORBELL and PARKED (ring, park), DONE_BELL and ASLEEP
-(the last worker, a caller that goes to sleep): with it at least one of the two sees the other.
+(worker 0, a caller that goes to sleep): with it at least one of the two sees the other.
 """
 
 import numpy as np
 
 from cpu_kernels.addresses import i64_array
 from cpu_kernels.intrinsics import (
-    atomic_add,
     atomic_load,
     atomic_store,
     call_stage,
@@ -46,15 +45,16 @@ LINE = 16  # int64
     DOORBELL,  # the job to run; 0: none
     DONE_BELL,  # the job that is done; 0: it runs
     GENERATION,  # how often all workers have met
-    ARRIVED,  # workers that wait for the others
     STOP,  # 1: come back to Python and end
     ERROR,  # not 0: what a stage complained of
     PARKED,  # workers that sleep, or are about to
     ASLEEP,  # 1: the caller sleeps until the job is done, or is about to
     SPINS,  # looks at a bell before a worker parks or the caller sleeps
     PATIENCE,  # looks with a pause in between; later ones offer the core to other threads
+    ARRIVED,  # and LINE further on for each worker: the generation that it waits for
 ) = (LINE * k for k in range(10))
-NUM_WORDS = LINE * 10
+MAX_WORKERS = 256
+NUM_WORDS = ARRIVED + LINE * MAX_WORKERS
 
 FOREVER = 2**62  # of SPINS
 # After its pauses a worker that waits for others offers its core (0.4 us each if nobody wants it),
@@ -95,19 +95,22 @@ def wait_while(words, index, value, is_patient):
 
 
 @jit
-def meet(words, ends_job, num_workers):
-    """Wait until all workers are here; the last one ends job ``ends_job``, if that is not 0.
+def meet(words, ends_job, worker, num_workers):
+    """Wait until all workers are here; worker 0 ends job ``ends_job``, if that is not 0.
 
-    Returns IDLE, STOPPED, or FINISHED in the worker that ended a job whose caller sleeps.
+    Returns IDLE, STOPPED, or FINISHED in worker 0 if it ended a job whose caller sleeps.
     """
-    # ns per meeting of 2 threads with nothing else to do: this 175; all spin on the counter itself
-    # 115, yet each arrival then has to win its line back from all who spin; one gathers a flag of
-    # each and releases the others 225; all read all flags 116, but N * N lines travel.
+    # ns per meeting of 14 threads (of 2) with nothing else to do: this 720 (225); a counter and a
+    # word that releases 1,110 (175); all spin on the counter itself 2,130 (115); all read all words
+    # 1,030 (116); a tree of fours 780.
     generation = atomic_load(words, GENERATION)  # cannot change before we have arrived
-    if atomic_add(words, ARRIVED, 1) < num_workers - 1:
+    if worker > 0:
+        store_release(words, ARRIVED + LINE * worker, generation + 1)
         is_released = wait_while(words, GENERATION, generation, True) != generation
         return IDLE if is_released else STOPPED
-    store_release(words, ARRIVED, 0)
+    for other in range(1, num_workers):
+        if wait_while(words, ARRIVED + LINE * other, generation, True) == generation:
+            return STOPPED
     if ends_job == 0:
         store_release(words, GENERATION, generation + 1)
         return IDLE
@@ -128,7 +131,7 @@ def run_job(words, table, number, phase, worker, num_workers):
     while True:
         if phase >= 0:
             is_end = phase + 1 == num_phases
-            reason = meet(words, number if is_end else 0, num_workers)
+            reason = meet(words, number if is_end else 0, worker, num_workers)
             if is_end or reason == STOPPED:
                 return reason, phase
         phase += 1

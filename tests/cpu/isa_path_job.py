@@ -9,7 +9,7 @@ from expert_layers import F32, Step, Weights, random_step, random_weights, run
 
 from cpu_kernels.expert_pool import ExpertPool
 
-PATHS = ("bf16/f32", "w4g32z/int8", "w8g64/int8", "w4g128/f32")
+PATHS = ("bf16/f32", "w4g32z/int8", "w8g64/int8", "w4g128/f32", "bf16/bf16")
 TOKENS = (1, 2, 11)  # every tile, whole and in part
 HIDDEN, WIDTH = 147, 70
 

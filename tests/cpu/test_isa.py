@@ -67,10 +67,16 @@ def test_products_of_bytes_and_of_bf16() -> None:
     assert not isa_of(AVX2).has_vnni and isa_of(AVXVNNI).has_vnni
     assert not isa_of(AVX512).has_vnni and isa_of(CASCADE_LAKE).has_vnni
     assert isa_of(SAPPHIRE_RAPIDS).has_bf16 and not isa_of(CASCADE_LAKE).has_bf16
-    assert not isa_of(SAPPHIRE_RAPIDS).multiplies_pairs
     for level in ("avxvnni", "avx2", "plain"):
         assert not isa_of(SAPPHIRE_RAPIDS, level).has_bf16
         assert isa_of(SAPPHIRE_RAPIDS, level).has_vnni == (level == "avxvnni")
+
+
+def test_pairs_of_bf16_are_multiplied_on_amd_only() -> None:
+    features = dict.fromkeys((LLVM_NAMES[name] for name in LLVM_NAMES), True)
+    for cpu, expected in (("znver4", True), ("znver5", True), ("sapphirerapids", False)):
+        isa = isa_from_features("x86_64", cpu, features)
+        assert isa.has_bf16 and isa.multiplies_pairs == expected
 
 
 @given(names=st.sets(st.sampled_from(ALL_NAMES)), level=st.sampled_from(LEVELS))
