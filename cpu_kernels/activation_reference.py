@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from cpu_kernels.expert_reference import F64
+from cpu_kernels.bf16 import F64
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"]
 

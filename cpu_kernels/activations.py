@@ -90,7 +90,7 @@ def _clamped_swiglu(builder: Any, gate: Any, up: Any, limit: Any, alpha: Any) ->
     return builder.fmul(swish, builder.fadd(up, _f32(1)))
 
 
-def _make_chunk(body: _Body) -> Any:
+def make_chunk(body: _Body) -> Any:
     def chunk(typingctx, gate, up, act, limit, alpha):
         """act = f(gate, up): addresses of CHUNK float32, and the numbers of a clamped function."""
 
@@ -106,9 +106,9 @@ def _make_chunk(body: _Body) -> Any:
     return intrinsic(chunk)
 
 
-silu_chunk = _make_chunk(_silu)
-gelu_tanh_chunk = _make_chunk(_gelu_tanh)
-clamped_swiglu_chunk = _make_chunk(_clamped_swiglu)
+silu_chunk = make_chunk(_silu)
+gelu_tanh_chunk = make_chunk(_gelu_tanh)
+clamped_swiglu_chunk = make_chunk(_clamped_swiglu)
 
 
 @jit

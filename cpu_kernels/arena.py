@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels.topology import numbers_of_list
+
 HUGE_PAGE = 2 << 20
 MBIND = {"x86_64": 237, "aarch64": 235}  # numbers of the system call, by machine
 MPOL_INTERLEAVE = 3
@@ -82,14 +84,8 @@ def memory_nodes() -> list[int]:
         return []
     lines = status.read_text().splitlines()
     allowed = next((line for line in lines if line.startswith("Mems_allowed_list:")), ":")
-    of_process = ids_of_list(allowed.split(":")[1])
-    return [node for node in ids_of_list(NODES_WITH_MEMORY.read_text()) if node in of_process]
-
-
-def ids_of_list(text: str) -> list[int]:
-    """The kernel's "0-2,5" as [0, 1, 2, 5]."""
-    parts = [part.split("-") for part in text.strip().split(",") if part.strip()]
-    return [number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)]
+    of_process = set(numbers_of_list(allowed.split(":")[1]))
+    return [node for node in numbers_of_list(NODES_WITH_MEMORY.read_text()) if node in of_process]
 
 
 def interleave(address: int, size: int, nodes: list[int]) -> str:

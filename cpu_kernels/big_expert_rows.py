@@ -14,7 +14,7 @@ from numba import types
 from cpu_kernels import addresses, intrinsics
 from cpu_kernels.activations import CHUNK, activate
 from cpu_kernels.addresses import f32_array, float_of, i64_array, u16_array
-from cpu_kernels.compiled import compile_entry, source_hash
+from cpu_kernels.compiled import compile_entry, stamped
 from cpu_kernels.dense_stage import AS_BF16, AS_F32, store_row
 from cpu_kernels.intrinsics import jit
 
@@ -26,6 +26,8 @@ class RowKernels:
     """Compiled, without the GIL; what they are given are addresses, sizes and bytes of a row."""
 
     run_stage: Callable[[int, int, int, int, int], None]
+    flush_denormals: Callable[[], int]  # returns the float modes of before
+    set_modes: Callable[[int], None]
     gather: Callable[..., None]
     activate: Callable[..., None]
     add_up: Callable[..., None]
@@ -61,6 +63,17 @@ def run_stage(stage, job, phase, worker, num_workers):
     control = intrinsics.float_control()
     intrinsics.flush_denormals()
     intrinsics.call_stage(stage, job, phase, worker, num_workers)
+    intrinsics.set_float_control(control)
+
+
+def flush_denormals():
+    """From now on, on this thread; returns what :func:`set_modes` wants to undo it."""
+    control = intrinsics.float_control()
+    intrinsics.flush_denormals()
+    return control
+
+
+def set_modes(control):
     intrinsics.set_float_control(control)
 
 
@@ -116,10 +129,12 @@ def row_kernels() -> RowKernels:
     """The kernels; the first call on a machine compiles them."""
     entries: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "run_stage": (run_stage, (_INT,) * 5),
+        "flush_denormals": (flush_denormals, ()),
+        "set_modes": (set_modes, (types.int32,)),
         "gather": (gather, (_BOOL, *(_INT,) * 6)),
         "activate": (activate_rows, (_BOOL, _INT, _F32, _F32, *(_INT,) * 8)),
         "add_up": (add_up, (_BOOL, *(_INT,) * 9)),
     }
-    for function, _ in entries.values():
-        function.__qualname__ = f"{function.__name__}.{source_hash()}"
-    return RowKernels(**{name: compile_entry(*entry) for name, entry in entries.items()})
+    return RowKernels(
+        **{name: compile_entry(stamped(f), signature) for name, (f, signature) in entries.items()}
+    )

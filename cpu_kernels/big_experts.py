@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.expert_reference import F32
+from cpu_kernels.bf16 import F32
 from cpu_kernels.kernel_paths import KernelPath
 
 I32 = npt.NDArray[np.int32]

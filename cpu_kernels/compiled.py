@@ -83,7 +83,8 @@ def source_hash() -> str:
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
-def _stamped(function: Callable[..., Any], *key: int | str) -> Callable[..., Any]:
+def stamped(function: Callable[..., Any], *key: int | str) -> Callable[..., Any]:
+    """The function, named so that Numba's cache finds it for these sources and this key only."""
     function.__qualname__ = ".".join([function.__qualname__, source_hash(), *map(str, key)])
     return function
 
@@ -122,7 +123,7 @@ def _with_cache(compiled: Callable[..., Any]) -> Any:
 
 @functools.cache
 def _stage(make: Callable[..., Callable[..., None]], *key: int | str) -> Any:
-    return compile_stage(_stamped(make(*key), *key))
+    return compile_stage(stamped(make(*key), *key))
 
 
 def stage_address(make: Callable[..., Callable[..., None]], *key: int | str) -> int:
@@ -139,7 +140,7 @@ def stage_address(make: Callable[..., Callable[..., None]], *key: int | str) -> 
 def kernels() -> Kernels:
     """The compiled kernels; the first call on a machine compiles them: :func:`needs_compile`."""
     entries = _entry_points().items()
-    return Kernels(**{name: compile_entry(_stamped(f), types) for name, (f, types) in entries})
+    return Kernels(**{name: compile_entry(stamped(f), types) for name, (f, types) in entries})
 
 
 def needs_compile() -> bool:
@@ -148,12 +149,12 @@ def needs_compile() -> bool:
     An estimate: a cache that another make of CPU has written counts as a cache.
     """
     is_ready = kernels.cache_info().currsize > 0
-    return not is_ready and not _is_cached(_stamped(_entry_points()["worker_loop"][0]))
+    return not is_ready and not _is_cached(stamped(_entry_points()["worker_loop"][0]))
 
 
 def stage_needs_compile(make: Callable[..., Callable[..., None]], *key: int | str) -> bool:
     """As :func:`needs_compile`, for :func:`stage_address` with the same arguments."""
-    return not _is_cached(_stamped(make(*key), *key))
+    return not _is_cached(stamped(make(*key), *key))
 
 
 def _is_cached(function: Callable[..., Any]) -> bool:

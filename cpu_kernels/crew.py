@@ -72,18 +72,23 @@ class Crew:
             self._fail(failure)
 
     def work_as_caller(self, number: int) -> None:
-        """Do worker 0's share of a job on this thread; returns when the job is done or failed."""
+        """Do worker 0's share of a job on this thread; returns when the job is done or failed.
+
+        After an interrupt before our first phase or after the last it may be called again; one in
+        between is a failure: what we did of the phase is not known, and the others wait in it.
+        """
         reason, phase = PYTHON, -1
-        while reason == PYTHON:
-            reason, phase = self.kernels.work_as_caller(
-                self.address, self.table_address, number, phase, self.num_workers
-            )
-            if reason == PYTHON:
-                try:
+        try:
+            while reason == PYTHON and self._is_rung(number):
+                reason, phase = self.kernels.work_as_caller(
+                    self.address, self.table_address, number, phase, self.num_workers
+                )
+                if reason == PYTHON:
                     self.python_stages[number](phase, 0, self.num_workers)
-                except BaseException as failure:
-                    self._fail(failure)
-                    return
+        except BaseException as failure:
+            if phase < 0 or not self._is_rung(number):
+                raise
+            self._fail(failure)
 
     def wait_done(self) -> None:
         """Return when the rung job is done or a worker has failed; sleeps if it takes long."""
@@ -126,6 +131,9 @@ class Crew:
     def _fail(self, failure: BaseException) -> None:
         self.failure = self.failure or failure
         self.stop()  # the others would wait for us
+
+    def _is_rung(self, number: int) -> bool:
+        return bool(self.words[DOORBELL] == number)
 
     def _has_ended(self) -> bool:
         return bool(self.words[DONE_BELL] or self.words[STOP])

@@ -32,7 +32,7 @@ from cpu_kernels.expert_parts import (
     sums_of,
 )
 from cpu_kernels.intrinsics import jit
-from cpu_kernels.kernel_paths import PATHS
+from cpu_kernels.kernel_paths import PATHS, KernelPath
 from cpu_kernels.routes import (
     make_routes,
     routed_experts,
@@ -207,6 +207,11 @@ def down(path, part, row_bytes, job, worker, num_workers):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], row, num_rows, first, last)
                 down_panel(path, part, job, row_bytes, panel, pairs, room, sums)
+
+
+def num_phases(kernel: KernelPath) -> int:
+    """Of the stage of a path."""
+    return 3 if kernel.activations == "bf16" else 2
 
 
 def make_dense_stage(path: int) -> Any:

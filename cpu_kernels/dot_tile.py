@@ -33,9 +33,6 @@ UNROLL = 2  # vectors of a row per step of the loop
 PREFETCH = 2048
 IN_PAIRS = host_isa().multiplies_pairs
 
-# add(builder, total, row, x, index): total + the products at element ``index``, by addresses
-AddProducts = Callable[[Any, Any, Any, Any], Any]
-
 
 class _Bfloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite has no word for it
     null = "0.0"

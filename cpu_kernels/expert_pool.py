@@ -3,63 +3,24 @@
 T tokens, S choices of a token (top k), H hidden, I expert width, E experts held.
 """
 
-from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.activations import ACTIVATIONS
+from cpu_kernels.bf16 import F32
 from cpu_kernels.checks import FLOAT, ID, check_array
-from cpu_kernels.compiled import stage_address, stage_needs_compile
-from cpu_kernels.dense_stage import make_dense_stage
-from cpu_kernels.dot_tile import x_bytes
-from cpu_kernels.expert_job import JOB, ROOM
-from cpu_kernels.expert_reference import F32
+from cpu_kernels.compiled import stage_needs_compile
+from cpu_kernels.expert_job import ROOM
+from cpu_kernels.expert_layer import I32, ExpertLayer, stage_maker
 from cpu_kernels.experts import Experts
-from cpu_kernels.kernel_paths import PATHS, Activations, KernelPath, path_number
-from cpu_kernels.packed_stage import make_packed_stage
+from cpu_kernels.kernel_paths import Activations, path_number
 from cpu_kernels.routes import COUNTS
 from cpu_kernels.threads import StageError, WorkerPool
 from cpu_kernels.weight_kind import WeightKind
 
-if TYPE_CHECKING:
-    from cpu_kernels.onednn import HandOver
-
-I32 = npt.NDArray[np.int32]
 LINE = 64  # bytes of a cache line
-
-
-class ExpertLayer:
-    """One layer of a pool: its job's record and what that points to. Made by add_layer."""
-
-    def __init__(self, experts: Experts, path: KernelPath, place_of: I32 | None) -> None:
-        self.experts = experts
-        self.path = path
-        self.place_of = place_of
-        self.record = np.zeros(1, JOB)
-        self.number = 0
-        self.step: tuple[npt.NDArray[Any], ...] = ()  # x, ids, weights and out of the last step
-        self.scratch: dict[str, npt.NDArray[np.uint8]] = {}  # alive while the record points to it
-        self.hand_over: HandOver | None = None
-
-    @property
-    def num_ids(self) -> int:
-        """Experts that ids may name."""
-        return self.experts.num_experts if self.place_of is None else len(self.place_of)
-
-    def row_sizes(self) -> tuple[int, int, int]:
-        """Bytes of a prepared row of x and of act, and elements of a float32 row of act."""
-        experts, kind = self.experts, self.path.kind
-        if not kind.is_packed:
-            size = x_bytes(self.path)
-            return experts.hidden * size, experts.width * size, 0
-        group = kind.group
-        x_groups, act_groups = -(-experts.hidden // group), -(-experts.width // group)
-        if self.path.activations == "f32":
-            return x_groups * group * 4, act_groups * group * 4, act_groups * group
-        return x_groups * (group + 8), act_groups * (group + 8), experts.width
 
 
 class ExpertPool:
@@ -91,46 +52,29 @@ class ExpertPool:
         ``activations``: what x and the intermediate are rounded to before each product. "f32" is
         exact; "bf16" (bf16 weights) and "int8" (packed weights, a scale per token and group) are
         faster for more than one token. ``place_of``: the place of expert e among ``experts``, -1 if
-        it is not there and its choices are to be left out; None: ids are places. ``hand_over``:
+        it is not there and its choices are to be left out; None: ids are places. The array is read
+        at each step, so it may change while the layer does not run. ``hand_over``:
         experts with that many tokens of a step are computed by torch (bf16 weights with bf16
         activations, whose products are then rounded to bf16 too, or f32 weights); None: never.
         ValueError if the weights cannot be had with these activations, or not be handed over.
         """
-        number = path_number(experts.kind, activations)
-        layer = ExpertLayer(experts, PATHS[number], place_of)
-        record, mlp = layer.record[0], experts.mlp
-        record["stage"] = stage_address(_stage_maker(experts.kind), number)
-        record["num_phases"] = {"f32": 3 if experts.kind.is_packed else 2, "bf16": 3, "int8": 4}[
-            activations
-        ]
-        for name in ("w13", "w13_stride", "w2", "w2_stride", "num_experts", "hidden", "width"):
-            record[name] = getattr(experts, name)
-        for name, bias in (("b13", mlp.b13_EF), ("b2", mlp.b2_EH)):
-            record[name] = 0 if bias is None else bias.ctypes.data
-        if place_of is not None:
-            check_array("place_of", place_of, (place_of.size,), ID)
-            if place_of.size and not -1 <= place_of.min() <= place_of.max() < experts.num_experts:
-                raise ValueError(f"place_of must be -1 to {experts.num_experts - 1}")
-            record["place_of"] = place_of.ctypes.data
-        record["num_ids"] = layer.num_ids
-        record["activation"] = ACTIVATIONS.index(mlp.activation)
-        record["limit"], record["alpha"] = mlp.limit, mlp.alpha
-        record["error"] = self.workers.error_address
-        record["x_row_bytes"], record["act_row_bytes"], record["act_cols"] = layer.row_sizes()
-        layer.number = self.workers.add_job(layer.record)
+        self.wait()
+        layer = ExpertLayer(experts, activations, place_of, self.workers.error_address)
         if hand_over is not None:
             from cpu_kernels.onednn import HandOver  # takes seconds to import
 
-            self.wait()
             layer.hand_over = HandOver(self.workers, layer, hand_over)
+        layer.number = self.workers.add_job(layer.record)
         return layer
 
     def remove_layer(self, layer: ExpertLayer) -> None:
-        """Forget a layer that does not run."""
-        self.wait()
-        self.workers.remove_job(layer.number)
-        if layer.hand_over is not None:
-            self.workers.remove_job(layer.hand_over.number)
+        """Forget a layer; one that runs is waited for, and its complaint raised by then."""
+        try:
+            self.wait()
+        finally:
+            self.workers.remove_job(layer.number)
+            if layer.hand_over is not None:
+                self.workers.remove_job(layer.hand_over.number)
 
     def bind(
         self, layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out_TH: F32
@@ -223,11 +167,7 @@ class ExpertPool:
 
 def needs_compile(kind: WeightKind, activations: Activations = "f32") -> bool:
     """Whether add_layer will compile for these weights; see :mod:`cpu_kernels.compiled`."""
-    return stage_needs_compile(_stage_maker(kind), path_number(kind, activations))
-
-
-def _stage_maker(kind: WeightKind) -> Callable[[int], Any]:
-    return make_packed_stage if kind.is_packed else make_dense_stage
+    return stage_needs_compile(stage_maker(kind), path_number(kind, activations))
 
 
 def routes_words(num_experts: int, num_pairs: int) -> int:
@@ -257,3 +197,5 @@ def _check_step(layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out
     check_array("out", out_TH, x_shape, FLOAT)
     if not out_TH.flags.writeable:
         raise ValueError("out must be writable")
+    if np.may_share_memory(x_TH, out_TH):  # parts of out are written while others still read x
+        raise ValueError("out must not share memory with x")

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.activation_reference import CLAMP_ALPHA, CLAMP_LIMIT, Activation
+from cpu_kernels.bf16 import F32, U16
 from cpu_kernels.checks import FLOAT, check_array
-from cpu_kernels.expert_reference import F32, U16
 from cpu_kernels.packed_layout import U8, PackedShape
 from cpu_kernels.weight_kind import WeightKind
 

@@ -34,7 +34,7 @@ from cpu_kernels.threads import WorkerPool
 from cpu_kernels.worker import ERROR, JOB_HEADER
 
 if TYPE_CHECKING:
-    from cpu_kernels.expert_pool import ExpertLayer
+    from cpu_kernels.expert_layer import ExpertLayer
 
 Room = Callable[[str, int], npt.NDArray[np.uint8]]  # (name, bytes): scratch, 64 bytes to spare
 LINE = 64  # bytes of a cache line
@@ -120,6 +120,22 @@ class HandOver:
 
     def _run(self, phase: int, worker: int, num_workers: int) -> None:
         """One worker's share of a phase."""
+        is_caller = self._caller_works and worker == 0
+        with self._as_worker() if is_caller else nullcontext():
+            self._run_share(phase, worker, num_workers)
+
+    @contextmanager
+    def _as_worker(self) -> Iterator[None]:
+        """Within, the caller's thread is as a worker's: one thread for torch, no denormals."""
+        before, modes = torch.get_num_threads(), self._kernels.flush_denormals()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+            self._kernels.set_modes(modes)
+
+    def _run_share(self, phase: int, worker: int, num_workers: int) -> None:
         record = self._rest
         if phase < self._first_phase:
             stage, job = int(record["stage"][0]), record.ctypes.data
@@ -130,15 +146,12 @@ class HandOver:
             self._gather(worker, num_workers)
         elif phase == self._first_phase + 3:
             self._add_up(worker, num_workers)
+        elif phase == self._first_phase + 1:
+            for piece in self._gate_up[worker]:
+                self._gate_up_piece(piece, worker)
         else:
-            is_caller = self._caller_works and worker == 0
-            with one_thread() if is_caller else nullcontext():
-                if phase == self._first_phase + 1:
-                    for piece in self._gate_up[worker]:
-                        self._gate_up_piece(piece, worker)
-                else:
-                    for piece in self._down[worker]:
-                        self._down_piece(piece)
+            for piece in self._down[worker]:
+                self._down_piece(piece)
 
     def _gather(self, worker: int, num_workers: int) -> None:
         token_Q, hidden = self._big.token_Q, self._layer.experts.hidden
@@ -212,15 +225,4 @@ def use_one_thread_each(workers: WorkerPool) -> None:
         workers.wait()
     finally:
         workers.remove_job(number)
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within, torch uses one thread for this thread's calls."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
         torch.set_num_threads(before)

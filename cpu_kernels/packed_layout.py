@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.expert_reference import F32, U16, bf16_to_f32, f32_to_bf16
+from cpu_kernels.bf16 import F32, U16, bf16_to_f32, f32_to_bf16
 from cpu_kernels.weight_kind import Scales, WeightKind
 
 U8 = npt.NDArray[np.uint8]
-U32 = npt.NDArray[np.uint32]
 
 BLOCK_ROWS = 16  # float32 lanes of a 512-bit vector: a row is a lane, no sum crosses lanes
 ALIGNMENT = 64  # bytes of a cache line

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.activation_reference import ACTIVATIONS, Activation
-from cpu_kernels.expert_reference import F32, F64, Integers, bf16_to_f32, f32_to_bf16
+from cpu_kernels.bf16 import F32, F64, Integers, bf16_to_f32, f32_to_bf16
 
 I8 = npt.NDArray[np.int8]
 

@@ -23,9 +23,9 @@ from cpu_kernels.expert_parts import (
     room_of,
 )
 from cpu_kernels.intrinsics import jit
-from cpu_kernels.kernel_paths import PATHS
+from cpu_kernels.kernel_paths import PATHS, KernelPath
 from cpu_kernels.packed_rows import prepare_rows
-from cpu_kernels.packed_tile import ROWS, packed_tile, tile_tokens
+from cpu_kernels.packed_tile import FULL_TOKENS, PART_TOKENS, ROWS, packed_tile
 from cpu_kernels.routes import (
     make_routes,
     routed_experts,
@@ -36,20 +36,20 @@ from cpu_kernels.routes import (
 
 
 @jit
-def multiply_block(path, full, part, block, xs, num_xs, num_groups, out):
+def multiply_block(path, block, xs, num_xs, num_groups, out):
     """out[t, r] = row r of the block . x of token t; ``xs`` is padded to whole tiles."""
-    for t in range(0, num_xs, full):
+    for t in range(0, num_xs, FULL_TOKENS):
         at = out + t * PANEL_ROWS * 4
         if num_xs - t == 1:
             packed_tile(path, 1, block, xs, t, num_groups, at, PANEL_ROWS)
-        elif num_xs - t <= part:
-            packed_tile(path, part, block, xs, t, num_groups, at, PANEL_ROWS)
+        elif num_xs - t <= PART_TOKENS:
+            packed_tile(path, PART_TOKENS, block, xs, t, num_groups, at, PANEL_ROWS)
         else:
-            packed_tile(path, full, block, xs, t, num_groups, at, PANEL_ROWS)
+            packed_tile(path, FULL_TOKENS, block, xs, t, num_groups, at, PANEL_ROWS)
 
 
 @jit
-def gate_up_block(path, full, part, job, sizes, panel, tokens, room):
+def gate_up_block(path, job, sizes, panel, tokens, room):
     """act[pairs first to last, rows of the block] of one expert."""
     num_groups, block_bytes = sizes
     place, block, first, last = panel
@@ -61,7 +61,7 @@ def gate_up_block(path, full, part, job, sizes, panel, tokens, room):
     base = job.w13 + place * job.w13_stride + 2 * block * block_bytes
     for half in range(2):
         out = products[half].ctypes.data
-        multiply_block(path, full, part, base + half * block_bytes, xs, num_pairs, num_groups, out)
+        multiply_block(path, base + half * block_bytes, xs, num_pairs, num_groups, out)
         bias_row = half * job.width + row
         add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
     for t in range(num_pairs):
@@ -75,7 +75,7 @@ def gate_up_block(path, full, part, job, sizes, panel, tokens, room):
 
 
 @jit
-def gate_up(path, full, part, job, sizes, worker, num_workers):
+def gate_up(path, job, sizes, worker, num_workers):
     room = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
@@ -89,11 +89,11 @@ def gate_up(path, full, part, job, sizes, worker, num_workers):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], block, first, last)
-                gate_up_block(path, full, part, job, sizes, panel, tokens, room)
+                gate_up_block(path, job, sizes, panel, tokens, room)
 
 
 @jit
-def down_block(path, full, part, job, sizes, panel, pairs, xs, products):
+def down_block(path, job, sizes, panel, pairs, xs, products):
     """out[tokens of the pairs, rows of the block] += weight * down of one expert."""
     num_groups, block_bytes = sizes
     place, block, first, last = panel
@@ -102,13 +102,13 @@ def down_block(path, full, part, job, sizes, panel, pairs, xs, products):
     for t in range(padded(num_pairs)):
         xs[t] = job.act_rows + min(first + t, last - 1) * job.act_row_bytes
     base = job.w2 + place * job.w2_stride + block * block_bytes
-    multiply_block(path, full, part, base, xs, num_pairs, num_groups, products[0].ctypes.data)
+    multiply_block(path, base, xs, num_pairs, num_groups, products[0].ctypes.data)
     add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
     add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])
 
 
 @jit
-def down(path, full, part, job, sizes, worker, num_workers):
+def down(path, job, sizes, worker, num_workers):
     products, _, xs, _ = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
@@ -120,7 +120,7 @@ def down(path, full, part, job, sizes, worker, num_workers):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], block, first, last)
-                down_block(path, full, part, job, sizes, panel, pairs, xs, products)
+                down_block(path, job, sizes, panel, pairs, xs, products)
 
 
 @jit
@@ -136,12 +136,16 @@ def block_sizes(cols, group, group_bytes):
     return num_groups, (num_groups * group_bytes + 63) // 64 * 64
 
 
+def num_phases(kernel: KernelPath) -> int:
+    """Of the stage of a path."""
+    return 4 if kernel.activations == "int8" else 3
+
+
 def make_packed_stage(path: int) -> Any:
     """The stage for PATHS[path]; see the phases above."""
     kernel = PATHS[path]
     kind = kernel.kind
     is_int8, group = kernel.activations == "int8", kind.group
-    full, part = tile_tokens(kernel)
     group_bytes = ROWS * (group * kind.bits // 8 + 2 + kind.has_zeros)  # codes, scales, zeros
 
     def stage(job_address, phase, worker, num_workers):
@@ -153,12 +157,12 @@ def make_packed_stage(path: int) -> Any:
             prepare_rows(*args, is_int8, group, worker, num_workers)
         elif phase == 1:
             sizes = block_sizes(job.hidden, group, group_bytes)
-            gate_up(path, full, part, job, sizes, worker, num_workers)
+            gate_up(path, job, sizes, worker, num_workers)
         elif is_int8 and phase == 2:
             args = (job.act, job.act_cols, job.width, num_routed_pairs(job, worker), job.act_rows)
             prepare_rows(*args, True, group, worker, num_workers)
         else:
             sizes = block_sizes(job.width, group, group_bytes)
-            down(path, full, part, job, sizes, worker, num_workers)
+            down(path, job, sizes, worker, num_workers)
 
     return stage

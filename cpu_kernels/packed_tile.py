@@ -23,19 +23,13 @@ STEP_BYTES = 64  # four (int8) or eight (int4) elements of each row
 UNROLL = 4  # steps; a group has at least four
 CHAINS = 4
 # Bytes ahead in the stream of codes, to the second level of cache. 14 workers, four bits, experts
-# of 2048 x 768: 0.61 of a plain read with 512, 0.67 with 2,048, 0.74 with 4,096; 0.88 against 1.03
-# where the 4,096 reach for the first or the second level.
+# of 2048 x 768: 0.61 of a plain read with 512, 0.67 with 2,048, 0.74 with 4,096; in a later run
+# 0.88 with 4,096 to the first level and 1.03 to the second.
 PREFETCH = 4096
 
 # Tokens that share one unpacking of the codes, most first: their sums have to stay in registers.
-TILES_INT8 = {16: (8, 4), 8: (4, 2), 4: (2, 2)}[LANES]
-TILES_F32 = {16: (8, 4), 8: (4, 2), 4: (2, 2)}[LANES]
+FULL_TOKENS, PART_TOKENS = {16: (8, 4), 8: (4, 2), 4: (2, 2)}[LANES]
 CHAINS_AT_ONCE = {16: 16, 8: 8, 4: 8}[LANES]  # accumulators that leave room for the other values
-
-
-def tile_tokens(path: KernelPath) -> tuple[int, int]:
-    """Tokens of a full tile, and of a smaller one for what is left; one alone has its own."""
-    return TILES_INT8 if path.activations == "int8" else TILES_F32
 
 
 class _Tile:

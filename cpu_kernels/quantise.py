@@ -6,7 +6,7 @@ N rows, K columns, G groups of a row, L elements of a group.
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.expert_reference import F32, F64
+from cpu_kernels.bf16 import F32, F64
 from cpu_kernels.packed_layout import U8, Quantised, decode_scales, encode_scales
 from cpu_kernels.weight_kind import Scales, WeightKind
 

@@ -19,9 +19,11 @@ def routes_address(job, worker):
 
 @jit
 def make_routes(job, worker):
-    """Group the job's choices by expert, then token, then as given; False if an id is unknown.
+    """Group the job's choices by expert, then token, then as given.
 
-    Choices of -1 and of experts that are not held here are left out.
+       False if an id or the place of one is out of range.
+    Choices of -1 and of experts that are
+       not held here are left out.
     """
     num_pairs = job.num_tokens * job.top_k
     base = routes_address(job, worker)
@@ -38,6 +40,8 @@ def make_routes(job, worker):
         if ids[p] < -1 or ids[p] >= job.num_ids:
             return False
         place = place_at(job, place_of, ids[p])
+        if place >= job.num_experts:
+            return False
         if place >= 0:
             start[place + 1] += 1
     num_routed = 0

@@ -85,9 +85,10 @@ def store_count(path: Path, fingerprint: dict[str, Any], num_threads: int) -> No
     text = json.dumps({"machine": fingerprint, "num_threads": num_threads})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(text)
+            whole.replace(path)
     except OSError:
         return  # measured again at the next start
 
@@ -138,6 +139,6 @@ def _free_bytes() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux
-        return 2 * MAX_BYTES
-    kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(kilobytes) * 1024
+        lines = []
+    free = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next(free, 2 * MAX_BYTES // 1024) * 1024

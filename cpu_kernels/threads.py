@@ -27,6 +27,7 @@ from cpu_kernels.worker import (
     MAX_JOBS,
     MAX_WORKERS,
     NUM_WORDS,
+    PARKED,
     PATIENCE,
     SPINS,
 )
@@ -113,9 +114,9 @@ class WorkerPool:
             )
             for worker in range(self.caller_works, num_threads)
         ]
-        for thread in threads:
-            thread.start()
         self._finalizer = weakref.finalize(self, _end, self._crew, threads)
+        for thread in threads:
+            thread.start()  # may fail: the finalizer ends those that run
 
     @property
     def error_address(self) -> int:
@@ -166,6 +167,8 @@ class WorkerPool:
         Raises the exception of a worker's Python phase, which ends the pool, or StageError.
         """
         if self._rung:
+            if self.words[PARKED]:  # an interrupt may have kept ring from it
+                self._crew.wake()
             if self.caller_works:
                 self._crew.work_as_caller(self._rung)
             else:
@@ -218,7 +221,8 @@ class WorkerPool:
 def _end(crew: Crew, threads: list[threading.Thread]) -> None:
     crew.stop()
     for thread in threads:
-        if thread is not threading.current_thread():  # a Python stage dropped the pool
+        is_own = thread is threading.current_thread()  # a Python stage dropped the pool
+        if thread.is_alive() and not is_own:
             thread.join()
 
 

@@ -16,7 +16,8 @@ from typing import Any, Self
 import numpy as np
 
 from cpu_kernels.big_experts import may_hand_over
-from cpu_kernels.expert_pool import ExpertLayer, ExpertPool, aligned_floats
+from cpu_kernels.expert_layer import ExpertLayer
+from cpu_kernels.expert_pool import ExpertPool, aligned_floats
 from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import PATHS, Activations, path_number
 

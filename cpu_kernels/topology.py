@@ -62,7 +62,7 @@ def spread(machine: Machine, num_threads: int) -> list[int] | None:
     return [cpu for _, _, cpu in sorted(turns)[:num_threads]]
 
 
-def cpus_of_list(text: str) -> Iterator[int]:
+def numbers_of_list(text: str) -> Iterator[int]:
     """The numbers in the kernel's list format: "0-2,8" is 0, 1, 2, 8."""
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
@@ -92,12 +92,12 @@ def read_machine(root: Path = Path("/"), allowed: set[int] | None = None) -> Mac
     """
     cpus = sorted(_allowed() if allowed is None else allowed)
     system = root / "sys" / SYSTEM
-    small = set(cpus_of_list(_text(root / "sys/devices/cpu_atom/cpus")))  # Intel's name for them
+    small = set(numbers_of_list(_text(root / "sys/devices/cpu_atom/cpus")))  # Intel's name for them
     nodes = sorted((system / "node").glob("node[0-9]*"))
     node_of = {
         cpu: int(node.name.removeprefix("node"))
         for node in nodes
-        for cpu in cpus_of_list(_text(node / "cpulist"))
+        for cpu in numbers_of_list(_text(node / "cpulist"))
     }
     return Machine(
         core_of={cpu: _core(system, cpu) for cpu in cpus},
@@ -119,11 +119,6 @@ def read_cache_bytes(root: Path = Path("/"), allowed: set[int] | None = None) ->
     return sum(size for (level, _), size in found.items() if level == top)
 
 
-def num_physical_cores() -> int:
-    """Cores of this machine that this process may use; see :func:`num_cores`."""
-    return num_cores(read_machine())
-
-
 def can_pin() -> bool:
     """Whether threads can be tied to CPUs on this system."""
     return hasattr(os, "sched_setaffinity") and platform.system() == "Linux"
@@ -143,7 +138,7 @@ def _text(path: Path) -> str:
 
 def _core(system: Path, cpu: int) -> int:
     return min(
-        cpus_of_list(_text(system / f"cpu/cpu{cpu}/topology/thread_siblings_list")), default=cpu
+        numbers_of_list(_text(system / f"cpu/cpu{cpu}/topology/thread_siblings_list")), default=cpu
     )
 
 

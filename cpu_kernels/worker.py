@@ -14,9 +14,12 @@ acquires all of these, then releases GENERATION, which the others acquire before
 nobody runs ahead by more than one generation, and "it differs" is all they need to compare. At a
 job's end worker 0 clears DOORBELL before it releases GENERATION: who looks at the bell again sees 0
 or a new job, never the old one. DONE_BELL comes last: the feeder that has read it owns the job, its
-results and the bell. These stores are plain moves on x86. Two pairs need a full fence, as both
-sides write a word and then read the other's: DOORBELL and PARKED (ring, park), DONE_BELL and ASLEEP
-(worker 0, a caller that goes to sleep): with it at least one of the two sees the other.
+results and the bell. A caller that is worker 0 has acquired the others' words and stored DONE_BELL
+itself when it goes on, so no late DONE_BELL can follow the 0 of its next ring; others may still be
+on their way out of the last meeting, where they read nothing of the job any more. These stores are
+plain moves on x86. Two pairs need a full fence, as both sides write a word and then read the
+other's: DOORBELL and PARKED (ring, park), DONE_BELL and ASLEEP (worker 0, a caller that goes to
+sleep): with it at least one of the two sees the other.
 """
 
 import numpy as np

@@ -116,13 +116,14 @@ class HybridExperts:
         has_cold = bool(cold_TK.any())
         if has_cold:
             self._pool.submit(self._pool_layers[layer], *rows.arrays)
-        hot_TH = None if cold_TK.all() else self._resident(experts, x_TH, ids, ~cold_TK, weights_TK)
+        is_all_cold = has_cold and bool(cold_TK.all())
+        hot_TH = None if is_all_cold else self._resident(experts, x_TH, ids, ~cold_TK, weights_TK)
         return PendingLayer(self, hot_TH, rows.out_TH if has_cold else None)
 
     def collect(self, out_TH: torch.Tensor) -> torch.Tensor:
-        """Wait for the pool and return its part on the device."""
+        """Wait for the pool and return its part on the device, a copy."""
         self._pool.wait()
-        return out_TH.to(self._device, non_blocking=True)
+        return out_TH.to(self._device, non_blocking=True, copy=True)
 
     def clear(self) -> None:
         """Let the pool forget the layers and their weights; nothing can be launched after."""

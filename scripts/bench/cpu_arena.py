@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.arena import Arena
-from cpu_kernels.expert_reference import f32_to_bf16
+from cpu_kernels.bf16 import f32_to_bf16
 from cpu_kernels.experts import Experts, dense_experts, packed_experts
 from cpu_kernels.packed_layout import MatrixShape, PackedShape, pack_matrix
 from cpu_kernels.quantise import round_to_nearest

@@ -23,7 +23,8 @@ import numpy as np
 from cpu_kernels.addresses import i64_array
 from cpu_kernels.arena import Arena
 from cpu_kernels.compiled import kernels
-from cpu_kernels.expert_pool import ExpertLayer, ExpertPool, aligned_floats
+from cpu_kernels.expert_layer import ExpertLayer
+from cpu_kernels.expert_pool import ExpertPool, aligned_floats
 from cpu_kernels.experts import Experts
 from cpu_kernels.intrinsics import atomic_load, njit, pause, store_release
 from cpu_kernels.isa import VARIABLE, host_isa
@@ -220,7 +221,8 @@ def narrow_rows(level: str, options: argparse.Namespace) -> list[Row]:
     forced = os.environ | {VARIABLE: level}
     run = subprocess.run(command, env=forced, capture_output=True, text=True)
     if run.returncode:
-        print(f"{VARIABLE}={level}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        reason = run.stderr.strip().splitlines() or [f"ended with {run.returncode}"]
+        print(f"{VARIABLE}={level}: {reason[-1]}", file=sys.stderr)
         return []
     return [row_from(row) for row in json.loads(run.stdout)]
 

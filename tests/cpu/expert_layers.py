@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.expert_pool import ExpertLayer, ExpertPool
-from cpu_kernels.expert_reference import bf16_to_f32, f32_to_bf16
+from cpu_kernels.bf16 import bf16_to_f32, f32_to_bf16
+from cpu_kernels.expert_layer import ExpertLayer
+from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.experts import Experts, Mlp, dense_experts, packed_experts
 from cpu_kernels.kernel_paths import PATHS, KernelPath
 from cpu_kernels.packed_layout import (

@@ -12,7 +12,6 @@ from cpu_kernels.arena import (
     HUGE_PAGE,
     Arena,
     huge_bytes_of,
-    ids_of_list,
     interleave,
     memory_nodes,
 )
@@ -122,10 +121,7 @@ AnonHugePages:      2048 kB
     assert huge_bytes_of(smaps, 0x2000000, 0x600000) == 0
 
 
-def test_lists_of_nodes() -> None:
-    assert ids_of_list("0\n") == [0]
-    assert ids_of_list(" 0-2,5,7-8\n") == [0, 1, 2, 5, 7, 8]
-    assert ids_of_list("\n") == []
+def test_nodes_of_this_machine() -> None:
     assert memory_nodes() == sorted(set(memory_nodes()))
 
 

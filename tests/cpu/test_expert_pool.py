@@ -22,8 +22,8 @@ from expert_layers import (
     run_step,
 )
 
+from cpu_kernels.bf16 import f32_to_bf16
 from cpu_kernels.expert_pool import ExpertPool
-from cpu_kernels.expert_reference import f32_to_bf16
 from cpu_kernels.experts import dense_experts, packed_experts
 from cpu_kernels.packed_layout import PackedShape
 
@@ -90,6 +90,9 @@ def test_place_of_may_change_between_steps(pool: ExpertPool, weights: Weights, s
     place_of[:] = [1, -1, 0, 2]
     places_TS = np.where(step.ids_TS < 0, np.int32(-1), place_of[step.ids_TS])
     assert agrees(weights, changed(step, ids_TS=places_TS), run_step(pool, layer, step))
+    place_of[1] = 4
+    with pytest.raises(ValueError, match="out of range"):
+        run_step(pool, layer, step)
     pool.remove_layer(layer)
 
 

@@ -30,8 +30,8 @@ from expert_layers import (
 )
 
 from cpu_kernels.activation_reference import ACTIVATIONS
+from cpu_kernels.bf16 import bf16_to_f32, f32_to_bf16
 from cpu_kernels.expert_pool import ExpertPool
-from cpu_kernels.expert_reference import bf16_to_f32, f32_to_bf16
 from cpu_kernels.packed_layout import Quantised
 from cpu_kernels.packed_reference import quantise_activations
 from cpu_kernels.weight_kind import WeightKind

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpu_kernels.expert_reference import bf16_to_f32, f32_to_bf16
+from cpu_kernels.bf16 import bf16_to_f32, f32_to_bf16
 from cpu_kernels.isa import (
     LEVELS,
     LLVM_NAMES,

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpu_kernels.activation_reference import ACTIVATIONS, Activation
+from cpu_kernels.bf16 import f32_to_bf16, widen
 from cpu_kernels.big_experts import LEAST_ROWS, padded_rows, share_rows, take_big
 from cpu_kernels.expert_pool import ExpertPool
-from cpu_kernels.expert_reference import f32_to_bf16, widen
 from cpu_kernels.experts import Experts, Mlp, dense_experts, packed_experts
 from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.packed_layout import PackedShape

@@ -17,7 +17,7 @@ from cpu_kernels.thread_count import (
     store_count,
 )
 from cpu_kernels.threads import default_num_threads
-from cpu_kernels.topology import num_physical_cores
+from cpu_kernels.topology import num_cores, read_machine
 
 
 @given(st.dictionaries(st.integers(1, 99), st.floats(1, 300), min_size=1))
@@ -40,7 +40,7 @@ def test_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(thread_count, "SECONDS", 0.05)
     count = measured_num_threads()
-    assert 1 <= count <= default_num_threads(num_physical_cores())
+    assert 1 <= count <= default_num_threads(num_cores(read_machine()))
     assert cache_file() == tmp_path / "fiddler" / "cpu.json"
 
     def refuse(limit: int) -> int:

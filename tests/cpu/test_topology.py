@@ -11,9 +11,8 @@ from cpu_kernels.topology import (
     bytes_of_size,
     cores,
     cores_of_quota,
-    cpus_of_list,
     num_cores,
-    num_physical_cores,
+    numbers_of_list,
     read_cache_bytes,
     read_machine,
     spread,
@@ -99,7 +98,7 @@ def test_a_machine_without_files_has_a_core_for_each_cpu(tmp_path: Path) -> None
 
 def test_this_machine() -> None:
     machine = read_machine()
-    assert 1 <= num_physical_cores() <= len(machine.core_of)
+    assert 1 <= num_cores(machine) <= len(machine.core_of)
     assert set(cores(machine)) <= set(machine.core_of)
 
 
@@ -134,14 +133,14 @@ def test_pinned_threads_have_a_core_each_and_even_nodes(machine: Machine, num_th
 
 @given(st.sets(st.integers(0, 300)))
 def test_lists_of_cpus(cpus: set[int]) -> None:
-    assert set(cpus_of_list(",".join(map(str, sorted(cpus))))) == cpus
+    assert set(numbers_of_list(",".join(map(str, sorted(cpus))))) == cpus
     runs = ",".join(f"{cpu}-{cpu}" for cpu in cpus)
-    assert set(cpus_of_list(runs)) == cpus
+    assert set(numbers_of_list(runs)) == cpus
 
 
 def test_ranges_of_cpus() -> None:
-    assert list(cpus_of_list("0-2,8\n")) == [0, 1, 2, 8]
-    assert list(cpus_of_list("\n")) == []
+    assert list(numbers_of_list("0-2,8\n")) == [0, 1, 2, 8]
+    assert list(numbers_of_list("\n")) == []
 
 
 @pytest.mark.parametrize(

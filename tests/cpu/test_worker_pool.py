@@ -1,5 +1,6 @@
 """The worker pool: jobs run whole and in order, however they are rung; it parks, fails and ends."""
 
+import dataclasses
 import gc
 import threading
 import time
@@ -23,7 +24,7 @@ from cpu_kernels.intrinsics import atomic_store
 from cpu_kernels.isa import host_isa
 from cpu_kernels.read_kernel import read
 from cpu_kernels.threads import StageError, WorkerPool, default_num_threads
-from cpu_kernels.topology import num_physical_cores
+from cpu_kernels.topology import num_cores, read_machine
 from cpu_kernels.worker import DONE_BELL, DOORBELL, ERROR, JOB_HEADER, NUM_WORDS, PARKED
 
 MODES = [(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)]
@@ -161,6 +162,69 @@ def test_an_exception_in_a_python_phase(num_threads: int, caller_works: bool, fa
     with pytest.raises(MemoryError, match="no room"):
         pool.wait()
     with pytest.raises(MemoryError, match="no room"):
+        pool.ring(number)
+    pool.close()
+    assert threading.active_count() == before
+
+
+# --- interrupts ---
+
+
+def interrupt_once(pool: WorkerPool, name: str, *, after: bool) -> None:
+    """Raise KeyboardInterrupt just before or after the next call of a compiled entry point."""
+    crew = pool._crew
+    kernels = crew.kernels
+
+    def interrupted(*args: int) -> object:
+        crew.kernels = kernels
+        if after:
+            getattr(kernels, name)(*args)
+        raise KeyboardInterrupt
+
+    crew.kernels = dataclasses.replace(kernels, **{name: interrupted})
+
+
+@pytest.mark.parametrize("after", [False, True])
+@modes
+def test_a_wait_may_be_interrupted(num_threads: int, caller_works: bool, after: bool) -> None:
+    with WorkerPool(num_threads, caller_works=caller_works) as pool:
+        job = CheckJob(pool)
+        for _ in range(3):
+            interrupt_once(pool, "work_as_caller" if caller_works else "wait_while", after=after)
+            with pytest.raises(KeyboardInterrupt):
+                job.run()
+            pool.wait()
+            job.check()
+            job.run()
+
+
+@modes
+def test_a_ring_may_be_interrupted_before_it_wakes_the_parked(
+    num_threads: int, caller_works: bool
+) -> None:
+    with WorkerPool(num_threads, caller_works=caller_works, spin_us=0) as pool:
+        job = CheckJob(pool)
+        wait_until(lambda: is_parked(pool))
+        interrupt_once(pool, "ring", after=True)
+        with pytest.raises(KeyboardInterrupt):
+            job.run()
+        pool.wait()
+        job.check()
+        job.run()
+
+
+def test_an_interrupt_within_a_phase_ends_the_pool() -> None:
+    def stage(phase: int, worker: int, num_workers: int) -> None:
+        if phase == 1 and worker == 0:
+            raise KeyboardInterrupt
+
+    before = threading.active_count()
+    pool = WorkerPool(2, caller_works=True)
+    number = python_job(pool, 3, stage)
+    pool.ring(number)
+    with pytest.raises(KeyboardInterrupt):
+        pool.wait()
+    with pytest.raises(KeyboardInterrupt):
         pool.ring(number)
     pool.close()
     assert threading.active_count() == before
@@ -321,9 +385,10 @@ def test_a_pool_that_is_dropped_ends_its_threads() -> None:
 def test_default_number_of_threads() -> None:
     cores = (1, 2, 3, 4, 6, 8, 16)
     assert [default_num_threads(n) for n in cores] == [1, 2, 3, 3, 5, 6, 14]
+    here = num_cores(read_machine())
     with WorkerPool() as pool:
-        assert pool.num_threads == default_num_threads(num_physical_cores())
-        assert pool.caller_works == (pool.num_threads == num_physical_cores())
+        assert pool.num_threads == default_num_threads(here)
+        assert pool.caller_works == (pool.num_threads == here)
     with pytest.raises(ValueError, match="num_threads"):
         WorkerPool(0)
 

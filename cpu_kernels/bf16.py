@@ -1,7 +1,4 @@
-"""Expert MLPs in plain float64 numpy: what the kernels must agree with; and bf16 bit patterns.
-
-T tokens, H hidden, I expert width, E experts, P (expert, token, weight) pairs.
-"""
+"""bf16 bit patterns in numpy, which has no such type, and short names for arrays."""
 
 import numpy as np
 import numpy.typing as npt
@@ -34,24 +31,3 @@ def widen(weights: U16 | F32) -> F64:
     """Weights of either kind as float64."""
     floats = bf16_to_f32(weights) if weights.dtype == np.uint16 else weights  # type: ignore[arg-type]
     return floats.astype(np.float64)
-
-
-def expert_mlp_reference(
-    w13_EFH: U16 | F32,
-    w2_EHI: U16 | F32,
-    x_TH: F32,
-    expert_P: Integers,
-    token_P: Integers,
-    weight_P: F32,
-) -> F64:
-    """Sum over each token's pairs of weight * down(silu(gate(x)) * up(x)), all in float64."""
-    out_TH = np.zeros(x_TH.shape)
-    for expert in np.unique(expert_P):
-        chosen = expert_P == expert
-        token_M = token_P[chosen]
-        gate_MI, up_MI = np.split(x_TH[token_M].astype(np.float64) @ widen(w13_EFH[expert]).T, 2, 1)
-        with np.errstate(over="ignore"):  # exp(-gate) may be Inf: silu is then -0
-            act_MI = gate_MI / (1 + np.exp(-gate_MI)) * up_MI
-        down_MH = act_MI @ widen(w2_EHI[expert]).T
-        np.add.at(out_TH, token_M, down_MH * weight_P[chosen].astype(np.float64)[:, None])
-    return out_TH

@@ -1,0 +1,90 @@
+"""One layer of an expert pool: the record of its job, and what that points to."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels import dense_stage, packed_stage
+from cpu_kernels.activations import ACTIVATIONS
+from cpu_kernels.checks import ID, check_array
+from cpu_kernels.compiled import stage_address
+from cpu_kernels.dot_tile import x_bytes
+from cpu_kernels.expert_job import JOB
+from cpu_kernels.experts import Experts
+from cpu_kernels.kernel_paths import PATHS, Activations, path_number
+from cpu_kernels.weight_kind import WeightKind
+
+if TYPE_CHECKING:
+    from cpu_kernels.onednn import HandOver
+
+I32 = npt.NDArray[np.int32]
+
+
+class ExpertLayer:
+    """Made by :meth:`cpu_kernels.expert_pool.ExpertPool.add_layer`, which has the arguments."""
+
+    def __init__(
+        self, experts: Experts, activations: Activations, place_of: I32 | None, error_address: int
+    ) -> None:
+        number = path_number(experts.kind, activations)
+        self.experts = experts
+        self.path = PATHS[number]
+        if place_of is not None:
+            _check_places(place_of, experts.num_experts)
+        self.place_of = place_of
+        self.number = 0  # of its job
+        self.step: tuple[npt.NDArray[Any], ...] = ()  # x, ids, weights and out of the last step
+        self.scratch: dict[str, npt.NDArray[np.uint8]] = {}  # alive while the record points to it
+        self.hand_over: HandOver | None = None
+        self.record = np.zeros(1, JOB)
+        self._fill(self.record[0], number, error_address)
+
+    @property
+    def num_ids(self) -> int:
+        """Experts that ids may name."""
+        return self.experts.num_experts if self.place_of is None else len(self.place_of)
+
+    def row_sizes(self) -> tuple[int, int, int]:
+        """Bytes of a prepared row of x and of act, and elements of a float32 row of act."""
+        experts, kind = self.experts, self.path.kind
+        if not kind.is_packed:
+            size = x_bytes(self.path)
+            return experts.hidden * size, experts.width * size, 0
+        group = kind.group
+        x_groups, act_groups = -(-experts.hidden // group), -(-experts.width // group)
+        if self.path.activations == "f32":
+            return x_groups * group * 4, act_groups * group * 4, act_groups * group
+        return x_groups * (group + 8), act_groups * (group + 8), experts.width
+
+    def _fill(self, record: np.void, number: int, error_address: int) -> None:
+        """Write what does not change from step to step."""
+        experts, mlp = self.experts, self.experts.mlp
+        stages = packed_stage if experts.kind.is_packed else dense_stage
+        record["stage"] = stage_address(stage_maker(experts.kind), number)
+        record["num_phases"] = stages.num_phases(self.path)
+        for name in ("w13", "w13_stride", "w2", "w2_stride", "num_experts", "hidden", "width"):
+            record[name] = getattr(experts, name)
+        for name, array in (
+            ("b13", mlp.b13_EF),
+            ("b2", mlp.b2_EH),
+            ("place_of", self.place_of),
+        ):
+            record[name] = 0 if array is None else array.ctypes.data
+        record["num_ids"] = self.num_ids
+        record["activation"] = ACTIVATIONS.index(mlp.activation)
+        record["limit"], record["alpha"] = mlp.limit, mlp.alpha
+        record["error"] = error_address
+        record["x_row_bytes"], record["act_row_bytes"], record["act_cols"] = self.row_sizes()
+
+
+def stage_maker(kind: WeightKind) -> Any:
+    """What makes the stage of a path with these weights."""
+    return packed_stage.make_packed_stage if kind.is_packed else dense_stage.make_dense_stage
+
+
+def _check_places(place_of: I32, num_experts: int) -> None:
+    """ValueError if a place is out of range: now rather than at the first step that finds it."""
+    check_array("place_of", place_of, (place_of.size,), ID)
+    if place_of.size and not -1 <= place_of.min() <= place_of.max() < num_experts:
+        raise ValueError(f"place_of must be -1 to {num_experts - 1}")
