@@ -59,7 +59,7 @@ def read_weight(kind: WeightKind, packed: Any, row: int, col: int, cols: int) ->
     return scale * (code - zero)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(PACKED_KINDS), rows=SIZES, cols=SIZES)
 def test_matrix_goes_round(seed: int, kind: WeightKind, rows: int, cols: int) -> None:
     matrix = random_matrix(np.random.default_rng(seed), kind, rows, cols)
@@ -68,7 +68,7 @@ def test_matrix_goes_round(seed: int, kind: WeightKind, rows: int, cols: int) ->
     assert same(unpack_matrix(kind, rows, cols, packed), matrix)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(PACKED_KINDS), rows=SIZES, cols=SIZES)
 def test_every_byte_has_its_place(seed: int, kind: WeightKind, rows: int, cols: int) -> None:
     rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ def test_every_byte_has_its_place(seed: int, kind: WeightKind, rows: int, cols: 
         assert read_weight(kind, packed, int(row), int(col), cols) == weights_NK[row, col]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(PACKED_KINDS), rows=SIZES, cols=SIZES)
 def test_padding_is_exactly_zero(seed: int, kind: WeightKind, rows: int, cols: int) -> None:
     packed = pack_matrix(kind, *random_matrix(np.random.default_rng(seed), kind, rows, cols))
@@ -93,7 +93,7 @@ def test_padding_is_exactly_zero(seed: int, kind: WeightKind, rows: int, cols: i
     assert not packed[:, used:].any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(PACKED_KINDS), hidden=SIZES, width=SIZES)
 def test_expert_goes_round_in_the_promised_size(
     seed: int, kind: WeightKind, hidden: int, width: int

@@ -51,7 +51,7 @@ def test_groups_are_better_than_one_scale_per_row(rng: np.random.Generator) -> N
     assert np.linalg.norm(restored(w_NK, parse_kind("w4g128")) - w_NK) < 0.9 * by_row
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32),
     kind=st.sampled_from(PACKED_KINDS),
@@ -64,7 +64,7 @@ def test_no_weight_is_off_by_more_than_its_scale_allows(
 ) -> None:
     rng = np.random.default_rng(seed)
     w_NK = rng.standard_t(3, (rows, cols)) * 10.0 ** (exponent + rng.integers(0, 3, (rows, cols)))
-    w_NK = np.clip(w_NK, -5e5, 5e5).astype(np.float32)
+    w_NK = np.clip(w_NK, -4.5e5, 4.5e5).astype(np.float32)
     quantised = round_to_nearest(w_NK, kind)
     pack_matrix(kind, *quantised)  # refuses scales that are not of the kind's type
     weights_NK = dequantise(kind, *quantised).astype(np.float64)
@@ -133,7 +133,7 @@ def plain_activation_group(x: list[np.float32]) -> tuple[list[int], np.float32]:
     return codes, most * (np.float32(1) / np.float32(127))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     x=st.lists(st.floats(width=32), min_size=1, max_size=70),
     group=st.sampled_from([32, 64, 128]),

@@ -89,7 +89,7 @@ def brute_force(
     return Routes(True, places, starts, tokens, weights)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32),
     num_experts=st.integers(1, 40),
@@ -110,7 +110,7 @@ def test_routes_are_the_choices_by_expert(
         assert found == expected
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**32), num_ids=st.integers(1, 30), num_held=st.integers(0, 30))
 def test_routes_of_experts_that_are_held(
     routes_of: Compiled, seed: int, num_ids: int, num_held: int
@@ -152,7 +152,7 @@ def shares(
     return found
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     counts=st.lists(st.integers(1, 600), max_size=20),
     tiles=st.integers(1, 300),
@@ -167,7 +167,7 @@ def test_every_tile_is_in_one_share(counts: list[int], tiles: int, num_workers: 
     assert (visits == 1).all()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     counts=st.lists(st.integers(1, 600), min_size=1, max_size=20),
     tiles=st.integers(1, 300),

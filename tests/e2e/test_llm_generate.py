@@ -197,7 +197,7 @@ def shown(llm: LLM, tokens: list[int], num: int) -> str:
 LETTERS = dict.fromkeys(range(32, 90), 100.0)  # ids whose text is one printable character
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data(), include=st.booleans(), letters=st.booleans())
 def test_stop_strings_equal_cutting_afterwards(
     llm: LLM, data: st.DataObject, include: bool, letters: bool

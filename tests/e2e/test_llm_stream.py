@@ -43,7 +43,7 @@ def no_page_is_lost(llm: LLM) -> Iterator[None]:
 # --- events ---
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     prompt=st.sampled_from(PROMPTS),
     fields=st.fixed_dictionaries(
@@ -203,7 +203,7 @@ def test_a_stream_collected_in_the_middle_of_a_step_harms_no_other(
 # --- several at once ---
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(turns=st.lists(st.integers(0, 2), max_size=40), closed=st.sampled_from([None, 0, 1, 2]))
 def test_interleaved_streams_equal_their_solo_runs(
     llm: LLM, turns: list[int], closed: int | None

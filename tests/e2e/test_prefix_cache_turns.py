@@ -26,7 +26,7 @@ turns = st.lists(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(turns)
 def test_a_turn_computes_only_its_new_tokens(
     model: OpenModel, turns: list[tuple[int, int]]

@@ -108,7 +108,7 @@ def test_two_pulls_at_once_fetch_every_file_once(hub: FakeHub, pull: Pull) -> No
 # --- interruptions ---
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(
     cuts=st.lists(st.integers(0, 49_999), max_size=4),
     ignores_ranges=st.booleans(),

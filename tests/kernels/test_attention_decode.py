@@ -80,7 +80,7 @@ def test_plan_may_count_the_window_only() -> None:
     assert max_error(actual, dense_oracle(batch, window_left=200)) <= 1e-5
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=4), st.integers(0, 99))
 def test_split_equals_unsplit(kv_lens: list[int], seed: int) -> None:
     batch = make_batch(kv_lens, heads=(2, 1), page_size=1, seed=seed)

@@ -54,7 +54,7 @@ def test_pages_and_windows(page_size: int, window_left: int) -> None:
     assert max_error(run(batch, window_left=window_left), expected) <= 1e-5
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20)), min_size=1, max_size=3))
 def test_random_chunks_at_any_tile(chunks: list[tuple[int, int]]) -> None:
     """``max_qo_len`` picks the tile only: 1 gives the smallest one."""

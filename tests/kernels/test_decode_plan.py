@@ -4,7 +4,7 @@ import itertools
 import time
 
 import numpy as np
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpu_kernels.decode_plan import MIN_CHUNK_TOKENS, DecodePlan, plan_decode
@@ -22,7 +22,6 @@ def covered(plan: DecodePlan, kv_lens: list[int]) -> list[list[tuple[int, int]]]
     return ranges
 
 
-@settings(deadline=None)
 @given(lengths, st.sampled_from([1, 2, 8]), st.sampled_from([1, 16]), st.integers(1, 600))
 @example([0], 1, 16, 1)
 def test_every_token_is_covered_once(
@@ -38,7 +37,6 @@ def test_every_token_is_covered_once(
         assert kv_len == 0 or all(begin < end for begin, end in ranges)
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(1, 300))
 @example([40_000] + [16] * 40, 30)
 def test_step_is_within_two_chunks_of_balance(kv_lens: list[int], slots: int) -> None:

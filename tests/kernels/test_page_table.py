@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from paged_batch import make_batch
 
 from gpu_kernels.page_table import PageTable, gather_kv
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 70), max_size=6),
     st.sampled_from([1, 16, 64]),

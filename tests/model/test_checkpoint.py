@@ -173,9 +173,7 @@ def test_a_folder_without_safetensors_says_what_it_has(other: str | None, tmp_pa
 
 
 @given(data=st.data())
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_anywhere_is_refused(data: st.DataObject, tmp_path: Path) -> None:
     folder = shared_tiny("mixtral")
     whole = (folder / SINGLE).read_bytes()
@@ -189,9 +187,7 @@ def test_a_file_cut_anywhere_is_refused(data: st.DataObject, tmp_path: Path) -> 
 
 
 @given(data=st.data())
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_scrambled_header_never_leads_outside_the_file(
     data: st.DataObject, tmp_path: Path
 ) -> None:

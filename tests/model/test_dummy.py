@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpu_kernels.seeded_table import LANES, LEVELS, fill_from_table
@@ -59,7 +59,6 @@ def test_threads_fill_as_one_does() -> None:
     cuts=st.lists(st.integers(0, 700), max_size=4),
     key=st.integers(0, 2**64 - 1),
 )
-@settings(deadline=None)
 def test_any_block_can_be_filled_alone(total: int, cuts: list[int], key: int) -> None:
     table = np.arange(LEVELS, dtype=np.uint16)
     whole = np.empty(total, np.uint16)

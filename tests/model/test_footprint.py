@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.engine.runner import kv_cache_shape
@@ -72,7 +72,6 @@ def test_a_tied_embedding_is_read_and_counted_once() -> None:
     assert tied.dense_read_bytes == tied.dense_bytes == apart.dense_read_bytes
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4096), st.integers(1, 64), st.sampled_from(sorted(DTYPE_BYTES)))
 def test_a_larger_step_needs_more(num_tokens: int, num_seqs: int, dtype: str) -> None:
     config, width = load_shape("qwen2-57b-a14b"), DTYPE_BYTES[dtype]

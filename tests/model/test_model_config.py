@@ -95,7 +95,7 @@ def test_expert_count_has_two_spellings() -> None:
     limit=st.integers(0, 12),
     window=st.integers(1, 99),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_qwen2_window_layers(layers: int, used: bool, limit: int, window: int) -> None:
     fields = {
         "num_hidden_layers": layers,

@@ -66,7 +66,7 @@ SIMPLE = st.fixed_dictionaries(
     head_dim=st.sampled_from([8, 24, 64, 128]),
     theta=st.floats(1e3, 1e7),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_frequencies_equal_the_oracles(rope: dict[str, Any], head_dim: int, theta: float) -> None:
     fields = fields_of(rope, head_dim, theta)
     _, want, want_factor = oracle(fields)

@@ -96,7 +96,7 @@ def brute_force(
     return out_TH
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.sets(st.integers(0, E - 1)), st.integers(1, MAX_TOKENS), st.integers(0, 99))
 def test_both_sides_add_up_wherever_the_experts_are(
     resident: set[int], num_tokens: int, seed: int

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.errors import ConfigError, OutOfMemoryError
@@ -51,7 +51,6 @@ def planned_or_none(footprint: Footprint, hardware: Hardware, budget: Budget) ->
 # --- placement ---
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_no_other_choice_of_as_many_experts_catches_more(data: st.DataObject) -> None:
     popularity = data.draw(popularities(3, 3))
@@ -69,7 +68,6 @@ def test_no_other_choice_of_as_many_experts_catches_more(data: st.DataObject) ->
         assert ours == pytest.approx(best)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 7), st.integers(1, 9), st.data())
 def test_equal_experts_are_spread_over_the_layers(
     num_layers: int, num_experts: int, data: st.DataObject
@@ -82,7 +80,6 @@ def test_equal_experts_are_spread_over_the_layers(
     assert max(sizes) - min(sizes) <= 1
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_one_more_slot_evicts_nobody(data: st.DataObject) -> None:
     popularity = data.draw(popularities(4, 5))
@@ -91,7 +88,6 @@ def test_one_more_slot_evicts_nobody(data: st.DataObject) -> None:
         assert all(a <= b for a, b in zip(fewer.resident, more.resident, strict=True))
 
 
-@settings(deadline=None)
 @given(st.data(), models(), machines(), budgets())
 def test_the_figures_of_a_given_placement_are_its_own(
     data: st.DataObject, footprint: Footprint, hardware: Hardware, budget: Budget
@@ -130,7 +126,6 @@ def test_the_figures_of_a_given_placement_are_its_own(
         assert memory.unused == made.vram_budget_bytes - used >= 0
 
 
-@settings(deadline=None)
 @given(models(), machines(), budgets())
 def test_giving_the_chosen_placement_changes_nothing_but_the_notes(
     footprint: Footprint, hardware: Hardware, budget: Budget
@@ -146,7 +141,6 @@ def test_giving_the_chosen_placement_changes_nothing_but_the_notes(
 # --- budgets ---
 
 
-@settings(deadline=None)
 @given(models(), machines(), budgets())
 def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budget: Budget) -> None:
     made = planned_or_none(footprint, hardware, budget)
@@ -176,7 +170,6 @@ def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budg
         assert made.ram_needed_bytes == memory.cpu_experts
 
 
-@settings(deadline=None)
 @given(models(), machines(), budgets())
 def test_the_context_is_what_was_asked_or_within_the_rule(
     footprint: Footprint, hardware: Hardware, budget: Budget
@@ -195,7 +188,6 @@ def test_the_context_is_what_was_asked_or_within_the_rule(
         assert made.memory.kv <= left // 10
 
 
-@settings(deadline=None)
 @given(models(), budgets(), st.integers(GIB, 24 * GIB), st.integers(0, 2 * GIB))
 def test_more_vram_never_means_fewer_experts_or_less_context(
     footprint: Footprint, budget: Budget, vram_bytes: int, more_bytes: int
@@ -213,7 +205,6 @@ def test_more_vram_never_means_fewer_experts_or_less_context(
     assert after.expected_hit_rate >= before.expected_hit_rate
 
 
-@settings(deadline=None)
 @given(models(), st.integers(1, 24 * GIB), st.integers(1, 40_000))
 def test_the_most_experts_that_fit_beside_an_asked_context(
     footprint: Footprint, vram_bytes: int, context: int
@@ -236,7 +227,6 @@ def test_the_most_experts_that_fit_beside_an_asked_context(
 # --- refusals ---
 
 
-@settings(deadline=None)
 @given(st.data(), models(), machines(), budgets())
 def test_every_way_out_that_a_refusal_names_fits(
     data: st.DataObject, footprint: Footprint, hardware: Hardware, budget: Budget

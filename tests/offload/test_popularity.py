@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.errors import ProfileError
@@ -34,7 +34,6 @@ def load(path: Path, model: str = "org/name", shape: tuple[int, int] = (2, 3)) -
     return load_profile(path, model=model, num_layers=shape[0], num_experts=shape[1])
 
 
-@settings(deadline=None)
 @given(popularities(3, 4))
 def test_shares_are_distributions_in_the_order_of_the_counts(popularity: Popularity) -> None:
     shares_LE = popularity.shares()
@@ -50,7 +49,6 @@ def test_entropy_is_full_for_even_use_and_falls_with_skew() -> None:
     assert 0 < skewed < 0.2
 
 
-@settings(deadline=None)
 @given(popularities(2, 3), st.sets(st.integers(0, 2)), st.sets(st.integers(0, 2)))
 def test_hit_rate_counts_one_by_one(
     popularity: Popularity, first: set[int], second: set[int]
@@ -149,7 +147,6 @@ def test_what_is_no_json_object_is_one_sentence(tmp_path: Path, content: bytes) 
         load(path)
 
 
-@settings(deadline=None)
 @given(cut=st.integers(0, 1 << 30))
 def test_a_cut_file_is_never_half_read(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("cut") / "profile.json"

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.corpus import Corpus, is_held_out
@@ -56,7 +56,6 @@ def test_progress_ends_at_the_total() -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 50), min_size=8, max_size=8), min_size=3, max_size=3),
     st.lists(st.lists(st.integers(0, 50), min_size=8, max_size=8), min_size=3, max_size=3),
@@ -97,7 +96,6 @@ def test_a_skewed_text_is_placed_better_than_without_a_profile() -> None:
     assert result.present.profile > result.present.uniform
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_routes_are_counted_like_by_hand(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(0, 6))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.corpus import cut_windows, is_held_out, read_chat_corpus, read_text_corpus
@@ -94,7 +94,6 @@ def test_deep_nesting_is_refused(tmp_path: Path) -> None:
         read_chat_corpus(write(tmp_path, "[" * 100_000))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 900), max_size=6),
     st.integers(2, 400),

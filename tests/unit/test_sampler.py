@@ -65,7 +65,7 @@ some_params = st.builds(
 some_tokens = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(some_logits, some_params, some_tokens, some_tokens)
 def test_only_what_the_filters_keep_is_drawn_and_all_of_it_can_be(
     logits: list[float], params: SamplingParams, prompt: list[int], outputs: list[int]
@@ -140,7 +140,7 @@ def test_that_bound_would_notice_another_order_of_the_filters() -> None:
 # --- the restated order is the one of transformers ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(some_logits, some_params, some_tokens, some_tokens)
 def test_the_reference_agrees_with_transformers(
     logits: list[float], params: SamplingParams, prompt: list[int], outputs: list[int]

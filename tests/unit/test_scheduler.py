@@ -98,7 +98,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(arrivals, st.booleans(), st.integers(1, 5), st.integers(1, 20))
 def test_every_request_runs_as_if_alone_and_no_page_is_lost(
     arrivals: list[tuple[list[int], int, int, int | None, int]],

@@ -136,7 +136,7 @@ def test_passkey_questions_have_the_length_asked_for(encoder: Encoder) -> None:
         assert expected.rstrip(".").split()[-1] in " ".join(m["content"] for m in messages)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds)
 def test_encoding_is_what_the_chat_template_gives(encoder: Encoder, seed: int) -> None:
     messages = sample_conversation(Random(seed))
@@ -145,7 +145,7 @@ def test_encoding_is_what_the_chat_template_gives(encoder: Encoder, seed: int) -
     assert document.ids == encoder.tokenizer.encode(text).ids
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds)
 def test_the_loss_is_on_the_replies(encoder: Encoder, seed: int) -> None:
     messages = sample_conversation(Random(seed))

@@ -1,12 +1,11 @@
 """Sizes as people read them, and figures for a command line that are never too small."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.units import gib_at_least, gib_at_most, gib_to_bytes, size_text
 
 
-@settings(deadline=None)
 @given(st.integers(1, 1 << 42))
 def test_a_suggested_figure_is_enough_and_not_much_more(size_bytes: int) -> None:
     suggested = gib_to_bytes(float(gib_at_least(size_bytes)))
