@@ -51,6 +51,15 @@ class DecodeWorkspace:
             torch.zeros(-(-hidden // 16), dtype=torch.int32, device=device),
         )
 
+    def check(self, layer: ExpertLayer, num_pairs: int, dtype: torch.dtype) -> None:
+        """Assert that a call with so many pairs and x of ``dtype`` fits."""
+        act, part, done = self.act_PI, self.part_PH, self.done
+        assert min(act.shape[0], part.shape[0]) >= num_pairs and act.dtype == dtype
+        assert (act.shape[1], part.shape[1]) == (layer.width, layer.hidden)
+        assert part.dtype == torch.float32 and done.dtype == torch.int32
+        assert done.shape[0] >= -(-layer.hidden // 16)
+        assert all(t.is_contiguous() and t.device == layer.device for t in (act, part, done))
+
 
 def expert_decode(
     x_TH: Tensor,
@@ -79,7 +88,7 @@ def expert_decode(
         return out
     if workspace is None:
         workspace = DecodeWorkspace.make(layer, num_tokens * top_k, x_TH.dtype)
-    _check_workspace(workspace, layer, num_tokens * top_k, x_TH.dtype)
+    workspace.check(layer, num_tokens * top_k, x_TH.dtype)
     if config is None:
         config = decode_config(layer, num_tokens, x_TH.dtype)
     assert num_tokens <= min(config.gate_up.columns, config.down.columns)
@@ -92,18 +101,6 @@ def expert_decode_reference(
 ) -> Tensor:
     """The same in plain torch, computed and returned in float32."""
     return experts_reference(x_TH, ids_TK, weights_TK, slot_E, layer)
-
-
-def _check_workspace(
-    workspace: DecodeWorkspace, layer: ExpertLayer, num_pairs: int, dtype: torch.dtype
-) -> None:
-    act, part, done = workspace.act_PI, workspace.part_PH, workspace.done
-    assert act.shape[0] >= num_pairs and act.shape[1] == layer.width and act.dtype == dtype
-    assert part.shape[0] >= num_pairs and part.shape[1] == layer.hidden
-    assert part.dtype == torch.float32 and done.dtype == torch.int32
-    assert done.shape[0] >= -(-layer.hidden // 16)
-    assert act.is_contiguous() and part.is_contiguous() and done.is_contiguous()
-    assert {t.device for t in (act, part, done)} == {layer.device}
 
 
 def _launch(

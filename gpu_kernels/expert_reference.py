@@ -69,4 +69,4 @@ def _matrix(blocks: Tensor, layout: PackedLayout, cols: int) -> Tensor:
         zeros = blocks[:, zero_at : zero_at + BLOCK_ROWS * scale_NG.shape[1]]
         zero_NG = zeros.unflatten(1, (-1, BLOCK_ROWS)).transpose(1, 2).flatten(0, 1).float()
     scale_ND, zero_ND = (t.repeat_interleave(layout.group, 1) for t in (scale_NG, zero_NG))
-    return (scale_ND * (codes_ND - zero_ND))[:, :cols]
+    return torch.mul(scale_ND, codes_ND - zero_ND)[:, :cols]

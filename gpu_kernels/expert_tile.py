@@ -109,7 +109,7 @@ def _packed_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC: tl.co
     GROUP: tl.constexpr = SPEC.group
     DEPTH: tl.constexpr = SPEC.depth
     UNIT: tl.constexpr = STEP if STEP < GROUP else GROUP
-    NUM_UNITS: tl.constexpr = (DEPTH + GROUP - 1) // GROUP * GROUP // UNIT
+    NUM_UNITS: tl.constexpr = (DEPTH + UNIT - 1) // UNIT
     WORDS: tl.constexpr = UNIT * SPEC.bits // 32
     row_M = tile_row(tl.arange(0, M), SPEC)
     first_block = first_row // 16

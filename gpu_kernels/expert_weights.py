@@ -22,7 +22,7 @@ ALIGNMENT = 64  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """act = f(gate, up); ``limit`` and ``alpha`` belong to clamped_swiglu (gpt-oss's are preset)."""
+    """act = f(gate, up); ``limit`` and ``alpha`` are clamped_swiglu's, preset to gpt-oss's."""
 
     kind: ActivationKind = "silu"
     limit: float = 7.0
@@ -166,7 +166,8 @@ def check_routing(
     float32; ``slot_E`` int32, an expert's slot or -1. What they hold is not checked.
     """
     num_tokens, hidden = x_TH.shape
-    assert hidden == layer.hidden and x_TH.stride(1) == 1 and x_TH.dtype in FLOAT_DTYPES
+    assert hidden == layer.hidden and x_TH.dtype in FLOAT_DTYPES
+    assert x_TH.stride(1) == 1, x_TH.stride()
     if isinstance(layer.weights, DenseWeights):
         assert layer.weights.w2_SHI.dtype == x_TH.dtype, "dense weights must have x's dtype"
     assert ids_TK.ndim == 2 and ids_TK.shape[0] == num_tokens and ids_TK.shape[1] > 0

@@ -22,11 +22,13 @@ def _sigmoid(x):
 @triton.jit
 def activate(gate, up, ACTIVATION: tl.constexpr):
     """f(gate, up) elementwise; ``ACTIVATION`` is an ``Activation``."""
+    LIMIT: tl.constexpr = ACTIVATION.limit
+    ALPHA: tl.constexpr = ACTIVATION.alpha
     if ACTIVATION.kind == "clamped_swiglu":
         # comparisons, not minimum and maximum: a NaN must stay one
-        gate = tl.where(gate > ACTIVATION.limit, ACTIVATION.limit, gate)
-        up = tl.where(up > ACTIVATION.limit, ACTIVATION.limit, tl.where(up < -ACTIVATION.limit, -ACTIVATION.limit, up))
-        result = gate * _sigmoid(ACTIVATION.alpha * gate) * (up + 1.0)
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        result = gate * _sigmoid(ALPHA * gate) * (up + 1.0)
     elif ACTIVATION.kind == "gelu":
         result = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
     elif ACTIVATION.kind == "gelu_tanh":

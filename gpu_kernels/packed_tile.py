@@ -107,10 +107,10 @@ def _code(words_MS, zero, SHIFT: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.con
 @triton.jit
 def _pair(words_MS, zero, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     """The int4 codes at bits ``SHIFT`` and ``SHIFT + 16``, minus the zero point, ``[M, S, 2]``."""
-    if _HAS_PTX and DTYPE != tl.float32:
+    if _HAS_PTX and tl.float32 != DTYPE:
         # 0x4300 | code is 128 + code in bf16, 0x6400 | code is 1024 + code in f16: two codes take
         # one lop3 and one exact fma instead of two shifts, masks, subtractions and conversions
-        IS_BF16: tl.constexpr = DTYPE == tl.bfloat16
+        IS_BF16: tl.constexpr = tl.bfloat16 == DTYPE
         MAGIC: tl.constexpr = 0x43004300 if IS_BF16 else 0x64006400
         ONE: tl.constexpr = 0x3F803F80 if IS_BF16 else 0x3C003C00
         TYPE: tl.constexpr = "bf16x2" if IS_BF16 else "f16x2"

@@ -51,7 +51,7 @@ def sum_choices_reference(
     is_resident_TK = (ids_TK >= 0) & (slot_E[ids_TK.clamp(min=0)] >= 0)
     part_TKH = part_PH[: ids_TK.numel()].unflatten(0, ids_TK.shape).float()
     part_TKH = part_TKH.masked_fill(~is_resident_TK[:, :, None], 0.0)
-    return (weights_TK[:, :, None] * part_TKH).sum(1)
+    return torch.einsum("tk,tkh->th", weights_TK, part_TKH)
 
 
 @triton.jit
