@@ -18,6 +18,7 @@ from torch import Tensor
 from gpu_kernels.attention_reference import attention_decode_reference
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logits_args
 from gpu_kernels.decode_merge import MERGE_DIMS, MERGE_PARTS, merge_kernel
+from gpu_kernels.device import family
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
     attend,
@@ -28,10 +29,10 @@ from gpu_kernels.paged_tile import (
     request_extent,
 )
 from gpu_kernels.split_kv import QueryBlocks, items_of_units, num_parts, share_of
+from gpu_kernels.tuned import Config, choose
 
 __all__ = ["DecodePlan", "attention_decode", "attention_decode_reference", "plan_decode"]
 
-PROGRAMS_PER_SM = 2
 INTERPRETED_PROGRAMS = 8
 
 
@@ -43,7 +44,7 @@ class DecodePlan:
     num_programs: int  # of each KV head
     queries_per_unit: int
     split_tiles: int  # 0: balanced
-    block_n: int
+    config: Config  # of the launch
     part_PKRD: Tensor
     lse_log2_PKR: Tensor
 
@@ -68,27 +69,28 @@ def plan_decode(
     request's result does not depend on the others (batch-invariant); ``max_kv_len`` then bounds
     the workspace. ``dtype`` is the cache's. ``num_programs``: of each KV head, None: chosen.
     """
-    block_n = tile_tokens(head_dim, dtype)
+    rows = queries_per_unit * (num_heads // num_kv_heads)
+    config = choose(
+        "attention_decode",
+        family(device),
+        rows=rows,
+        row_bytes=padded_dim(head_dim) * dtype.itemsize,
+    )
+    block_n = config["BLOCK_N"]
     if num_programs is None:
-        num_programs = max(_programs_at_once(device) // num_kv_heads, 1)
+        num_programs = max(_num_programs(device, config["per_sm"]) // num_kv_heads, 1)
     if split_tokens is not None:
         assert split_tokens % block_n == 0, f"split_tokens must be a multiple of {block_n}"
     parts = num_parts(num_units, num_programs, split_tokens, max_kv_len)
-    rows = queries_per_unit * (num_heads // num_kv_heads)
     return DecodePlan(
         num_units,
         num_programs,
         queries_per_unit,
         (split_tokens or 0) // block_n,
-        block_n,
+        {name: value for name, value in config.items() if name != "per_sm"},
         torch.empty((parts, num_kv_heads, rows, head_dim), dtype=torch.float32, device=device),
         torch.empty((parts, num_kv_heads, rows), dtype=torch.float32, device=device),
     )
-
-
-def tile_tokens(head_dim: int, dtype: torch.dtype) -> int:
-    """Tokens of a tile: its K and V take 32 KiB of shared memory per stage at most."""
-    return max(16, min(64, 16384 // (padded_dim(head_dim) * dtype.itemsize)))
 
 
 def attention_decode(
@@ -146,7 +148,7 @@ def attention_decode(
         "HEAD_DIM": head_dim,
         "PAGE_SIZE": pages.page_size,
         "ROWS": rows,
-        "BLOCK_N": plan.block_n,
+        "BLOCK_N": plan.config["BLOCK_N"],
         "BLOCK_U": triton.next_power_of_2(num_units),
         "SPLIT_TILES": plan.split_tiles,
         "HAS_BLOCKS": blocks is not None,
@@ -159,10 +161,8 @@ def attention_decode(
         stride_q_head=q_THD.stride(1),
         HAS_POSITIONS=positions_T is not None,
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
-        **{**kv_args(kv_cache, kv_scales, pages), **units},
+        **{**kv_args(kv_cache, kv_scales, pages), **units, **plan.config},
         **logits_args(variant, num_heads, sm_scale, q_THD.device),
-        num_warps=8 if rows > 64 else 4,
-        num_stages=3,
     )
     num_programs = plan.num_programs
     block_d = min(MERGE_DIMS, padded_dim(head_dim))
@@ -183,10 +183,10 @@ def attention_decode(
     return out
 
 
-def _programs_at_once(device: torch.device | str) -> int:
+def _num_programs(device: torch.device | str, per_sm: int) -> int:
     if torch.device(device).type != "cuda":
         return INTERPRETED_PROGRAMS
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit(do_not_specialize=["num_units", "window_left"])

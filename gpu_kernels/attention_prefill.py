@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpu_kernels.attention_reference import attention_prefill_reference
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logits_args
+from gpu_kernels.device import family
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
     add_sink,
@@ -25,6 +26,7 @@ from gpu_kernels.paged_tile import (
     padded_dim,
     request_extent,
 )
+from gpu_kernels.tuned import choose
 
 __all__ = ["attention_prefill", "attention_prefill_reference"]
 
@@ -67,7 +69,12 @@ def attention_prefill(
         return out
     num_kv_heads = kv_cache.shape[3]
     group = num_heads // num_kv_heads
-    tile = _tile(max_qo_len * group, padded_dim(head_dim) * q_THD.element_size())
+    tile = choose(
+        "attention_prefill",
+        family(q_THD.device),
+        rows=max_qo_len * group,
+        row_bytes=padded_dim(head_dim) * q_THD.element_size(),
+    )
     # the last tile of every request may be partly empty: one more tile each is always enough
     num_blocks = num_tokens * group // tile["BLOCK_M"] + pages.num_requests
     _prefill_kernel[(num_kv_heads, num_blocks)](
@@ -117,19 +124,6 @@ def _check_options(
     if lse_log2 is not None:
         assert lse_log2.shape == q_THD.shape[:2] and lse_log2.dtype == torch.float32
         assert lse_log2.is_contiguous() and lse_log2.device == q_THD.device
-
-
-def _tile(max_rows: int, row_bytes: int) -> dict[str, int]:
-    """Rows and tokens of a tile, warps and stages, by the longest request and the padded row."""
-    widest = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
-    block_m = max(16, min(widest, triton.next_power_of_2(max_rows)))
-    block_n = max(16, min(64, 16384 // row_bytes))
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "num_warps": 8 if block_m == 128 else 4,
-        "num_stages": 3 if row_bytes <= 256 else 2,
-    }
 
 
 @triton.jit

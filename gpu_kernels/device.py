@@ -19,6 +19,7 @@ FAMILIES = {
     (10, 0): "sm100",
     (12, 0): "sm120",
 }
+WITHOUT_CUDA = FAMILIES[OLDEST]  # what a CPU counts as: interpreting, or compiling ahead
 
 
 class UnsupportedGpuError(RuntimeError):
@@ -38,7 +39,7 @@ def family(device: torch.device | str) -> str:
     """
     device = torch.device(device)
     if device.type != "cuda":
-        return FAMILIES[OLDEST]
+        return WITHOUT_CUDA
     return _cuda_family(torch.cuda.current_device() if device.index is None else device.index)
 
 

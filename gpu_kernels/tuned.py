@@ -14,7 +14,43 @@ from gpu_kernels.device import FAMILIES
 Limits = Mapping[str, int]
 Config = Mapping[str, int]
 
+# Paged attention reads a page's number before the page: of n stages the first ones wait for that,
+# and only (n - 1) / 2 tiles of keys and values are under way (seen in the compiled shared memory).
+# ``per_sm``: programs of decode attention for each multiprocessor. Below sm90 all must do with the
+# 99 KiB of shared memory of consumer cards.
 TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
+    "attention_decode": {
+        "sm80": [
+            (
+                {"rows": 64, "row_bytes": 256},
+                {"BLOCK_N": 64, "num_warps": 4, "num_stages": 5, "per_sm": 2},
+            ),
+            ({"rows": 64}, {"BLOCK_N": 16, "num_warps": 4, "num_stages": 5, "per_sm": 2}),
+            ({"row_bytes": 512}, {"BLOCK_N": 32, "num_warps": 8, "num_stages": 3, "per_sm": 1}),
+            ({}, {"BLOCK_N": 16, "num_warps": 8, "num_stages": 3, "per_sm": 1}),
+        ],
+        "sm90": [
+            (
+                {"rows": 64, "row_bytes": 256},
+                {"BLOCK_N": 64, "num_warps": 4, "num_stages": 7, "per_sm": 2},
+            ),
+        ],
+    },
+    "attention_prefill": {
+        "sm80": [
+            (
+                {"rows": 16, "row_bytes": 256},
+                {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 5},
+            ),
+            (
+                {"rows": 64, "row_bytes": 256},
+                {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+            ),
+            ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}),
+            ({"row_bytes": 512}, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}),
+            ({}, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3}),
+        ],
+    },
     "embedding": {"sm80": [({}, {"BLOCK_H": 1024, "num_warps": 4})]},
 }
 
