@@ -16,6 +16,7 @@ Config = Mapping[str, int]
 
 TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
     "embedding": {"sm80": [({}, {"BLOCK_H": 1024, "num_warps": 4})]},
+    "router": {"sm80": [({"experts": 256}, {"num_warps": 1}), ({}, {"num_warps": 2})]},
 }
 
 
