@@ -17,6 +17,8 @@ Config = Mapping[str, int]
 TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
     "embedding": {"sm80": [({}, {"BLOCK_H": 1024, "num_warps": 4})]},
     "router": {"sm80": [({"experts": 256}, {"num_warps": 1}), ({}, {"num_warps": 2})]},
+    "sampling_tile": {"sm80": [({}, {"num_warps": 4})]},
+    "sampling_finish": {"sm80": [({}, {"num_warps": 8})]},
 }
 
 

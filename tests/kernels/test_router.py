@@ -44,10 +44,11 @@ def test_equals_the_decoder(num_experts: int, top_k: int, norm_topk: bool) -> No
     config: Any = SimpleNamespace(top_k=top_k, norm_topk=norm_topk)
     expected = decoder_route(logits_TE, torch.eye(num_experts, device=DEVICE), config)
     check_equal(route(logits_TE, top_k, renormalise=norm_topk), expected)
-    check_equal(
-        route(logits_TE.half(), top_k, renormalise=norm_topk),
-        route_reference(logits_TE.half(), top_k, renormalise=norm_topk),
-    )
+
+
+def test_float16() -> None:
+    logits_TE = make_logits(3, 60, torch.float16)
+    check_equal(route(logits_TE, 4), route_reference(logits_TE, 4))
 
 
 def transformers_route(router: torch.nn.Module, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ def test_equals_deepseek_v3(
     check_equal(actual, route_reference(logits_TE, 8, **arguments))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_any_setting_equals_the_reference(data: st.DataObject) -> None:
     groups = data.draw(st.integers(1, 6))
