@@ -97,6 +97,10 @@ def draw_tile_kernel(
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     partial = row * tl.num_programs(0) + tile
+    temperature = tl.load(temperature_ptr + row)  # all at once: one wait for memory, not five
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     id_N = tile * TILE + tl.arange(0, TILE)
     mask_N = id_N < vocab
     x_ptr = logits_ptr + row * stride_logits
@@ -112,11 +116,9 @@ def draw_tile_kernel(
             count_N = tl.load(counts_ptr + slot * stride_slot + id_N, mask=mask_N, other=0)
             repetition, presence = tl.load(repetition_ptr + row), tl.load(presence_ptr + row)
             x_N = penalise(x_N, count_N, repetition, presence, tl.load(frequency_ptr + row))
-    temperature = tl.load(temperature_ptr + row)
     if temperature >= GREEDY_BELOW:
         x_N = tl.div_rn(x_N, temperature)
-        top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-        if filters_tokens(top_k, top_p, tl.load(min_p_ptr + row), vocab):
+        if filters_tokens(top_k, top_p, min_p, vocab):
             _store_scaled(
                 x_N,
                 scaled_ptr + partial * TILE,
@@ -127,6 +129,6 @@ def draw_tile_kernel(
                 GROUP,
             )
         counter_M = tile * (TILE // 4) + tl.arange(0, TILE // 4)
-        x_N += gumbel_noise(tl.load(seed_ptr + row), tl.load(position_ptr + row), counter_M)
+        x_N += gumbel_noise(seed, position, counter_M)
     winner = tl.max(tl.where(is_bad_N, HIGHEST, pack(x_N, id_N)), 0)
     tl.store(winner_ptr + partial, winner)
