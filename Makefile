@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check gpu-test bench bench-cpu setup clean
+.PHONY: run test check gpu-test bench bench-cpu bench-gpu setup clean
 setup: $(READY)
 
 $(READY): setup.py constraints.txt
@@ -32,6 +32,9 @@ gpu-test: $(READY)
 
 bench-cpu: $(READY)
 	$(BIN)/python -m scripts.bench.cpu_experts
+
+bench-gpu: $(READY)
+	$(BIN)/python -m scripts.bench.gpu
 
 bench: $(READY)
 	$(BIN)/python -m scripts.bench.engine

@@ -303,9 +303,7 @@ def _kernels(config: ModelConfig, plan: Plan, device: torch.device) -> DeviceKer
         return TorchKernels(cos_SR, sin_SR, sm_scale, eps=config.rms_norm_eps)
     from fiddler.models.triton_kernels import TritonKernels  # triton wants a GPU
 
-    return TritonKernels(
-        cos_SR, sin_SR, sm_scale, num_kv_heads=config.num_kv_heads, eps=config.rms_norm_eps
-    )
+    return TritonKernels(cos_SR, sin_SR, sm_scale, eps=config.rms_norm_eps)
 
 
 def _eos_ids(files: ModelFiles) -> tuple[int, ...]:

@@ -1,271 +1,324 @@
-"""One query token per request over the paged cache: split KV, then merge.
+"""Few queries per request over the paged cache: split KV, then merge.
 
-Memory-bound: each program reads a chunk of one KV head once, for all query heads of its group
-(packed as rows so that the products run on tensor cores). No atomics: the result depends on the
-plan alone. Shapes: B requests, H query heads, D head dim, W work items of the plan, M packed rows.
+Memory-bound: each program reads an equal share of all tiles of one KV head once, for all query
+heads of its group (packed as rows so that the products run on tensor cores). No atomics: results
+depend on the lengths and the plan alone. Shapes: T query tokens, H query heads, K KV heads,
+D head dim, U units (see split_kv), P parts, R packed rows of a unit.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.attention_prefill import attention_prefill_reference
-from gpu_kernels.decode_plan import DecodePlan, plan_decode
+from gpu_kernels.attention_reference import attention_decode_reference
+from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logits_args
+from gpu_kernels.decode_merge import MERGE_DIMS, MERGE_PARTS, merge_kernel
+from gpu_kernels.device import family
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
-    LOG2_E,
+    attend,
     check_attention_inputs,
     finish_softmax,
-    load_kv_tile,
+    kv_args,
+    padded_dim,
     request_extent,
-    softmax_step,
-    tile_shape,
 )
+from gpu_kernels.split_kv import QueryBlocks, items_of_units, num_parts, share_of
+from gpu_kernels.tuned import Config, choose
 
-__all__ = [
-    "DecodePlan",
-    "attention_decode",
-    "attention_decode_reference",
-    "max_decode_programs",
-    "merge_parts",
-    "plan_decode",
-]
+__all__ = ["DecodePlan", "attention_decode", "attention_decode_reference", "plan_decode"]
 
-MERGE_BLOCK = 16  # parts merged at a time
+INTERPRETED_PROGRAMS = 8
 
 
-def max_decode_programs(device: torch.device | str) -> int:
-    """Programs that ``device`` runs at once: ``plan_decode``'s ``max_programs``."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Grid and workspace for a number of units; serves any lengths, so a graph may hold it."""
+
+    num_units: int
+    num_programs: int  # of each KV head
+    queries_per_unit: int
+    split_tiles: int  # 0: balanced
+    config: Config  # of the launch
+    part_PKRD: Tensor
+    lse_log2_PKR: Tensor
+
+
+def plan_decode(
+    num_units: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    queries_per_unit: int = 1,
+    split_tokens: int | None = None,
+    max_kv_len: int | None = None,
+    num_programs: int | None = None,
+) -> DecodePlan:
+    """Make a plan for ``num_units`` requests, or blocks of up to ``queries_per_unit`` queries.
+
+    Balanced by default: every program reads the same number of tiles, whatever the lengths. With
+    ``split_tokens`` each request is cut at its own multiples of that many tokens instead, so that a
+    request's result does not depend on the others (batch-invariant); ``max_kv_len`` then bounds
+    the workspace. ``dtype`` is the cache's. ``num_programs``: of each KV head, None: chosen.
+    """
+    rows = queries_per_unit * (num_heads // num_kv_heads)
+    config = choose(
+        "attention_decode",
+        family(device),
+        rows=rows,
+        row_bytes=padded_dim(head_dim) * dtype.itemsize,
+    )
+    block_n = config["BLOCK_N"]
+    if num_programs is None:
+        num_programs = max(_num_programs(device, config["per_sm"]) // num_kv_heads, 1)
+    if split_tokens is not None:
+        assert split_tokens % block_n == 0, f"split_tokens must be a multiple of {block_n}"
+    parts = num_parts(num_units, num_programs, split_tokens, max_kv_len)
+    return DecodePlan(
+        num_units,
+        num_programs,
+        queries_per_unit,
+        (split_tokens or 0) // block_n,
+        {name: value for name, value in config.items() if name != "per_sm"},
+        torch.empty((parts, num_kv_heads, rows, head_dim), dtype=torch.float32, device=device),
+        torch.empty((parts, num_kv_heads, rows), dtype=torch.float32, device=device),
+    )
 
 
 def attention_decode(
-    q_BHD: Tensor,
+    q_THD: Tensor,
     kv_cache: Tensor,
     pages: PageTable,
     plan: DecodePlan,
     *,
     sm_scale: float,
-    window_left: int = -1,
+    variant: Variant = PLAIN,
+    kv_scales: Tensor | None = None,
+    blocks: QueryBlocks | None = None,
+    positions_T: Tensor | None = None,
     out: Tensor | None = None,
+    lse_log2: Tensor | None = None,
 ) -> Tensor:
     """Return attention of each request's newest token, whose own K and V are in the cache already.
 
-    ``window_left`` keeps that many earlier tokens and the token itself; -1 keeps all. An empty
-    request gets zeros. ``plan`` lies on the same device and was made for these lengths.
+    With ``blocks`` queries attend to the requests that these name, and see all of the cache, or up
+    to their ``positions_T`` (int32) where given. ``lse_log2``, float32 [T, H], receives the base-2
+    log-sum-exp, sinks included. Queries without any key get zeros, and -inf. ``kv_scales``: see
+    :mod:`gpu_kernels.kv_quant`. One plan serves one launch at a time.
     """
-    out = torch.empty_like(q_BHD) if out is None else out
-    check_attention_inputs(q_BHD, kv_cache, pages, out)
-    num_requests, num_heads, head_dim = q_BHD.shape
-    assert plan.num_requests == pages.num_requests == num_requests
-    assert plan.request_indices.device == q_BHD.device
-    if num_requests == 0:
+    out = torch.empty_like(q_THD) if out is None else out
+    check_attention_inputs(q_THD, kv_cache, kv_scales, pages, out)
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_kv_heads = kv_cache.shape[3]
+    group = num_heads // num_kv_heads
+    num_units = pages.num_requests if blocks is None else blocks.num_units
+    assert plan.num_units == num_units and (blocks is not None or num_tokens == num_units)
+    rows = plan.queries_per_unit * group
+    assert plan.part_PKRD.shape[1:] == (num_kv_heads, rows, head_dim)
+    assert plan.part_PKRD.device == q_THD.device
+    assert plan.queries_per_unit == (1 if blocks is None else blocks.max_count)
+    assert positions_T is None or (blocks is not None and positions_T.dtype == torch.int32)
+    assert blocks is None or variant.window_left < 0, "a window needs one query per request"
+    assert lse_log2 is None or (
+        lse_log2.shape == q_THD.shape[:2]
+        and lse_log2.dtype == torch.float32
+        and lse_log2.is_contiguous()
+    )
+    if num_units == 0 or num_tokens == 0:
         return out
-    part, lse_log2_WH = out, None
-    if plan.is_split:
-        part = q_BHD.new_empty((plan.num_work, num_heads, head_dim), dtype=torch.float32)
-        lse_log2_WH = q_BHD.new_empty((plan.num_work, num_heads), dtype=torch.float32)
-    _launch_decode(q_BHD, kv_cache, pages, plan, part, lse_log2_WH, sm_scale, window_left)
-    if lse_log2_WH is not None:
-        merge_parts(part, lse_log2_WH, plan.o_indptr, out)
+    units = {
+        "indptr_ptr": pages.indptr_B1,
+        "last_page_len_ptr": pages.last_page_len_B,
+        "first_ptr": None if blocks is None else blocks.first_U,
+        "count_ptr": None if blocks is None else blocks.count_U,
+        "request_ptr": None if blocks is None else blocks.request_U,
+        "num_units": num_units,
+        "window_left": variant.window_left,
+        "part_ptr": plan.part_PKRD,
+        "lse_ptr": plan.lse_log2_PKR,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "PAGE_SIZE": pages.page_size,
+        "ROWS": rows,
+        "BLOCK_N": plan.config["BLOCK_N"],
+        "BLOCK_U": triton.next_power_of_2(num_units),
+        "SPLIT_TILES": plan.split_tiles,
+        "HAS_BLOCKS": blocks is not None,
+        "HAS_WINDOW": variant.window_left >= 0,
+    }
+    _decode_kernel[(plan.num_programs, num_kv_heads)](
+        q_ptr=q_THD,
+        positions_ptr=positions_T,
+        stride_q_token=q_THD.stride(0),
+        stride_q_head=q_THD.stride(1),
+        HAS_POSITIONS=positions_T is not None,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        **{**kv_args(kv_cache, kv_scales, pages), **units, **plan.config},
+        **logits_args(variant, num_heads, sm_scale, q_THD.device),
+    )
+    num_programs = plan.num_programs
+    block_d = min(MERGE_DIMS, padded_dim(head_dim))
+    merge_kernel[(num_units, num_kv_heads * rows, triton.cdiv(head_dim, block_d))](
+        out_ptr=out,
+        out_lse_ptr=lse_log2,
+        sinks_ptr=variant.sinks_H,
+        num_programs=num_programs,
+        stride_token=out.stride(0),
+        stride_head=out.stride(1),
+        HAS_LSE=lse_log2 is not None,
+        HAS_SINKS=variant.sinks_H is not None,
+        BLOCK_W=MERGE_PARTS,
+        BLOCK_D=block_d,
+        **units,
+        num_warps=4,
+    )
     return out
 
 
-def merge_parts(part_WHD: Tensor, lse_log2_WH: Tensor, o_indptr_B1: Tensor, out: Tensor) -> None:
-    """Combine attention over disjoint keys into ``out``, weighting by ``2 ** lse_log2``.
-
-    A part with ``lse_log2`` of -inf (and zeros in ``part_WHD``) changes nothing.
-    """
-    num_requests, num_heads, head_dim = out.shape
-    assert part_WHD.is_contiguous() and lse_log2_WH.is_contiguous() and out.stride(2) == 1
-    assert part_WHD.shape[1:] == out.shape[1:] and lse_log2_WH.shape == part_WHD.shape[:2]
-    assert o_indptr_B1.shape == (num_requests + 1,) and o_indptr_B1.dtype == torch.int32
-    _merge_kernel[(num_requests, num_heads)](
-        part_WHD,
-        lse_log2_WH,
-        o_indptr_B1,
-        out,
-        out.stride(0),
-        out.stride(1),
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_W=MERGE_BLOCK,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        num_warps=4,
-    )
+def _num_programs(device: torch.device | str, per_sm: int) -> int:
+    if torch.device(device).type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def attention_decode_reference(
-    q_BHD: Tensor, kv_cache: Tensor, pages: PageTable, *, sm_scale: float, window_left: int = -1
-) -> Tensor:
-    """The same in plain torch and float32: a prefill of one token per request."""
-    qo_indptr_B1 = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32)
-    return attention_prefill_reference(
-        q_BHD, kv_cache, pages, qo_indptr_B1, sm_scale=sm_scale, window_left=window_left
-    )
-
-
-def _launch_decode(
-    q_BHD: Tensor,
-    kv_cache: Tensor,
-    pages: PageTable,
-    plan: DecodePlan,
-    part: Tensor,
-    lse_log2_WH: Tensor | None,
-    sm_scale: float,
-    window_left: int,
-) -> None:
-    num_heads, head_dim = q_BHD.shape[1:]
-    num_kv_heads = kv_cache.shape[3]
-    tile = tile_shape(head_dim, q_BHD.dtype)
-    group = num_heads // num_kv_heads
-    _decode_kernel[(plan.num_work, num_kv_heads)](
-        q_BHD,
-        kv_cache,
-        pages.indptr_B1,
-        pages.indices,
-        pages.last_page_len_B,
-        plan.request_indices,
-        plan.kv_tile_indices,
-        part,
-        lse_log2_WH,
-        q_BHD.stride(0),
-        q_BHD.stride(1),
-        *kv_cache.stride()[:4],
-        part.stride(0),
-        part.stride(1),
-        plan.chunk_size,
-        window_left,
-        sm_scale * LOG2_E,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        PAGE_SIZE=pages.page_size,
-        BLOCK_M=max(16, triton.next_power_of_2(group)),
-        BLOCK_N=tile.block_n,
-        BLOCK_D=tile.block_d,
-        IS_SPLIT=plan.is_split,
-        num_warps=4,
-        num_stages=2,
-    )
-
-
-@triton.jit(do_not_specialize=["chunk_size", "window_left"])
+@triton.jit(do_not_specialize=["num_units", "window_left"])
 def _decode_kernel(
     q_ptr,
     kv_ptr,
+    kv_scales_ptr,
     indptr_ptr,
     indices_ptr,
     last_page_len_ptr,
+    first_ptr,
+    count_ptr,
     request_ptr,
-    kv_tile_ptr,
+    positions_ptr,
+    slopes_ptr,
     part_ptr,
     lse_ptr,
-    stride_q_request,
+    num_units,
+    window_left,
+    scale_log2,
+    cap_log2,
+    stride_q_token,
     stride_q_head,
     stride_page,
     stride_v,
     stride_token,
     stride_kv_head,
-    stride_part,
-    stride_part_head,
-    chunk_size,
-    window_left,
-    scale_log2,
     GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    IS_QUANTISED: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
 ):
-    work = tl.program_id(0)
+    program = tl.program_id(0)
     kv_head = tl.program_id(1)
-    request = tl.load(request_ptr + work)
-    first_entry, kv_len = request_extent(indptr_ptr, last_page_len_ptr, request, PAGE_SIZE)
-    first_pos = tl.where(window_left < 0, 0, tl.maximum(kv_len - 1 - window_left, 0))
-    begin = first_pos + tl.load(kv_tile_ptr + work) * chunk_size
-    end = tl.minimum(begin + chunk_size, kv_len)
-
+    num_kv_heads = tl.num_programs(1)
+    items_U, ends_U, total = items_of_units(
+        indptr_ptr,
+        last_page_len_ptr,
+        request_ptr,
+        num_units,
+        window_left,
+        PAGE_SIZE,
+        BLOCK_N,
+        BLOCK_U,
+        SPLIT_TILES,
+        HAS_BLOCKS,
+        HAS_WINDOW,
+    )
+    item, last_item = share_of(program, tl.num_programs(0), total, SPLIT_TILES)
+    u_U = tl.arange(0, BLOCK_U)
     d_D = tl.arange(0, BLOCK_D)
     row_M = tl.arange(0, BLOCK_M)
-    head_M = kv_head * GROUP + row_M
-    mask_MD = (row_M < GROUP)[:, None] & (d_D < HEAD_DIM)[None, :]
-    q_offset_MD = request.to(tl.int64) * stride_q_request + head_M[:, None] * stride_q_head + d_D
-    q_MD = tl.load(q_ptr + q_offset_MD, mask=mask_MD, other=0.0)
+    head_M = kv_head * GROUP + row_M % GROUP
+    slope_M = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_ALIBI:
+        slope_M = tl.load(slopes_ptr + head_M) * IN_KERNEL_LOG2_E
+    while item < last_item:
+        unit = tl.sum((ends_U <= item).to(tl.int32))
+        unit_end = tl.sum(tl.where(u_U == unit, ends_U, 0))
+        unit_begin = unit_end - tl.sum(tl.where(u_U == unit, items_U, 0))
+        if SPLIT_TILES > 0:
+            first_tile = (item - unit_begin) * SPLIT_TILES
+            end_tile = first_tile + SPLIT_TILES
+            part = item
+            item += tl.num_programs(0)
+        else:
+            first_tile = item - unit_begin
+            end_tile = tl.minimum(last_item, unit_end) - unit_begin
+            part = program + unit
+            item = tl.minimum(last_item, unit_end)
 
-    max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    sum_M = tl.zeros([BLOCK_M], tl.float32)
-    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    head_kv_ptr = kv_ptr + kv_head * stride_kv_head
-    for tile_begin in range(begin, end, BLOCK_N):
-        pos_N = tile_begin + tl.arange(0, BLOCK_N)
-        k_ND, v_ND = load_kv_tile(
-            head_kv_ptr,
-            indices_ptr,
-            first_entry,
-            pos_N,
+        request, first_query, count = unit, unit, 1
+        if HAS_BLOCKS:
+            request = tl.load(request_ptr + unit)
+            first_query = tl.load(first_ptr + unit)
+            count = tl.load(count_ptr + unit)
+        first_entry, kv_len = request_extent(indptr_ptr, last_page_len_ptr, request, PAGE_SIZE)
+        first_pos = tl.maximum(kv_len - 1 - window_left, 0) if HAS_WINDOW else 0
+        begin = first_pos + first_tile * BLOCK_N
+        end = tl.minimum(first_pos + end_tile * BLOCK_N, kv_len)
+        query_M = first_query + row_M // GROUP
+        is_row_M = row_M < count * GROUP
+        position_M = tl.zeros([BLOCK_M], tl.int32) + kv_len - 1
+        if HAS_POSITIONS:
+            position_M = tl.load(positions_ptr + query_M, mask=is_row_M, other=0)
+        q_offset_M = query_M.to(tl.int64) * stride_q_token + head_M * stride_q_head
+        mask_MD = is_row_M[:, None] & (d_D < HEAD_DIM)[None, :]
+        q_MD = tl.load(q_ptr + q_offset_M[:, None] + d_D, mask=mask_MD, other=0.0)
+        max_M, sum_M, acc_MD = attend(
+            q_MD,
+            kv_ptr + kv_head * stride_kv_head,
+            kv_scales_ptr + kv_head * PAGE_SIZE if IS_QUANTISED else kv_scales_ptr,
+            indices_ptr + first_entry,
+            begin,
             end,
-            d_D,
+            position_M,
+            tl.zeros([BLOCK_M], tl.int32),
+            slope_M,
+            row_M,
+            tl.full([BLOCK_M], float("-inf"), tl.float32),
+            tl.zeros([BLOCK_M], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
             stride_page,
             stride_v,
             stride_token,
+            num_kv_heads * PAGE_SIZE,
+            scale_log2,
+            cap_log2,
             HEAD_DIM,
             PAGE_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            IS_QUANTISED,
+            IS_FP8,
+            HAS_CAP,
+            HAS_ALIBI,
+            False,
+            True,
         )
-        keep_MN = (pos_N < end)[None, :]
-        max_M, sum_M, acc_MD = softmax_step(
-            q_MD, k_ND, v_ND, keep_MN, scale_log2, max_M, sum_M, acc_MD
-        )
-    part_MD, lse_log2_M = finish_softmax(max_M, sum_M, acc_MD)
-
-    if IS_SPLIT:
-        target = work
-        num_heads = tl.num_programs(1) * GROUP
-        tl.store(lse_ptr + work * num_heads + head_M, lse_log2_M, mask=row_M < GROUP)
-    else:
-        target = request
-    out_offset_MD = target.to(tl.int64) * stride_part + head_M[:, None] * stride_part_head + d_D
-    tl.store(part_ptr + out_offset_MD, part_MD.to(part_ptr.dtype.element_ty), mask=mask_MD)
-
-
-@triton.jit
-def _merge_kernel(
-    part_ptr,
-    lse_ptr,
-    o_indptr_ptr,
-    out_ptr,
-    stride_request,
-    stride_head,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    request = tl.program_id(0)
-    head = tl.program_id(1)
-    begin = tl.load(o_indptr_ptr + request)
-    end = tl.load(o_indptr_ptr + request + 1)
-    d_D = tl.arange(0, BLOCK_D)
-    running_max = float("-inf")
-    weight_sum = 0.0
-    acc_D = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(begin, end, BLOCK_W):
-        work_W = first + tl.arange(0, BLOCK_W)
-        row_W = work_W.to(tl.int64) * NUM_HEADS + head
-        lse_W = tl.load(lse_ptr + row_W, mask=work_W < end, other=float("-inf"))
-        mask_WD = (work_W < end)[:, None] & (d_D < HEAD_DIM)[None, :]
-        part_WD = tl.load(part_ptr + row_W[:, None] * HEAD_DIM + d_D, mask=mask_WD, other=0.0)
-        new_max = tl.maximum(running_max, tl.max(lse_W, 0))
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weight_W = tl.exp2(lse_W - base)
-        decay = tl.exp2(running_max - base)
-        acc_D = acc_D * decay + tl.sum(weight_W[:, None] * part_WD, 0)
-        weight_sum = weight_sum * decay + tl.sum(weight_W, 0)
-        running_max = new_max
-    out_D = acc_D / tl.where(weight_sum > 0.0, weight_sum, 1.0)
-    offset_D = request.to(tl.int64) * stride_request + head * stride_head + d_D
-    tl.store(out_ptr + offset_D, out_D.to(out_ptr.dtype.element_ty), mask=d_D < HEAD_DIM)
+        part_MD, lse_log2_M = finish_softmax(max_M, sum_M, acc_MD)
+        part_row_M = (part * num_kv_heads + kv_head).to(tl.int64) * ROWS + row_M
+        tl.store(lse_ptr + part_row_M, lse_log2_M, mask=is_row_M)
+        tl.store(part_ptr + part_row_M[:, None] * HEAD_DIM + d_D, part_MD, mask=mask_MD)

@@ -8,23 +8,27 @@ Shapes: T query tokens, B requests, H query heads, K KV heads, D head dim, M pac
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.page_table import PageTable, gather_kv
+from gpu_kernels.attention_reference import attention_prefill_reference
+from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logits_args
+from gpu_kernels.device import family
+from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
-    LOG2_E,
+    add_sink,
+    attend,
     check_attention_inputs,
     finish_softmax,
-    load_kv_tile,
+    kv_args,
+    padded_dim,
     request_extent,
-    softmax_step,
-    tile_shape,
 )
+from gpu_kernels.tuned import choose
+
+__all__ = ["attention_prefill", "attention_prefill_reference"]
 
 
 def attention_prefill(
@@ -35,90 +39,91 @@ def attention_prefill(
     *,
     sm_scale: float,
     max_qo_len: int,
-    window_left: int = -1,
+    is_causal: bool = True,
+    variant: Variant = PLAIN,
+    kv_scales: Tensor | None = None,
+    positions_T: Tensor | None = None,
+    custom_mask: Tensor | None = None,
+    mask_indptr_B1: Tensor | None = None,
     out: Tensor | None = None,
+    lse_log2: Tensor | None = None,
 ) -> Tensor:
-    """Return causal attention of rows ``qo_indptr_B1[i]:qo_indptr_B1[i + 1]`` for each request i.
+    """Return attention of rows ``qo_indptr_B1[i]:qo_indptr_B1[i + 1]`` for each request i.
 
-    ``qo_indptr_B1`` is int32 on the device; a request may have no queries. ``window_left`` keeps
-    that many earlier tokens and the token itself; -1 keeps all. ``max_qo_len``, the longest
-    request's queries, chooses the tile only: a wrong value costs time, not correctness.
+    ``qo_indptr_B1`` is int32 on the device; a request may have no queries. ``max_qo_len``, the
+    longest request's queries, chooses the tile only: a wrong value costs time, not correctness.
+    ``positions_T``, int32, replaces the queries' positions in their requests; without
+    ``is_causal`` they see all of the cache. ``custom_mask``, flat bool, True: keep, holds
+    [qo_len, kv_len] of each request from ``mask_indptr_B1`` (int64) on, and is one more condition.
+    ``lse_log2``, float32 [T, H], receives the base-2 log-sum-exp, sinks included. Queries without
+    any key get zeros, and -inf. ``kv_scales``: see :mod:`gpu_kernels.kv_quant`.
     """
     out = torch.empty_like(q_THD) if out is None else out
-    check_attention_inputs(q_THD, kv_cache, pages, out)
+    check_attention_inputs(q_THD, kv_cache, kv_scales, pages, out)
     assert qo_indptr_B1.shape == pages.indptr_B1.shape and qo_indptr_B1.dtype == torch.int32
     assert qo_indptr_B1.device == q_THD.device and qo_indptr_B1.is_contiguous()
     num_tokens, num_heads, head_dim = q_THD.shape
+    _check_options(q_THD, positions_T, custom_mask, mask_indptr_B1, lse_log2)
+    assert positions_T is None or is_causal
     if num_tokens == 0:
         return out
     num_kv_heads = kv_cache.shape[3]
     group = num_heads // num_kv_heads
-    tile = tile_shape(head_dim, q_THD.dtype)
-    widest = 64 if tile.row_bytes <= 256 else 32
-    block_m = max(16, min(widest, triton.next_power_of_2(max_qo_len * group)))
+    tile = choose(
+        "attention_prefill",
+        family(q_THD.device),
+        rows=max_qo_len * group,
+        row_bytes=padded_dim(head_dim) * q_THD.element_size(),
+    )
     # the last tile of every request may be partly empty: one more tile each is always enough
-    num_blocks = num_tokens * group // block_m + pages.num_requests
-    _prefill_kernel[(num_blocks, num_kv_heads)](
-        q_THD,
-        kv_cache,
-        pages.indptr_B1,
-        pages.indices,
-        pages.last_page_len_B,
-        qo_indptr_B1,
-        out,
-        q_THD.stride(0),
-        q_THD.stride(1),
-        *kv_cache.stride()[:4],
-        out.stride(0),
-        out.stride(1),
-        pages.num_requests,
-        window_left,
-        sm_scale * LOG2_E,
+    num_blocks = num_tokens * group // tile["BLOCK_M"] + pages.num_requests
+    _prefill_kernel[(num_kv_heads, num_blocks)](
+        q_ptr=q_THD,
+        qo_indptr_ptr=qo_indptr_B1,
+        positions_ptr=positions_T,
+        mask_ptr=custom_mask,
+        mask_indptr_ptr=mask_indptr_B1,
+        sinks_ptr=variant.sinks_H,
+        out_ptr=out,
+        lse_ptr=lse_log2,
+        stride_q_token=q_THD.stride(0),
+        stride_q_head=q_THD.stride(1),
+        stride_out_token=out.stride(0),
+        stride_out_head=out.stride(1),
+        num_requests=pages.num_requests,
+        window_left=variant.window_left,
         GROUP=group,
-        HEAD_DIM=head_dim,
-        PAGE_SIZE=pages.page_size,
-        BLOCK_M=block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=tile.block_d,
-        num_warps=4,
-        num_stages=2,
+        IS_CAUSAL=is_causal,
+        HAS_POSITIONS=positions_T is not None,
+        HAS_MASK=custom_mask is not None,
+        HAS_WINDOW=variant.window_left >= 0,
+        HAS_SINKS=variant.sinks_H is not None,
+        HAS_LSE=lse_log2 is not None,
+        **kv_args(kv_cache, kv_scales, pages),
+        **logits_args(variant, num_heads, sm_scale, q_THD.device),
+        **tile,
     )
     return out
 
 
-def attention_prefill_reference(
+def _check_options(
     q_THD: Tensor,
-    kv_cache: Tensor,
-    pages: PageTable,
-    qo_indptr_B1: Tensor,
-    *,
-    sm_scale: float,
-    window_left: int = -1,
-) -> Tensor:
-    """The same in plain torch, computed and returned in float32."""
-    out_THD = torch.zeros(q_THD.shape, dtype=torch.float32, device=q_THD.device)
-    for request, (begin, end) in enumerate(pairwise(qo_indptr_B1.tolist())):
-        keys, values = (x.float() for x in gather_kv(kv_cache, pages, request))
-        out_THD[begin:end] = _dense_attention(
-            q_THD[begin:end].float(), keys, values, sm_scale, window_left
-        )
-    return out_THD
-
-
-def _dense_attention(
-    q_QHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, sm_scale: float, window_left: int
-) -> Tensor:
-    num_queries, kv_len = q_QHD.shape[0], k_SKD.shape[0]
-    group = q_QHD.shape[1] // k_SKD.shape[1]
-    k_SHD, v_SHD = (x.repeat_interleave(group, dim=1) for x in (k_SKD, v_SKD))
-    position_Q = torch.arange(kv_len - num_queries, kv_len, device=q_QHD.device)[:, None]
-    position_S = torch.arange(kv_len, device=q_QHD.device)
-    keep_QS = position_S <= position_Q
-    if window_left >= 0:
-        keep_QS &= position_S >= position_Q - window_left
-    logits_HQS = torch.einsum("qhd,shd->hqs", q_QHD, k_SHD) * sm_scale
-    weights_HQS = logits_HQS.masked_fill(~keep_QS, float("-inf")).softmax(-1)
-    return torch.einsum("hqs,shd->qhd", weights_HQS.nan_to_num(), v_SHD)
+    positions_T: Tensor | None,
+    custom_mask: Tensor | None,
+    mask_indptr_B1: Tensor | None,
+    lse_log2: Tensor | None,
+) -> None:
+    if positions_T is not None:
+        assert positions_T.shape == q_THD.shape[:1] and positions_T.dtype == torch.int32
+        assert positions_T.is_contiguous() and positions_T.device == q_THD.device
+    assert (custom_mask is None) == (mask_indptr_B1 is None), "a mask and where each begins"
+    if custom_mask is not None and mask_indptr_B1 is not None:
+        assert custom_mask.ndim == 1 and custom_mask.dtype == torch.bool
+        assert custom_mask.is_contiguous() and mask_indptr_B1.dtype == torch.int64
+        assert custom_mask.device == mask_indptr_B1.device == q_THD.device
+    if lse_log2 is not None:
+        assert lse_log2.shape == q_THD.shape[:2] and lse_log2.dtype == torch.float32
+        assert lse_log2.is_contiguous() and lse_log2.device == q_THD.device
 
 
 @triton.jit
@@ -145,11 +150,18 @@ def _find_request(qo_indptr_ptr, block, num_requests, GROUP: tl.constexpr, BLOCK
 def _prefill_kernel(
     q_ptr,
     kv_ptr,
+    kv_scales_ptr,
     indptr_ptr,
     indices_ptr,
     last_page_len_ptr,
     qo_indptr_ptr,
+    positions_ptr,
+    mask_ptr,
+    mask_indptr_ptr,
+    slopes_ptr,
+    sinks_ptr,
     out_ptr,
+    lse_ptr,
     stride_q_token,
     stride_q_head,
     stride_page,
@@ -161,15 +173,27 @@ def _prefill_kernel(
     num_requests,
     window_left,
     scale_log2,
+    cap_log2,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    IS_QUANTISED: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
+    num_kv_heads = tl.num_programs(0)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)  # the last rows see most keys: they go first
     request, first_block = _find_request(qo_indptr_ptr, block, num_requests, GROUP, BLOCK_M)
     first_row = (block - first_block) * BLOCK_M
     first_token = tl.load(qo_indptr_ptr + request)
@@ -181,39 +205,77 @@ def _prefill_kernel(
     d_D = tl.arange(0, BLOCK_D)
     row_M = first_row + tl.arange(0, BLOCK_M)
     query_M = row_M // GROUP
+    is_query_M = query_M < qo_len
     head_M = kv_head * GROUP + row_M % GROUP
     token_M = (first_token + query_M).to(tl.int64)
-    mask_MD = (query_M < qo_len)[:, None] & (d_D < HEAD_DIM)[None, :]
+    mask_MD = is_query_M[:, None] & (d_D < HEAD_DIM)[None, :]
     q_offset_MD = (token_M * stride_q_token + head_M * stride_q_head)[:, None] + d_D
     q_MD = tl.load(q_ptr + q_offset_MD, mask=mask_MD, other=0.0)
 
-    position_M = kv_len - qo_len + query_M
-    oldest_M = tl.where(window_left < 0, 0, tl.maximum(position_M - window_left, 0))
-    begin = tl.min(oldest_M, 0)
+    if HAS_POSITIONS:
+        position_M = tl.load(positions_ptr + token_M, mask=is_query_M, other=-1)
+    elif IS_CAUSAL:
+        position_M = kv_len - qo_len + query_M
+    else:
+        position_M = tl.zeros([BLOCK_M], tl.int32) + kv_len - 1
+    oldest_M = tl.zeros([BLOCK_M], tl.int32)
+    if HAS_WINDOW:
+        oldest_M = tl.maximum(position_M - window_left, 0)
+    begin = tl.maximum(tl.min(oldest_M, 0), 0)
     end = tl.minimum(tl.max(position_M, 0) + 1, kv_len)
+    # tiles that every row sees whole need no mask
+    whole_end = tl.minimum(tl.min(position_M, 0) + 1, end)
+    whole_end = begin + tl.maximum(whole_end - begin, 0) // BLOCK_N * BLOCK_N
+    if HAS_WINDOW or HAS_MASK:
+        whole_end = begin
+    mask_row_ptr_M = row_M
+    if HAS_MASK:
+        mask_row_M = tl.load(mask_indptr_ptr + request) + query_M.to(tl.int64) * kv_len
+        mask_row_ptr_M = mask_ptr + tl.where(is_query_M, mask_row_M, 0)
+    slope_M = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_ALIBI:
+        slope_M = tl.load(slopes_ptr + head_M) * IN_KERNEL_LOG2_E
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    head_kv_ptr = kv_ptr + kv_head * stride_kv_head
-    for tile_begin in range(begin, end, BLOCK_N):
-        pos_N = tile_begin + tl.arange(0, BLOCK_N)
-        k_ND, v_ND = load_kv_tile(
-            head_kv_ptr,
-            indices_ptr,
-            first_entry,
-            pos_N,
-            end,
-            d_D,
+    head_scales_ptr = kv_scales_ptr + kv_head * PAGE_SIZE if IS_QUANTISED else kv_scales_ptr
+    for IS_MASKED in tl.static_range(0, 2):
+        max_M, sum_M, acc_MD = attend(
+            q_MD,
+            kv_ptr + kv_head * stride_kv_head,
+            head_scales_ptr,
+            indices_ptr + first_entry,
+            whole_end if IS_MASKED else begin,
+            end if IS_MASKED else whole_end,
+            position_M,
+            oldest_M,
+            slope_M,
+            mask_row_ptr_M,
+            max_M,
+            sum_M,
+            acc_MD,
             stride_page,
             stride_v,
             stride_token,
+            num_kv_heads * PAGE_SIZE,
+            scale_log2,
+            cap_log2,
             HEAD_DIM,
             PAGE_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            IS_QUANTISED,
+            IS_FP8,
+            HAS_CAP,
+            HAS_ALIBI,
+            HAS_MASK and IS_MASKED,
+            IS_MASKED,
         )
-        keep_MN = (pos_N[None, :] <= position_M[:, None]) & (pos_N[None, :] >= oldest_M[:, None])
-        max_M, sum_M, acc_MD = softmax_step(
-            q_MD, k_ND, v_ND, keep_MN & (pos_N < end)[None, :], scale_log2, max_M, sum_M, acc_MD
-        )
-    out_MD, _ = finish_softmax(max_M, sum_M, acc_MD)
+    if HAS_SINKS:
+        sink_log2_M = tl.load(sinks_ptr + head_M) * IN_KERNEL_LOG2_E
+        max_M, sum_M, acc_MD = add_sink(max_M, sum_M, acc_MD, sink_log2_M)
+    out_MD, lse_log2_M = finish_softmax(max_M, sum_M, acc_MD)
     out_offset_MD = (token_M * stride_out_token + head_M * stride_out_head)[:, None] + d_D
     tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
+    if HAS_LSE:
+        tl.store(lse_ptr + token_M * num_kv_heads * GROUP + head_M, lse_log2_M, mask=is_query_M)

@@ -1,6 +1,7 @@
 """Per-head RMS norm (optional), rotary embedding and the write of K and V into the paged cache.
 
-One program per token. Everything is float32 inside and rounded once on the way out.
+One program per token. Everything is float32 inside and rounded once on the way out: to the type of
+the cache, or to eight bits with a scale (see kv_quant).
 Shapes: T tokens, H query heads, K KV heads, D head dim, S positions of the table, R = D / 2.
 """
 
@@ -10,6 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gpu_kernels.checks import check_range
+from gpu_kernels.kv_quant import LARGEST, check_kv_dtypes, quantise_kv
 
 
 def rope_and_append(
@@ -25,13 +29,15 @@ def rope_and_append(
     k_norm_D: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    kv_scales: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Rotate q (in place, or into ``out``) and write rotated K and plain V into the cache.
 
     Rotation is NeoX style: element d pairs with d + D/2. ``cos_SR`` and ``sin_SR`` are float32
     tables by position; ``slots_T`` is page * page_size + offset, distinct per token; both index
-    tensors are int64 and in range. q, k and v may be slices of one fused projection. Returns q.
+    tensors are int64 and in range. q, k and v may be slices of one fused projection. With
+    ``kv_scales`` the cache is int8 or fp8 and the scales are written too. Returns q.
     """
     out = q_THD if out is None else out
     num_tokens, num_heads, head_dim = q_THD.shape
@@ -40,7 +46,8 @@ def rope_and_append(
     assert out.shape == q_THD.shape and head_dim % 2 == 0
     assert kv_cache.shape[1] == 2 and kv_cache.shape[3:] == (num_kv_heads, head_dim)
     assert all(x.stride(-1) == 1 for x in (q_THD, k_TKD, v_TKD, out, kv_cache))
-    assert q_THD.dtype == k_TKD.dtype == v_TKD.dtype == out.dtype == kv_cache.dtype
+    assert q_THD.dtype == k_TKD.dtype == v_TKD.dtype == out.dtype
+    check_kv_dtypes(kv_cache, kv_scales, q_THD.dtype)
     for table in (cos_SR, sin_SR):
         assert table.dtype == torch.float32 and table.is_contiguous()
         assert table.shape == (cos_SR.shape[0], head_dim // 2)
@@ -50,6 +57,9 @@ def rope_and_append(
     assert (q_norm_D is None) == (k_norm_D is None), "norm both q and k, or neither"
     if num_tokens == 0:
         return out
+    check_range("slots", slots_T, 0, len(kv_cache) * kv_cache.shape[2])
+    check_range("positions", positions_T, 0, len(cos_SR))
+    is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
     _append_kernel[(num_tokens,)](
         q_THD,
         k_TKD,
@@ -58,7 +68,8 @@ def rope_and_append(
         sin_SR,
         positions_T,
         slots_T,
-        kv_cache,
+        kv_cache.view(torch.uint8) if is_fp8 else kv_cache,
+        kv_scales,
         q_norm_D,
         k_norm_D,
         out,
@@ -76,6 +87,8 @@ def rope_and_append(
         BLOCK_K=triton.next_power_of_2(num_kv_heads),
         BLOCK_R=triton.next_power_of_2(head_dim // 2),
         HAS_NORM=q_norm_D is not None,
+        IS_FP8=is_fp8,
+        LARGEST=0.0 if kv_scales is None else LARGEST[kv_cache.dtype],
         num_warps=4,
     )
     return out
@@ -93,13 +106,18 @@ def rope_and_append_reference(
     q_norm_D: Tensor | None = None,
     k_norm_D: Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch: returns the rotated q in float32 and writes the cache."""
     cos_T1R, sin_T1R = (table[positions_T].unsqueeze(1) for table in (cos_SR, sin_SR))
     k_rotated_TKD = _rotate_reference(k_TKD, k_norm_D, cos_T1R, sin_T1R, eps)
     page_T, offset_T = slots_T // kv_cache.shape[2], slots_T % kv_cache.shape[2]
-    kv_cache[page_T, 0, offset_T] = k_rotated_TKD.to(kv_cache.dtype)
-    kv_cache[page_T, 1, offset_T] = v_TKD
+    for kind, x_TKD in enumerate((k_rotated_TKD, v_TKD)):
+        if kv_scales is not None:
+            x_TKD, scale_TK = quantise_kv(x_TKD, kv_cache.dtype)
+            kv_scales[page_T, kind, :, offset_T] = scale_TK
+        kv_cache[page_T, kind, offset_T] = x_TKD.to(kv_cache.dtype)
     return _rotate_reference(q_THD, q_norm_D, cos_T1R, sin_T1R, eps)
 
 
@@ -114,40 +132,97 @@ def _rotate_reference(
 
 
 @triton.jit
-def _rotate_heads(
+def _load_heads(
     src_ptr,
-    dst_ptr,
-    norm_ptr,
-    cos_R,
-    sin_R,
-    stride_src_head,
-    stride_dst_head,
-    eps,
+    stride_head,
     NUM_HEADS: tl.constexpr,
     HALF_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_NORM: tl.constexpr,
 ):
+    """A token's heads as two halves in float32, and which of their elements there are."""
     h_H = tl.arange(0, BLOCK_H)
     r_R = tl.arange(0, BLOCK_R)
     mask_HR = (h_H < NUM_HEADS)[:, None] & (r_R < HALF_DIM)[None, :]
-    src_HR = src_ptr + h_H[:, None] * stride_src_head + r_R[None, :]
+    src_HR = src_ptr + h_H[:, None] * stride_head + r_R[None, :]
     low_HR = tl.load(src_HR, mask=mask_HR, other=0.0).to(tl.float32)
     high_HR = tl.load(src_HR + HALF_DIM, mask=mask_HR, other=0.0).to(tl.float32)
+    return low_HR, high_HR, mask_HR
+
+
+@triton.jit
+def _rotate(
+    low_HR,
+    high_HR,
+    norm_ptr,
+    cos_R,
+    sin_R,
+    eps,
+    HALF_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
     if HAS_NORM:
+        r_R = tl.arange(0, BLOCK_R)
         square_H = tl.sum(low_HR * low_HR, 1) + tl.sum(high_HR * high_HR, 1)
         scale_H = 1.0 / tl.sqrt(square_H / (2 * HALF_DIM) + eps)
         norm_low_R = tl.load(norm_ptr + r_R, mask=r_R < HALF_DIM, other=0.0).to(tl.float32)
         norm_high_R = tl.load(norm_ptr + HALF_DIM + r_R, mask=r_R < HALF_DIM, other=0.0)
         low_HR = low_HR * scale_H[:, None] * norm_low_R[None, :]
         high_HR = high_HR * scale_H[:, None] * norm_high_R.to(tl.float32)[None, :]
-    dst_HR = dst_ptr + h_H[:, None] * stride_dst_head + r_R[None, :]
-    dtype: tl.constexpr = dst_ptr.dtype.element_ty
     rotated_low_HR = low_HR * cos_R[None, :] - high_HR * sin_R[None, :]
-    rotated_high_HR = high_HR * cos_R[None, :] + low_HR * sin_R[None, :]
-    tl.store(dst_HR, rotated_low_HR.to(dtype), mask=mask_HR)
-    tl.store(dst_HR + HALF_DIM, rotated_high_HR.to(dtype), mask=mask_HR)
+    return rotated_low_HR, high_HR * cos_R[None, :] + low_HR * sin_R[None, :]
+
+
+@triton.jit
+def _store_half(dst_ptr_HR, x_HR, mask_HR, IS_FP8: tl.constexpr):
+    if IS_FP8:
+        x_HR = x_HR.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    tl.store(dst_ptr_HR, x_HR.to(dst_ptr_HR.dtype.element_ty), mask=mask_HR)
+
+
+@triton.jit
+def _within(x_HR, LARGEST: tl.constexpr):
+    """x limited to what a code can be; NaN, which the scale tells of, as 0."""
+    x_HR = tl.where(x_HR == x_HR, x_HR, 0.0)
+    return tl.minimum(tl.maximum(x_HR, -LARGEST), LARGEST)
+
+
+@triton.jit
+def _store_kv(
+    low_HR,
+    high_HR,
+    mask_HR,
+    dst_ptr,
+    stride_head,
+    scale_ptr,
+    NUM_HEADS: tl.constexpr,
+    HALF_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """Write heads to a slot of the cache, in eight bits with a scale where LARGEST is not 0."""
+    h_H = tl.arange(0, BLOCK_H)
+    if LARGEST > 0:
+        low_max_H, high_max_H = tl.max(tl.abs(low_HR), 1), tl.max(tl.abs(high_HR), 1)
+        # a sum of zeros keeps NaN, which a maximum would drop
+        nan_H = tl.sum(low_HR * 0.0, 1) + tl.sum(high_HR * 0.0, 1)
+        scale_H = (tl.maximum(low_max_H, high_max_H) + nan_H) / LARGEST
+        inverse_H = 1.0 / tl.where(scale_H > 0.0, scale_H, 1.0)
+        tl.store(scale_ptr + h_H * PAGE_SIZE, scale_H, mask=h_H < NUM_HEADS)
+        low_HR = low_HR * inverse_H[:, None]
+        high_HR = high_HR * inverse_H[:, None]
+        if not IS_FP8:  # adding and taking away 1.5 * 2 ** 23 rounds to nearest, half to even
+            low_HR = (low_HR + 12582912.0) - 12582912.0
+            high_HR = (high_HR + 12582912.0) - 12582912.0
+        low_HR = _within(low_HR, LARGEST)
+        high_HR = _within(high_HR, LARGEST)
+    dst_ptr_HR = dst_ptr + h_H[:, None] * stride_head + tl.arange(0, BLOCK_R)[None, :]
+    _store_half(dst_ptr_HR, low_HR, mask_HR, IS_FP8)
+    _store_half(dst_ptr_HR + HALF_DIM, high_HR, mask_HR, IS_FP8)
 
 
 @triton.jit
@@ -160,6 +235,7 @@ def _append_kernel(
     position_ptr,
     slot_ptr,
     kv_ptr,
+    kv_scales_ptr,
     q_norm_ptr,
     k_norm_ptr,
     out_ptr,
@@ -184,48 +260,71 @@ def _append_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + token)
     slot = tl.load(slot_ptr + token)
+    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
     r_R = tl.arange(0, BLOCK_R)
     cos_R = tl.load(cos_ptr + position * HALF_DIM + r_R, mask=r_R < HALF_DIM, other=0.0)
     sin_R = tl.load(sin_ptr + position * HALF_DIM + r_R, mask=r_R < HALF_DIM, other=0.0)
-    cache_ptr = kv_ptr + (slot // PAGE_SIZE) * stride_page + (slot % PAGE_SIZE) * stride_cache_token
-    _rotate_heads(
-        q_ptr + token * stride_q_token,
-        out_ptr + token * stride_out_token,
-        q_norm_ptr,
-        cos_R,
-        sin_R,
-        stride_q_head,
-        stride_out_head,
-        eps,
-        NUM_HEADS,
-        HALF_DIM,
-        BLOCK_H,
-        BLOCK_R,
-        HAS_NORM,
+
+    q_token_ptr = q_ptr + token * stride_q_token
+    low_HR, high_HR, mask_HR = _load_heads(
+        q_token_ptr, stride_q_head, NUM_HEADS, HALF_DIM, BLOCK_H, BLOCK_R
     )
-    _rotate_heads(
-        k_ptr + token * stride_k_token,
+    low_HR, high_HR = _rotate(
+        low_HR, high_HR, q_norm_ptr, cos_R, sin_R, eps, HALF_DIM, BLOCK_R, HAS_NORM
+    )
+    h_H = tl.arange(0, BLOCK_H)
+    out_ptr_HR = out_ptr + token * stride_out_token + h_H[:, None] * stride_out_head + r_R[None, :]
+    _store_half(out_ptr_HR, low_HR, mask_HR, False)
+    _store_half(out_ptr_HR + HALF_DIM, high_HR, mask_HR, False)
+
+    cache_ptr = kv_ptr + page * stride_page + offset * stride_cache_token
+    scale_ptr = kv_scales_ptr
+    if LARGEST > 0:
+        scale_ptr = kv_scales_ptr + page * (2 * NUM_KV_HEADS * PAGE_SIZE) + offset
+    k_token_ptr = k_ptr + token * stride_k_token
+    low_KR, high_KR, mask_KR = _load_heads(
+        k_token_ptr, stride_k_head, NUM_KV_HEADS, HALF_DIM, BLOCK_K, BLOCK_R
+    )
+    low_KR, high_KR = _rotate(
+        low_KR, high_KR, k_norm_ptr, cos_R, sin_R, eps, HALF_DIM, BLOCK_R, HAS_NORM
+    )
+    _store_kv(
+        low_KR,
+        high_KR,
+        mask_KR,
         cache_ptr,
-        k_norm_ptr,
-        cos_R,
-        sin_R,
-        stride_k_head,
         stride_cache_head,
-        eps,
+        scale_ptr,
         NUM_KV_HEADS,
         HALF_DIM,
+        PAGE_SIZE,
         BLOCK_K,
         BLOCK_R,
-        HAS_NORM,
+        IS_FP8,
+        LARGEST,
     )
-    h_K = tl.arange(0, BLOCK_K)
-    d_D = tl.arange(0, 2 * BLOCK_R)
-    mask_KD = (h_K < NUM_KV_HEADS)[:, None] & (d_D < 2 * HALF_DIM)[None, :]
-    v_offset_KD = token * stride_v_token + h_K[:, None] * stride_v_head + d_D[None, :]
-    v_KD = tl.load(v_ptr + v_offset_KD, mask=mask_KD)
-    cache_offset_KD = stride_cache_v + h_K[:, None] * stride_cache_head + d_D[None, :]
-    tl.store(cache_ptr + cache_offset_KD, v_KD, mask=mask_KD)
+    v_token_ptr = v_ptr + token * stride_v_token
+    low_KR, high_KR, mask_KR = _load_heads(
+        v_token_ptr, stride_v_head, NUM_KV_HEADS, HALF_DIM, BLOCK_K, BLOCK_R
+    )
+    _store_kv(
+        low_KR,
+        high_KR,
+        mask_KR,
+        cache_ptr + stride_cache_v,
+        stride_cache_head,
+        scale_ptr + NUM_KV_HEADS * PAGE_SIZE if LARGEST > 0 else scale_ptr,
+        NUM_KV_HEADS,
+        HALF_DIM,
+        PAGE_SIZE,
+        BLOCK_K,
+        BLOCK_R,
+        IS_FP8,
+        LARGEST,
+    )

@@ -6,9 +6,9 @@ Shapes: T tokens, N query heads, M key/value heads, D head dim.
 import torch
 
 from fiddler.models.batch import StepBatch
-from gpu_kernels.attention_decode import attention_decode, max_decode_programs
+from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
-from gpu_kernels.decode_plan import DecodePlan, plan_decode
+from gpu_kernels.attention_variant import Variant
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.rmsnorm import rms_norm
 from gpu_kernels.silu_mul import silu_mul
@@ -23,15 +23,13 @@ class TritonKernels:
         sin_SR: torch.Tensor,
         sm_scale: float,
         *,
-        num_kv_heads: int,
         eps: float,
     ) -> None:
         self._cos_SR = cos_SR
         self._sin_SR = sin_SR
         self._sm_scale = sm_scale
-        self._num_kv_heads = num_kv_heads
         self._eps = eps
-        self._max_programs = max_decode_programs(cos_SR.device)
+        self._decode_plan: DecodePlan | None = None
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TH, weight_H, self._eps)
@@ -43,7 +41,6 @@ class TritonKernels:
         self._batch = batch
         self._decode_pages = batch.decode_pages()
         self._prefill_pages = batch.prefill_pages()
-        self._decode_plan = self._plan_decode(batch)
         # the prefill kernel counts query rows from 0
         self._qo_indptr = batch.qo_indptr_B1[batch.num_decodes :] - batch.num_decodes
         self._max_qo_len = max(batch.qo_lens[batch.num_decodes :], default=0)
@@ -74,15 +71,15 @@ class TritonKernels:
             eps=self._eps,
         )
         out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-        window_left = -1 if window is None else window - 1  # FlashInfer's counts without self
-        if self._decode_plan is not None:
+        variant = Variant(window_left=-1 if window is None else window - 1)  # counts without self
+        if split:
             attention_decode(
                 q_TND[:split],
                 kv_cache,
                 self._decode_pages,
-                self._decode_plan,
+                self._plan_decode(q_TND[:split], kv_cache),
                 sm_scale=self._sm_scale,
-                window_left=window_left,
+                variant=variant,
                 out=out_TND[:split],
             )
         if self._max_qo_len:
@@ -93,18 +90,20 @@ class TritonKernels:
                 self._qo_indptr,
                 sm_scale=self._sm_scale,
                 max_qo_len=self._max_qo_len,
-                window_left=window_left,
+                variant=variant,
                 out=out_TND[split:],
             )
         return out_TND
 
-    def _plan_decode(self, batch: StepBatch) -> DecodePlan | None:
-        if batch.num_decodes == 0:
-            return None
-        plan = plan_decode(
-            batch.kv_lens[: batch.num_decodes],
-            self._num_kv_heads,
-            page_size=batch.pages.page_size,
-            max_programs=self._max_programs,
-        )
-        return plan.to(batch.tokens_T.device)
+    def _plan_decode(self, q_BND: torch.Tensor, kv_cache: torch.Tensor) -> DecodePlan:
+        """The plan of the layer before, and of the step before, unless the batch has changed."""
+        plan = self._decode_plan
+        if plan is None or plan.num_units != len(q_BND):
+            plan = self._decode_plan = plan_decode(
+                len(q_BND),
+                q_BND.shape[1],
+                *kv_cache.shape[3:],
+                device=q_BND.device,
+                dtype=kv_cache.dtype,
+            )
+        return plan

@@ -1,6 +1,6 @@
 """RoPE, per-head norm and the cache write against transformers' own functions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from gpu_kernels.kv_append import rope_and_append, rope_and_append_reference
+from gpu_kernels.kv_quant import new_kv_scales
 
 EPS = 1e-6
 PAGE_SIZE = 16
@@ -160,6 +161,60 @@ def check_half_error(case: Case) -> None:
     ours = (case.run(torch.empty_like(case.q_THD)), read_slots(case)[0])
     for x, theirs_x, exact_x in zip(ours, theirs, exact, strict=True):
         assert frobenius_error(x, exact_x) <= frobenius_error(theirs_x, exact_x)
+
+
+def quantised(case: Case, dtype: torch.dtype) -> tuple[Case, Tensor]:
+    """The case with a cache of eight bits, and its scales: NaN where nothing is written."""
+    kv_cache = torch.zeros(case.kv_cache.shape, dtype=dtype, device=DEVICE)
+    return replace(case, kv_cache=kv_cache), new_kv_scales(kv_cache).fill_(torch.nan)
+
+
+def check_quantised(case: Case, dtype: torch.dtype) -> None:
+    """Codes and scales are those of the reference but for what rounds to another side."""
+    ours, scales = quantised(case, dtype)
+    theirs, expected_scales = quantised(case, dtype)
+    arguments = (case.positions_T, case.slots_T)
+    tables = (case.cos_SR, case.sin_SR)
+    qkv = (case.q_THD.clone(), case.k_TKD, case.v_TKD)
+    rope_and_append(*qkv, *tables, *arguments, ours.kv_cache, *case.norms, EPS, kv_scales=scales)
+    rope_and_append_reference(
+        *qkv, *tables, *arguments, theirs.kv_cache, *case.norms, EPS, kv_scales=expected_scales
+    )
+    written = ~expected_scales.isnan()
+    assert torch.equal(written, ~scales.isnan()) and written.any()
+    assert torch.allclose(scales[written], expected_scales[written], rtol=1e-5)
+    codes, expected_codes = ours.kv_cache.float(), theirs.kv_cache.float()
+    differs = codes != expected_codes
+    assert differs.float().mean() < 2e-3
+    step = 1 if dtype == torch.int8 else 0.125 * expected_codes.abs().clamp(min=2.0**-6)
+    assert ((codes - expected_codes).abs() <= step).all()
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [((7, 1), 32), ((6, 3), 24)], ids=str)
+def test_eight_bit_caches(heads: tuple[int, int], head_dim: int) -> None:
+    """int8 only: the interpreter rounds 7.9 to 4 in fp8, its carry never reaches the exponent."""
+    check_quantised(make_case(19, heads, head_dim, normed=True), torch.int8)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf * 0, interpreted
+def test_eight_bits_of_zeros_and_of_nan() -> None:
+    case = make_case(3, (2, 1), 16, normed=False)
+    case.v_TKD[0] = 0.0
+    case.v_TKD[1, 0, 3] = torch.nan
+    case.v_TKD[2, 0, 12] = torch.inf
+    ours, scales = quantised(case, torch.int8)
+    tables = (case.cos_SR, case.sin_SR, case.positions_T, case.slots_T)
+    rope_and_append(case.q_THD, case.k_TKD, case.v_TKD, *tables, ours.kv_cache, kv_scales=scales)
+    page_T, offset_T = case.slots_T // PAGE_SIZE, case.slots_T % PAGE_SIZE
+    zero, nan, infinite = scales[page_T, 1, 0, offset_T]
+    assert zero == 0 and nan.isnan() and not infinite.isfinite()
+    assert ours.kv_cache[page_T[0], 1, offset_T[0]].eq(0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_eight_bit_caches_on_the_gpu(dtype: torch.dtype) -> None:
+    check_quantised(make_case(777, (32, 4), 128, normed=True, dtype=torch.bfloat16), dtype)
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -1,73 +1,123 @@
-"""Decode attention: bytes of K and V per second, against a plain read.
+"""Decode attention: the time of a plain read of the same bytes, as a share of the kernel's.
 
-Run: PYTHONPATH=. python -m scripts.bench.kernels.attention_decode
+Run: PYTHONPATH=. python -m scripts.bench.kernels.attention_decode [--tune]
 """
 
 from __future__ import annotations
 
-import time
+import itertools
+import sys
+from dataclasses import replace
 
 import torch
 
-from gpu_kernels.attention_decode import (
-    attention_decode,
-    attention_decode_reference,
-    max_decode_programs,
-    plan_decode,
-)
-from scripts.bench.kernels.paged_case import (
-    HEAD_DIM,
-    NUM_KV_HEADS,
-    PAGE_SIZE,
-    SM_SCALE,
-    make_cache,
-    make_queries,
-)
-from scripts.bench.kernels.timing import Peaks, measure_peaks, print_header, print_row
+from gpu_kernels.attention_decode import attention_decode_reference
+from scripts.bench.kernels.paged_case import SM_SCALE, DecodeCase, decode_case, zipf_lengths
+from scripts.bench.kernels.timing import median_ms, read_ms, relative_error
+from scripts.bench.kernels.tuner import try_all
+from scripts.bench.rows import Row, at_least, table
+
+TOTAL_BYTES = 256 << 20
+BATCHES = (1, 16, 64)
 
 
-def zipf_lengths(num_requests: int, total: int) -> list[int]:
-    """Lengths proportional to 1 / rank that sum to about ``total``."""
-    weights = [1 / (rank + 1) for rank in range(num_requests)]
-    return [max(1, int(total * w / sum(weights))) for w in weights]
+def lengths(batch: int, num_kv_heads: int) -> list[int]:
+    """Equal lengths that hold 256 MiB of bf16 keys and values."""
+    return [TOTAL_BYTES // (2 * 2 * num_kv_heads * 128) // batch] * batch
 
 
-CASES = {
-    "64 requests of 8192": [8192] * 64,
-    "64 requests, Zipf, same total": zipf_lengths(64, 64 * 8192),
-    "16 requests of 4096": [4096] * 16,
-    "1 request of 131072": [131_072],
-    "1 request of 4096": [4096],
-    "1 request of 512": [512],
-}
+def check(case: DecodeCase) -> None:
+    """The kernel is right on this case, some requests of it where there are many."""
+    actual = case.runner()()
+    few = min(4, len(case.q_BHD))
+    pages = replace(
+        case.pages,
+        indptr_B1=case.pages.indptr_B1[: few + 1],
+        last_page_len_B=case.pages.last_page_len_B[:few],
+    )
+    expected = attention_decode_reference(
+        case.q_BHD[:few], case.kv_cache, pages, sm_scale=SM_SCALE, kv_scales=case.kv_scales
+    )
+    error = relative_error(actual[:few], expected)
+    assert error <= 5e-3, f"relative error {error:.1e}"
 
 
-def bench_case(name: str, kv_lens: list[int], peaks: Peaks) -> None:
-    kv_cache, pages = make_cache(kv_lens)
-    q_BHD = make_queries(len(kv_lens))
-    start = time.perf_counter()
-    programs = max_decode_programs("cuda")
-    host_plan = plan_decode(kv_lens, NUM_KV_HEADS, page_size=PAGE_SIZE, max_programs=programs)
-    plan_us = (time.perf_counter() - start) * 1e6
-    plan = host_plan.to("cuda")
+def read_share(case: DecodeCase) -> tuple[float, float, float]:
+    """(milliseconds, GB/s, time of a plain read of the same bytes in units of ours)."""
+    milliseconds = median_ms(case.runner())
+    return (
+        milliseconds,
+        case.num_bytes / milliseconds / 1e6,
+        read_ms(case.num_bytes) / milliseconds,
+    )
 
-    def run() -> torch.Tensor:
-        return attention_decode(q_BHD, kv_cache, pages, plan, sm_scale=SM_SCALE)
 
-    expected = attention_decode_reference(q_BHD, kv_cache, pages, sm_scale=SM_SCALE)
-    error = ((run() - expected).norm() / expected.norm()).item()
-    assert error <= 5e-3, f"{name}: relative error {error:.1e}"
-    num_bytes = sum(kv_lens) * 2 * NUM_KV_HEADS * HEAD_DIM * 2 + 2 * 2 * q_BHD.numel()
-    print_row(name, run, num_bytes, peaks)
-    print(f"    plan {plan_us:.0f} us, {plan.num_work} work items of {plan.chunk_size} tokens")
+def rows() -> list[Row]:
+    found: list[Row] = []
+    for num_kv_heads, batch in itertools.product((4, 8), BATCHES):
+        kv_lens = lengths(batch, num_kv_heads)
+        name = f"decode attention, {num_kv_heads} KV heads, {batch} x {kv_lens[0]}"
+        case = decode_case(kv_lens, num_kv_heads)
+        check(case)
+        bf16_ms, gbps, share = read_share(case)
+        limit = case.num_bytes / read_ms(case.num_bytes) / 1e6
+        found.append(at_least(f"{name}, bf16, of a read", gbps, "GB/s", limit, share, 0.85))
+        for dtype, target in ((torch.int8, 1.6), (torch.float8_e4m3fn, 1.6)):
+            small = decode_case(kv_lens, num_kv_heads, dtype)
+            check(small)
+            small_ms, gbps, _ = read_share(small)
+            kind = str(dtype).removeprefix("torch.")
+            found.append(
+                at_least(
+                    f"{name}, {kind}, of bf16's speed",
+                    1e3 * batch / small_ms,
+                    "tok/s",
+                    1e3 * batch / bf16_ms,
+                    bf16_ms / small_ms,
+                    target,
+                )
+            )
+        if batch > 1:
+            skewed = decode_case(zipf_lengths(batch, sum(kv_lens)), num_kv_heads)
+            check(skewed)
+            skewed_ms = median_ms(skewed.runner()) * case.num_bytes / skewed.num_bytes
+            found.append(
+                at_least(
+                    f"{name}, Zipf lengths, of equal ones' speed",
+                    1 / skewed_ms,
+                    "1/ms",
+                    1 / bf16_ms,
+                    bf16_ms / skewed_ms,
+                    0.9,
+                )
+            )
+    return found
+
+
+def tune() -> None:
+    """Print the best configurations for each type of cache, and their shares of a read."""
+    for dtype, num_kv_heads, batch in itertools.product(
+        (torch.bfloat16, torch.int8, torch.float8_e4m3fn), (4, 8), (1, 64)
+    ):
+        case = decode_case(lengths(batch, num_kv_heads), num_kv_heads, dtype)
+        floor = read_ms(case.num_bytes)
+        for milliseconds, config in try_all(
+            "attention_decode",
+            lambda case=case: case.runner(),
+            BLOCK_N=(32, 64, 128),
+            num_stages=(5, 7, 9),
+            num_warps=(4, 8),
+            per_sm=(1, 2, 3, 4),
+        )[:4]:
+            print(dtype, num_kv_heads, batch, f"{floor / milliseconds:.3f}", config)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    peaks = measure_peaks()
-    print_header(peaks)
-    for name, kv_lens in CASES.items():
-        bench_case(name, kv_lens, peaks)
+    if "--tune" in sys.argv:
+        tune()
+    else:
+        print(table(rows()))
 
 
 if __name__ == "__main__":

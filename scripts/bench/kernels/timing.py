@@ -1,10 +1,11 @@
-"""How the kernel benchmarks measure: medians with a cold L2, against a read and a copy.
+"""How the kernel benchmarks measure: medians with a cold L2, against limits of the same process.
 
-The peaks are measured in the same process, so ratios hold whatever the GPU's clocks do.
+Ratios of one process hold whatever the GPU's clocks do.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,13 +28,33 @@ def median_ms(run: Callable[[], object]) -> float:
     return float(triton.testing.do_bench(run, warmup=20, rep=80, return_mode="median"))
 
 
+@functools.cache
+def read_ms(num_bytes: int) -> float:
+    """The fastest plain read of that many bytes: torch's sum or maximum, of floats or integers."""
+    floats = torch.ones(num_bytes // 4, dtype=torch.float32, device="cuda")
+    integers = floats.view(torch.int32)
+    return min(median_ms(read) for read in (floats.sum, floats.amax, integers.amax))
+
+
+@functools.cache
+def matmul_tflops(size: int = 8192) -> float:
+    """torch's rate for a product of two bf16 matrices of normal numbers."""
+    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device="cuda")
+    return 2 * size**3 / median_ms(lambda: a @ b) / 1e9
+
+
 def measure_peaks() -> Peaks:
     source = torch.ones(PEAK_BYTES // 4, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     return Peaks(
-        read_gbps=PEAK_BYTES / median_ms(source.sum) / 1e6,
+        read_gbps=PEAK_BYTES / read_ms(PEAK_BYTES) / 1e6,
         copy_gbps=2 * PEAK_BYTES / median_ms(lambda: target.copy_(source)) / 1e6,
     )
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def print_header(peaks: Peaks) -> None:

@@ -1,0 +1,131 @@
+"""How the caches of a batch are divided among programs: computed on the device from the lengths.
+
+Nothing here depends on a length on the host, so a captured graph serves any lengths. The unit is a
+block of queries that share one request's cache (in plain decoding a request and its one query).
+Shapes: U units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_kernels.paged_tile import request_extent
+
+
+@dataclass(frozen=True, slots=True)
+class QueryBlocks:
+    """Units of several neighbouring queries: unit u's are ``first_U[u]`` and on, ``count_U[u]``.
+
+    It attends to the cache of row ``request_U[u]`` of the page table. All int32 on the device;
+    units may share a request (a prefix that many continue), and no count is above ``max_count``.
+    """
+
+    first_U: Tensor
+    count_U: Tensor
+    request_U: Tensor
+    max_count: int
+
+    def __post_init__(self) -> None:
+        tensors = (self.first_U, self.count_U, self.request_U)
+        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in tensors)
+        assert all(t.shape == self.first_U.shape and t.ndim == 1 for t in tensors)
+
+    @classmethod
+    def of_groups(
+        cls, group_sizes: list[int], max_count: int, device: torch.device | str = "cpu"
+    ) -> QueryBlocks:
+        """Units for groups of neighbouring queries, group g attending to row g."""
+        first, count, request, query = [], [], [], 0
+        for group, size in enumerate(group_sizes):
+            for begin in range(0, size, max_count):
+                first.append(query + begin)
+                count.append(min(max_count, size - begin))
+                request.append(group)
+            query += size
+        packed = torch.tensor([first, count, request], dtype=torch.int32).to(device)
+        return cls(packed[0], packed[1], packed[2], max_count)
+
+    @property
+    def num_units(self) -> int:
+        return self.first_U.shape[0]
+
+
+def num_parts(
+    num_units: int, num_programs: int, split_tokens: int | None, max_kv_len: int | None
+) -> int:
+    """Partial results that there may be at most.
+
+    Balanced: program p's part of unit u is number p + u, since both only ever go up.
+    """
+    if split_tokens is None:
+        return num_programs + num_units
+    assert max_kv_len is not None, "a fixed split needs max_kv_len"
+    return num_units * max(-(-max_kv_len // split_tokens), 1)
+
+
+@triton.jit
+def items_of_units(
+    indptr_ptr,
+    last_page_len_ptr,
+    request_ptr,
+    num_units,
+    window_left,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Return (items of each unit, their running sum, total).
+
+    An item is a tile of BLOCK_N tokens, or SPLIT_TILES of them where that is not 0.
+    """
+    u_U = tl.arange(0, BLOCK_U)
+    is_unit_U = u_U < num_units
+    request_U = tl.where(is_unit_U, u_U, 0)
+    if HAS_BLOCKS:
+        request_U = tl.load(request_ptr + u_U, mask=is_unit_U, other=0)
+    _, kv_len_U = request_extent(indptr_ptr, last_page_len_ptr, request_U, PAGE_SIZE)
+    if HAS_WINDOW:
+        kv_len_U = tl.minimum(kv_len_U, window_left + 1)
+    ITEM: tl.constexpr = BLOCK_N * max(SPLIT_TILES, 1)
+    items_U = tl.where(is_unit_U, (kv_len_U + ITEM - 1) // ITEM, 0)
+    return items_U, tl.cumsum(items_U, 0), tl.sum(items_U, 0)
+
+
+@triton.jit
+def share_of(program, num_programs, total, SPLIT_TILES: tl.constexpr):
+    """Items ``[begin, end)`` of a program; with a fixed split it takes every num_programs-th."""
+    if SPLIT_TILES > 0:
+        return program, total
+    active = _num_active(total, num_programs)
+    end = tl.where(program < active, (program + 1) * total // active, 0)
+    return tl.where(program < active, program * total // active, 0), end
+
+
+@triton.jit
+def parts_of(unit, unit_begin, unit_end, total, num_programs, SPLIT_TILES: tl.constexpr):
+    """Numbers ``[begin, end)`` of a unit's parts: the inverse of :func:`share_of`.
+
+    Item i belongs to the last program p with p * total // active <= i.
+    """
+    if SPLIT_TILES > 0:
+        return unit_begin, unit_end
+    active = _num_active(total, num_programs)
+    safe_total = tl.maximum(total, 1)
+    first = ((unit_begin + 1) * active - 1) // safe_total + unit
+    end = (unit_end * active - 1) // safe_total + unit + 1
+    return first, tl.where(unit_end > unit_begin, end, first)
+
+
+@triton.jit
+def _num_active(total, num_programs):
+    """Programs that share ``total`` tiles: none gets less than two where that can be."""
+    # writing and merging a part costs more than one tile saves
+    return tl.maximum(tl.minimum(total // 2, num_programs), 1)

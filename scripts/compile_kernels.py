@@ -1,0 +1,226 @@
+"""Compile the Triton kernels for a GPU that need not be here, and tell what each takes of it.
+
+    python -m scripts.compile_kernels [--sm 90] [--only attention ...]
+
+Prints registers, bytes spilled to local memory and shared memory of every launch in ``cases``. The
+exit code is 1 if one of them needs more shared memory than a block may have there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from gpu_kernels import device
+from gpu_kernels.attention_decode import attention_decode, plan_decode
+from gpu_kernels.attention_prefill import attention_prefill
+from gpu_kernels.attention_variant import Variant
+from gpu_kernels.embedding import embedding
+from gpu_kernels.kv_append import rope_and_append
+from gpu_kernels.kv_quant import new_kv_scales
+from gpu_kernels.merge_states import merge_state, merge_states
+from gpu_kernels.page_table import PageTable
+from gpu_kernels.rmsnorm import add_rms_norm
+from gpu_kernels.router import route
+from gpu_kernels.sampling import Penalties, SamplingSettings, sample
+from gpu_kernels.silu_mul import silu_mul
+from gpu_kernels.token_counts import count_tokens
+
+# KiB of shared memory that one block may have, by compute capability (CUDA's programming guide).
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+BF16 = torch.bfloat16
+HEADS = (32, 4)
+
+
+class AbsentGpu:
+    """A driver for Triton that knows what to compile for, and nothing to run it on."""
+
+    def __init__(self, sm: int) -> None:
+        self.target = GPUTarget("cuda", sm, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    name: str
+    shared_bytes: int
+    registers: int
+    spilled_bytes: int
+    num_warps: int
+
+
+def compile_launches(launch: Callable[[], object], sm: int) -> list[Compiled]:
+    """What ``launch`` would have run, compiled for compute capability ``sm / 10``."""
+    kernels: dict[int, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = run(self, *args, **{**options, "warmup": True})
+        kernels[id(kernel)] = kernel
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return [_assembled(kernel, sm) for kernel in kernels.values()]
+
+
+def _assembled(kernel: Any, sm: int) -> Compiled:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        name = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
+        command = [str(PTXAS), "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return Compiled(
+        kernel.metadata.name,
+        kernel.metadata.shared,
+        _number(r"Used (\d+) registers", said),
+        _number(r"(\d+) bytes spill stores", said),
+        kernel.metadata.num_warps,
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return int(found[1])
+
+
+# --- what is compiled ---
+
+
+def _cache(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    kv_cache = torch.zeros(64, 2, 16, HEADS[1], head_dim, dtype=dtype)
+    return kv_cache, None if dtype == BF16 else new_kv_scales(kv_cache)
+
+
+def decode(head_dim: int, dtype: torch.dtype, variant: Variant) -> None:
+    kv_cache, kv_scales = _cache(head_dim, dtype)
+    pages = PageTable.from_lists([range(32), range(32, 64)], [512, 512])
+    plan = plan_decode(2, *HEADS, head_dim, device="cpu", dtype=dtype)
+    q = torch.zeros(2, HEADS[0], head_dim, dtype=BF16)
+    attention_decode(q, kv_cache, pages, plan, sm_scale=0.1, variant=variant, kv_scales=kv_scales)
+
+
+def prefill(head_dim: int, dtype: torch.dtype, variant: Variant) -> None:
+    kv_cache, kv_scales = _cache(head_dim, dtype)
+    pages = PageTable.from_lists([range(32), range(32, 64)], [512, 512])
+    q = torch.zeros(1024, HEADS[0], head_dim, dtype=BF16)
+    indptr = torch.tensor([0, 512, 1024], dtype=torch.int32)
+    options: dict[str, Any] = {"sm_scale": 0.1, "variant": variant, "kv_scales": kv_scales}
+    for longest in (1, 8, 512):
+        attention_prefill(q, kv_cache, pages, indptr, max_qo_len=longest, **options)
+
+
+def append(head_dim: int, dtype: torch.dtype) -> None:
+    kv_cache, kv_scales = _cache(head_dim, dtype)
+    qkv = torch.zeros(4, HEADS[0] + 2 * HEADS[1], head_dim, dtype=BF16)
+    cos, sin = torch.zeros(2, 64, head_dim // 2)
+    index = torch.zeros(4, dtype=torch.int64)
+    norm = torch.ones(head_dim, dtype=BF16)
+    q, k, v = qkv.split([HEADS[0], HEADS[1], HEADS[1]], dim=1)
+    rope_and_append(q, k, v, cos, sin, index, index, kv_cache, norm, norm, kv_scales=kv_scales)
+
+
+def small() -> None:
+    x, weight = torch.zeros(4, 2048, dtype=BF16), torch.ones(2048, dtype=BF16)
+    add_rms_norm(x, x, weight, 1e-6)
+    silu_mul(x)
+    v, lse = torch.zeros(2, 3, 32, 128, dtype=BF16), torch.zeros(2, 3, 32)
+    merge_states(v, lse)
+    merge_state(v[:, 0], lse[:, 0].contiguous(), v[:, 1], lse[:, 1].contiguous())
+
+
+def routing() -> None:
+    route(torch.zeros(4, 128, dtype=BF16), 8, scoring="softmax", renormalise=True)
+    bias = torch.zeros(256)
+    logits = torch.zeros(4, 256)
+    route(logits, 8, scoring="sigmoid", bias_E=bias, renormalise=True, num_groups=8, top_groups=4)
+
+
+def draw() -> None:
+    vocab = 151_936
+    ones, whole = torch.ones(4), torch.ones(4, dtype=torch.int64)
+    settings = SamplingSettings(ones, whole.int(), ones, ones, whole, whole)
+    counts = torch.zeros(4, vocab, dtype=torch.int16)
+    sample(torch.zeros(4, vocab), settings)
+    penalties = Penalties(ones, ones, ones, whole.int(), counts)
+    sample(torch.zeros(4, vocab), settings, penalties=penalties)
+    count_tokens(counts, whole.int(), whole)
+    embedding(whole, torch.zeros(vocab, 64, dtype=BF16))
+
+
+def cases(sm: int) -> dict[str, Callable[[], object]]:
+    """Launches by name; fp8 needs compute capability 8.9."""
+    variants = {
+        "window and sinks": Variant(window_left=100, sinks_H=torch.zeros(HEADS[0])),
+        "cap": Variant(logits_soft_cap=30.0),
+        "ALiBi": Variant(alibi_slopes_H=torch.zeros(HEADS[0])),
+    }
+    found: dict[str, Callable[[], object]] = {"small": small, "routing": routing, "sampling": draw}
+    for dtype in (BF16, torch.int8, *((torch.float8_e4m3fn,) if sm >= 89 else ())):
+        kind = str(dtype).removeprefix("torch.")
+        found[f"append 128 {kind}"] = partial(append, 128, dtype)
+        for head_dim in (64, 128, 192, 256):
+            found[f"decode attention {head_dim} {kind}"] = partial(
+                decode, head_dim, dtype, Variant()
+            )
+            found[f"prefill attention {head_dim} {kind}"] = partial(
+                prefill, head_dim, dtype, Variant()
+            )
+    for name, variant in variants.items():
+        found[f"decode attention 128 {name}"] = partial(decode, 128, BF16, variant)
+        found[f"prefill attention 128 {name}"] = partial(prefill, 128, BF16, variant)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sm", type=int, default=90, choices=SHARED_KIB, help="90: Hopper")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases with such a text in them")
+    options = parser.parse_args()
+    device.WITHOUT_CUDA = device.family_of((options.sm // 10, options.sm % 10)) or "sm80"
+    driver.set_active(AbsentGpu(options.sm))
+    fits = True
+    print(f"{'case':40} {'kernel':22} {'warps':>5} {'regs':>4} {'spilled':>7} {'shared':>7}")
+    for name, launch in cases(options.sm).items():
+        if not any(part in name for part in options.only):
+            continue
+        for kernel in compile_launches(launch, options.sm):
+            fits &= kernel.shared_bytes <= SHARED_KIB[options.sm] * 1024
+            numbers = f"{kernel.registers:4} {kernel.spilled_bytes:7} {kernel.shared_bytes:7}"
+            print(f"{name:40} {kernel.name:22} {kernel.num_warps:5} {numbers}", flush=True)
+    sys.exit(0 if fits else f"too much shared memory for sm_{options.sm}")
+
+
+if __name__ == "__main__":
+    main()
