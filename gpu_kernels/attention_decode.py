@@ -28,7 +28,7 @@ from gpu_kernels.paged_tile import (
     padded_dim,
     request_extent,
 )
-from gpu_kernels.split_kv import QueryBlocks, items_of_units, num_parts, share_of
+from gpu_kernels.split_kv import QueryBlocks, items_of_units, num_parts, parts_of, share_of
 from gpu_kernels.tuned import Config, choose
 
 __all__ = ["DecodePlan", "attention_decode", "attention_decode_reference", "plan_decode"]
@@ -47,6 +47,7 @@ class DecodePlan:
     config: Config  # of the launch
     part_PKRD: Tensor
     lse_log2_PKR: Tensor
+    ranges_U2: Tensor  # each unit's first part and the end of its parts, int32
 
 
 def plan_decode(
@@ -90,6 +91,7 @@ def plan_decode(
         {name: value for name, value in config.items() if name != "per_sm"},
         torch.empty((parts, num_kv_heads, rows, head_dim), dtype=torch.float32, device=device),
         torch.empty((parts, num_kv_heads, rows), dtype=torch.float32, device=device),
+        torch.empty((num_units, 2), dtype=torch.int32, device=device),
     )
 
 
@@ -134,53 +136,47 @@ def attention_decode(
     )
     if num_units == 0 or num_tokens == 0:
         return out
-    units = {
-        "indptr_ptr": pages.indptr_B1,
-        "last_page_len_ptr": pages.last_page_len_B,
+    shared = {
         "first_ptr": None if blocks is None else blocks.first_U,
         "count_ptr": None if blocks is None else blocks.count_U,
-        "request_ptr": None if blocks is None else blocks.request_U,
-        "num_units": num_units,
-        "window_left": variant.window_left,
+        "ranges_ptr": plan.ranges_U2,
         "part_ptr": plan.part_PKRD,
         "lse_ptr": plan.lse_log2_PKR,
         "GROUP": group,
-        "HEAD_DIM": head_dim,
-        "PAGE_SIZE": pages.page_size,
         "ROWS": rows,
-        "BLOCK_N": plan.config["BLOCK_N"],
-        "BLOCK_U": triton.next_power_of_2(num_units),
-        "SPLIT_TILES": plan.split_tiles,
+        "HEAD_DIM": head_dim,
         "HAS_BLOCKS": blocks is not None,
-        "HAS_WINDOW": variant.window_left >= 0,
     }
     _decode_kernel[(plan.num_programs, num_kv_heads)](
         q_ptr=q_THD,
+        request_ptr=None if blocks is None else blocks.request_U,
         positions_ptr=positions_T,
+        num_units=num_units,
+        window_left=variant.window_left,
         stride_q_token=q_THD.stride(0),
         stride_q_head=q_THD.stride(1),
-        HAS_POSITIONS=positions_T is not None,
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
-        **{**kv_args(kv_cache, kv_scales, pages), **units, **plan.config},
+        BLOCK_U=triton.next_power_of_2(num_units),
+        SPLIT_TILES=plan.split_tiles,
+        HAS_POSITIONS=positions_T is not None,
+        HAS_WINDOW=variant.window_left >= 0,
+        **{**kv_args(kv_cache, kv_scales, pages), **shared, **plan.config},
         **logits_args(variant, num_heads, sm_scale, q_THD.device),
     )
-    num_programs = plan.num_programs
-    block_d = min(MERGE_DIMS, padded_dim(head_dim))
     tile = merge_tile(num_units, num_kv_heads, rows)
     row_blocks = num_kv_heads * triton.cdiv(rows, tile["BLOCK_R"])
+    block_d = min(MERGE_DIMS, padded_dim(head_dim))
     merge_kernel[(num_units, row_blocks, triton.cdiv(head_dim, block_d))](
         out_ptr=out,
         out_lse_ptr=lse_log2,
         sinks_ptr=variant.sinks_H,
-        num_programs=num_programs,
         stride_token=out.stride(0),
         stride_head=out.stride(1),
         HAS_LSE=lse_log2 is not None,
         HAS_SINKS=variant.sinks_H is not None,
         BLOCK_D=block_d,
+        **shared,
         **tile,
-        **units,
-        num_warps=4,
     )
     return out
 
@@ -204,6 +200,7 @@ def _decode_kernel(
     request_ptr,
     positions_ptr,
     slopes_ptr,
+    ranges_ptr,
     part_ptr,
     lse_ptr,
     num_units,
@@ -251,6 +248,12 @@ def _decode_kernel(
     )
     item, last_item = share_of(program, tl.num_programs(0), total, SPLIT_TILES)
     u_U = tl.arange(0, BLOCK_U)
+    if program + kv_head == 0:
+        first_U, end_U = parts_of(
+            u_U, ends_U - items_U, ends_U, total, tl.num_programs(0), SPLIT_TILES
+        )
+        tl.store(ranges_ptr + 2 * u_U, first_U, mask=u_U < num_units)
+        tl.store(ranges_ptr + 2 * u_U + 1, end_U, mask=u_U < num_units)
     d_D = tl.arange(0, BLOCK_D)
     row_M = tl.arange(0, BLOCK_M)
     head_M = kv_head * GROUP + row_M % GROUP

@@ -9,56 +9,48 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E
-from gpu_kernels.split_kv import items_of_units, parts_of
 
 MERGE_DIMS = 32
 FEW_ROWS = 1024
 
 
 def merge_tile(num_units: int, num_kv_heads: int, rows: int) -> dict[str, int]:
-    """Parts and rows that a program reads at once.
+    """Parts and rows that a program reads at once, and its warps.
 
     With few rows in all they are one long request's, with 66 to 132 parts, which must be read in
     few steps by many programs; with many the parts of each are few, and programs would only queue.
     """
     if num_units * num_kv_heads * rows <= FEW_ROWS:
-        return {"BLOCK_W": 64, "BLOCK_R": 1}
-    return {"BLOCK_W": 16, "BLOCK_R": min(8, triton.next_power_of_2(rows))}
+        return {"BLOCK_W": 64, "BLOCK_R": 1, "num_warps": 4}
+    return {"BLOCK_W": 8, "BLOCK_R": min(8, triton.next_power_of_2(rows)), "num_warps": 1}
 
 
-@triton.jit(do_not_specialize=["num_units", "num_programs", "window_left"])
+@triton.jit
 def merge_kernel(
-    indptr_ptr,
-    last_page_len_ptr,
+    ranges_ptr,
     first_ptr,
     count_ptr,
-    request_ptr,
     part_ptr,
     lse_ptr,
     sinks_ptr,
     out_ptr,
     out_lse_ptr,
-    num_units,
-    num_programs,
-    window_left,
     stride_token,
     stride_head,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_U: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT_TILES: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """Some rows of one unit, some of their dims: parts weighted by 2 ** lse_log2."""
+    """Some rows of one unit, some of their dims: parts weighted by 2 ** lse_log2.
+
+    ``ranges_ptr``: each unit's first part and the end of its parts, int32 [U, 2].
+    """
     ROW_BLOCKS: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
     unit = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_BLOCKS
@@ -69,23 +61,8 @@ def merge_kernel(
         count = tl.load(count_ptr + unit)
     is_row_R = row_R < count * GROUP
     head_R = kv_head * GROUP + row_R % GROUP
-    items_U, ends_U, total = items_of_units(
-        indptr_ptr,
-        last_page_len_ptr,
-        request_ptr,
-        num_units,
-        window_left,
-        PAGE_SIZE,
-        BLOCK_N,
-        BLOCK_U,
-        SPLIT_TILES,
-        HAS_BLOCKS,
-        HAS_WINDOW,
-    )
-    is_mine_U = tl.arange(0, BLOCK_U) == unit
-    unit_end = tl.sum(tl.where(is_mine_U, ends_U, 0))
-    unit_begin = unit_end - tl.sum(tl.where(is_mine_U, items_U, 0))
-    first_part, end_part = parts_of(unit, unit_begin, unit_end, total, num_programs, SPLIT_TILES)
+    first_part = tl.load(ranges_ptr + 2 * unit)
+    end_part = tl.load(ranges_ptr + 2 * unit + 1)
 
     num_kv_heads = tl.num_programs(1) // ROW_BLOCKS
     d_D = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -2,8 +2,8 @@
 
 A program belongs to a (token, choice) pair and some weight rows. The first pair of an expert
 computes for all tokens that chose it, the other pairs' programs return at once. The second launch
-writes one partial row a pair; the last program to finish some rows adds a token's choices up in
-their order. So a token's result depends on nothing but that token, to the bit.
+writes a pair's row in one or more partial sums; the last program to finish some rows adds a token's
+choices up in their order. So a token's result depends on nothing but that token, to the bit.
 Shapes: T tokens, K choices of a token, P = T * K pairs, E experts, S slots, H hidden, I width;
 in kernels M weight rows of a tile, N columns (tokens, padded), C choices (padded).
 """
@@ -36,26 +36,34 @@ class DecodeWorkspace:
     """
 
     act_PI: Tensor
-    part_PH: Tensor
+    part_PSH: Tensor  # S: parts of w2's depth
     done: Tensor
 
     @classmethod
     def make(
-        cls, layer: ExpertLayer, num_pairs: int, dtype: torch.dtype = torch.bfloat16
+        cls,
+        layer: ExpertLayer,
+        num_pairs: int,
+        dtype: torch.dtype = torch.bfloat16,
+        config: ExpertConfig | None = None,
     ) -> DecodeWorkspace:
-        """For up to ``num_pairs`` pairs of layers of this one's sizes, x of ``dtype``."""
+        """For up to ``num_pairs`` pairs of layers of this one's sizes and kind, x of ``dtype``."""
         device, hidden = layer.device, layer.hidden
+        splits = (config or decode_config(layer, 1, dtype)).down.splits
         return cls(
             torch.empty((num_pairs, layer.width), dtype=dtype, device=device),
-            torch.empty((num_pairs, hidden), dtype=torch.float32, device=device),
+            torch.empty((num_pairs, splits, hidden), dtype=torch.float32, device=device),
             torch.zeros(-(-hidden // 16), dtype=torch.int32, device=device),
         )
 
-    def check(self, layer: ExpertLayer, num_pairs: int, dtype: torch.dtype) -> None:
+    def check(
+        self, layer: ExpertLayer, num_pairs: int, dtype: torch.dtype, config: ExpertConfig
+    ) -> None:
         """Assert that a call with so many pairs and x of ``dtype`` fits."""
-        act, part, done = self.act_PI, self.part_PH, self.done
-        assert min(act.shape[0], part.shape[0]) >= num_pairs and act.dtype == dtype
-        assert (act.shape[1], part.shape[1]) == (layer.width, layer.hidden)
+        act, part, done = self.act_PI, self.part_PSH, self.done
+        assert act.shape[0] >= num_pairs and act.shape[1] == layer.width and act.dtype == dtype
+        assert part.shape[0] * part.shape[1] >= num_pairs * config.down.splits
+        assert part.shape[2] == layer.hidden
         assert part.dtype == torch.float32 and done.dtype == torch.int32
         assert done.shape[0] >= -(-layer.hidden // 16)
         assert all(t.is_contiguous() and t.device == layer.device for t in (act, part, done))
@@ -86,11 +94,11 @@ def expert_decode(
     assert out.shape == x_TH.shape and out.dtype == torch.float32 and out.stride(1) == 1
     if num_tokens == 0:
         return out
-    if workspace is None:
-        workspace = DecodeWorkspace.make(layer, num_tokens * top_k, x_TH.dtype)
-    workspace.check(layer, num_tokens * top_k, x_TH.dtype)
     if config is None:
         config = decode_config(layer, num_tokens, x_TH.dtype)
+    if workspace is None:
+        workspace = DecodeWorkspace.make(layer, num_tokens * top_k, x_TH.dtype, config)
+    workspace.check(layer, num_tokens * top_k, x_TH.dtype, config)
     assert num_tokens <= min(config.gate_up.columns, config.down.columns)
     _launch(x_TH, ids_TK, weights_TK, slot_E, layer, out, workspace, config)
     return out
@@ -131,14 +139,14 @@ def _launch(
         **config.gate_up.launch,
     )
     spec = tile_spec(layer, "w2", config.down)
-    _down_kernel[(spec.num_tiles, ids_TK.numel())](
+    _down_kernel[(spec.num_tiles, ids_TK.numel() * spec.splits)](
         workspace.act_PI,
         ids_TK,
         weights_TK,
         slot_E,
         w2,
         layer.b2_SH,
-        workspace.part_PH,
+        workspace.part_PSH,
         workspace.done,
         out,
         w2.stride(0),
@@ -194,6 +202,7 @@ def _gate_up_kernel(
         x_ptr,
         act_ptr,
         tl.program_id(0),
+        0,
         tl.arange(0, SPEC.columns).to(tl.int64) * stride_x,
         pair_N.to(tl.int64) * SPEC.rows,
         pair_N >= 0,
@@ -218,8 +227,10 @@ def _down_kernel(
     TOP_K: tl.constexpr,
     SPEC: tl.constexpr,
 ):
+    SPLITS: tl.constexpr = SPEC.splits
     tile = tl.program_id(0)
-    pair = tl.program_id(1)
+    pair = tl.program_id(1) // SPLITS
+    split = tl.program_id(1) % SPLITS
     slot, pair_N = _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K, SPEC.columns)
     if slot >= 0:
         expert_tile(
@@ -228,8 +239,9 @@ def _down_kernel(
             act_ptr,
             part_ptr,
             tile,
+            split,
             pair_N.to(tl.int64) * SPEC.depth,
-            pair_N.to(tl.int64) * SPEC.rows,
+            (pair_N.to(tl.int64) * SPLITS + split) * SPEC.rows,
             pair_N >= 0,
             SPEC,
         )
@@ -242,7 +254,16 @@ def _down_kernel(
         h_H = tile * (2 * SPEC.tile_rows) + tl.arange(0, 2 * SPEC.tile_rows)
         is_token_N = token_N < num_tokens
         sum_NH = sum_choices(
-            part_ptr, ids_ptr, weight_ptr, slot_ptr, token_N, is_token_N, h_H, SPEC.rows, TOP_K
+            part_ptr,
+            ids_ptr,
+            weight_ptr,
+            slot_ptr,
+            token_N,
+            is_token_N,
+            h_H,
+            SPEC.rows,
+            TOP_K,
+            SPLITS,
         )
         out_offset_NH = token_N.to(tl.int64)[:, None] * stride_out + h_H[None, :]
         mask_NH = is_token_N[:, None] & (h_H < SPEC.rows)[None, :]

@@ -17,9 +17,20 @@ from gpu_kernels.packed_tile import decode_words, load_group, load_words, order_
 
 @triton.jit
 def expert_tile(
-    w_ptr, bias_ptr, x_ptr, out_ptr, tile, x_offset_N, out_offset_N, is_used_N, SPEC: tl.constexpr
+    w_ptr,
+    bias_ptr,
+    x_ptr,
+    out_ptr,
+    tile,
+    split,
+    x_offset_N,
+    out_offset_N,
+    is_used_N,
+    SPEC: tl.constexpr,
 ):
     """Multiply and store tile ``tile`` of one slot's matrix; ``w_ptr`` and ``bias_ptr`` are its.
+
+    Of the depth only part ``split`` of ``SPEC.splits`` is taken; the first adds the bias.
 
     ``x_offset_N`` and ``out_offset_N`` (int64) say where a column's input and output row begin;
     columns not used are neither read nor written.
@@ -30,18 +41,19 @@ def expert_tile(
     ACTIVATION: tl.constexpr = SPEC.activation
     first_row = tile * (M if PAIRED else 2 * M)
     if SPEC.bits == 0:
-        a_MN, b_MN = _dense_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC)
+        a_MN, b_MN = _dense_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC)
         a_row_M = first_row + tl.arange(0, M)
     else:
-        a_MN, b_MN = _packed_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC)
+        a_MN, b_MN = _packed_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC)
         a_row_M = first_row + tile_row(tl.arange(0, M), SPEC)
     b_row_M = a_row_M if PAIRED else a_row_M + M
     a_mask_M = a_row_M < ROWS
     b_mask_M = b_row_M < ROWS
     if bias_ptr is not None:
         b_bias_ptr = bias_ptr + (ROWS if PAIRED else 0)
-        a_MN += tl.load(bias_ptr + a_row_M, mask=a_mask_M, other=0.0)[:, None]
-        b_MN += tl.load(b_bias_ptr + b_row_M, mask=b_mask_M, other=0.0)[:, None]
+        is_first = split == 0
+        a_MN += tl.load(bias_ptr + a_row_M, mask=a_mask_M & is_first, other=0.0)[:, None]
+        b_MN += tl.load(b_bias_ptr + b_row_M, mask=b_mask_M & is_first, other=0.0)[:, None]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     out_ptr_1N = (out_ptr + out_offset_N)[None, :]
     a_mask_MN = a_mask_M[:, None] & is_used_N[None, :]
@@ -67,7 +79,7 @@ def _load_columns(x_ptr, x_offset_N, is_used_N, first, SIZE: tl.constexpr, SPEC:
 
 
 @triton.jit
-def _dense_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr):
+def _dense_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr):
     """Both tiles times the columns, float32 ``[M, N]`` each, of row-major weights."""
     M: tl.constexpr = SPEC.tile_rows
     N: tl.constexpr = SPEC.columns
@@ -83,7 +95,8 @@ def _dense_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC: tl.con
     b_ptr_MD = w_ptr + b_row_M[:, None] * DEPTH + d_D[None, :]
     a_MN = tl.zeros([M, N], tl.float32)
     b_MN = tl.zeros([M, N], tl.float32)
-    for first in range(0, DEPTH, STEP):
+    SHARE: tl.constexpr = (DEPTH + STEP * SPEC.splits - 1) // (STEP * SPEC.splits) * STEP
+    for first in range(split * SHARE, tl.minimum(split * SHARE + SHARE, DEPTH), STEP):
         x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, first, STEP, SPEC)
         if DEPTH % STEP == 0:
             a_MD = tl.load(a_ptr_MD + first)
@@ -98,7 +111,7 @@ def _dense_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC: tl.con
 
 
 @triton.jit
-def _packed_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr):
+def _packed_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr):
     """Both tiles times the columns, float32 ``[M, N]`` each, of packed weights.
 
     A unit is the depth that one scale covers, or a step if that is less; a step is some units.
@@ -111,17 +124,21 @@ def _packed_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC: tl.co
     UNIT: tl.constexpr = STEP if STEP < GROUP else GROUP
     NUM_UNITS: tl.constexpr = (DEPTH + UNIT - 1) // UNIT
     WORDS: tl.constexpr = UNIT * SPEC.bits // 32
+    STEPS: tl.constexpr = (DEPTH + STEP * SPEC.splits - 1) // (STEP * SPEC.splits)
+    SHARE: tl.constexpr = STEPS * (STEP // UNIT)
+    first_unit = split * SHARE
     row_M = tile_row(tl.arange(0, M), SPEC)
     first_block = first_row // 16
     a_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 0, SPEC)
     b_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 1, SPEC)
     a_ptr_M = _block_ptr(w_ptr, first_block + row_M // 16, 0, SPEC)
     b_ptr_M = _block_ptr(w_ptr, first_block + row_M // 16, 1, SPEC)
-    a_scale_M, a_zero_M = load_group(a_ptr_M, row_M, 0, SPEC)
-    b_scale_M, b_zero_M = load_group(b_ptr_M, row_M, 0, SPEC)
+    first_group = tl.minimum(first_unit, NUM_UNITS - 1) * UNIT // GROUP
+    a_scale_M, a_zero_M = load_group(a_ptr_M, row_M, first_group, SPEC)
+    b_scale_M, b_zero_M = load_group(b_ptr_M, row_M, first_group, SPEC)
     a_MN = tl.zeros([M, N], tl.float32)
     b_MN = tl.zeros([M, N], tl.float32)
-    for first in range(0, NUM_UNITS, STEP // UNIT):
+    for first in range(first_unit, tl.minimum(first_unit + SHARE, NUM_UNITS), STEP // UNIT):
         for part in tl.static_range(STEP // UNIT):
             # beyond the last unit the columns are 0: any weights will do
             unit = tl.minimum(first + part, NUM_UNITS - 1)

@@ -178,6 +178,7 @@ def _grouped_kernel(
         x_ptr,
         out_ptr,
         inside // num_near,
+        0,
         x_row_N.to(tl.int64) * stride_x,
         pair_N.to(tl.int64) * SPEC.rows,
         is_used_N,

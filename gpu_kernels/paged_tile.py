@@ -18,6 +18,10 @@ from gpu_kernels.kv_quant import check_kv_dtypes
 from gpu_kernels.kv_widen import widen
 from gpu_kernels.page_table import PageTable
 
+# What multiplies eight-bit values is rounded to float16: with this factor, scales from 1e-6 to 1023
+# (values up to 130,000) keep its precision.
+VALUE_SCALE = tl.constexpr(64.0)
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -110,6 +114,16 @@ def attend(
     """
     d_D = tl.arange(0, BLOCK_D)
     n_N = tl.arange(0, BLOCK_N)
+    scale_M = scale_log2
+    HALF: tl.constexpr = IS_QUANTISED and tl.float32 != q_MD.dtype
+    if HALF:
+        # codes are exact in float16 and soon converted to it, but it lacks bfloat16's range: rows
+        # of q are scaled to 1 and sums of values by VALUE_SCALE
+        largest_M = tl.max(tl.abs(q_MD.to(tl.float32)), 1)
+        largest_M = tl.where(largest_M > 0.0, largest_M, 1.0)
+        q_MD = (q_MD.to(tl.float32) / largest_M[:, None]).to(tl.float16)
+        scale_M = (largest_M * scale_log2)[:, None]
+        acc_MD *= VALUE_SCALE
     for tile_begin in range(begin, end, BLOCK_N):
         pos_N = tile_begin + n_N
         is_token_N = pos_N < end
@@ -127,7 +141,7 @@ def attend(
             scale_ptr_N = head_scales_ptr + page_N * (2 * stride_scales) + pos_N % PAGE_SIZE
             k_scale_N = tl.load(scale_ptr_N, mask=is_token_N, other=0.0)
             logits_MN = logits_MN * k_scale_N[None, :]
-        logits_MN = logits_MN * scale_log2
+        logits_MN = logits_MN * scale_M
         if HAS_CAP:
             logits_MN = (1.0 - 2.0 / (tl.exp2(logits_MN) + 1.0)) * cap_log2
         if HAS_ALIBI:
@@ -151,11 +165,15 @@ def attend(
         )
         if IS_QUANTISED:
             v_scale_N = tl.load(scale_ptr_N + stride_scales, mask=is_token_N, other=0.0)
+            if HALF:
+                v_scale_N *= VALUE_SCALE
             p_MN = p_MN * v_scale_N[None, :]
         acc_MD = acc_MD * decay_M[:, None]
         # not in place: products take pairs of tokens, which bytes of a row would be gathered for
         v_ND = widen(v_ND, q_MD.dtype, IN_PLACE=False)
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision="ieee")
+    if HALF:
+        acc_MD *= 1.0 / VALUE_SCALE
     return max_M, sum_M, acc_MD
 
 

@@ -65,8 +65,12 @@ def sum_choices(
     h_H,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Columns ``h_H`` of the tokens' sums, float32 ``[N, H]``."""
+    """Columns ``h_H`` of the tokens' sums, float32 ``[N, H]``.
+
+    A pair's row is the sum of SPLITS rows of ``part_ptr``.
+    """
     sum_NH = tl.zeros([token_N.shape[0], h_H.shape[0]], tl.float32)
     for choice in tl.static_range(TOP_K):
         pair_N = token_N * TOP_K + choice
@@ -74,10 +78,14 @@ def sum_choices(
         slot_N = tl.load(slot_ptr + expert_N, mask=expert_N >= 0, other=-1)
         weight_N = tl.load(weight_ptr + pair_N, mask=is_token_N, other=0.0)
         mask_NH = (slot_N >= 0)[:, None] & (h_H < HIDDEN)[None, :]
-        part_ptr_NH = part_ptr + pair_N.to(tl.int64)[:, None] * HIDDEN + h_H[None, :]
-        # from L2: other programs of the same launch may have written them
-        part_NH = tl.load(part_ptr_NH, mask=mask_NH, other=0.0, cache_modifier=".cg")
-        sum_NH += tl.where(mask_NH, weight_N[:, None], 0.0) * part_NH.to(tl.float32)
+        row_ptr_NH = part_ptr + (pair_N.to(tl.int64) * SPLITS * HIDDEN)[:, None] + h_H[None, :]
+        row_NH = tl.zeros([token_N.shape[0], h_H.shape[0]], tl.float32)
+        for split in tl.static_range(SPLITS):
+            # from L2: other programs of the same launch may have written them
+            part_ptr_NH = row_ptr_NH + split * HIDDEN
+            part_NH = tl.load(part_ptr_NH, mask=mask_NH, other=0.0, cache_modifier=".cg")
+            row_NH += part_NH.to(tl.float32)
+        sum_NH += tl.where(mask_NH, weight_N[:, None], 0.0) * row_NH
     return sum_NH
 
 
@@ -99,7 +107,7 @@ def _sum_kernel(
     h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_token_N = token_N < num_tokens
     sum_NH = sum_choices(
-        part_ptr, ids_ptr, weight_ptr, slot_ptr, token_N, is_token_N, h_H, HIDDEN, TOP_K
+        part_ptr, ids_ptr, weight_ptr, slot_ptr, token_N, is_token_N, h_H, HIDDEN, TOP_K, 1
     )
     out_offset_NH = token_N.to(tl.int64)[:, None] * stride_out + h_H[None, :]
     mask_NH = is_token_N[:, None] & (h_H < HIDDEN)[None, :]

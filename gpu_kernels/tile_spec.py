@@ -33,6 +33,7 @@ class TileConfig:
     num_stages: int
     in_registers: bool = False
     near: int = 8  # many tokens: tiles of columns that share a weight tile at a time
+    splits: int = 1  # few tokens, w2: parts of the depth with a program each
 
     def __post_init__(self) -> None:
         assert self.rows % 16 == 0 and self.depth % 16 == 0 and self.columns >= 8
@@ -60,6 +61,7 @@ class TileSpec:
     step: int
     in_registers: bool
     activation: Activation
+    splits: int = 1
     bits: int = 0
     group: int = 0
     has_zeros: bool = False
@@ -101,5 +103,6 @@ def tile_spec(layer: ExpertLayer, matrix: Matrix, config: TileConfig) -> TileSpe
         step=config.depth,
         in_registers=config.in_registers,
         activation=layer.activation,
+        splits=config.splits,
         **packed,
     )

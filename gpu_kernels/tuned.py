@@ -22,6 +22,21 @@ OLDER: dict[str, str | None] = {
     "sm80": None,
 }
 
+
+def _tile(
+    rows: int,
+    columns: int,
+    depth: int,
+    num_warps: int,
+    num_stages: int,
+    *,
+    in_registers: bool = False,
+) -> Config:
+    """A configuration of the grouped expert kernel."""
+    sizes = {"rows": rows, "columns": columns, "depth": depth}
+    return {**sizes, "num_warps": num_warps, "num_stages": num_stages, "in_registers": in_registers}
+
+
 # Paged attention reads a page's number before the page: of n stages the first ones wait for that,
 # and only (n - 1) / 2 tiles of keys and values are under way (seen in the compiled shared memory).
 # ``per_sm``: programs of decode attention for each multiprocessor. What stands under sm80 must do
@@ -39,8 +54,16 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         ],
         "sm90": [
             (
+                {"rows": 16, "row_bytes": 128},
+                {"BLOCK_N": 128, "num_warps": 4, "num_stages": 5, "per_sm": 2},
+            ),
+            (
                 {"rows": 64, "row_bytes": 256},
-                {"BLOCK_N": 64, "num_warps": 4, "num_stages": 7, "per_sm": 2},
+                {"BLOCK_N": 64, "num_warps": 4, "num_stages": 5, "per_sm": 2},
+            ),
+            (
+                {"rows": 128, "row_bytes": 256},
+                {"BLOCK_N": 64, "num_warps": 8, "num_stages": 5, "per_sm": 1},
             ),
         ],
     },
@@ -57,6 +80,56 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
             ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}),
             ({"row_bytes": 512}, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}),
             ({}, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3}),
+        ],
+        "sm90": [
+            (
+                {"rows": 16, "row_bytes": 256},
+                {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 5},
+            ),
+            (
+                {"rows": 64, "row_bytes": 256},
+                {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+            ),
+            (
+                {"rows": 65536, "row_bytes": 256},
+                {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
+            ),
+            ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 5}),
+        ],
+    },
+    # expert_gate_up, expert_down: weights of a few tokens' experts; ``splits``: parts of the depth
+    "expert_gate_up": {
+        "sm80": [
+            ({"bits": 16}, {"rows": 16, "depth": 128, "num_warps": 1, "num_stages": 4}),
+            ({}, {"rows": 16, "depth": 32, "num_warps": 4, "num_stages": 2}),
+        ],
+        "sm90": [
+            ({"bits": 4}, {"rows": 32, "depth": 128, "num_warps": 2, "num_stages": 3}),
+        ],
+    },
+    "expert_down": {
+        "sm80": [
+            ({"bits": 16}, {"rows": 16, "depth": 128, "num_warps": 1, "num_stages": 4}),
+            ({}, {"rows": 16, "depth": 32, "num_warps": 4, "num_stages": 2}),
+        ],
+        "sm90": [
+            ({"bits": 4}, {"rows": 16, "depth": 256, "num_warps": 1, "num_stages": 3}),
+        ],
+    },
+    # up to 16 pairs for each slot the weights' bytes bind, then arithmetic; sm90 has wgmma
+    "grouped_experts": {
+        "sm80": [
+            ({"bits": 16, "per_slot": 16}, _tile(32, 16, 128, 2, 4, in_registers=True)),
+            ({"bits": 8}, _tile(64, 64, 64, 4, 3, in_registers=True)),
+            ({"bits": 16}, _tile(64, 64, 64, 4, 3)),
+            ({}, _tile(32, 32, 32, 4, 2)),
+        ],
+        "sm90": [
+            ({"bits": 16, "per_slot": 16}, _tile(32, 16, 128, 2, 4, in_registers=True)),
+            ({"bits": 8, "per_slot": 64}, _tile(64, 64, 64, 4, 3)),
+            ({"bits": 16, "per_slot": 64}, _tile(64, 64, 64, 4, 4)),
+            ({"bits": 8}, _tile(64, 128, 64, 4, 3)),
+            ({"bits": 16}, _tile(128, 128, 64, 8, 4)),
         ],
     },
     "embedding": {"sm80": [({}, {"BLOCK_H": 1024, "num_warps": 4})]},

@@ -17,7 +17,7 @@ from gpu_kernels.tile_spec import TileConfig
 TILE = TileConfig(64, 8, 128, num_warps=4, num_stages=2, in_registers=True)
 FEW_TILES = ExpertConfig(TILE, TILE)  # the interpreter pays for each program and step
 TILE = TileConfig(16, 8, 64, num_warps=1, num_stages=2, in_registers=True)
-MANY_TILES = ExpertConfig(TILE, TILE)
+MANY_TILES = ExpertConfig(TILE, replace(TILE, splits=3))
 
 
 def run(case: Case, **options: object) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_poison_is_overwritten_and_counters_return_to_zero() -> None:
     results = []
     for _ in range(2):
         workspace.act_PI.fill_(float("nan"))
-        workspace.part_PH.fill_(float("nan"))
+        workspace.part_PSH.fill_(float("nan"))
         out = torch.full_like(case.x_TH, float("nan"))
         assert run(case, out=out, workspace=workspace) is out
         assert workspace.done.eq(0).all()
