@@ -90,10 +90,6 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
                 {"rows": 64, "row_bytes": 256},
                 {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
             ),
-            (
-                {"rows": 65536, "row_bytes": 256},
-                {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
-            ),
             ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 5}),
         ],
     },
