@@ -8,7 +8,7 @@ in kernels N columns (pairs) of a tile, B slots padded to a power of two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -119,6 +119,8 @@ def _launch(
         NUM_TILES=spec.num_tiles,
         NEAR=config.near,
         SPEC=spec,
+        # an expert's last tile: with 128 pairs each on average, half of them have a few more
+        FEW=replace(spec, columns=max(spec.columns // 4, 8)),
         **config.launch,
     )
 
@@ -157,6 +159,7 @@ def _grouped_kernel(
     NUM_TILES: tl.constexpr,
     NEAR: tl.constexpr,
     SPEC: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     # programs that run together share weights and columns in L2: NEAR column tiles times some rows
     program = tl.program_id(0)
@@ -167,17 +170,41 @@ def _grouped_kernel(
     slot, first, end = _find_group(first_ptr, first_group + inside % num_near, NUM_SLOTS, N)
     if slot >= NUM_SLOTS:
         return
-    place_N = first + tl.arange(0, N)
+    tile = inside // num_near
+    w_ptr += slot.to(tl.int64) * stride_slot
+    if bias_ptr is not None:
+        bias_ptr += slot * (2 * SPEC.rows if SPEC.paired else SPEC.rows)
+    if end - first <= FEW.columns:
+        _compute(w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, end, stride_x, TOP_K, FEW)
+    else:
+        _compute(w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, end, stride_x, TOP_K, SPEC)
+
+
+@triton.jit
+def _compute(
+    w_ptr,
+    bias_ptr,
+    x_ptr,
+    out_ptr,
+    pair_ptr,
+    tile,
+    first,
+    end,
+    stride_x,
+    TOP_K: tl.constexpr,
+    SPEC: tl.constexpr,
+):
+    """Tile ``tile`` of one slot's weights times its pairs ``first`` to ``end``, if they fit."""
+    place_N = first + tl.arange(0, SPEC.columns)
     is_used_N = place_N < end
     pair_N = tl.load(pair_ptr + place_N, mask=is_used_N, other=0)
     x_row_N = pair_N // TOP_K if SPEC.paired else pair_N
-    BIAS: tl.constexpr = 2 * SPEC.rows if SPEC.paired else SPEC.rows
     expert_tile(
-        w_ptr + slot.to(tl.int64) * stride_slot,
-        bias_ptr + slot * BIAS if bias_ptr is not None else None,
+        w_ptr,
+        bias_ptr,
         x_ptr,
         out_ptr,
-        inside // num_near,
+        tile,
         0,
         x_row_N.to(tl.int64) * stride_x,
         pair_N.to(tl.int64) * SPEC.rows,

@@ -55,7 +55,7 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         "sm90": [
             (
                 {"rows": 16, "row_bytes": 128},
-                {"BLOCK_N": 128, "num_warps": 4, "num_stages": 5, "per_sm": 2},
+                {"BLOCK_N": 32, "num_warps": 1, "num_stages": 5, "per_sm": 7},
             ),
             (
                 {"rows": 64, "row_bytes": 256},
@@ -63,7 +63,7 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
             ),
             (
                 {"rows": 128, "row_bytes": 256},
-                {"BLOCK_N": 64, "num_warps": 8, "num_stages": 5, "per_sm": 1},
+                {"BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "per_sm": 1},
             ),
         ],
     },
@@ -100,7 +100,7 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
             ({}, {"rows": 16, "depth": 32, "num_warps": 4, "num_stages": 2}),
         ],
         "sm90": [
-            ({"bits": 4}, {"rows": 32, "depth": 128, "num_warps": 2, "num_stages": 3}),
+            ({"bits": 4}, {"rows": 32, "depth": 128, "num_warps": 1, "num_stages": 4}),
         ],
     },
     "expert_down": {
@@ -109,7 +109,14 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
             ({}, {"rows": 16, "depth": 32, "num_warps": 4, "num_stages": 2}),
         ],
         "sm90": [
-            ({"bits": 4}, {"rows": 16, "depth": 256, "num_warps": 1, "num_stages": 3}),
+            (
+                {"bits": 4, "depth": 4096},
+                {"rows": 16, "depth": 256, "num_warps": 1, "num_stages": 3},
+            ),
+            (
+                {"bits": 4},
+                {"rows": 32, "depth": 256, "num_warps": 2, "num_stages": 3, "splits": 4},
+            ),
         ],
     },
     # up to 16 pairs for each slot the weights' bytes bind, then arithmetic; sm90 has wgmma
