@@ -83,5 +83,6 @@ def build_batch(
         qo_indptr_B1=to_device(qo_indptr, torch.int32),
         qo_lens=tuple(qo_lens),
         kv_lens=tuple(chunk.end for chunk in chunks),
+        seeds=tuple(chunk.request.seed for chunk in chunks),
         num_decodes=num_decodes,
     )

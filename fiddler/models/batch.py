@@ -25,6 +25,7 @@ class StepBatch:
     qo_indptr_B1: torch.Tensor  # int32
     qo_lens: tuple[int, ...]  # tokens of each request in this step, on the host
     kv_lens: tuple[int, ...]  # tokens of each request in the cache after it, on the host
+    seeds: tuple[int, ...]  # of each request, on the host
     num_decodes: int
 
     def decode_pages(self) -> PageTable:

@@ -34,8 +34,20 @@ class ExpertBackend(Protocol):
     ) -> PendingExperts: ...
 
 
+class Routing(Protocol):
+    """Chooses experts in the routers' stead; their weights stay as they are."""
+
+    def plan(self, batch: StepBatch) -> None:
+        """Prepare what all layers of one step share."""
+        ...
+
+    def choose(self, layer: int, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return the ids that replace the router's."""
+        ...
+
+
 class Decoder:
-    """A decoder-only MoE transformer over paged KV."""
+    """A decoder-only MoE transformer over paged KV; ``routing`` may replace its routers."""
 
     def __init__(
         self,
@@ -48,11 +60,14 @@ class Decoder:
         self._weights = weights
         self._kernels = kernels
         self._experts = experts
+        self.routing: Routing | None = None
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_caches: list[torch.Tensor]) -> torch.Tensor:
         """Return the final normed hidden states ``[T, H]`` and fill the KV of the step's tokens."""
         self._kernels.plan(batch)
+        if self.routing is not None:
+            self.routing.plan(batch)
         x_TH = F.embedding(batch.tokens_T, self._weights.embed_VH)
         for index, (layer, kv_cache) in enumerate(
             zip(self._weights.layers, kv_caches, strict=True)
@@ -98,6 +113,8 @@ class Decoder:
             assert layer.dense_gate_up_FH is not None and layer.dense_down_HF is not None
             return self._gated(x_TH, layer.dense_gate_up_FH, layer.dense_down_HF)
         ids_TK, weights_TK = route(x_TH, layer.router_EH, self.config)
+        if self.routing is not None:
+            ids_TK = self.routing.choose(index, ids_TK)
         pending = self._experts.launch(index, x_TH, ids_TK, weights_TK)
         shared_TH = self._shared_expert(layer, x_TH)  # while the experts are under way
         y_TH = pending.result()

@@ -1,0 +1,93 @@
+"""Runs tests on a loaded model: requests go straight into the scheduler, and steps are timed."""
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from fiddler.benchmark.cases import Case
+from fiddler.benchmark.requests import CaseRequests
+from fiddler.benchmark.routing import DrawnRouting
+from fiddler.benchmark.tally import Tally
+from fiddler.config import EngineConfig
+from fiddler.engine.request import Request
+from fiddler.errors import ConfigError
+from fiddler.loading import LoadedModel, Progress, load_model
+from offload.executor import StepRouting
+from offload.plan import Plan
+from offload.routing_law import Law
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """The runs of one test; ``tally`` counts the steps of all of them, ``started`` is ISO 8601."""
+
+    case: Case
+    started: str
+    samples_ns: list[int]
+    tally: Tally
+    peak_vram_bytes: int
+
+
+def load(settings: EngineConfig, cases: list[Case], on_progress: Progress | None) -> LoadedModel:
+    """Load a model for ``cases``; where one does not fit, that is said before weights are read."""
+
+    def check_plan(plan: Plan) -> None:
+        for case in cases:
+            if case.num_pages(plan.page_size) > plan.num_pages:
+                raise ConfigError(
+                    f"{case.name} with a batch of {case.n_batch} holds "
+                    f"{case.n_batch * case.length:,} tokens, but the KV cache has room for "
+                    f"{plan.num_pages * plan.page_size:,}",
+                    hint="lower --batch, -d, -p or -n, or give more memory",
+                )
+
+    return load_model(settings, on_progress, check_plan=check_plan)
+
+
+class Driver:
+    """Measures tests on a loaded model, whose routers choose for themselves without a ``law``."""
+
+    def __init__(self, loaded: LoadedModel, *, law: Law | None, seed: int) -> None:
+        config = loaded.files.config
+        self._loaded = loaded
+        self._seed = seed
+        self._routing = DrawnRouting(law, config, seed=seed) if law is not None else None
+        loaded.decoder.routing = self._routing
+
+    def measure(self, case: Case, repetitions: int) -> Measurement:
+        """Run ``case`` once to warm up and then ``repetitions`` times by the clock.
+
+        Without a law the tokens differ from run to run, and so do their experts.
+        """
+        loaded, config = self._loaded, self._loaded.files.config
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        if self._routing is not None:
+            self._routing.prepare(case.n_batch, case.length)
+        requests = CaseRequests(case, loaded.pages, vocab_size=config.vocab_size, seed=self._seed)
+        self._run(requests.filling())
+        self._run(requests.of_run(0))
+        samples_ns: list[int] = []
+        tally = Tally(loaded.plan.placement, config.num_experts)
+        for run in range(1, repetitions + 1):
+            elapsed_ns, steps = self._run(requests.of_run(run))
+            samples_ns.append(elapsed_ns)
+            for step in steps:
+                tally.add(step.ids)
+        requests.close()
+        return Measurement(
+            case=case,
+            started=started,
+            samples_ns=samples_ns,
+            tally=tally,
+            peak_vram_bytes=loaded.peak_vram_bytes(),
+        )
+
+    def _run(self, requests: list[Request]) -> tuple[int, list[StepRouting]]:
+        """Step until all requests are finished: nanoseconds, and each step's routing."""
+        engine, steps = self._loaded.engine, []
+        engine.scheduler.running.extend(requests)
+        started = time.perf_counter_ns()
+        while engine.scheduler.has_work:
+            engine.step()
+            steps.append(self._loaded.experts.routing)
+        return time.perf_counter_ns() - started, steps
