@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.checks import check_range
 from gpu_kernels.kv_quant import LARGEST, check_kv_dtypes, quantise_kv
 
 
@@ -56,6 +57,8 @@ def rope_and_append(
     assert (q_norm_D is None) == (k_norm_D is None), "norm both q and k, or neither"
     if num_tokens == 0:
         return out
+    check_range("slots", slots_T, 0, len(kv_cache) * kv_cache.shape[2])
+    check_range("positions", positions_T, 0, len(cos_SR))
     is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
     _append_kernel[(num_tokens,)](
         q_THD,

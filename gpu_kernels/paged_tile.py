@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.checks import check_page_table
 from gpu_kernels.kv_quant import check_kv_dtypes
 from gpu_kernels.page_table import PageTable
 
@@ -30,6 +31,7 @@ def check_attention_inputs(
     assert q.shape[1] % kv_cache.shape[3] == 0, "query heads must be a multiple of kv heads"
     assert q.device == kv_cache.device == pages.indptr_B1.device == out.device
     check_kv_dtypes(kv_cache, kv_scales, q.dtype)
+    check_page_table(pages, len(kv_cache))
 
 
 def kv_args(kv_cache: Tensor, kv_scales: Tensor | None, pages: PageTable) -> dict[str, Any]:

@@ -2,22 +2,30 @@
 
 ``TABLE[kernel][family]`` lists (limits, configuration): the first one counts whose limits are all
 kept, where ``{"rows": 32}`` means at most 32 rows. A family without a fitting entry takes that of
-the next older one; the oldest one's list ends with limits that everything keeps.
+an older one like it; the oldest one's list ends with limits that everything keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gpu_kernels.device import FAMILIES
-
 Limits = Mapping[str, int]
 Config = Mapping[str, int]
 
+# Consumer cards follow consumer cards: a block there has 99 KiB of shared memory, on sm90 227.
+OLDER: dict[str, str | None] = {
+    "sm120": "sm89",
+    "sm100": "sm90",
+    "sm90": "sm80",
+    "sm89": "sm86",
+    "sm86": "sm80",
+    "sm80": None,
+}
+
 # Paged attention reads a page's number before the page: of n stages the first ones wait for that,
 # and only (n - 1) / 2 tiles of keys and values are under way (seen in the compiled shared memory).
-# ``per_sm``: programs of decode attention for each multiprocessor. Below sm90 all must do with the
-# 99 KiB of shared memory of consumer cards.
+# ``per_sm``: programs of decode attention for each multiprocessor. What stands under sm80 must do
+# with the shared memory of consumer cards.
 TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
     "attention_decode": {
         "sm80": [
@@ -52,15 +60,18 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         ],
     },
     "embedding": {"sm80": [({}, {"BLOCK_H": 1024, "num_warps": 4})]},
+    "sampling_finish": {"sm80": [({}, {"num_warps": 8})]},
+    "sampling_tile": {"sm80": [({}, {"num_warps": 4})]},
+    "router": {"sm80": [({"experts": 256}, {"num_warps": 1}), ({}, {"num_warps": 2})]},
 }
 
 
 def choose(kernel: str, family: str, **sizes: int) -> Config:
     """Return the keyword arguments with which ``kernel`` is launched on ``family``."""
-    names = list(FAMILIES.values())
-    by_family = TABLE[kernel]
-    for candidate in reversed(names[: names.index(family) + 1]):
-        for limits, config in by_family.get(candidate, ()):
+    candidate: str | None = family
+    while candidate is not None:
+        for limits, config in TABLE[kernel].get(candidate, ()):
             if all(sizes[name] <= largest for name, largest in limits.items()):
                 return config
+        candidate = OLDER[candidate]
     raise AssertionError(f"the oldest family of {kernel} lacks an entry without limits")

@@ -32,12 +32,16 @@ from gpu_kernels import device
 from gpu_kernels.attention_decode import attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
+from gpu_kernels.embedding import embedding
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.kv_quant import new_kv_scales
 from gpu_kernels.merge_states import merge_state, merge_states
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.rmsnorm import add_rms_norm
+from gpu_kernels.router import route
+from gpu_kernels.sampling import Penalties, SamplingSettings, sample
 from gpu_kernels.silu_mul import silu_mul
+from gpu_kernels.token_counts import count_tokens
 
 # KiB of shared memory that one block may have, by compute capability (CUDA's programming guide).
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -156,6 +160,25 @@ def small() -> None:
     merge_state(v[:, 0], lse[:, 0].contiguous(), v[:, 1], lse[:, 1].contiguous())
 
 
+def routing() -> None:
+    route(torch.zeros(4, 128, dtype=BF16), 8, scoring="softmax", renormalise=True)
+    bias = torch.zeros(256)
+    logits = torch.zeros(4, 256)
+    route(logits, 8, scoring="sigmoid", bias_E=bias, renormalise=True, num_groups=8, top_groups=4)
+
+
+def draw() -> None:
+    vocab = 151_936
+    ones, whole = torch.ones(4), torch.ones(4, dtype=torch.int64)
+    settings = SamplingSettings(ones, whole.int(), ones, ones, whole, whole)
+    counts = torch.zeros(4, vocab, dtype=torch.int16)
+    sample(torch.zeros(4, vocab), settings)
+    penalties = Penalties(ones, ones, ones, whole.int(), counts)
+    sample(torch.zeros(4, vocab), settings, penalties=penalties)
+    count_tokens(counts, whole.int(), whole)
+    embedding(whole, torch.zeros(vocab, 64, dtype=BF16))
+
+
 def cases(sm: int) -> dict[str, Callable[[], object]]:
     """Launches by name; fp8 needs compute capability 8.9."""
     variants = {
@@ -163,7 +186,7 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
         "cap": Variant(logits_soft_cap=30.0),
         "ALiBi": Variant(alibi_slopes_H=torch.zeros(HEADS[0])),
     }
-    found: dict[str, Callable[[], object]] = {"small": small}
+    found: dict[str, Callable[[], object]] = {"small": small, "routing": routing, "sampling": draw}
     for dtype in (BF16, torch.int8, *((torch.float8_e4m3fn,) if sm >= 89 else ())):
         kind = str(dtype).removeprefix("torch.")
         found[f"append 128 {kind}"] = partial(append, 128, dtype)

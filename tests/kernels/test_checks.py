@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from paged_batch import DEVICE
+from paged_batch import DEVICE, make_batch
 
 from gpu_kernels import checks
+from gpu_kernels.attention_decode import attention_decode, plan_decode
 from gpu_kernels.checks import check_page_table, check_range
 from gpu_kernels.page_table import PageTable
 
@@ -80,3 +81,12 @@ def test_a_good_page_table_passes() -> None:
 def test_what_is_wrong_with_a_page_table_is_said(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^pages.{sentence}"):
         check_page_table(replace(make_table(), **changes), 5)
+
+
+@pytest.mark.usefixtures("switched_on")
+def test_attention_refuses_a_wild_page_before_it_launches() -> None:
+    batch = make_batch([20, 30])
+    plan = plan_decode(2, 4, 2, 16, device=DEVICE, dtype=torch.float32)
+    batch.pages.indices[1] = len(batch.kv_cache)
+    with pytest.raises(ValueError, match=r"pages.indices must lie in 0\.\.6"):
+        attention_decode(batch.q_THD, batch.kv_cache, batch.pages, plan, sm_scale=1.0)
