@@ -70,7 +70,7 @@ class LoadedModel:
     dtypes: Dtypes
     plan: Plan
     engine: Engine
-    decoder: Decoder
+    runner: Runner
     experts: HybridExperts
     pages: PagePool
     num_threads: int
@@ -117,7 +117,7 @@ def load_model(
                 eos_ids=frozenset(_eos_ids(files)),
                 decode_token=_token_text(files.tokenizer),
             ),
-            decoder=runner.decoder,
+            runner=runner,
             experts=experts,
             pages=pages,
             num_threads=pool.num_threads,

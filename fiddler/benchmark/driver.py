@@ -1,7 +1,7 @@
 """Runs tests on a loaded model: requests go straight into the scheduler, and steps are timed."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from fiddler.benchmark.cases import Case
@@ -19,13 +19,26 @@ from offload.routing_law import Law
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """The runs of one test; ``tally`` counts the steps of all of them, ``started`` is ISO 8601."""
+    """The runs of one test; ``started`` is ISO 8601.
+
+    ``prompt`` counts the steps of all runs in which any request still read, ``decode`` the others.
+    """
 
     case: Case
     started: str
     samples_ns: list[int]
-    tally: Tally
+    prompt: Tally
+    decode: Tally
     peak_vram_bytes: int
+
+
+@dataclass(slots=True)
+class Run:
+    """What one run's steps chose, and the time they took together."""
+
+    elapsed_ns: int = 0
+    prompt: list[StepRouting] = field(default_factory=list)
+    decode: list[StepRouting] = field(default_factory=list)
 
 
 def load(settings: EngineConfig, cases: list[Case], on_progress: Progress | None) -> LoadedModel:
@@ -35,8 +48,8 @@ def load(settings: EngineConfig, cases: list[Case], on_progress: Progress | None
         for case in cases:
             if case.num_pages(plan.page_size) > plan.num_pages:
                 raise ConfigError(
-                    f"{case.name} with a batch of {case.n_batch} holds "
-                    f"{case.n_batch * case.length:,} tokens, but the KV cache has room for "
+                    f"{case.name} with a batch of {case.n_parallel} holds "
+                    f"{case.n_parallel * case.length:,} tokens, but the KV cache has room for "
                     f"{plan.num_pages * plan.page_size:,}",
                     hint="lower --batch, -d, -p or -n, or give more memory",
                 )
@@ -52,7 +65,7 @@ class Driver:
         self._loaded = loaded
         self._seed = seed
         self._routing = DrawnRouting(law, config, seed=seed) if law is not None else None
-        loaded.decoder.routing = self._routing
+        loaded.runner.draw_experts = self._routing
 
     def measure(self, case: Case, repetitions: int) -> Measurement:
         """Run ``case`` once to warm up and then ``repetitions`` times by the clock.
@@ -62,32 +75,36 @@ class Driver:
         loaded, config = self._loaded, self._loaded.files.config
         started = datetime.now(UTC).isoformat(timespec="seconds")
         if self._routing is not None:
-            self._routing.prepare(case.n_batch, case.length)
+            self._routing.prepare(case.n_parallel, case.length)
         requests = CaseRequests(case, loaded.pages, vocab_size=config.vocab_size, seed=self._seed)
-        self._run(requests.filling())
-        self._run(requests.of_run(0))
-        samples_ns: list[int] = []
-        tally = Tally(loaded.plan.placement, config.num_experts)
-        for run in range(1, repetitions + 1):
-            elapsed_ns, steps = self._run(requests.of_run(run))
-            samples_ns.append(elapsed_ns)
-            for step in steps:
-                tally.add(step.ids)
+        self._run(requests.filling(), case)
+        self._run(requests.of_run(0), case)
+        runs = [self._run(requests.of_run(run), case) for run in range(1, repetitions + 1)]
         requests.close()
         return Measurement(
             case=case,
             started=started,
-            samples_ns=samples_ns,
-            tally=tally,
+            samples_ns=[run.elapsed_ns for run in runs],
+            prompt=self._tally([step for run in runs for step in run.prompt]),
+            decode=self._tally([step for run in runs for step in run.decode]),
             peak_vram_bytes=loaded.peak_vram_bytes(),
         )
 
-    def _run(self, requests: list[Request]) -> tuple[int, list[StepRouting]]:
-        """Step until all requests are finished: nanoseconds, and each step's routing."""
-        engine, steps = self._loaded.engine, []
+    def _run(self, requests: list[Request], case: Case) -> Run:
+        """Step until all requests are finished."""
+        engine, run = self._loaded.engine, Run()
         engine.scheduler.running.extend(requests)
         started = time.perf_counter_ns()
         while engine.scheduler.has_work:
+            is_reading = any(request.num_computed < case.prompt_end for request in requests)
             engine.step()
-            steps.append(self._loaded.experts.routing)
-        return time.perf_counter_ns() - started, steps
+            (run.prompt if is_reading else run.decode).append(self._loaded.experts.routing)
+        run.elapsed_ns = time.perf_counter_ns() - started
+        return run
+
+    def _tally(self, steps: list[StepRouting]) -> Tally:
+        config = self._loaded.files.config
+        tally = Tally(config.num_layers, config.num_experts)
+        for step in steps:
+            tally.add(step.ids)
+        return tally

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fiddler.benchmark.driver import Measurement
-from fiddler.benchmark.subject import Subject, work_of
-from offload.limits import GIGA, Peaks, decode_limit_s, prefill_limit_s
+from fiddler.benchmark.subject import Subject
+from fiddler.benchmark.work import done_work, least_work
+from offload.limits import GIGA, Peaks
 
 Record = dict[str, Any]
 NS = 1_000_000_000
@@ -25,16 +26,17 @@ class Setting:
 
 
 def tokens_per_s(measured: Measurement) -> tuple[float, float]:
-    """All tokens over all time, and the standard deviation of the runs' own rates."""
-    total_ts = measured.case.num_tokens * NS / statistics.mean(measured.samples_ns)
-    return total_ts, _stdev(_rates(measured))
+    """The median of the runs' rates and their standard deviation."""
+    rates = _rates(measured)
+    return statistics.median(rates), _stdev(rates)
 
 
 def record_of(measured: Measurement, setting: Setting) -> Record:
-    """One row as JSON types; ``cpu_gbps`` is of decodes, None for prompts."""
-    subject, case, tally = setting.subject, measured.case, measured.tally
-    avg_ts, stddev_ts = tokens_per_s(measured)
-    limit_ts = case.num_tokens / _limit_s(measured, setting)
+    """One row as JSON types."""
+    subject, case = setting.subject, measured.case
+    tally = measured.prompt + measured.decode
+    median_ts, stddev_ts = tokens_per_s(measured)
+    limit_ts = case.num_tokens / least_work(subject, measured).limit_s(setting.peaks)
     return {
         "build_commit": setting.build,
         "cpu_info": subject.hardware.cpu_name,
@@ -43,27 +45,28 @@ def record_of(measured: Measurement, setting: Setting) -> Record:
         "model_size": subject.weight_bytes,
         "model_n_params": subject.num_params,
         "n_threads": setting.num_threads,
-        "n_batch": case.n_batch,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
         "n_depth": case.n_depth,
         "test_time": measured.started,
         "avg_ns": round(statistics.mean(measured.samples_ns)),
         "stddev_ns": round(_stdev(measured.samples_ns)),
-        "avg_ts": avg_ts,
+        "avg_ts": statistics.mean(_rates(measured)),
         "stddev_ts": stddev_ts,
         "samples_ns": measured.samples_ns,
         "samples_ts": _rates(measured),
+        "median_ts": median_ts,
+        "n_parallel": case.n_parallel,
         "routing": setting.routing,
         "placement": subject.plan.popularity_name,
         "n_gpu_experts": subject.plan.placement.num_resident,
-        "hit_rate": tally.hit_rate,
+        "hit_rate": tally.hit_rate(subject.plan.placement),
         "routing_entropy": tally.entropy_bits,
-        "cpu_gbps": _cpu_gbps(measured, subject) if case.n_gen else None,
+        **_reached(measured, subject),
         "peak_vram_bytes": measured.peak_vram_bytes,
         "limit_ts": limit_ts,
-        "ratio": avg_ts / limit_ts,
-        **asdict(setting.peaks),
+        "ratio": median_ts / limit_ts,
+        **{f"peak_{name}": value for name, value in asdict(setting.peaks).items()},
     }
 
 
@@ -75,14 +78,14 @@ def _stdev(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _limit_s(measured: Measurement, setting: Setting) -> float:
-    """The least time of one run."""
-    case, num_runs = measured.case, len(measured.samples_ns)
-    work = work_of(setting.subject, case, measured.tally, num_runs)
-    limit_s = decode_limit_s if case.n_gen else prefill_limit_s
-    return limit_s(work, setting.peaks)
-
-
-def _cpu_gbps(measured: Measurement, subject: Subject) -> float:
-    cold_bytes = measured.tally.cold_reads * subject.expert_bytes
-    return cold_bytes / (sum(measured.samples_ns) / NS) / GIGA
+def _reached(measured: Measurement, subject: Subject) -> dict[str, float | None]:
+    """Bytes read on either side a second; None for prompts, and for a GPU that is not there."""
+    if measured.case.n_prompt:
+        return {"cpu_gbps": None, "gpu_gbps": None}
+    work = done_work(subject, measured).decode
+    per_s = NS / statistics.median(measured.samples_ns) / GIGA
+    has_gpu = subject.hardware.has_gpu
+    return {
+        "cpu_gbps": work.cold_bytes * per_s,
+        "gpu_gbps": work.gpu_bytes * per_s if has_gpu else None,
+    }

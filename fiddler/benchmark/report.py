@@ -28,19 +28,16 @@ _COLUMNS = (
     _Column("size", lambda r: size_text(r["model_size"])),
     _Column("params", lambda r: _count(r["model_n_params"])),
     _Column("routing", lambda r: r["routing"]),
-    _Column("batch", lambda r: str(r["n_batch"]), lambda r: r["n_batch"] > 1),
+    _Column("batch", lambda r: str(r["n_parallel"]), lambda r: r["n_parallel"] > 1),
     _Column("test", lambda r: _case(r).name),
-    _Column("t/s", lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"),
+    _Column("t/s", lambda r: f"{r['median_ts']:.2f} ± {r['stddev_ts']:.2f}"),
     _Column("limit", lambda r: f"{r['limit_ts']:.2f}"),
     _Column("ratio", lambda r: f"{r['ratio']:.3f}"),
     _Column("GPU experts", lambda r: f"{r['n_gpu_experts']:,}", lambda r: r["n_gpu_experts"] > 0),
     _Column("hits", lambda r: f"{r['hit_rate']:.1%}", lambda r: r["n_gpu_experts"] > 0),
     _Column("entropy", lambda r: f"{r['routing_entropy']:.2f} bits"),
-    _Column(
-        "CPU GB/s",
-        lambda r: "" if r["cpu_gbps"] is None else f"{r['cpu_gbps']:.2f}",
-        lambda r: bool(r["cpu_gbps"]),
-    ),
+    _Column("CPU GB/s", lambda r: _rate(r["cpu_gbps"]), lambda r: bool(r["cpu_gbps"])),
+    _Column("GPU GB/s", lambda r: _rate(r["gpu_gbps"]), lambda r: bool(r["gpu_gbps"])),
     _Column("VRAM", lambda r: size_text(r["peak_vram_bytes"]), lambda r: r["peak_vram_bytes"] > 0),
 )
 _LEFT = {"model", "routing", "test"}
@@ -97,14 +94,14 @@ def _rule(column: _Column, width: int) -> str:
 
 
 def _peaks_line(record: Record) -> str:
-    parts = [f"CPU reads {record['cpu_read_gbps']:.1f} GB/s"]
-    if record["gpu_read_gbps"]:
+    parts = [f"CPU reads {record['peak_cpu_read_gbps']:.1f} GB/s"]
+    if record["peak_gpu_read_gbps"]:
         parts += [
-            f"with PCIe {record['joint_gbps']:.1f}",
-            f"PCIe alone {record['pcie_gbps']:.1f}",
-            f"GPU reads {record['gpu_read_gbps']:,.0f}",
+            f"with PCIe {record['peak_joint_gbps']:.1f}",
+            f"PCIe alone {record['peak_pcie_gbps']:.1f}",
+            f"GPU reads {record['peak_gpu_read_gbps']:,.0f}",
         ]
-    parts.append(f"products {record['gemm_tflops']:.3g} TFLOP/s")
+    parts.append(f"products {record['peak_gemm_tflops']:.3g} TFLOP/s")
     return f"limits from: {', '.join(parts)}"
 
 
@@ -114,7 +111,11 @@ def _build_line(record: Record) -> str:
 
 
 def _case(record: Record) -> Case:
-    return Case(**{key: record[key] for key in ("n_prompt", "n_gen", "n_depth", "n_batch")})
+    return Case(**{key: record[key] for key in ("n_prompt", "n_gen", "n_depth", "n_parallel")})
+
+
+def _rate(gbps: float | None) -> str:
+    return "" if gbps is None else f"{gbps:,.2f}"
 
 
 def _count(number: int) -> str:

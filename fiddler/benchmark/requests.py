@@ -23,7 +23,7 @@ class CaseRequests:
         self._vocab_size = vocab_size
         self._seed = seed % 2**64
         num_pages = -(-case.length // PAGE_SIZE)
-        self._pages = [[pool.allocate() for _ in range(num_pages)] for _ in range(case.n_batch)]
+        self._pages = [[pool.allocate() for _ in range(num_pages)] for _ in range(case.n_parallel)]
 
     def filling(self) -> list[Request]:
         """Requests that leave the tokens of ``n_depth`` in the cache; none without a depth."""
@@ -31,20 +31,23 @@ class CaseRequests:
             return []
         return [
             self._request(index, self._depth_tokens(index), num_computed=0, max_tokens=1)
-            for index in range(self._case.n_batch)
+            for index in range(self._case.n_parallel)
         ]
 
     def of_run(self, run: int) -> list[Request]:
-        """Requests behind the cached tokens; to write, each step computes one token more."""
+        """Requests behind the cached tokens; to write, each step computes one token more.
+
+        Who only writes begins with one drawn token, who reads first with what the model answers.
+        """
         case = self._case
         return [
             self._request(
                 index,
                 self._depth_tokens(index) + self._tokens(case.n_prompt or 1, index, run + 1),
                 num_computed=case.n_depth,
-                max_tokens=case.n_gen or 1,
+                max_tokens=case.n_gen + (1 if case.n_prompt else 0),
             )
-            for index in range(case.n_batch)
+            for index in range(case.n_parallel)
         ]
 
     def close(self) -> None:

@@ -1,19 +1,19 @@
-"""Drawn expert ids in the decoder's hands.
+"""Drawn expert ids for the steps of an engine.
 
 Shapes: T tokens, L layers, K top-k.
 """
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
-from fiddler.models.batch import StepBatch
+from fiddler.engine.scheduler import Chunk
 from fiddler.models.config import ModelConfig
 from offload.drawn_routes import DrawnRoutes
 from offload.routing_law import Law
 
 
 class DrawnRouting:
-    """Replaces the routers' ids by drawn ones; a request is known by its seed."""
+    """Draws for whole steps, so for ``Runner.draw_experts``; a request is known by its seed."""
 
     def __init__(self, law: Law, config: ModelConfig, *, seed: int) -> None:
         self._routes = DrawnRoutes(
@@ -29,13 +29,7 @@ class DrawnRouting:
         for request in range(num_requests):
             self._routes.ids(request, 0, num_tokens)
 
-    def plan(self, batch: StepBatch) -> None:
-        """One copy to the device for all layers."""
-        spans = zip(batch.seeds, batch.qo_lens, batch.kv_lens, strict=True)
-        ids_TLK = np.concatenate([self._routes.ids(s, kv - qo, kv) for s, qo, kv in spans])
-        ids_LTK = np.ascontiguousarray(ids_TLK.swapaxes(0, 1), dtype=np.int64)
-        self._ids_LTK = torch.from_numpy(ids_LTK).to(batch.tokens_T.device)
-
-    def choose(self, layer: int, ids_TK: torch.Tensor) -> torch.Tensor:
-        """The drawn ids of the step's tokens."""
-        return self._ids_LTK[layer]
+    def __call__(self, chunks: tuple[Chunk, ...]) -> npt.NDArray[np.int16]:
+        """The ids of the chunks' tokens, ``[L, T, K]``."""
+        drawn = [self._routes.ids(c.request.seed, c.start, c.end) for c in chunks]
+        return np.concatenate(drawn).swapaxes(0, 1)

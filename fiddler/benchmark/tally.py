@@ -1,10 +1,10 @@
-"""Which experts some steps used, and how many of them had to be read on either side.
+"""Which experts some steps used, and how often their weights had to be read.
 
 Shapes: L layers, E experts, T tokens, K top-k.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,21 +12,18 @@ import numpy.typing as npt
 from offload.placement import Placement
 from offload.popularity import hit_rate
 
+Counts = npt.NDArray[np.int64]
+
 
 class Tally:
-    """``cold_reads`` and ``hot_reads`` count experts once for each step and layer that uses them.
+    """``counts_LE``: tokens that chose an expert; ``reads_LE``: steps in which any token did.
 
     However many tokens of a step share an expert, its weights have to be read once.
     """
 
-    def __init__(self, placement: Placement, num_experts: int) -> None:
-        self._placement = placement
-        self._resident_LE = np.zeros((len(placement.resident), num_experts), dtype=bool)
-        for layer, experts in enumerate(placement.resident):
-            self._resident_LE[layer, sorted(experts)] = True
-        self.counts_LE: npt.NDArray[np.int64] = np.zeros(self._resident_LE.shape, dtype=np.int64)
-        self.cold_reads = 0
-        self.hot_reads = 0
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.counts_LE: Counts = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self.reads_LE: Counts = np.zeros_like(self.counts_LE)
         self.num_steps = 0
 
     def add(self, ids: Mapping[int, npt.NDArray[Any]]) -> None:
@@ -35,14 +32,34 @@ class Tally:
         for layer, ids_TK in ids.items():
             counts_E = np.bincount(ids_TK.ravel(), minlength=self.counts_LE.shape[1])
             self.counts_LE[layer] += counts_E
-            num_hot = int((self._resident_LE[layer] & (counts_E > 0)).sum())
-            self.hot_reads += num_hot
-            self.cold_reads += int((counts_E > 0).sum()) - num_hot
+            self.reads_LE[layer] += counts_E > 0
+
+    def __add__(self, other: Self) -> Self:
+        """The steps of both."""
+        both = type(self)(*self.counts_LE.shape)
+        both.counts_LE = self.counts_LE + other.counts_LE
+        both.reads_LE = self.reads_LE + other.reads_LE
+        both.num_steps = self.num_steps + other.num_steps
+        return both
 
     @property
-    def hit_rate(self) -> float:
+    def num_reads(self) -> int:
+        """Experts read, each once for each step and layer that uses it."""
+        return int(self.reads_LE.sum())
+
+    def hot_reads(self, placement: Placement) -> int:
+        """How many of the reads met an expert that is resident under ``placement``."""
+        layers = enumerate(placement.resident)
+        return sum(int(self.reads_LE[layer, sorted(experts)].sum()) for layer, experts in layers)
+
+    def best_hot_reads(self, num_resident: int) -> int:
+        """The most that any placement of ``num_resident`` experts could reach, in hindsight."""
+        reads = np.sort(self.reads_LE, axis=None)
+        return int(reads[len(reads) - num_resident :].sum())
+
+    def hit_rate(self, placement: Placement) -> float:
         """Share of (token, expert) pairs that met a resident expert; 0.0 if there were none."""
-        return hit_rate(self._placement, self.counts_LE)
+        return hit_rate(placement, self.counts_LE)
 
     @property
     def entropy_bits(self) -> float:

@@ -118,7 +118,7 @@ def command(
         load_format="dummy" if shape else "auto",
         prefix_caching=False,
         max_model_len=max(case.length for case in cases),
-        max_num_seqs=max(case.n_batch for case in cases),
+        max_num_seqs=max(case.n_parallel for case in cases),
         **engine,
     )
     subject, num_threads, measurements = _measure(settings, cases, law, repetitions)
@@ -149,7 +149,7 @@ def _measure(
         for case in cases:
             measurements.append(driver.measure(case, repetitions))
             average, deviation = tokens_per_s(measurements[-1])
-            note(f"{case.name}, batch {case.n_batch}: {average:.2f} ± {deviation:.2f} tok/s")
+            note(f"{case.name}, batch {case.n_parallel}: {average:.2f} ± {deviation:.2f} tok/s")
     return Subject.of(loaded), loaded.num_threads, measurements
 
 

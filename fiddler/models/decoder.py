@@ -34,20 +34,8 @@ class ExpertBackend(Protocol):
     ) -> PendingExperts: ...
 
 
-class Routing(Protocol):
-    """Chooses experts in the routers' stead; their weights stay as they are."""
-
-    def plan(self, batch: StepBatch) -> None:
-        """Prepare what all layers of one step share."""
-        ...
-
-    def choose(self, layer: int, ids_TK: torch.Tensor) -> torch.Tensor:
-        """Return the ids that replace the router's."""
-        ...
-
-
 class Decoder:
-    """A decoder-only MoE transformer over paged KV; ``routing`` may replace its routers."""
+    """A decoder-only MoE transformer over paged KV."""
 
     def __init__(
         self,
@@ -60,14 +48,11 @@ class Decoder:
         self._weights = weights
         self._kernels = kernels
         self._experts = experts
-        self.routing: Routing | None = None
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_caches: list[torch.Tensor]) -> torch.Tensor:
         """Return the final normed hidden states ``[T, H]`` and fill the KV of the step's tokens."""
         self._kernels.plan(batch)
-        if self.routing is not None:
-            self.routing.plan(batch)
         x_TH = F.embedding(batch.tokens_T, self._weights.embed_VH)
         for index, (layer, kv_cache) in enumerate(
             zip(self._weights.layers, kv_caches, strict=True)
@@ -75,7 +60,8 @@ class Decoder:
             x_TH = x_TH + self._attention(
                 index, layer, self._norm(x_TH, layer.input_norm_H), kv_cache
             )
-            x_TH = x_TH + self._ffn(index, layer, self._norm(x_TH, layer.post_attention_norm_H))
+            y_TH = self._norm(x_TH, layer.post_attention_norm_H)
+            x_TH = x_TH + self._ffn(index, layer, y_TH, batch.drawn_LTK)
         return self._norm(x_TH, self._weights.final_norm_H)
 
     @torch.inference_mode()
@@ -108,13 +94,15 @@ class Decoder:
         )
         return F.linear(out_TND.flatten(1), layer.o_HF, layer.o_bias_H)
 
-    def _ffn(self, index: int, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
+    def _ffn(
+        self, index: int, layer: LayerWeights, x_TH: torch.Tensor, drawn_LTK: torch.Tensor | None
+    ) -> torch.Tensor:
         if layer.router_EH is None:
             assert layer.dense_gate_up_FH is not None and layer.dense_down_HF is not None
             return self._gated(x_TH, layer.dense_gate_up_FH, layer.dense_down_HF)
         ids_TK, weights_TK = route(x_TH, layer.router_EH, self.config)
-        if self.routing is not None:
-            ids_TK = self.routing.choose(index, ids_TK)
+        if drawn_LTK is not None:
+            ids_TK = drawn_LTK[index]
         pending = self._experts.launch(index, x_TH, ids_TK, weights_TK)
         shared_TH = self._shared_expert(layer, x_TH)  # while the experts are under way
         y_TH = pending.result()

@@ -21,7 +21,7 @@ LLAMA_BENCH = {
     *("samples_ns", "samples_ts"),
 }
 OURS = {
-    *("n_batch", "routing", "placement", "n_gpu_experts", "hit_rate", "routing_entropy"),
+    *("n_parallel", "routing", "placement", "n_gpu_experts", "hit_rate", "routing_entropy"),
     *("cpu_gbps", "peak_vram_bytes", "limit_ts", "ratio"),
 }
 NS = 1_000_000_000
@@ -57,7 +57,7 @@ def records(*arguments: str) -> list[dict[str, Any]]:
 
 def test_json_has_the_keys_and_its_numbers_agree() -> None:
     rows = records(*SMALL, "-d", "0,20", "--batch", "1,2", "--vram-gb", "0.05")
-    assert [(r["n_prompt"], r["n_gen"], r["n_depth"], r["n_batch"]) for r in rows] == [
+    assert [(r["n_prompt"], r["n_gen"], r["n_depth"], r["n_parallel"]) for r in rows] == [
         (n_prompt, n_gen, depth, batch)
         for batch in (1, 2)
         for depth in (0, 20)
@@ -65,7 +65,7 @@ def test_json_has_the_keys_and_its_numbers_agree() -> None:
     ]
     for row in rows:
         assert row.keys() >= LLAMA_BENCH | OURS
-        num_tokens = row["n_batch"] * (row["n_prompt"] or row["n_gen"])
+        num_tokens = row["n_parallel"] * (row["n_prompt"] or row["n_gen"])
         samples = row["samples_ns"]
         assert len(samples) == 2
         assert row["samples_ts"] == pytest.approx([num_tokens * NS / ns for ns in samples])

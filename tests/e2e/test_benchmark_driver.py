@@ -18,8 +18,8 @@ from offload.routing_law import Law
 from tests.tiny_models import VOCAB_SIZE, shared_tiny
 
 DEPTH, NEW = 21, 6
-WRITE = Case(n_prompt=0, n_gen=NEW, n_depth=DEPTH, n_batch=2)
-READ = Case(n_prompt=37, n_gen=0, n_depth=DEPTH, n_batch=3)
+WRITE = Case(n_prompt=0, n_gen=NEW, n_depth=DEPTH, n_parallel=2)
+READ = Case(n_prompt=37, n_gen=0, n_depth=DEPTH, n_parallel=3)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_measurement_counts_its_runs_and_gives_everything_back(llm: LLM, case:
 
 
 def test_one_request_reads_as_many_cold_bytes_as_the_hit_rate_says(llm: LLM) -> None:
-    case = Case(n_prompt=0, n_gen=NEW, n_depth=DEPTH, n_batch=1)
+    case = Case(n_prompt=0, n_gen=NEW, n_depth=DEPTH, n_parallel=1)
     measured = driver(llm).measure(case, repetitions=3)
     subject, config = Subject.of(llm._running), llm.model_config
     work = work_of(subject, case, measured.tally, 3)
@@ -118,7 +118,7 @@ def test_drawn_experts_are_those_that_run(llm: LLM, law: Law) -> None:
 
 def test_drawn_routing_uses_all_experts_and_the_model_its_own(model: OpenModel) -> None:
     llm = model("mixtral", prefix_caching=False)
-    case = Case(n_prompt=60, n_gen=0, n_depth=0, n_batch=2)
+    case = Case(n_prompt=60, n_gen=0, n_depth=0, n_parallel=2)
     entropy = {
         name: Driver(llm._running, law=law, seed=0).measure(case, 1).tally.entropy_bits
         for name, law in (("uniform", Law()), ("skewed", Law(skew=3.0)), ("model", None))

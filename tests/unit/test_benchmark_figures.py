@@ -42,7 +42,7 @@ CONFIG = parse_config(
 
 def test_cases_are_all_combinations_named_as_llama_bench_does() -> None:
     cases = make_cases([512, 0], [128], [0, 4096], [1, 4])
-    assert [(case.name, case.n_batch) for case in cases] == [
+    assert [(case.name, case.n_parallel) for case in cases] == [
         (name, batch)
         for batch in (1, 4)
         for name in ("pp512", "tg128", "pp512 @ d4096", "tg128 @ d4096")
@@ -52,7 +52,7 @@ def test_cases_are_all_combinations_named_as_llama_bench_does() -> None:
 
 
 def test_pages_are_counted_by_request() -> None:
-    case = Case(n_prompt=17, n_gen=0, n_depth=16, n_batch=3)
+    case = Case(n_prompt=17, n_gen=0, n_depth=16, n_parallel=3)
     assert case.num_pages(16) == 9
 
 
@@ -134,7 +134,7 @@ def record(**changes: object) -> dict[str, object]:
         "model_size": 3 << 30,
         "model_n_params": 1_610_000_000,
         "n_threads": 8,
-        "n_batch": 1,
+        "n_parallel": 1,
         "n_prompt": 512,
         "n_gen": 0,
         "n_depth": 0,
@@ -181,7 +181,7 @@ def test_a_gpu_and_a_batch_bring_their_columns() -> None:
     }
     peaks = {"pcie_gbps": 50.0, "gpu_read_gbps": 3000.0, "gemm_tflops": 612.0}
     shared = gpu | peaks
-    decode = {"n_prompt": 0, "n_gen": 16, "n_depth": 64, "n_batch": 4, "cpu_gbps": 51.0}
+    decode = {"n_prompt": 0, "n_gen": 16, "n_depth": 64, "n_parallel": 4, "cpu_gbps": 51.0}
     lines = markdown([record(**shared), record(**shared, **decode)]).splitlines()
     for heading in ("batch", "GPU experts", "hits", "CPU GB/s", "VRAM"):
         assert f" {heading} " in lines[0]
