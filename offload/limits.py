@@ -9,8 +9,8 @@ GIGA, TERA = 1e9, 1e12
 class Peaks:
     """What a machine delivers, in 1e9 bytes and 1e12 floating-point operations a second.
 
-    ``joint_gbps``: what host memory gives the CPU and PCIe together. Without a GPU the fields of
-    GPU and PCIe are 0, and ``gemm_tflops`` is torch's on the CPU.
+    ``joint_gbps``: the most that host memory gives the CPU and PCIe together. Without a GPU the
+    fields of GPU and PCIe are 0, and ``gemm_tflops`` is torch's on the CPU.
     """
 
     cpu_read_gbps: float

@@ -27,7 +27,7 @@ TIMES = 7  # measurements of each thing; the fastest counts, as a limit must not
 CALLS = 10  # on a GPU, enqueued together: a launch takes 10 us, a read of 1 GiB 250
 GPU_BYTES = GIB  # many times any GPU's cache
 PINNED_BYTES = 256 * MIB
-PULLS = 96  # copies of that size while the CPU reads: 0.5 s at 50 GB/s
+PULLS = 32  # copies of that size while the CPU reads: 0.16 s at 50 GB/s
 GPU_ROWS, CPU_ROWS = 8192, 1024  # of the square matrices that are multiplied
 
 
@@ -60,9 +60,10 @@ def _with_gpu(
     pinned = torch.ones(PINNED_BYTES // 4, pin_memory=True)
     target = source[: len(pinned)]
     pcie_s = _gpu_s(lambda: target.copy_(pinned, non_blocking=True))
+    joint_bps = max(_joint_bps(pool, arena, pinned, target) for _ in range(TIMES))
     return Peaks(
         cpu_read_gbps=cpu_read_bps / GIGA,
-        joint_gbps=_joint_bps(pool, arena, pinned, target) / GIGA,
+        joint_gbps=max(joint_bps, cpu_read_bps) / GIGA,  # nobody has to use both
         pcie_gbps=PINNED_BYTES / pcie_s / GIGA,
         gpu_read_gbps=GPU_BYTES / gpu_read_s / GIGA,
         gemm_tflops=_gemm_flops("cuda", GPU_ROWS, dtype) / TERA,

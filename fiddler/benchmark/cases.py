@@ -27,9 +27,14 @@ class Case:
         return f"{name} @ d{self.n_depth}" if self.n_depth else name
 
     @property
+    def new_tokens(self) -> int:
+        """Tokens that each request computes by the clock."""
+        return self.n_prompt + self.n_gen
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all requests that the clock measures."""
-        return self.n_parallel * (self.n_prompt + self.n_gen)
+        return self.n_parallel * self.new_tokens
 
     @property
     def prompt_end(self) -> int:
@@ -39,7 +44,7 @@ class Case:
     @property
     def length(self) -> int:
         """Tokens of each request that are in the cache at the end."""
-        return self.prompt_end + self.n_gen
+        return self.n_depth + self.new_tokens
 
     def num_pages(self, page_size: int) -> int:
         """KV pages that all requests hold."""

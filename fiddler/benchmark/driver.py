@@ -65,21 +65,19 @@ class Driver:
         self._loaded = loaded
         self._seed = seed
         self._routing = DrawnRouting(law, config, seed=seed) if law is not None else None
-        loaded.runner.draw_experts = self._routing
 
     def measure(self, case: Case, repetitions: int) -> Measurement:
         """Run ``case`` once to warm up and then ``repetitions`` times by the clock.
 
-        Without a law the tokens differ from run to run, and so do their experts.
+        Tokens and experts differ from run to run, so that no placement fits them all by chance.
         """
         loaded, config = self._loaded, self._loaded.files.config
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        if self._routing is not None:
-            self._routing.prepare(case.n_parallel, case.length)
         requests = CaseRequests(case, loaded.pages, vocab_size=config.vocab_size, seed=self._seed)
         self._run(requests.filling(), case)
-        self._run(requests.of_run(0), case)
-        runs = [self._run(requests.of_run(run), case) for run in range(1, repetitions + 1)]
+        if self._routing is not None:
+            self._routing.prepare(case.n_parallel, (repetitions + 1) * case.new_tokens)
+        _, *runs = [self._run_drawn(requests, case, run) for run in range(repetitions + 1)]
         requests.close()
         return Measurement(
             case=case,
@@ -89,6 +87,15 @@ class Driver:
             decode=self._tally([step for run in runs for step in run.decode]),
             peak_vram_bytes=loaded.peak_vram_bytes(),
         )
+
+    def _run_drawn(self, requests: CaseRequests, case: Case, run: int) -> Run:
+        """A run whose experts follow the law, if there is one, where the run before ended."""
+        if self._routing is not None:
+            self._routing.shift = run * case.new_tokens - case.n_depth
+        self._loaded.runner.draw_experts = self._routing
+        done = self._run(requests.of_run(run), case)
+        self._loaded.runner.draw_experts = None
+        return done
 
     def _run(self, requests: list[Request], case: Case) -> Run:
         """Step until all requests are finished."""

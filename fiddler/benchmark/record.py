@@ -21,7 +21,6 @@ class Setting:
     subject: Subject
     peaks: Peaks
     routing: str
-    num_threads: int
     build: str
 
 
@@ -44,7 +43,7 @@ def record_of(measured: Measurement, setting: Setting) -> Record:
         "model_type": f"{subject.name} {subject.dtypes.expert}",
         "model_size": subject.weight_bytes,
         "model_n_params": subject.num_params,
-        "n_threads": setting.num_threads,
+        "n_threads": subject.num_threads,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
         "n_depth": case.n_depth,

@@ -13,7 +13,10 @@ from offload.routing_law import Law
 
 
 class DrawnRouting:
-    """Draws for whole steps, so for ``Runner.draw_experts``; a request is known by its seed."""
+    """Draws for whole steps, as ``Runner.draw_experts``; a request is known by its seed.
+
+    Its token at a position takes the choices that the law draws for ``position + shift``.
+    """
 
     def __init__(self, law: Law, config: ModelConfig, *, seed: int) -> None:
         self._routes = DrawnRoutes(
@@ -23,13 +26,15 @@ class DrawnRouting:
             num_experts=config.num_experts,
             top_k=config.top_k,
         )
+        self.shift = 0
 
     def prepare(self, num_requests: int, num_tokens: int) -> None:
-        """Draw for the first tokens of requests 0, 1, ..., so that steps only look up."""
+        """Draw the first choices of requests 0, 1, ..., so that steps only look up."""
         for request in range(num_requests):
             self._routes.ids(request, 0, num_tokens)
 
     def __call__(self, chunks: tuple[Chunk, ...]) -> npt.NDArray[np.int16]:
         """The ids of the chunks' tokens, ``[L, T, K]``."""
-        drawn = [self._routes.ids(c.request.seed, c.start, c.end) for c in chunks]
+        ids, shift = self._routes.ids, self.shift
+        drawn = [ids(c.request.seed, c.start + shift, c.end + shift) for c in chunks]
         return np.concatenate(drawn).swapaxes(0, 1)

@@ -21,6 +21,7 @@ class Subject:
     dtypes: Dtypes
     hardware: Hardware
     plan: Plan
+    num_threads: int
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Self:
@@ -31,6 +32,7 @@ class Subject:
             dtypes=loaded.dtypes,
             hardware=loaded.hardware,
             plan=loaded.plan,
+            num_threads=loaded.num_threads,
         )
 
     @property

@@ -38,6 +38,20 @@ class Counts(click.ParamType[list[int]]):
         return [int(part) for part in parts]
 
 
+class Pair(click.ParamType[tuple[int, int]]):
+    """Two whole numbers above 0 with a comma between them."""
+
+    name = "pair"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        prompt, _, answer = str(value).partition(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in (prompt, answer)):
+            self.fail(f"{value!r} is not a prompt's and an answer's length, as in 512,128")
+        return int(prompt), int(answer)
+
+
 def counts_option(*names: str, default: str, least: int, help: str) -> Decorator:
     """An option that takes several values, each of which is tested."""
     return click.option(
@@ -55,6 +69,14 @@ def counts_option(*names: str, default: str, least: int, help: str) -> Decorator
 @click.option("--shape", metavar="NAME", help="A named shape with seeded weights instead.")
 @counts_option("-p", "--n-prompt", default="512", least=0, help="Read a prompt of N tokens.")
 @counts_option("-n", "--n-gen", default="128", least=0, help="Write N tokens.")
+@click.option(
+    "-pg",
+    "pairs",
+    type=Pair(),
+    multiple=True,
+    metavar="P,N",
+    help="Read P and then write N tokens; may be repeated.",
+)
 @counts_option("-d", "--n-depth", default="0", least=0, help="Behind N tokens in the cache.")
 @counts_option("--batch", default="1", least=1, help="N requests at once.")
 @click.option(
@@ -87,6 +109,7 @@ def command(
     shape: str | None,
     n_prompt: list[int],
     n_gen: list[int],
+    pairs: tuple[tuple[int, int], ...],
     n_depth: list[int],
     batch: list[int],
     repetitions: int,
@@ -96,9 +119,10 @@ def command(
 ) -> None:
     """Measure how fast a model reads and writes, beside what the machine could give.
 
-    Tests are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128, "@ d4096" behind
-    4,096 others. -p 0 or -n 0 leaves one kind out. "limit" is the speed at which the weights and
-    the KV cache could be read, or a prompt's products computed, with the bandwidths of this run.
+    Tests are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128, pp512+tg128 does
+    both, "@ d4096" behind 4,096 others. -p 0 or -n 0 leaves one kind out. "t/s" is the median of
+    the runs. "limit" is the speed at which the weights and the KV cache could be read, or a
+    prompt's products computed, with the bandwidths of this run.
     """
     from fiddler.benchmark.build import build_commit
     from fiddler.benchmark.cases import make_cases
@@ -112,7 +136,7 @@ def command(
         raise click.UsageError("give either --model or --shape, not both")
     reject_unknown("shape", [shape] if shape else [], SHAPES)
     law = parse_law(routing)
-    cases = make_cases(n_prompt, n_gen, n_depth, batch)
+    cases = make_cases(n_prompt, n_gen, pairs, n_depth, batch)
     settings = EngineConfig(
         model=shape or model or BUILTIN,
         load_format="dummy" if shape else "auto",
@@ -121,22 +145,18 @@ def command(
         max_num_seqs=max(case.n_parallel for case in cases),
         **engine,
     )
-    subject, num_threads, measurements = _measure(settings, cases, law, repetitions)
+    subject, measurements = _measure(settings, cases, law, repetitions)
     note("measuring what the machine could give")
-    peaks = measure_peaks(subject.hardware, num_threads=num_threads, dtype=subject.dtypes.compute)
-    setting = Setting(
-        subject=subject,
-        peaks=peaks,
-        routing=routing,
-        num_threads=num_threads,
-        build=build_commit(),
+    peaks = measure_peaks(
+        subject.hardware, num_threads=subject.num_threads, dtype=subject.dtypes.compute
     )
+    setting = Setting(subject=subject, peaks=peaks, routing=routing, build=build_commit())
     click.echo(render([record_of(measured, setting) for measured in measurements], output))
 
 
 def _measure(
     settings: EngineConfig, cases: "list[Case]", law: "Law | None", repetitions: int
-) -> "tuple[Subject, int, list[Measurement]]":
+) -> "tuple[Subject, list[Measurement]]":
     """The model is gone when this returns, so the machine can be measured in its memory."""
     from fiddler.benchmark.driver import Driver
     from fiddler.benchmark.record import tokens_per_s
@@ -148,9 +168,9 @@ def _measure(
         driver = Driver(loaded, law=law, seed=settings.seed)
         for case in cases:
             measurements.append(driver.measure(case, repetitions))
-            average, deviation = tokens_per_s(measurements[-1])
-            note(f"{case.name}, batch {case.n_parallel}: {average:.2f} ± {deviation:.2f} tok/s")
-    return Subject.of(loaded), loaded.num_threads, measurements
+            median, deviation = tokens_per_s(measurements[-1])
+            note(f"{case.name}, batch {case.n_parallel}: {median:.2f} ± {deviation:.2f} tok/s")
+    return Subject.of(loaded), measurements
 
 
 def _load(settings: EngineConfig, cases: "list[Case]") -> "LoadedModel":

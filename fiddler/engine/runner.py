@@ -11,7 +11,6 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
 from gpu_kernels.page_table import PageTable
 
-
 # The expert ids ``[L, T, K]`` of a step's tokens, for benchmarks that do not ask the routers.
 DrawExperts = Callable[[tuple[Chunk, ...]], np.ndarray]
 

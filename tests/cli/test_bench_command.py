@@ -18,16 +18,18 @@ from offload.limits import Peaks
 LLAMA_BENCH = {
     *("build_commit", "cpu_info", "gpu_info", "model_type", "model_size", "model_n_params"),
     *("n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts"),
-    *("samples_ns", "samples_ts"),
+    *("samples_ns", "samples_ts", "n_threads"),
 }
 OURS = {
     *("n_parallel", "routing", "placement", "n_gpu_experts", "hit_rate", "routing_entropy"),
-    *("cpu_gbps", "peak_vram_bytes", "limit_ts", "ratio"),
+    *("median_ts", "cpu_gbps", "gpu_gbps", "peak_vram_bytes", "limit_ts", "ratio"),
+    *("peak_cpu_read_gbps", "peak_joint_gbps", "peak_pcie_gbps", "peak_gpu_read_gbps"),
+    "peak_gemm_tflops",
 }
 NS = 1_000_000_000
 NO_GPU = {"joint_gbps": 10.0, "pcie_gbps": 0.0, "gpu_read_gbps": 0.0}
 PEAKS = Peaks(cpu_read_gbps=10.0, gemm_tflops=0.1, **NO_GPU)
-SMALL = ("-p", "8", "-n", "4", "-r", "2")
+SMALL = ("-p", "8", "-n", "4", "-r", "3")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,35 +58,37 @@ def records(*arguments: str) -> list[dict[str, Any]]:
 
 
 def test_json_has_the_keys_and_its_numbers_agree() -> None:
-    rows = records(*SMALL, "-d", "0,20", "--batch", "1,2", "--vram-gb", "0.05")
+    rows = records(*SMALL, "-pg", "9,3", "-d", "0,20", "--batch", "1,2", "--vram-gb", "0.05")
     assert [(r["n_prompt"], r["n_gen"], r["n_depth"], r["n_parallel"]) for r in rows] == [
         (n_prompt, n_gen, depth, batch)
         for batch in (1, 2)
         for depth in (0, 20)
-        for n_prompt, n_gen in ((8, 0), (0, 4))
+        for n_prompt, n_gen in ((8, 0), (0, 4), (9, 3))
     ]
     for row in rows:
-        assert row.keys() >= LLAMA_BENCH | OURS
-        num_tokens = row["n_parallel"] * (row["n_prompt"] or row["n_gen"])
+        assert row.keys() == LLAMA_BENCH | OURS
+        num_tokens = row["n_parallel"] * (row["n_prompt"] + row["n_gen"])
         samples = row["samples_ns"]
-        assert len(samples) == 2
+        assert len(samples) == 3
         assert row["samples_ts"] == pytest.approx([num_tokens * NS / ns for ns in samples])
         assert row["avg_ns"] == pytest.approx(statistics.mean(samples), abs=1)
         assert row["stddev_ns"] == pytest.approx(statistics.stdev(samples), abs=1)
-        assert row["avg_ts"] == pytest.approx(num_tokens * NS / statistics.mean(samples))
+        assert row["avg_ts"] == pytest.approx(statistics.mean(row["samples_ts"]))
+        assert row["median_ts"] == pytest.approx(num_tokens * NS / statistics.median(samples))
         assert row["stddev_ts"] == pytest.approx(statistics.stdev(row["samples_ts"]))
-        assert row["ratio"] == pytest.approx(row["avg_ts"] / row["limit_ts"])
+        assert row["ratio"] == pytest.approx(row["median_ts"] / row["limit_ts"])
         assert 0 < row["n_gpu_experts"] < 64
         assert 0 < row["hit_rate"] < 1
         assert 0 < row["routing_entropy"] <= 4
-        assert (row["cpu_gbps"] is None) == (row["n_gen"] == 0)
+        assert (row["cpu_gbps"] is None) == (row["n_prompt"] > 0)
+        assert row["gpu_gbps"] is None
         assert row["model_n_params"] == 7_358_976
 
 
 @pytest.mark.usefixtures("known_peaks")
 def test_the_limit_is_that_of_the_bytes_and_products_of_the_model() -> None:
     """Four layers, 4 of 16 experts of 3 x 256 x 128 in bfloat16, the rest in float32; by hand."""
-    prompt, decode = records(*SMALL)
+    prompt, decode, both = records(*SMALL, "-pg", "8,4")
     expert = 3 * 256 * 128 * 2
     # embedding (tied: it is the head), norms, and per layer q, k, v, o, q/k norm, router
     layer = (8 + 2 + 2) * 32 * 256 + 256 * 8 * 32 + 2 * 32 + 16 * 256 + 2 * 256
@@ -92,10 +96,14 @@ def test_the_limit_is_that_of_the_bytes_and_products_of_the_model() -> None:
     kv = 4 * 2 * 2 * 32 * 4
     token_bytes = 4 * 4 * expert + dense + kv * (1 + 2 + 3 + 4) / 4
     assert decode["limit_ts"] == pytest.approx(10e9 / token_bytes)
-    assert decode["cpu_gbps"] == pytest.approx(16 * expert * decode["avg_ts"] / 1e9)
+    assert decode["cpu_gbps"] == pytest.approx(16 * expert * decode["median_ts"] / 1e9)
     flops = 2 * (8 * (4 * layer + 16 * expert / 2) + 2 * 8 * 32 * 4 * 36 + 1536 * 256)
     assert prompt["limit_ts"] <= 8 / (flops / 0.1e12)  # or its weights' bytes, which take longer
     assert prompt["limit_ts"] >= 8 / ((64 * expert + dense) / 10e9)
+    more_kv = kv * 8 * 4  # written behind the prompt
+    decode_s = 4 / decode["limit_ts"] + more_kv / 10e9
+    prompt_s = 12 / both["limit_ts"] - decode_s
+    assert 8 / prompt_s == pytest.approx(prompt["limit_ts"], rel=0.2)  # of other tokens
 
 
 @pytest.mark.usefixtures("known_peaks")
@@ -155,6 +163,8 @@ def test_a_shape_has_seeded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (("-m", "builtin", "--shape", "olmoe-1b-7b"), 2, "not both"),
         (("-p", "0", "-n", "0"), 1, "there is nothing to measure"),
         (("-p", "512,x"), 2, "'512,x' is not a list of numbers"),
+        (("-pg", "512"), 2, "'512' is not a prompt's and an answer's length"),
+        (("-pg", "512,0"), 2, "as in 512,128"),
         (("--batch", "0"), 2, "'0' is not a list of numbers from 1 on"),
         (("-p", "5000"), 1, "hint: use -p or -n, with -d, of 4096 or less"),
         (("-p", "4000", "-r", "1", "--batch", "9", "--vram-gb", "0.07"), 1, "has room for"),

@@ -11,7 +11,8 @@ from fiddler.benchmark.cases import Case
 from fiddler.benchmark.driver import Driver
 from fiddler.benchmark.requests import CaseRequests
 from fiddler.benchmark.routing import DrawnRouting
-from fiddler.benchmark.subject import Subject, work_of
+from fiddler.benchmark.subject import Subject
+from fiddler.benchmark.work import done_work, least_work
 from offload.drawn_routes import DrawnRoutes
 from offload.placement import Placement
 from offload.routing_law import Law
@@ -20,6 +21,7 @@ from tests.tiny_models import VOCAB_SIZE, shared_tiny
 DEPTH, NEW = 21, 6
 WRITE = Case(n_prompt=0, n_gen=NEW, n_depth=DEPTH, n_parallel=2)
 READ = Case(n_prompt=37, n_gen=0, n_depth=DEPTH, n_parallel=3)
+BOTH = Case(n_prompt=19, n_gen=NEW, n_depth=DEPTH, n_parallel=1)
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +31,26 @@ def llm() -> Iterator[LLM]:
     options = {"vram_gb": 1, "max_batched_tokens": 16, "placement": placement}
     with open_folder(shared_tiny("qwen2_moe"), prefix_caching=False, **options) as llm:
         yield llm
-        llm._running.decoder.routing = None
 
 
 def driver(llm: LLM, law: Law | None = None) -> Driver:
     return Driver(llm._running, law=law, seed=3)
 
 
-def test_what_is_written_behind_a_depth_is_what_a_user_would_get(llm: LLM) -> None:
-    made = CaseRequests(WRITE, llm._running.pages, vocab_size=VOCAB_SIZE, seed=3)
+@pytest.mark.parametrize(("case", "num_outputs"), [(WRITE, NEW), (BOTH, NEW + 1), (READ, 1)])
+def test_what_is_written_behind_a_depth_is_what_a_user_would_get(
+    llm: LLM, case: Case, num_outputs: int
+) -> None:
+    made = CaseRequests(case, llm._running.pages, vocab_size=VOCAB_SIZE, seed=3)
     run = driver(llm)._run
-    run(made.filling())
+    run(made.filling(), case)
     for number in (0, 1):
         requests = made.of_run(number)
-        assert len(run(requests)[1]) == NEW
+        done = run(requests, case)
+        assert len(done.decode) == case.n_gen
+        assert sum(len(step.hot_T) for step in done.prompt) == case.n_parallel * case.n_prompt
         for request in requests:
-            params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+            params = SamplingParams(temperature=0, max_tokens=num_outputs, ignore_eos=True)
             expected = llm.generate(list(request.prompt_ids), params).outputs[0].token_ids
             assert request.output_ids == expected
     made.close()
@@ -67,14 +73,16 @@ def test_prompts_share_their_depth_and_differ_behind_it(llm: LLM) -> None:
     assert llm.num_free_pages == llm._running.pages.num_pages
 
 
-@pytest.mark.parametrize("case", [WRITE, READ])
+@pytest.mark.parametrize("case", [WRITE, READ, BOTH])
 def test_a_measurement_counts_its_runs_and_gives_everything_back(llm: LLM, case: Case) -> None:
     measured = driver(llm).measure(case, repetitions=2)
     config = llm.model_config
     assert len(measured.samples_ns) == 2
     assert min(measured.samples_ns) > 0
-    assert measured.tally.counts_LE.sum() == 2 * case.num_tokens * 2 * config.top_k
-    assert 0 < measured.tally.hit_rate < 1
+    routed = 2 * case.n_parallel * 2 * config.top_k  # in two runs and two layers
+    assert measured.prompt.counts_LE.sum() == routed * case.n_prompt
+    assert measured.decode.counts_LE.sum() == routed * case.n_gen
+    assert 0 < (measured.prompt + measured.decode).hit_rate(llm.plan.placement) < 1
     assert llm.num_free_pages == llm._running.pages.num_pages
     assert not llm._running.engine.scheduler.has_work
 
@@ -83,13 +91,18 @@ def test_one_request_reads_as_many_cold_bytes_as_the_hit_rate_says(llm: LLM) -> 
     case = Case(n_prompt=0, n_gen=NEW, n_depth=DEPTH, n_parallel=1)
     measured = driver(llm).measure(case, repetitions=3)
     subject, config = Subject.of(llm._running), llm.model_config
-    work = work_of(subject, case, measured.tally, 3)
+    work = done_work(subject, measured).decode
+    hit_rate = measured.decode.hit_rate(llm.plan.placement)
     routed_bytes = NEW * 2 * config.top_k * config.expert_numel * 4  # float32 experts of 2 layers
-    assert work.cold_bytes == pytest.approx(routed_bytes * (1 - measured.tally.hit_rate))
-    assert work.hot_bytes == pytest.approx(routed_bytes * measured.tally.hit_rate)
+    assert work.cold_bytes == pytest.approx(routed_bytes * (1 - hit_rate))
+    assert work.hot_bytes == pytest.approx(routed_bytes * hit_rate)
     assert work.dense_bytes == NEW * llm.plan.per_token.dense
     kv_of_one = 2 * 3 * config.num_kv_heads * config.head_dim * 4
     assert work.kv_bytes == kv_of_one * sum(range(DEPTH + 1, DEPTH + NEW + 1))
+    least = least_work(subject, measured)
+    assert least.decode.cold_bytes <= work.cold_bytes
+    assert least.decode.cold_bytes + least.decode.hot_bytes == pytest.approx(routed_bytes)
+    assert least.prompt.cold_bytes == least.prompt.flops == 0
 
 
 def test_subjects_know_their_size(llm: LLM) -> None:
@@ -101,13 +114,13 @@ def test_subjects_know_their_size(llm: LLM) -> None:
 def test_drawn_experts_are_those_that_run(llm: LLM, law: Law) -> None:
     """Prompts go in pieces of 16 beside another request, which must change nothing."""
     config = llm.model_config
-    llm._running.decoder.routing = DrawnRouting(law, config, seed=5)
+    llm._running.runner.draw_experts = DrawnRouting(law, config, seed=5)
     params = [
         SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, routed_experts=True, seed=seed)
         for seed in (7, 8)
     ]
     outputs = llm.generate([list(range(40)), list(range(9))], params)
-    llm._running.decoder.routing = None
+    llm._running.runner.draw_experts = None
     size = {"num_layers": 3, "num_experts": config.num_experts, "top_k": config.top_k}
     for seed, output in zip((7, 8), outputs, strict=True):
         routed_TLK = output.outputs[0].routed_experts
@@ -120,10 +133,22 @@ def test_drawn_routing_uses_all_experts_and_the_model_its_own(model: OpenModel) 
     llm = model("mixtral", prefix_caching=False)
     case = Case(n_prompt=60, n_gen=0, n_depth=0, n_parallel=2)
     entropy = {
-        name: Driver(llm._running, law=law, seed=0).measure(case, 1).tally.entropy_bits
+        name: Driver(llm._running, law=law, seed=0).measure(case, 1).prompt.entropy_bits
         for name, law in (("uniform", Law()), ("skewed", Law(skew=3.0)), ("model", None))
     }
-    assert llm._running.decoder.routing is None
+    assert llm._running.runner.draw_experts is None
     assert entropy["uniform"] > 2.95  # of 3 bits, 8 experts
     assert entropy["skewed"] < 2.2
     assert entropy["model"] not in (entropy["uniform"], entropy["skewed"])
+
+
+def test_the_law_goes_on_from_run_to_run(llm: LLM) -> None:
+    """The depth takes no choices; run r of a request takes those behind all runs before it."""
+    law, config = Law(stay=0.6), llm.model_config
+    measured = driver(llm, law).measure(BOTH, repetitions=2)
+    size = {"num_layers": 3, "num_experts": config.num_experts, "top_k": config.top_k}
+    drawn_PLK = DrawnRoutes(law, seed=3, **size).ids(0, BOTH.new_tokens, 3 * BOTH.new_tokens)
+    tally = measured.prompt + measured.decode
+    for layer in (0, 2):
+        expected_E = np.bincount(drawn_PLK[:, layer].ravel(), minlength=config.num_experts)
+        np.testing.assert_array_equal(tally.counts_LE[layer], expected_E)

@@ -1,5 +1,6 @@
 """What a benchmark computes from counts and shapes, against brute force and by hand."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 
 from fiddler.benchmark.cases import Case, make_cases
 from fiddler.benchmark.report import as_csv, markdown
-from fiddler.benchmark.subject import prompt_flops, seen_tokens
 from fiddler.benchmark.tally import Tally
+from fiddler.benchmark.work import prompt_flops, seen_tokens
 from fiddler.errors import ConfigError
 from fiddler.models.registry import parse_config
 from offload.placement import Placement
@@ -41,14 +42,16 @@ CONFIG = parse_config(
 
 
 def test_cases_are_all_combinations_named_as_llama_bench_does() -> None:
-    cases = make_cases([512, 0], [128], [0, 4096], [1, 4])
+    cases = make_cases([512, 0], [128], [(512, 64)], [0, 4096], [1, 4])
     assert [(case.name, case.n_parallel) for case in cases] == [
         (name, batch)
         for batch in (1, 4)
-        for name in ("pp512", "tg128", "pp512 @ d4096", "tg128 @ d4096")
+        for depth in ("", " @ d4096")
+        for name in (f"pp512{depth}", f"tg128{depth}", f"pp512+tg64{depth}")
     ]
-    assert [case.num_tokens for case in cases[-2:]] == [2048, 512]
-    assert [case.length for case in cases[-2:]] == [4608, 4224]
+    assert [case.num_tokens for case in cases[-3:]] == [2048, 512, 2304]
+    assert [case.prompt_end for case in cases[-3:]] == [4608, 4096, 4608]
+    assert [case.length for case in cases[-3:]] == [4608, 4224, 4672]
 
 
 def test_pages_are_counted_by_request() -> None:
@@ -58,40 +61,66 @@ def test_pages_are_counted_by_request() -> None:
 
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to measure"):
-        make_cases([0], [0], [0], [1])
+        make_cases([0], [0], [], [0], [1])
 
 
 # --- experts used ---
 
 
-@given(
-    st.lists(
-        st.dictionaries(
-            st.integers(0, 1), st.lists(st.permutations(range(4)), min_size=1, max_size=5)
-        ),
-        min_size=1,
-        max_size=4,
-    )
+# by layer, a permutation for each token of which the first two are its experts
+STEPS = st.lists(
+    st.dictionaries(st.integers(0, 1), st.lists(st.permutations(range(4)), min_size=1, max_size=5)),
+    min_size=1,
+    max_size=4,
 )
-def test_the_tally_counts_as_brute_force_does(steps: list[dict[int, list[list[int]]]]) -> None:
-    tally = Tally(PLACEMENT, 4)
+Steps = list[dict[int, list[list[int]]]]
+
+
+def tally_of(steps: Steps) -> Tally:
+    tally = Tally(2, 4)
+    for step in steps:
+        tally.add({layer: np.array(rows, np.int16)[:, :2] for layer, rows in step.items()})
+    return tally
+
+
+@given(STEPS)
+def test_the_tally_counts_as_brute_force_does(steps: Steps) -> None:
+    tally = tally_of(steps)
     hot = cold = hot_pairs = pairs = 0
     for step in steps:
-        ids = {layer: np.array(rows, np.int16)[:, :2] for layer, rows in step.items()}
-        tally.add(ids)
-        for layer, ids_TK in ids.items():
+        for layer, rows in step.items():
+            ids_TK = np.array(rows)[:, :2]
             chosen = ids_TK.ravel().tolist()
             resident = PLACEMENT.resident[layer]
             hot += len(set(chosen) & resident)
             cold += len(set(chosen) - resident)
             hot_pairs += sum(expert in resident for expert in chosen)
             pairs += len(chosen)
-    assert (tally.hot_reads, tally.cold_reads, tally.num_steps) == (hot, cold, len(steps))
-    assert tally.hit_rate == pytest.approx(hot_pairs / pairs if pairs else 0.0)
+    assert (tally.hot_reads(PLACEMENT), tally.num_reads) == (hot, hot + cold)
+    assert tally.num_steps == len(steps)
+    assert tally.hit_rate(PLACEMENT) == pytest.approx(hot_pairs / pairs if pairs else 0.0)
+
+
+@given(STEPS, st.integers(0, 8))
+def test_no_placement_of_as_many_experts_meets_more_reads(steps: Steps, num_resident: int) -> None:
+    tally = tally_of(steps)
+    experts = [(layer, expert) for layer in range(2) for expert in range(4)]
+    assert tally.best_hot_reads(num_resident) == max(
+        tally.hot_reads(Placement.of([[e for la, e in chosen if la == layer] for layer in (0, 1)]))
+        for chosen in itertools.combinations(experts, num_resident)
+    )
+
+
+@given(STEPS, STEPS)
+def test_tallies_add_up(first: Steps, second: Steps) -> None:
+    total, expected = tally_of(first) + tally_of(second), tally_of(first + second)
+    np.testing.assert_array_equal(total.counts_LE, expected.counts_LE)
+    np.testing.assert_array_equal(total.reads_LE, expected.reads_LE)
+    assert total.num_steps == expected.num_steps
 
 
 def test_entropy_is_the_mean_over_layers_with_experts() -> None:
-    tally = Tally(Placement.of([set(), set(), set()]), 4)
+    tally = Tally(3, 4)
     assert tally.entropy_bits == 0.0
     tally.add({0: np.array([[0, 1], [2, 3]]), 2: np.array([[1], [1]])})
     assert tally.entropy_bits == pytest.approx((2.0 + 0.0) / 2)
@@ -138,7 +167,7 @@ def record(**changes: object) -> dict[str, object]:
         "n_prompt": 512,
         "n_gen": 0,
         "n_depth": 0,
-        "avg_ts": 1234.5678,
+        "median_ts": 1234.5678,
         "stddev_ts": 1.234,
         "samples_ns": [1, 2],
         "routing": "model",
@@ -146,14 +175,15 @@ def record(**changes: object) -> dict[str, object]:
         "hit_rate": 0.0,
         "routing_entropy": 6.123,
         "cpu_gbps": None,
+        "gpu_gbps": None,
         "peak_vram_bytes": 0,
         "limit_ts": 5000.0,
         "ratio": 0.2469,
-        "cpu_read_gbps": 100.04,
-        "joint_gbps": 120.0,
-        "pcie_gbps": 0.0,
-        "gpu_read_gbps": 0.0,
-        "gemm_tflops": 1.2345,
+        "peak_cpu_read_gbps": 100.04,
+        "peak_joint_gbps": 120.0,
+        "peak_pcie_gbps": 0.0,
+        "peak_gpu_read_gbps": 0.0,
+        "peak_gemm_tflops": 1.2345,
     }
     return fields | changes
 
@@ -179,14 +209,16 @@ def test_a_gpu_and_a_batch_bring_their_columns() -> None:
         "hit_rate": 0.25,
         "peak_vram_bytes": 1 << 34,
     }
-    peaks = {"pcie_gbps": 50.0, "gpu_read_gbps": 3000.0, "gemm_tflops": 612.0}
+    peaks = {"peak_pcie_gbps": 50.0, "peak_gpu_read_gbps": 3000.0, "peak_gemm_tflops": 612.0}
     shared = gpu | peaks
-    decode = {"n_prompt": 0, "n_gen": 16, "n_depth": 64, "n_parallel": 4, "cpu_gbps": 51.0}
+    decode = {"n_prompt": 0, "n_gen": 16, "n_depth": 64, "n_parallel": 4}
+    decode |= {"cpu_gbps": 51.0, "gpu_gbps": 1234.5}
     lines = markdown([record(**shared), record(**shared, **decode)]).splitlines()
-    for heading in ("batch", "GPU experts", "hits", "CPU GB/s", "VRAM"):
+    for heading in ("batch", "GPU experts", "hits", "CPU GB/s", "GPU GB/s", "VRAM"):
         assert f" {heading} " in lines[0]
     assert "tg16 @ d64" in lines[3]
     assert "25.0%" in lines[3]
+    assert " 51.00 | 1,234.50 |" in lines[3]
     assert "16.0 GiB" in lines[3]
     assert "PCIe alone 50.0, GPU reads 3,000, products 612 TFLOP/s" in lines[5]
     assert lines[6].endswith("Test CPU, 8 threads, Test GPU")
