@@ -103,5 +103,5 @@ def build_batch(
         qo_lens=tuple(qo_lens),
         kv_lens=tuple(chunk.end for chunk in chunks),
         num_decodes=num_decodes,
-        drawn_LTK=draw_experts and to_device(draw_experts(chunks), torch.int64),
+        drawn_LTK=to_device(draw_experts(chunks), torch.int64) if draw_experts else None,
     )
