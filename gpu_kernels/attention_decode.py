@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpu_kernels.attention_reference import attention_decode_reference
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logits_args
-from gpu_kernels.decode_merge import MERGE_DIMS, MERGE_PARTS, merge_kernel
+from gpu_kernels.decode_merge import MERGE_DIMS, merge_kernel, merge_tile
 from gpu_kernels.device import family
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
@@ -166,7 +166,9 @@ def attention_decode(
     )
     num_programs = plan.num_programs
     block_d = min(MERGE_DIMS, padded_dim(head_dim))
-    merge_kernel[(num_units, num_kv_heads * rows, triton.cdiv(head_dim, block_d))](
+    tile = merge_tile(num_units, num_kv_heads, rows)
+    row_blocks = num_kv_heads * triton.cdiv(rows, tile["BLOCK_R"])
+    merge_kernel[(num_units, row_blocks, triton.cdiv(head_dim, block_d))](
         out_ptr=out,
         out_lse_ptr=lse_log2,
         sinks_ptr=variant.sinks_H,
@@ -175,8 +177,8 @@ def attention_decode(
         stride_head=out.stride(1),
         HAS_LSE=lse_log2 is not None,
         HAS_SINKS=variant.sinks_H is not None,
-        BLOCK_W=MERGE_PARTS,
         BLOCK_D=block_d,
+        **tile,
         **units,
         num_warps=4,
     )

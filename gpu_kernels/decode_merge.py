@@ -1,6 +1,6 @@
 """The second launch of decode attention: the parts of each row, weighted by their sums.
 
-Shapes: U units, W parts read at once, D dims of a head.
+Shapes: U units, W parts read at once, R packed rows of a unit, D dims of a head.
 """
 
 from __future__ import annotations
@@ -11,8 +11,19 @@ import triton.language as tl
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E
 from gpu_kernels.split_kv import items_of_units, parts_of
 
-# Read at once: the 66 to 132 parts of one long request in two steps, by enough programs.
-MERGE_PARTS, MERGE_DIMS = 64, 32
+MERGE_DIMS = 32
+FEW_ROWS = 1024
+
+
+def merge_tile(num_units: int, num_kv_heads: int, rows: int) -> dict[str, int]:
+    """Parts and rows that a program reads at once.
+
+    With few rows in all they are one long request's, with 66 to 132 parts, which must be read in
+    few steps by many programs; with many the parts of each are few, and programs would only queue.
+    """
+    if num_units * num_kv_heads * rows <= FEW_ROWS:
+        return {"BLOCK_W": 64, "BLOCK_R": 1}
+    return {"BLOCK_W": 16, "BLOCK_R": min(8, triton.next_power_of_2(rows))}
 
 
 @triton.jit(do_not_specialize=["num_units", "num_programs", "window_left"])
@@ -40,22 +51,24 @@ def merge_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     SPLIT_TILES: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """One packed row of one unit, some of its dims: parts weighted by 2 ** lse_log2."""
+    """Some rows of one unit, some of their dims: parts weighted by 2 ** lse_log2."""
+    ROW_BLOCKS: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
     unit = tl.program_id(0)
-    kv_head = tl.program_id(1) // ROWS
-    row = tl.program_id(1) % ROWS
-    query = unit
+    kv_head = tl.program_id(1) // ROW_BLOCKS
+    row_R = tl.program_id(1) % ROW_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_query, count = unit, 1
     if HAS_BLOCKS:
-        query = tl.load(first_ptr + unit) + row // GROUP
-        if row >= tl.load(count_ptr + unit) * GROUP:
-            return
-    head = kv_head * GROUP + row % GROUP
+        first_query = tl.load(first_ptr + unit)
+        count = tl.load(count_ptr + unit)
+    is_row_R = row_R < count * GROUP
+    head_R = kv_head * GROUP + row_R % GROUP
     items_U, ends_U, total = items_of_units(
         indptr_ptr,
         last_page_len_ptr,
@@ -74,32 +87,37 @@ def merge_kernel(
     unit_begin = unit_end - tl.sum(tl.where(is_mine_U, items_U, 0))
     first_part, end_part = parts_of(unit, unit_begin, unit_end, total, num_programs, SPLIT_TILES)
 
-    num_kv_heads = tl.num_programs(1) // ROWS
+    num_kv_heads = tl.num_programs(1) // ROW_BLOCKS
     d_D = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    running_max = float("-inf")
-    weight_sum = 0.0
+    max_R = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    sum_R = tl.zeros([BLOCK_R], tl.float32)
     if HAS_SINKS:
-        running_max = tl.load(sinks_ptr + head) * IN_KERNEL_LOG2_E
-        weight_sum = 1.0
-    acc_D = tl.zeros([BLOCK_D], tl.float32)
+        max_R = tl.load(sinks_ptr + head_R, mask=is_row_R, other=0.0) * IN_KERNEL_LOG2_E
+        sum_R += 1.0
+    acc_RD = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    mask_RD = is_row_R[:, None] & (d_D < HEAD_DIM)[None, :]
     for first in range(first_part, end_part, BLOCK_W):
         part_W = first + tl.arange(0, BLOCK_W)
-        part_row_W = (part_W.to(tl.int64) * num_kv_heads + kv_head) * ROWS + row
-        lse_W = tl.load(lse_ptr + part_row_W, mask=part_W < end_part, other=float("-inf"))
-        mask_WD = (part_W < end_part)[:, None] & (d_D < HEAD_DIM)[None, :]
-        part_WD = tl.load(part_ptr + part_row_W[:, None] * HEAD_DIM + d_D, mask=mask_WD, other=0.0)
-        new_max = tl.maximum(running_max, tl.max(lse_W, 0))
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weight_W = tl.exp2(lse_W - base)
-        decay = tl.exp2(running_max - base)
-        acc_D = acc_D * decay + tl.sum(weight_W[:, None] * part_WD, 0)
-        weight_sum = weight_sum * decay + tl.sum(weight_W, 0)
-        running_max = new_max
-    safe_sum = tl.where(weight_sum > 0.0, weight_sum, 1.0)
-    offset_D = query.to(tl.int64) * stride_token + head * stride_head + d_D
-    out_D = (acc_D / safe_sum).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset_D, out_D, mask=d_D < HEAD_DIM)
+        is_part_W = part_W < end_part
+        part_row_WR = ((part_W.to(tl.int64) * num_kv_heads + kv_head) * ROWS)[:, None] + row_R
+        mask_WR = is_part_W[:, None] & is_row_R[None, :]
+        lse_WR = tl.load(lse_ptr + part_row_WR, mask=mask_WR, other=float("-inf"))
+        mask_WRD = is_part_W[:, None, None] & mask_RD[None, :, :]
+        part_ptr_WRD = part_ptr + part_row_WR[:, :, None] * HEAD_DIM + d_D
+        part_WRD = tl.load(part_ptr_WRD, mask=mask_WRD, other=0.0)
+        new_max_R = tl.maximum(max_R, tl.max(lse_WR, 0))
+        base_R = tl.where(new_max_R == float("-inf"), 0.0, new_max_R)
+        weight_WR = tl.exp2(lse_WR - base_R[None, :])
+        decay_R = tl.exp2(max_R - base_R)
+        acc_RD = acc_RD * decay_R[:, None] + tl.sum(weight_WR[:, :, None] * part_WRD, 0)
+        sum_R = sum_R * decay_R + tl.sum(weight_WR, 0)
+        max_R = new_max_R
+    safe_R = tl.where(sum_R > 0.0, sum_R, 1.0)
+    query_R = (first_query + row_R // GROUP).to(tl.int64)
+    offset_RD = (query_R * stride_token + head_R * stride_head)[:, None] + d_D
+    out_RD = (acc_RD / safe_R[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset_RD, out_RD, mask=mask_RD)
     if HAS_LSE:
-        lse_log2 = tl.where(weight_sum > 0.0, running_max + tl.log2(safe_sum), float("-inf"))
-        lse_ptr = out_lse_ptr + query * num_kv_heads * GROUP + head
-        tl.store(lse_ptr, lse_log2, mask=tl.program_id(2) == 0)
+        lse_R = tl.where(sum_R > 0.0, max_R + tl.log2(safe_R), float("-inf"))
+        lse_ptr_R = out_lse_ptr + query_R * num_kv_heads * GROUP + head_R
+        tl.store(lse_ptr_R, lse_R, mask=is_row_R & (tl.program_id(2) == 0))

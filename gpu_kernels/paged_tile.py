@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpu_kernels.checks import check_page_table
 from gpu_kernels.kv_quant import check_kv_dtypes
+from gpu_kernels.kv_widen import widen
 from gpu_kernels.page_table import PageTable
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -120,7 +121,8 @@ def attend(
         offset_ND = (page_N * stride_page + (pos_N % PAGE_SIZE) * stride_token)[:, None] + d_D
         k_ptr_ND = head_kv_ptr + offset_ND
         k_ND = _load_tile(k_ptr_ND, is_token_N, d_D, HEAD_DIM, BLOCK_D, IS_FP8, IS_MASKED)
-        logits_MN = tl.dot(q_MD, tl.trans(k_ND.to(q_MD.dtype)), input_precision="ieee")
+        k_ND = widen(k_ND, q_MD.dtype, IN_PLACE=True)
+        logits_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
         if IS_QUANTISED:
             scale_ptr_N = head_scales_ptr + page_N * (2 * stride_scales) + pos_N % PAGE_SIZE
             k_scale_N = tl.load(scale_ptr_N, mask=is_token_N, other=0.0)
@@ -151,7 +153,8 @@ def attend(
             v_scale_N = tl.load(scale_ptr_N + stride_scales, mask=is_token_N, other=0.0)
             p_MN = p_MN * v_scale_N[None, :]
         acc_MD = acc_MD * decay_M[:, None]
-        v_ND = v_ND.to(q_MD.dtype)
+        # not in place: products take pairs of tokens, which bytes of a row would be gathered for
+        v_ND = widen(v_ND, q_MD.dtype, IN_PLACE=False)
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision="ieee")
     return max_M, sum_M, acc_MD
 
@@ -173,8 +176,6 @@ def _load_tile(
         x_ND = tl.load(ptr_ND, mask=(d_D < HEAD_DIM)[None, :], other=0)
     else:
         x_ND = tl.load(ptr_ND)
-    if IS_FP8:
-        x_ND = x_ND.to(tl.float8e4nv, bitcast=True)
     return x_ND
 
 

@@ -33,6 +33,9 @@ from gpu_kernels.attention_decode import attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
 from gpu_kernels.embedding import embedding
+from gpu_kernels.expert_decode import expert_decode
+from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
+from gpu_kernels.grouped_gemm import grouped_experts
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.kv_quant import new_kv_scales
 from gpu_kernels.merge_states import merge_state, merge_states
@@ -179,6 +182,22 @@ def draw() -> None:
     embedding(whole, torch.zeros(vocab, 64, dtype=BF16))
 
 
+def experts(bits: int, num_tokens: int) -> None:
+    """The experts of Qwen3-30B-A3B, 16 bits or packed; few tokens or many."""
+    slots, hidden, width, top_k = 4, 2048, 768, 2
+    if bits == 16:
+        w13 = torch.zeros(slots, 2 * width, hidden, dtype=BF16)
+        layer = ExpertLayer(DenseWeights(w13, torch.zeros(slots, hidden, width, dtype=BF16)))
+    else:
+        layout = PackedLayout(bits, 128, bits == 4, torch.float16, hidden, width)
+        blob = torch.zeros(slots, layout.expert_bytes, dtype=torch.uint8)
+        layer = ExpertLayer(PackedWeights(blob, layout))
+    x = torch.zeros(num_tokens, hidden, dtype=BF16)
+    ids = torch.zeros(num_tokens, top_k, dtype=torch.int32)
+    run = expert_decode if num_tokens <= 32 else grouped_experts
+    run(x, ids, torch.zeros(num_tokens, top_k), torch.zeros(8, dtype=torch.int32), layer)
+
+
 def cases(sm: int) -> dict[str, Callable[[], object]]:
     """Launches by name; fp8 needs compute capability 8.9."""
     variants = {
@@ -197,6 +216,9 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
             found[f"prefill attention {head_dim} {kind}"] = partial(
                 prefill, head_dim, dtype, Variant()
             )
+    for bits in (4, 8, 16):
+        for num_tokens in (1, 32, 4096):
+            found[f"experts {bits} bits {num_tokens}"] = partial(experts, bits, num_tokens)
     for name, variant in variants.items():
         found[f"decode attention 128 {name}"] = partial(decode, 128, BF16, variant)
         found[f"prefill attention 128 {name}"] = partial(prefill, 128, BF16, variant)

@@ -16,6 +16,7 @@ from paged_batch import (
     some_slopes,
 )
 
+from gpu_kernels import decode_merge
 from gpu_kernels.attention_decode import (
     DecodePlan,
     attention_decode,
@@ -67,6 +68,13 @@ def run(
     )
 
 
+@pytest.fixture(params=[0, decode_merge.FEW_ROWS], ids=["rows together", "rows alone"])
+def merged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are merged in both ways."""
+    monkeypatch.setattr(decode_merge, "FEW_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("merged")
 @pytest.mark.parametrize(
     ("heads", "num_programs"), [((2, 2), 3), ((7, 1), 1), ((8, 1), 5), ((4, 2), 64)], ids=str
 )
@@ -101,6 +109,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.usefixtures("merged")
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("split_tokens", [None, 64])
 def test_variants_and_log_sum_exp(name: str, split_tokens: int | None) -> None:
@@ -231,6 +240,7 @@ def test_reference_equals_the_definition() -> None:
 # --- blocks of queries ---
 
 
+@pytest.mark.usefixtures("merged")
 def test_blocks_of_queries_share_a_request() -> None:
     sizes = [5, 1, 0, 3]
     batch = make_batch([150, 40, 17, 0], sizes)
@@ -322,6 +332,7 @@ def test_quantised_cache_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
     assert frobenius_error(run(batch), dense_oracle(batch)) <= 5e-3
 
 
+@pytest.mark.usefixtures("merged")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_on_the_gpu(name: str) -> None:

@@ -88,7 +88,7 @@ def sdpa(case: DecodeCase, kv_lens: list[int]) -> Callable[[], torch.Tensor]:
 
 def flex(case: DecodeCase, kv_lens: list[int]) -> Callable[[], torch.Tensor]:
     k_BKSD, v_BKSD = _dense(case, kv_lens)
-    lens_B = torch.tensor(kv_lens, device="cuda")
+    lens_B = torch.tensor(kv_lens, dtype=torch.int32, device="cuda")
     block_mask = create_block_mask(
         lambda b, h, q, s: s < lens_B[b], len(kv_lens), None, 1, max(kv_lens), device="cuda"
     )

@@ -69,3 +69,13 @@ def print_row(name: str, run: Callable[[], object], num_bytes: int, peaks: Peaks
     gbps = num_bytes / milliseconds / 1e6
     ratios = f"{gbps / peaks.read_gbps:>9.2f}{gbps / peaks.copy_gbps:>9.2f}"
     print(f"{name:<46}{milliseconds * 1e3:>10.1f}{gbps:>8.0f}{ratios}")
+
+
+def graph_ms(run: Callable[[], object]) -> float:
+    """``median_ms`` of ``run`` captured in a CUDA graph: its launches cost the host nothing."""
+    run()  # compiles, which a capture must not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median_ms(graph.replay)

@@ -1,0 +1,172 @@
+"""One program's share of an expert: two tiles of weight rows times some tokens' columns.
+
+The weights are the left operand, so that few tokens fill a product, and both tiles share one read
+of the columns. What is compiled is said by a ``TileSpec``. Rows and blocks beyond a matrix are read
+as its last ones and never stored, so that no loop needs a mask for them.
+Shapes: M rows of each tile, N columns, D depth of a step, B blocks of 16 rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gpu_kernels.gated_activation import activate
+from gpu_kernels.packed_tile import decode_words, load_group, load_words, order_depth, tile_row
+
+
+@triton.jit
+def expert_tile(
+    w_ptr, bias_ptr, x_ptr, out_ptr, tile, x_offset_N, out_offset_N, is_used_N, SPEC: tl.constexpr
+):
+    """Multiply and store tile ``tile`` of one slot's matrix; ``w_ptr`` and ``bias_ptr`` are its.
+
+    ``x_offset_N`` and ``out_offset_N`` (int64) say where a column's input and output row begin;
+    columns not used are neither read nor written.
+    """
+    M: tl.constexpr = SPEC.tile_rows
+    ROWS: tl.constexpr = SPEC.rows
+    PAIRED: tl.constexpr = SPEC.paired
+    ACTIVATION: tl.constexpr = SPEC.activation
+    first_row = tile * (M if PAIRED else 2 * M)
+    if SPEC.bits == 0:
+        a_MN, b_MN = _dense_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC)
+        a_row_M = first_row + tl.arange(0, M)
+    else:
+        a_MN, b_MN = _packed_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC)
+        a_row_M = first_row + tile_row(tl.arange(0, M), SPEC)
+    b_row_M = a_row_M if PAIRED else a_row_M + M
+    a_mask_M = a_row_M < ROWS
+    b_mask_M = b_row_M < ROWS
+    if bias_ptr is not None:
+        b_bias_ptr = bias_ptr + (ROWS if PAIRED else 0)
+        a_MN += tl.load(bias_ptr + a_row_M, mask=a_mask_M, other=0.0)[:, None]
+        b_MN += tl.load(b_bias_ptr + b_row_M, mask=b_mask_M, other=0.0)[:, None]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    out_ptr_1N = (out_ptr + out_offset_N)[None, :]
+    a_mask_MN = a_mask_M[:, None] & is_used_N[None, :]
+    if PAIRED:
+        act_MN = activate(a_MN, b_MN, ACTIVATION)
+        tl.store(out_ptr_1N + a_row_M[:, None], act_MN.to(dtype), mask=a_mask_MN)
+    else:
+        b_mask_MN = b_mask_M[:, None] & is_used_N[None, :]
+        tl.store(out_ptr_1N + a_row_M[:, None], a_MN.to(dtype), mask=a_mask_MN)
+        tl.store(out_ptr_1N + b_row_M[:, None], b_MN.to(dtype), mask=b_mask_MN)
+
+
+@triton.jit
+def _load_columns(x_ptr, x_offset_N, is_used_N, first, SIZE: tl.constexpr, SPEC: tl.constexpr):
+    """Depth ``first .. first + SIZE`` of each column, ``[N, SIZE]``; 0 beyond the matrix."""
+    DEPTH: tl.constexpr = SPEC.depth
+    STEP: tl.constexpr = SPEC.step
+    d_D = first + tl.arange(0, SIZE)
+    mask_ND = is_used_N[:, None]
+    if DEPTH % STEP != 0:
+        mask_ND = mask_ND & (d_D < DEPTH)[None, :]
+    return tl.load(x_ptr + x_offset_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
+
+
+@triton.jit
+def _dense_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr):
+    """Both tiles times the columns, float32 ``[M, N]`` each, of row-major weights."""
+    M: tl.constexpr = SPEC.tile_rows
+    N: tl.constexpr = SPEC.columns
+    STEP: tl.constexpr = SPEC.step
+    DEPTH: tl.constexpr = SPEC.depth
+    ROWS: tl.constexpr = SPEC.rows
+    PAIRED: tl.constexpr = SPEC.paired
+    d_D = tl.arange(0, STEP)
+    a_row_M = tl.minimum(first_row + tl.arange(0, M), ROWS - 1)
+    b_row_M = first_row + (ROWS if PAIRED else M) + tl.arange(0, M)
+    b_row_M = tl.minimum(b_row_M, 2 * ROWS - 1 if PAIRED else ROWS - 1)
+    a_ptr_MD = w_ptr + a_row_M[:, None] * DEPTH + d_D[None, :]
+    b_ptr_MD = w_ptr + b_row_M[:, None] * DEPTH + d_D[None, :]
+    a_MN = tl.zeros([M, N], tl.float32)
+    b_MN = tl.zeros([M, N], tl.float32)
+    for first in range(0, DEPTH, STEP):
+        x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, first, STEP, SPEC)
+        if DEPTH % STEP == 0:
+            a_MD = tl.load(a_ptr_MD + first)
+            b_MD = tl.load(b_ptr_MD + first)
+        else:
+            mask_1D = (first + d_D < DEPTH)[None, :]
+            a_MD = tl.load(a_ptr_MD + first, mask=mask_1D, other=0.0)
+            b_MD = tl.load(b_ptr_MD + first, mask=mask_1D, other=0.0)
+        a_MN = tl.dot(a_MD, tl.trans(x_ND), a_MN, input_precision="ieee")
+        b_MN = tl.dot(b_MD, tl.trans(x_ND), b_MN, input_precision="ieee")
+    return a_MN, b_MN
+
+
+@triton.jit
+def _packed_products(w_ptr, first_row, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr):
+    """Both tiles times the columns, float32 ``[M, N]`` each, of packed weights.
+
+    A unit is the depth that one scale covers, or a step if that is less; a step is some units.
+    """
+    M: tl.constexpr = SPEC.tile_rows
+    N: tl.constexpr = SPEC.columns
+    STEP: tl.constexpr = SPEC.step
+    GROUP: tl.constexpr = SPEC.group
+    DEPTH: tl.constexpr = SPEC.depth
+    UNIT: tl.constexpr = STEP if STEP < GROUP else GROUP
+    NUM_UNITS: tl.constexpr = (DEPTH + UNIT - 1) // UNIT
+    WORDS: tl.constexpr = UNIT * SPEC.bits // 32
+    row_M = tile_row(tl.arange(0, M), SPEC)
+    first_block = first_row // 16
+    a_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 0, SPEC)
+    b_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 1, SPEC)
+    a_ptr_M = _block_ptr(w_ptr, first_block + row_M // 16, 0, SPEC)
+    b_ptr_M = _block_ptr(w_ptr, first_block + row_M // 16, 1, SPEC)
+    a_scale_M, a_zero_M = load_group(a_ptr_M, row_M, 0, SPEC)
+    b_scale_M, b_zero_M = load_group(b_ptr_M, row_M, 0, SPEC)
+    a_MN = tl.zeros([M, N], tl.float32)
+    b_MN = tl.zeros([M, N], tl.float32)
+    for first in range(0, NUM_UNITS, STEP // UNIT):
+        for part in tl.static_range(STEP // UNIT):
+            # beyond the last unit the columns are 0: any weights will do
+            unit = tl.minimum(first + part, NUM_UNITS - 1)
+            x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, (first + part) * UNIT, UNIT, SPEC)
+            x_DN = tl.trans(order_depth(x_ND, SPEC))
+            a_words_MS = load_words(a_ptr_B, unit * WORDS, WORDS, SPEC)
+            b_words_MS = load_words(b_ptr_B, unit * WORDS, WORDS, SPEC)
+            # read a unit ahead, since loads of 2 bytes do not join the asynchronous copies
+            group = tl.minimum(unit + 1, NUM_UNITS - 1) * UNIT // GROUP
+            next_a_scale_M, next_a_zero_M = load_group(a_ptr_M, row_M, group, SPEC)
+            next_b_scale_M, next_b_zero_M = load_group(b_ptr_M, row_M, group, SPEC)
+            x_sum_MN = a_MN
+            if SPEC.in_registers and SPEC.has_zeros:
+                # each column's sum, in every row: the product's own layout, without exchange
+                x_sum_MN = tl.dot(tl.full([M, UNIT], 1.0, x_DN.dtype), x_DN, input_precision="ieee")
+            a_MN = _add_product(a_words_MS, a_scale_M, a_zero_M, x_DN, x_sum_MN, a_MN, SPEC)
+            b_MN = _add_product(b_words_MS, b_scale_M, b_zero_M, x_DN, x_sum_MN, b_MN, SPEC)
+            a_scale_M, a_zero_M = next_a_scale_M, next_a_zero_M
+            b_scale_M, b_zero_M = next_b_scale_M, next_b_zero_M
+    return a_MN, b_MN
+
+
+@triton.jit
+def _block_ptr(w_ptr, block_X, WHICH: tl.constexpr, SPEC: tl.constexpr):
+    """Where blocks of the first (0) or second (1) tile begin; ``block_X`` are the first's."""
+    LAST: tl.constexpr = (SPEC.rows - 1) // 16
+    BYTES: tl.constexpr = SPEC.block_bytes
+    if SPEC.paired:
+        return w_ptr + (tl.minimum(block_X, LAST) * 2 + WHICH) * BYTES
+    else:
+        NEXT: tl.constexpr = SPEC.tile_rows // 16
+        return w_ptr + tl.minimum(block_X + WHICH * NEXT, LAST) * BYTES
+
+
+@triton.jit
+def _add_product(words_MS, scale_M, zero_M, x_DN, x_sum_MN, total_MN, SPEC: tl.constexpr):
+    """``total_MN`` plus the product of one unit."""
+    if SPEC.in_registers:
+        MIDDLE: tl.constexpr = 1 << (SPEC.bits - 1)
+        codes_MD = decode_words(words_MS, MIDDLE, x_DN.dtype, SPEC)
+        product_MN = tl.dot(codes_MD, x_DN, input_precision="ieee")
+        if SPEC.has_zeros:
+            product_MN += (MIDDLE - zero_M).to(tl.float32)[:, None] * x_sum_MN
+        return total_MN + product_MN * scale_M[:, None]
+    else:
+        codes_MD = decode_words(words_MS, zero_M[:, None], x_DN.dtype, SPEC)
+        weights_MD = codes_MD * scale_M.to(x_DN.dtype)[:, None]
+        return tl.dot(weights_MD, x_DN, total_MN, input_precision="ieee")

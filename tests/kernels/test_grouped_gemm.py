@@ -1,0 +1,155 @@
+"""Experts of many tokens against the float64 layer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from expert_case import KINDS, Case, make_case
+from paged_batch import DEVICE, frobenius_error, max_error
+
+from gpu_kernels.expert_config import ExpertConfig
+from gpu_kernels.expert_weights import ACTIVATION_KINDS
+from gpu_kernels.grouped_gemm import GroupedWorkspace, grouped_experts, grouped_experts_reference
+from gpu_kernels.tile_spec import TileConfig
+
+TILE = TileConfig(64, 32, 64, num_warps=4, num_stages=2)
+FEW_TILES = ExpertConfig(TILE, TILE)  # the interpreter pays for each program and step
+TILE = TileConfig(16, 8, 32, num_warps=1, num_stages=2, near=2)
+MANY_TILES = ExpertConfig(TILE, TILE)
+TILE = TileConfig(32, 16, 128, num_warps=2, num_stages=2, in_registers=True)
+IN_REGISTERS = ExpertConfig(TILE, TILE)
+
+
+def run(case: Case, **options: object) -> torch.Tensor:
+    return case.run(grouped_experts, **{"config": FEW_TILES, **options})
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_KINDS)
+def test_dense_equals_float64(activation: str) -> None:
+    case = make_case("dense", num_tokens=40, activation=activation, biased=True)
+    assert max_error(run(case), case.expected()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["w4g32z", "w4g128", "w8g64"])
+def test_packed_equals_float64(kind: str) -> None:
+    case = make_case(kind, num_tokens=10, hidden=136, num_slots=2, num_experts=3)
+    assert max_error(run(case), case.expected()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64"])
+def test_many_tiles_and_odd_sizes(kind: str) -> None:
+    sizes = {"num_tokens": 9, "hidden": 33, "width": 17, "num_slots": 2, "num_experts": 3}
+    case = make_case(kind, **sizes)
+    assert max_error(run(case, config=MANY_TILES), case.expected()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["w4g64z", "w8g32"])
+def test_codes_in_registers(kind: str) -> None:
+    case = make_case(kind, num_tokens=10, num_slots=1, num_experts=3)
+    assert max_error(run(case, config=IN_REGISTERS), case.expected()) <= 1e-5
+
+
+def test_default_tiles() -> None:
+    case = make_case("dense", num_tokens=50, hidden=24, width=16)
+    assert max_error(run(case, config=None), case.expected()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dense", "w4g32z"])
+def test_float16(kind: str) -> None:
+    case = make_case(kind, num_tokens=20, num_experts=3, dtype=torch.float16)
+    assert frobenius_error(run(case), case.expected()) <= 2e-3
+
+
+def test_without_resident_experts_all_is_zero() -> None:
+    case = make_case("dense", num_tokens=40, hidden=24, width=16)
+    case.slot_E.fill_(-1)
+    assert run(case, out=torch.full_like(case.x_TH, float("nan"))).eq(0).all()
+
+
+def test_poison_is_overwritten_twice_alike() -> None:
+    case = make_case("dense", num_tokens=40, biased=True)
+    workspace = GroupedWorkspace.make(case.layer, 99, torch.float32)
+    results = []
+    for _ in range(2):
+        workspace.act_PI.fill_(float("nan"))
+        workspace.part_PH.fill_(float("nan"))
+        out = torch.full_like(case.x_TH, float("nan"))
+        assert run(case, out=out, workspace=workspace) is out
+        results.append(out)
+    assert torch.equal(*results) and max_error(out, case.expected()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dense", "w8g128"])
+def test_rows_may_be_strided(kind: str) -> None:
+    case = make_case(kind, num_tokens=10, hidden=64, width=32, num_slots=2, num_experts=3)
+    wide = torch.full((10, 200), float("nan"), device=DEVICE)  # NaN right behind each row
+    wide[:, 4:68] = case.x_TH
+    out = torch.zeros(10, 90, device=DEVICE)
+    run(replace(case, x_TH=wide[:, 4:68]), out=out[:, 26:])
+    assert torch.equal(out[:, 26:], run(case)) and out[:, :26].eq(0).all()
+    assert max_error(out[:, 26:], case.expected()) <= 1e-5
+
+
+def test_nan_stays_in_its_token() -> None:
+    case = make_case("dense", num_tokens=20, hidden=24, width=16, num_experts=3)
+    expected = run(case)
+    case.x_TH[7] = float("nan")
+    actual = run(case)
+    assert actual[7].isnan().any()
+    assert torch.equal(actual[:7], expected[:7]) and torch.equal(actual[8:], expected[8:])
+
+
+def test_no_tokens() -> None:
+    assert run(make_case("dense", num_tokens=0)).shape == (0, 72)
+
+
+def test_bad_arguments_are_refused() -> None:
+    case = make_case("dense", num_tokens=40)
+    with pytest.raises(AssertionError):
+        run(replace(case, ids_TK=case.ids_TK.long()))
+    with pytest.raises(AssertionError):
+        run(case, out=case.x_TH.half())
+    with pytest.raises(AssertionError):
+        run(case, workspace=GroupedWorkspace.make(case.layer, 79, torch.float32))
+    with pytest.raises(AssertionError):
+        run(case, workspace=GroupedWorkspace.make(case.layer, 80))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [40, 300, 1100])
+@pytest.mark.parametrize("kind", ["dense", *KINDS, "w4g128z", "w8g128"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_dtypes_on_the_gpu(dtype: torch.dtype, kind: str, num_tokens: int) -> None:
+    case = make_case(
+        kind,
+        num_tokens=num_tokens,
+        top_k=3,
+        hidden=1536,
+        width=800,
+        num_slots=5,
+        num_experts=8,
+        activation="clamped_swiglu",
+        biased=True,
+        dtype=dtype,
+    )
+    expected = case.expected()
+    assert frobenius_error(case.run(grouped_experts), expected) <= 5e-3
+    assert frobenius_error(case.run(grouped_experts_reference), expected) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_a_graph_follows_the_slot_table_on_the_gpu() -> None:
+    sizes = {"num_tokens": 300, "top_k": 3, "hidden": 512, "width": 256}
+    case = make_case("dense", dtype=torch.bfloat16, **sizes)
+    out = torch.empty(300, 512, device=DEVICE)
+    workspace = GroupedWorkspace.make(case.layer, 900)
+    case.run(grouped_experts, out=out, workspace=workspace)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.run(grouped_experts, out=out, workspace=workspace)
+    for _ in range(5):
+        case.slot_E.copy_(case.slot_E.roll(1))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, case.run(grouped_experts))
+        assert frobenius_error(out, case.expected()) <= 5e-3
