@@ -10,7 +10,6 @@ from fiddler.benchmark.cases import Case
 from fiddler.benchmark.record import Record
 from offload.units import size_text
 
-FORMATS = ("md", "json", "csv")
 BILLION, MILLION = 10**9, 10**6
 
 
@@ -44,7 +43,7 @@ _LEFT = {"model", "routing", "test"}
 
 
 def render(records: Sequence[Record], form: str) -> str:
-    """``records``, at least one, in one of FORMATS."""
+    """``records``, at least one, as ``md``, ``json`` or ``csv``."""
     return {"md": markdown, "json": as_json, "csv": as_csv}[form](records)
 
 
