@@ -37,7 +37,7 @@ bench-gpu: $(READY)
 	$(BIN)/python -m scripts.bench.gpu
 
 bench: $(READY)
-	$(BIN)/python -m scripts.bench.engine
+	$(BIN)/fiddler bench
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -70,14 +70,24 @@ class LoadedModel:
     dtypes: Dtypes
     plan: Plan
     engine: Engine
+    runner: Runner
     experts: HybridExperts
     pages: PagePool
+    num_threads: int
     peak_vram_bytes: Callable[[], int]
     resources: ExitStack
 
 
-def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> LoadedModel:
-    """Load what ``settings`` ask for; on an error everything taken so far is given back."""
+def load_model(
+    settings: EngineConfig,
+    on_progress: Progress | None = None,
+    *,
+    check_plan: Callable[[Plan], None] | None = None,
+) -> LoadedModel:
+    """Load what ``settings`` ask for; on an error everything taken so far is given back.
+
+    ``check_plan`` may refuse a plan, by raising, before the first weight is read.
+    """
     files = find_model(settings, on_progress)
     with ExitStack() as reading, ExitStack() as resources:
         source = open_source(settings, files, reading)
@@ -85,6 +95,8 @@ def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> L
         plan, dtypes = plan_model(
             settings, files.config, hardware, name=files.name, folder=files.folder
         )
+        if check_plan is not None:
+            check_plan(plan)
         device = torch.device("cuda" if hardware.has_gpu else "cpu")
         resources.callback(_give_back_memory, device)
         limit_vram(plan, hardware, resources)
@@ -105,8 +117,10 @@ def load_model(settings: EngineConfig, on_progress: Progress | None = None) -> L
                 eos_ids=frozenset(_eos_ids(files)),
                 decode_token=_token_text(files.tokenizer),
             ),
+            runner=runner,
             experts=experts,
             pages=pages,
+            num_threads=pool.num_threads,
             peak_vram_bytes=_vram_meter(plan, device),
             resources=resources.pop_all(),
         )

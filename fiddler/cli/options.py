@@ -107,6 +107,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _gathered("engine", ENGINE_OPTIONS)(command)
 
 
+def some_engine_options(*fields: str) -> Decorator:
+    """As :func:`engine_options`, with those options alone that set ``fields``."""
+    return _gathered("engine", tuple(o for o in ENGINE_OPTIONS if o.field in fields))
+
+
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the sampling options; ``command`` gets those given as ``sampling``, a dict."""
     return _gathered("sampling", SAMPLING_OPTIONS)(command)

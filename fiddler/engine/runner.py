@@ -1,5 +1,7 @@
 """Turns a schedule into one forward pass: copies pages, builds the batch, calls the decoder."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -9,9 +11,15 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
 from gpu_kernels.page_table import PageTable
 
+# The expert ids ``[L, T, K]`` of a step's tokens, for benchmarks that do not ask the routers.
+DrawExperts = Callable[[tuple[Chunk, ...]], np.ndarray]
+
 
 class Runner:
-    """Owns the KV cache: a tensor ``[pages, 2 (keys, values), page_size, M, D]`` per layer."""
+    """Owns the KV cache: a tensor ``[pages, 2 (keys, values), page_size, M, D]`` per layer.
+
+    ``draw_experts`` may be set between steps; None leaves the choice to the routers.
+    """
 
     def __init__(
         self,
@@ -23,6 +31,7 @@ class Runner:
         dtype: torch.dtype,
     ) -> None:
         self.decoder = decoder
+        self.draw_experts: DrawExperts | None = None
         self._page_size = page_size
         self._device = device
         shape = kv_cache_shape(decoder.config, num_pages, page_size)
@@ -36,7 +45,13 @@ class Runner:
         for source, target in schedule.page_copies:
             for kv_cache in self._kv_caches:
                 kv_cache[target].copy_(kv_cache[source])
-        batch = build_batch(schedule.chunks, len(schedule.decodes), self._page_size, self._device)
+        batch = build_batch(
+            schedule.chunks,
+            len(schedule.decodes),
+            self._page_size,
+            self._device,
+            self.draw_experts,
+        )
         return self.decoder.forward(batch, self._kv_caches)
 
     def clear(self) -> None:
@@ -50,7 +65,11 @@ def kv_cache_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple
 
 
 def build_batch(
-    chunks: tuple[Chunk, ...], num_decodes: int, page_size: int, device: torch.device
+    chunks: tuple[Chunk, ...],
+    num_decodes: int,
+    page_size: int,
+    device: torch.device,
+    draw_experts: DrawExperts | None = None,
 ) -> StepBatch:
     """Lay the chunks side by side; one host-to-device copy per array."""
     tokens, positions, slots, indices, last_page_len = [], [], [], [], []
@@ -84,4 +103,5 @@ def build_batch(
         qo_lens=tuple(qo_lens),
         kv_lens=tuple(chunk.end for chunk in chunks),
         num_decodes=num_decodes,
+        drawn_LTK=to_device(draw_experts(chunks), torch.int64) if draw_experts else None,
     )

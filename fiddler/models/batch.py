@@ -1,6 +1,6 @@
 """One step's tokens, as the decoder sees them: ragged requests over paged KV.
 
-Shapes: T tokens of the step, B requests.
+Shapes: T tokens of the step, B requests, L layers, K experts per token.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ class StepBatch:
     """Requests side by side, those that decode (one token each) before those that prefill.
 
     ``pages`` covers each request's KV *including* this step's tokens; the step writes token t's
-    key and value to ``slots_T[t] = page * page_size + offset`` before it attends.
+    key and value to ``slots_T[t] = page * page_size + offset`` before it attends. ``drawn_LTK`` are
+    expert ids that replace the routers'; the routers' weights stay.
     """
 
     tokens_T: torch.Tensor  # int64
@@ -26,6 +27,7 @@ class StepBatch:
     qo_lens: tuple[int, ...]  # tokens of each request in this step, on the host
     kv_lens: tuple[int, ...]  # tokens of each request in the cache after it, on the host
     num_decodes: int
+    drawn_LTK: torch.Tensor | None = None  # int64
 
     def decode_pages(self) -> PageTable:
         """The page table of the decoding requests."""

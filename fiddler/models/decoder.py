@@ -60,7 +60,8 @@ class Decoder:
             x_TH = x_TH + self._attention(
                 index, layer, self._norm(x_TH, layer.input_norm_H), kv_cache
             )
-            x_TH = x_TH + self._ffn(index, layer, self._norm(x_TH, layer.post_attention_norm_H))
+            y_TH = self._norm(x_TH, layer.post_attention_norm_H)
+            x_TH = x_TH + self._ffn(index, layer, y_TH, batch.drawn_LTK)
         return self._norm(x_TH, self._weights.final_norm_H)
 
     @torch.inference_mode()
@@ -93,11 +94,15 @@ class Decoder:
         )
         return F.linear(out_TND.flatten(1), layer.o_HF, layer.o_bias_H)
 
-    def _ffn(self, index: int, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
+    def _ffn(
+        self, index: int, layer: LayerWeights, x_TH: torch.Tensor, drawn_LTK: torch.Tensor | None
+    ) -> torch.Tensor:
         if layer.router_EH is None:
             assert layer.dense_gate_up_FH is not None and layer.dense_down_HF is not None
             return self._gated(x_TH, layer.dense_gate_up_FH, layer.dense_down_HF)
         ids_TK, weights_TK = route(x_TH, layer.router_EH, self.config)
+        if drawn_LTK is not None:
+            ids_TK = drawn_LTK[index]
         pending = self._experts.launch(index, x_TH, ids_TK, weights_TK)
         shared_TH = self._shared_expert(layer, x_TH)  # while the experts are under way
         y_TH = pending.result()

@@ -1,0 +1,117 @@
+"""Runs tests on a loaded model: requests go straight into the scheduler, and steps are timed."""
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from fiddler.benchmark.cases import Case
+from fiddler.benchmark.requests import CaseRequests
+from fiddler.benchmark.routing import DrawnRouting
+from fiddler.benchmark.tally import Tally
+from fiddler.config import EngineConfig
+from fiddler.engine.request import Request
+from fiddler.errors import ConfigError
+from fiddler.loading import LoadedModel, Progress, load_model
+from offload.executor import StepRouting
+from offload.plan import Plan
+from offload.routing_law import Law
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """The runs of one test; ``started`` is ISO 8601.
+
+    ``prompt`` counts the steps of all runs in which any request still read, ``decode`` the others.
+    """
+
+    case: Case
+    started: str
+    samples_ns: list[int]
+    prompt: Tally
+    decode: Tally
+    peak_vram_bytes: int
+
+
+@dataclass(slots=True)
+class Run:
+    """What one run's steps chose, and the time they took together."""
+
+    elapsed_ns: int = 0
+    prompt: list[StepRouting] = field(default_factory=list)
+    decode: list[StepRouting] = field(default_factory=list)
+
+
+def load(settings: EngineConfig, cases: list[Case], on_progress: Progress | None) -> LoadedModel:
+    """Load a model for ``cases``; where one does not fit, that is said before weights are read."""
+
+    def check_plan(plan: Plan) -> None:
+        for case in cases:
+            if case.num_pages(plan.page_size) > plan.num_pages:
+                raise ConfigError(
+                    f"{case.name} with a batch of {case.n_parallel} holds "
+                    f"{case.n_parallel * case.length:,} tokens, but the KV cache has room for "
+                    f"{plan.num_pages * plan.page_size:,}",
+                    hint="lower --batch, -d, -p or -n, or give more memory",
+                )
+
+    return load_model(settings, on_progress, check_plan=check_plan)
+
+
+class Driver:
+    """Measures tests on a loaded model, whose routers choose for themselves without a ``law``."""
+
+    def __init__(self, loaded: LoadedModel, *, law: Law | None, seed: int) -> None:
+        config = loaded.files.config
+        self._loaded = loaded
+        self._seed = seed
+        self._routing = DrawnRouting(law, config, seed=seed) if law is not None else None
+
+    def measure(self, case: Case, repetitions: int) -> Measurement:
+        """Run ``case`` once to warm up and then ``repetitions`` times by the clock.
+
+        Tokens and experts differ from run to run, so that no placement fits them all by chance.
+        """
+        loaded, config = self._loaded, self._loaded.files.config
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        requests = CaseRequests(case, loaded.pages, vocab_size=config.vocab_size, seed=self._seed)
+        self._run(requests.filling(), case)
+        if self._routing is not None:
+            self._routing.prepare(case.n_parallel, (repetitions + 1) * case.new_tokens)
+        _, *runs = [self._run_drawn(requests, case, run) for run in range(repetitions + 1)]
+        requests.close()
+        return Measurement(
+            case=case,
+            started=started,
+            samples_ns=[run.elapsed_ns for run in runs],
+            prompt=self._tally([step for run in runs for step in run.prompt]),
+            decode=self._tally([step for run in runs for step in run.decode]),
+            peak_vram_bytes=loaded.peak_vram_bytes(),
+        )
+
+    def _run_drawn(self, requests: CaseRequests, case: Case, run: int) -> Run:
+        """A run whose experts follow the law, if there is one, where the run before ended."""
+        if self._routing is not None:
+            self._routing.shift = run * case.new_tokens - case.n_depth
+        self._loaded.runner.draw_experts = self._routing
+        done = self._run(requests.of_run(run), case)
+        self._loaded.runner.draw_experts = None
+        return done
+
+    def _run(self, requests: list[Request], case: Case) -> Run:
+        """Step until all requests are finished."""
+        engine, run = self._loaded.engine, Run()
+        engine.scheduler.running.extend(requests)
+        started = time.perf_counter_ns()
+        while engine.scheduler.has_work:
+            is_reading = any(request.num_computed < case.prompt_end for request in requests)
+            engine.step()
+            (run.prompt if is_reading else run.decode).append(self._loaded.experts.routing)
+        run.elapsed_ns = time.perf_counter_ns() - started
+        return run
+
+    def _tally(self, steps: list[StepRouting]) -> Tally:
+        config = self._loaded.files.config
+        tally = Tally(config.num_layers, config.num_experts)
+        for step in steps:
+            tally.add(step.ids)
+        return tally

@@ -1,0 +1,65 @@
+"""What was measured, as far as the figures depend on it."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from fiddler.loading import LoadedModel
+from fiddler.models.config import ModelConfig
+from fiddler.models.dtypes import Dtypes
+from fiddler.models.footprint import DTYPE_BYTES
+from fiddler.models.manifest import dense_bytes
+from offload.hardware import Hardware
+from offload.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model as it was loaded; outlives its weights."""
+
+    name: str
+    config: ModelConfig
+    dtypes: Dtypes
+    hardware: Hardware
+    plan: Plan
+    num_threads: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Self:
+        """The facts about ``loaded``."""
+        return cls(
+            name=loaded.files.name,
+            config=loaded.files.config,
+            dtypes=loaded.dtypes,
+            hardware=loaded.hardware,
+            plan=loaded.plan,
+            num_threads=loaded.num_threads,
+        )
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one routed expert, in memory."""
+        return self.config.expert_numel * DTYPE_BYTES[self.dtypes.expert]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token's key and value in one layer."""
+        config = self.config
+        return 2 * config.num_kv_heads * config.head_dim * DTYPE_BYTES[self.dtypes.compute]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights, in memory."""
+        memory = self.plan.memory
+        return memory.dense + memory.gpu_experts + memory.cpu_experts
+
+    @property
+    def num_params(self) -> int:
+        """Weights of the model."""
+        config = self.config
+        num_experts = num_moe_layers(config) * config.num_experts
+        return dense_bytes(config, 1) + num_experts * config.expert_numel
+
+
+def num_moe_layers(config: ModelConfig) -> int:
+    """Layers that have experts."""
+    return sum(config.is_moe_layer(layer) for layer in range(config.num_layers))

@@ -1,0 +1,70 @@
+"""Which experts some steps used, and how often their weights had to be read.
+
+Shapes: L layers, E experts, T tokens, K top-k.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from offload.placement import Placement
+from offload.popularity import hit_rate
+
+Counts = npt.NDArray[np.int64]
+
+
+class Tally:
+    """``counts_LE``: tokens that chose an expert; ``reads_LE``: steps in which any token did.
+
+    However many tokens of a step share an expert, its weights have to be read once.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.counts_LE: Counts = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self.reads_LE: Counts = np.zeros_like(self.counts_LE)
+        self.num_steps = 0
+
+    def add(self, ids: Mapping[int, npt.NDArray[Any]]) -> None:
+        """Count one step, whose layers chose ``ids[layer]`` ``[T, K]``."""
+        self.num_steps += 1
+        for layer, ids_TK in ids.items():
+            counts_E = np.bincount(ids_TK.ravel(), minlength=self.counts_LE.shape[1])
+            self.counts_LE[layer] += counts_E
+            self.reads_LE[layer] += counts_E > 0
+
+    def __add__(self, other: Self) -> Self:
+        """The steps of both."""
+        both = type(self)(*self.counts_LE.shape)
+        both.counts_LE = self.counts_LE + other.counts_LE
+        both.reads_LE = self.reads_LE + other.reads_LE
+        both.num_steps = self.num_steps + other.num_steps
+        return both
+
+    @property
+    def num_reads(self) -> int:
+        """Experts read, each once for each step and layer that uses it."""
+        return int(self.reads_LE.sum())
+
+    def hot_reads(self, placement: Placement) -> int:
+        """How many of the reads met an expert that is resident under ``placement``."""
+        layers = enumerate(placement.resident)
+        return sum(int(self.reads_LE[layer, sorted(experts)].sum()) for layer, experts in layers)
+
+    def best_hot_reads(self, num_resident: int) -> int:
+        """The most that any placement of ``num_resident`` experts could reach, in hindsight."""
+        reads = np.sort(self.reads_LE, axis=None)
+        return int(reads[len(reads) - num_resident :].sum())
+
+    def hit_rate(self, placement: Placement) -> float:
+        """Share of (token, expert) pairs that met a resident expert; 0.0 if there were none."""
+        return hit_rate(placement, self.counts_LE)
+
+    @property
+    def entropy_bits(self) -> float:
+        """Entropy of the experts used, mean over the layers that have experts."""
+        used_LE = self.counts_LE[self.counts_LE.any(axis=1)]
+        share_LE = used_LE / used_LE.sum(axis=1, keepdims=True)
+        bits_LE = -share_LE * np.log2(np.where(share_LE > 0, share_LE, 1.0))
+        return float(bits_LE.sum(axis=1).mean()) if len(used_LE) else 0.0

@@ -1,0 +1,184 @@
+"""``fiddler bench``: llama-bench's tests, each beside what the machine could give."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fiddler.cli.console import note
+from fiddler.cli.options import COUNT, Decorator, some_engine_options
+from fiddler.cli.progress import progress_bars
+from fiddler.config import BUILTIN, EngineConfig
+from fiddler.errors import FiddlerError, reject_unknown
+
+if TYPE_CHECKING:
+    from fiddler.benchmark.cases import Case
+    from fiddler.benchmark.driver import Measurement
+    from fiddler.benchmark.subject import Subject
+    from fiddler.loading import LoadedModel
+    from offload.routing_law import Law
+
+ENGINE_FIELDS = ("vram_gb", "ram_gb", "dtype", "device", "cpu_threads", "profile", "seed")
+
+
+class Counts(click.ParamType[list[int]]):
+    """Whole numbers with commas between them."""
+
+    name = "counts"
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) >= self._least for part in parts):
+            self.fail(f"{value!r} is not a list of numbers from {self._least} on, as in 512,2048")
+        return [int(part) for part in parts]
+
+
+class Pair(click.ParamType[tuple[int, int]]):
+    """Two whole numbers above 0 with a comma between them."""
+
+    name = "pair"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        prompt, _, answer = str(value).partition(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in (prompt, answer)):
+            self.fail(f"{value!r} is not a prompt's and an answer's length, as in 512,128")
+        return int(prompt), int(answer)
+
+
+def counts_option(*names: str, default: str, least: int, help: str) -> Decorator:
+    """An option that takes several values, each of which is tested."""
+    return click.option(
+        *names, type=Counts(least), default=default, show_default=True, metavar="N,...", help=help
+    )
+
+
+@click.command()
+@click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    help="'builtin', a folder, or ORG/NAME[@REVISION] on the hub.  [default: builtin]",
+)
+@click.option("--shape", metavar="NAME", help="A named shape with seeded weights instead.")
+@counts_option("-p", "--n-prompt", default="512", least=0, help="Read a prompt of N tokens.")
+@counts_option("-n", "--n-gen", default="128", least=0, help="Write N tokens.")
+@click.option(
+    "-pg",
+    "pairs",
+    type=Pair(),
+    multiple=True,
+    metavar="P,N",
+    help="Read P and then write N tokens; may be repeated.",
+)
+@counts_option("-d", "--n-depth", default="0", least=0, help="Behind N tokens in the cache.")
+@counts_option("--batch", default="1", least=1, help="N requests at once.")
+@click.option(
+    "-r",
+    "--repetitions",
+    type=COUNT,
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Runs that count.",
+)
+@click.option(
+    "--routing",
+    default="model",
+    show_default=True,
+    metavar="LAW",
+    help="Who chooses experts: model, or at random: uniform, zipf:S, sticky:P.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["md", "json", "csv"]),
+    default="md",
+    show_default=True,
+    help="Form of the result.",
+)
+@some_engine_options(*ENGINE_FIELDS)
+def command(
+    model: str | None,
+    shape: str | None,
+    n_prompt: list[int],
+    n_gen: list[int],
+    pairs: tuple[tuple[int, int], ...],
+    n_depth: list[int],
+    batch: list[int],
+    repetitions: int,
+    routing: str,
+    output: str,
+    engine: dict[str, Any],
+) -> None:
+    """Measure how fast a model reads and writes, beside what the machine could give.
+
+    Tests are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128, pp512+tg128 does
+    both, "@ d4096" behind 4,096 others. -p 0 or -n 0 leaves one kind out. "t/s" is the median of
+    the runs. "limit" is the speed at which the weights and the KV cache could be read, or a
+    prompt's products computed, with the bandwidths of this run.
+    """
+    from fiddler.benchmark.build import build_commit
+    from fiddler.benchmark.cases import make_cases
+    from fiddler.benchmark.record import Setting, record_of
+    from fiddler.benchmark.report import render
+    from fiddler.models.shapes import SHAPES
+    from offload.peaks import measure_peaks
+    from offload.routing_law import parse_law
+
+    if model and shape:
+        raise click.UsageError("give either --model or --shape, not both")
+    reject_unknown("shape", [shape] if shape else [], SHAPES)
+    law = parse_law(routing)
+    cases = make_cases(n_prompt, n_gen, pairs, n_depth, batch)
+    settings = EngineConfig(
+        model=shape or model or BUILTIN,
+        load_format="dummy" if shape else "auto",
+        prefix_caching=False,
+        max_model_len=max(case.length for case in cases),
+        max_num_seqs=max(case.n_parallel for case in cases),
+        **engine,
+    )
+    subject, measurements = _measure(settings, cases, law, repetitions)
+    note("measuring what the machine could give")
+    peaks = measure_peaks(
+        subject.hardware, num_threads=subject.num_threads, dtype=subject.dtypes.compute
+    )
+    setting = Setting(subject=subject, peaks=peaks, routing=routing, build=build_commit())
+    click.echo(render([record_of(measured, setting) for measured in measurements], output))
+
+
+def _measure(
+    settings: EngineConfig, cases: "list[Case]", law: "Law | None", repetitions: int
+) -> "tuple[Subject, list[Measurement]]":
+    """The model is gone when this returns, so the machine can be measured in its memory."""
+    from fiddler.benchmark.driver import Driver
+    from fiddler.benchmark.record import tokens_per_s
+    from fiddler.benchmark.subject import Subject
+
+    loaded = _load(settings, cases)
+    measurements: list[Measurement] = []
+    with loaded.resources:
+        driver = Driver(loaded, law=law, seed=settings.seed)
+        for case in cases:
+            measurements.append(driver.measure(case, repetitions))
+            median, deviation = tokens_per_s(measurements[-1])
+            note(f"{case.name}, batch {case.n_parallel}: {median:.2f} ± {deviation:.2f} tok/s")
+    return Subject.of(loaded), measurements
+
+
+def _load(settings: EngineConfig, cases: "list[Case]") -> "LoadedModel":
+    from fiddler.benchmark.driver import load
+
+    try:
+        with progress_bars() as progress:
+            return load(settings, cases, progress)
+    except FiddlerError as error:  # this command has no --context: the tests make it up
+        error.hint = re.sub(r"--context (\d+)", r"-p or -n, with -d, of \1", error.hint)
+        raise

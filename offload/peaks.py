@@ -1,0 +1,135 @@
+"""Measures what :mod:`offload.limits` divides by: reads, copies and products at their fastest.
+
+Ordering: torch's stream copies from pinned memory on its own while the worker pool reads another
+buffer; who wants to know whether the copies are done asks their event.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels.arena import Arena
+from cpu_kernels.read_kernel import read
+from cpu_kernels.thread_count import CACHES, MAX_BYTES
+from cpu_kernels.threads import WorkerPool
+from cpu_kernels.topology import read_cache_bytes
+from offload.hardware import Hardware
+from offload.limits import GIGA, TERA, Peaks
+from offload.units import GIB, MIB
+
+if TYPE_CHECKING:
+    import torch
+
+TIMES = 7  # measurements of each thing; the fastest counts, as a limit must not be exceeded
+CALLS = 10  # on a GPU, enqueued together: a launch takes 10 us, a read of 1 GiB 250
+GPU_BYTES = GIB  # many times any GPU's cache
+PINNED_BYTES = 256 * MIB
+PULLS = 32  # copies of that size while the CPU reads: 0.16 s at 50 GB/s
+GPU_ROWS, CPU_ROWS = 8192, 1024  # of the square matrices that are multiplied
+
+
+def measure_peaks(hardware: Hardware, *, num_threads: int, dtype: str) -> Peaks:
+    """Measure this machine with ``num_threads`` workers; takes seconds, and memory meanwhile.
+
+    ``dtype`` is that of the products, as torch calls it.
+    """
+    with WorkerPool(num_threads) as pool:
+        arena = _filled_arena(hardware.ram_available_bytes)
+        cpu_read_bps = arena.nbytes / _fastest_s(lambda: read(pool, arena, num_threads))
+        if hardware.has_gpu:
+            return _with_gpu(pool, arena, cpu_read_bps, dtype)
+    return Peaks(
+        cpu_read_gbps=cpu_read_bps / GIGA,
+        joint_gbps=cpu_read_bps / GIGA,
+        pcie_gbps=0.0,
+        gpu_read_gbps=0.0,
+        gemm_tflops=_gemm_flops("cpu", CPU_ROWS, dtype) / TERA,
+    )
+
+
+def _with_gpu(
+    pool: WorkerPool, arena: npt.NDArray[np.int64], cpu_read_bps: float, dtype: str
+) -> Peaks:
+    import torch
+
+    source = torch.ones(GPU_BYTES // 4, device="cuda")
+    gpu_read_s = min(_gpu_s(source.sum), _gpu_s(source.amax))
+    pinned = torch.ones(PINNED_BYTES // 4, pin_memory=True)
+    target = source[: len(pinned)]
+    pcie_s = _gpu_s(lambda: target.copy_(pinned, non_blocking=True))
+    joint_bps = max(_joint_bps(pool, arena, pinned, target) for _ in range(TIMES))
+    return Peaks(
+        cpu_read_gbps=cpu_read_bps / GIGA,
+        joint_gbps=max(joint_bps, cpu_read_bps) / GIGA,  # nobody has to use both
+        pcie_gbps=PINNED_BYTES / pcie_s / GIGA,
+        gpu_read_gbps=GPU_BYTES / gpu_read_s / GIGA,
+        gemm_tflops=_gemm_flops("cuda", GPU_ROWS, dtype) / TERA,
+    )
+
+
+def _joint_bps(
+    pool: WorkerPool,
+    arena: npt.NDArray[np.int64],
+    pinned: "torch.Tensor",
+    target: "torch.Tensor",
+) -> float:
+    """Bytes a second that host memory gives the workers and PCIe at the same time."""
+    import torch
+
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    num_reads = 0
+    started = time.perf_counter()
+    for _ in range(PULLS):
+        target.copy_(pinned, non_blocking=True)
+    done.record()
+    while not done.query():  # type: ignore[no-untyped-call]
+        read(pool, arena, pool.num_threads)
+        num_reads += 1
+    elapsed = time.perf_counter() - started  # the last read may outlast the copies by a part of it
+    return (num_reads * arena.nbytes + PULLS * PINNED_BYTES) / elapsed
+
+
+def _gemm_flops(device: str, rows: int, dtype: str) -> float:
+    import torch
+
+    a, b = torch.randn(2, rows, rows, dtype=getattr(torch, dtype), device=device)
+
+    def multiply() -> object:
+        return a @ b
+
+    return 2 * rows**3 / (_gpu_s(multiply) if device == "cuda" else _fastest_s(multiply))
+
+
+def _gpu_s(enqueue: Callable[[], object]) -> float:
+    """Seconds that one call keeps the GPU busy."""
+    import torch
+
+    def run() -> None:
+        for _ in range(CALLS):
+            enqueue()
+        torch.cuda.synchronize()
+
+    return _fastest_s(run) / CALLS
+
+
+def _fastest_s(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of TIMES calls, after one that warms up."""
+    work()
+    seconds = []
+    for _ in range(TIMES):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _filled_arena(free_bytes: int) -> npt.NDArray[np.int64]:
+    """Memory several times the caches. Written, or all its pages would be one page of zeros."""
+    wanted = CACHES * (read_cache_bytes() or 64 * MIB)
+    size = max(MIB, min(wanted, MAX_BYTES, free_bytes // 4))
+    words: npt.NDArray[np.int64] = Arena(size).array(np.int64, (size // 8,))
+    words.fill(1)
+    return words

@@ -1,0 +1,193 @@
+"""``fiddler bench`` on the built-in model: figures that agree with each other, and refusals."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from fiddler.cli import cli
+from fiddler.models.shapes import SHAPES
+from offload.limits import Peaks
+
+LLAMA_BENCH = {
+    *("build_commit", "cpu_info", "gpu_info", "model_type", "model_size", "model_n_params"),
+    *("n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts"),
+    *("samples_ns", "samples_ts", "n_threads"),
+}
+OURS = {
+    *("n_parallel", "routing", "placement", "n_gpu_experts", "hit_rate", "routing_entropy"),
+    *("median_ts", "cpu_gbps", "gpu_gbps", "peak_vram_bytes", "limit_ts", "ratio"),
+    *("peak_cpu_read_gbps", "peak_joint_gbps", "peak_pcie_gbps", "peak_gpu_read_gbps"),
+    "peak_gemm_tflops",
+}
+NS = 1_000_000_000
+NO_GPU = {"joint_gbps": 10.0, "pcie_gbps": 0.0, "gpu_read_gbps": 0.0}
+PEAKS = Peaks(cpu_read_gbps=10.0, gemm_tflops=0.1, **NO_GPU)
+SMALL = ("-p", "8", "-n", "4", "-r", "3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Small matrices: more threads only wait for each other, seconds on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def known_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.peaks.measure_peaks", lambda *_, **__: PEAKS)
+
+
+def run(*arguments: str) -> Result:
+    """On the CPU, unless ``arguments`` say otherwise."""
+    options = ("--device", "cpu", "--cpu-threads", "1")
+    return CliRunner().invoke(cli, ["bench", *options, *arguments])
+
+
+def records(*arguments: str) -> list[dict[str, Any]]:
+    done = run(*arguments, "-o", "json")
+    assert done.exit_code == 0, done.output
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def test_json_has_the_keys_and_its_numbers_agree() -> None:
+    rows = records(*SMALL, "-pg", "9,3", "-d", "0,20", "--batch", "1,2", "--vram-gb", "0.05")
+    assert [(r["n_prompt"], r["n_gen"], r["n_depth"], r["n_parallel"]) for r in rows] == [
+        (n_prompt, n_gen, depth, batch)
+        for batch in (1, 2)
+        for depth in (0, 20)
+        for n_prompt, n_gen in ((8, 0), (0, 4), (9, 3))
+    ]
+    for row in rows:
+        assert row.keys() == LLAMA_BENCH | OURS
+        num_tokens = row["n_parallel"] * (row["n_prompt"] + row["n_gen"])
+        samples = row["samples_ns"]
+        assert len(samples) == 3
+        assert row["samples_ts"] == pytest.approx([num_tokens * NS / ns for ns in samples])
+        assert row["avg_ns"] == pytest.approx(statistics.mean(samples), abs=1)
+        assert row["stddev_ns"] == pytest.approx(statistics.stdev(samples), abs=1)
+        assert row["avg_ts"] == pytest.approx(statistics.mean(row["samples_ts"]))
+        assert row["median_ts"] == pytest.approx(num_tokens * NS / statistics.median(samples))
+        assert row["stddev_ts"] == pytest.approx(statistics.stdev(row["samples_ts"]))
+        assert row["ratio"] == pytest.approx(row["median_ts"] / row["limit_ts"])
+        assert 0 < row["n_gpu_experts"] < 64
+        assert 0 < row["hit_rate"] < 1
+        assert 0 < row["routing_entropy"] <= 4
+        assert (row["cpu_gbps"] is None) == (row["n_prompt"] > 0)
+        assert row["gpu_gbps"] is None
+        assert row["model_n_params"] == 7_358_976
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_the_limit_is_that_of_the_bytes_and_products_of_the_model() -> None:
+    """Four layers, 4 of 16 experts of 3 x 256 x 128 in bfloat16, the rest in float32; by hand."""
+    prompt, decode, both = records(*SMALL, "-pg", "8,4")
+    expert = 3 * 256 * 128 * 2
+    # embedding (tied: it is the head), norms, and per layer q, k, v, o, q/k norm, router
+    layer = (8 + 2 + 2) * 32 * 256 + 256 * 8 * 32 + 2 * 32 + 16 * 256 + 2 * 256
+    dense = 4 * (1536 * 256 + 256 + 4 * layer)
+    kv = 4 * 2 * 2 * 32 * 4
+    token_bytes = 4 * 4 * expert + dense + kv * (1 + 2 + 3 + 4) / 4
+    assert decode["limit_ts"] == pytest.approx(10e9 / token_bytes)
+    assert decode["cpu_gbps"] == pytest.approx(16 * expert * decode["median_ts"] / 1e9)
+    flops = 2 * (8 * (4 * layer + 16 * expert / 2) + 2 * 8 * 32 * 4 * 36 + 1536 * 256)
+    assert prompt["limit_ts"] <= 8 / (flops / 0.1e12)  # or its weights' bytes, which take longer
+    assert prompt["limit_ts"] >= 8 / ((64 * expert + dense) / 10e9)
+    more_kv = kv * 8 * 4  # written behind the prompt
+    decode_s = 4 / decode["limit_ts"] + more_kv / 10e9
+    prompt_s = 8 / prompt["limit_ts"]  # the same prompts
+    assert both["limit_ts"] == pytest.approx(12 / (prompt_s + decode_s))
+
+
+@pytest.mark.usefixtures("known_peaks")
+@pytest.mark.parametrize("routing", ["model", "zipf:1.2", "sticky:0.9"])
+def test_runs_of_one_seed_route_alike(routing: str) -> None:
+    def routed(seed: str) -> tuple[float, ...]:
+        rows = records(*SMALL, "--routing", routing, "--seed", seed, "--vram-gb", "0.05")
+        assert {row["routing"] for row in rows} == {routing}
+        return *(row["routing_entropy"] for row in rows), *(row["hit_rate"] for row in rows)
+
+    assert routed("1") == routed("1") != routed("2")
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_csv_has_the_columns_of_json() -> None:
+    done = run("-p", "0", "-n", "3", "-r", "1", "-o", "csv", "--routing", "uniform")
+    assert done.exit_code == 0, done.output
+    [row] = csv.DictReader(io.StringIO(done.stdout))
+    assert row.keys() >= LLAMA_BENCH | OURS
+    assert row["routing"] == "uniform"
+    assert json.loads(row["samples_ns"]) == [int(row["avg_ns"])]
+    assert float(row["avg_ts"]) == pytest.approx(3 * NS / int(row["avg_ns"]))
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_markdown_is_a_table_on_stdout_and_progress_is_not() -> None:
+    done = run("-p", "8", "-n", "3", "-r", "2", "-d", "16")
+    assert done.exit_code == 0, done.output
+    head, rule, *rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in head.split("|")[5:7]] == ["test", "t/s"]
+    assert set(rule) == set("|-: ")
+    assert ["pp8 @ d16" in rows[0], "tg3 @ d16" in rows[1], len(rows)] == [True, True, 2]
+    assert all(" ± " in row for row in rows)
+    assert "limits from: CPU reads 10.0 GB/s, products 0.1 TFLOP/s" in done.stdout
+    assert "tg3 @ d16, batch 1: " in done.stderr
+    assert "batch 1:" not in done.stdout
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_its_figures() -> None:
+    shape = ("--device", "cuda", "--shape", "olmoe-1b-7b", "--vram-gb", "6")
+    rows = records(*SMALL, *shape, "--cpu-threads", "4", "--routing", "uniform")
+    for row in rows:
+        assert 0 < row["hit_rate"] < 1
+        assert 0 < row["ratio"] < 1.1
+        assert 0 < row["peak_vram_bytes"] <= 6 << 30
+        assert row["peak_joint_gbps"] >= row["peak_cpu_read_gbps"] > 0
+        assert row["peak_gpu_read_gbps"] > row["peak_pcie_gbps"] > 1
+    assert rows[1]["gpu_gbps"] < rows[1]["peak_gpu_read_gbps"]
+    assert 0 < rows[1]["cpu_gbps"] < rows[1]["peak_joint_gbps"]
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_a_shape_has_seeded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {
+        **SHAPES["olmoe-1b-7b"],
+        **{"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_experts": 8},
+        **{"intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4},
+    }
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
+    rows = records(*SMALL, "--shape", "tiny")
+    assert {row["model_type"] for row in rows} == {"tiny bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--routing", "unifrom"), 1, "unknown routing 'unifrom'; did you mean 'uniform'?"),
+        (("--routing", "zipff:1.2"), 1, "did you mean 'zipf:1.2'?"),
+        (("--shape", "qwen3-30b"), 1, "did you mean 'qwen3-30b-a3b'?"),
+        (("-m", "builtin", "--shape", "olmoe-1b-7b"), 2, "not both"),
+        (("-p", "0", "-n", "0"), 1, "there is nothing to measure"),
+        (("-p", "512,x"), 2, "'512,x' is not a list of numbers"),
+        (("-pg", "512"), 2, "'512' is not a prompt's and an answer's length"),
+        (("-pg", "512,0"), 2, "as in 512,128"),
+        (("--batch", "0"), 2, "'0' is not a list of numbers from 1 on"),
+        (("-p", "5000"), 1, "hint: use -p or -n, with -d, of 4096 or less"),
+        (("-p", "4000", "-r", "1", "--batch", "9", "--vram-gb", "0.07"), 1, "has room for"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], code: int, said: str) -> None:
+    done = run(*arguments)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

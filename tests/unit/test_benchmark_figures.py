@@ -1,0 +1,231 @@
+"""What a benchmark computes from counts and shapes, against brute force and by hand."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fiddler.benchmark.cases import Case, make_cases
+from fiddler.benchmark.report import as_csv, markdown
+from fiddler.benchmark.tally import Tally
+from fiddler.benchmark.work import prompt_flops, seen_tokens
+from fiddler.errors import ConfigError
+from fiddler.models.registry import parse_config
+from offload.placement import Placement
+
+PLACEMENT = Placement.of([{0, 1}, {2}])
+
+CONFIG = parse_config(
+    {
+        "model_type": "qwen2_moe",
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 7,
+        "moe_intermediate_size": 5,
+        "shared_expert_intermediate_size": 6,
+        "num_experts": 10,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+        "max_position_embeddings": 64,
+        "dtype": "bfloat16",
+    }
+)
+
+
+# --- tests ---
+
+
+def test_cases_are_all_combinations_named_as_llama_bench_does() -> None:
+    cases = make_cases([512, 0], [128], [(512, 64)], [0, 4096], [1, 4])
+    assert [(case.name, case.n_parallel) for case in cases] == [
+        (name, batch)
+        for batch in (1, 4)
+        for depth in ("", " @ d4096")
+        for name in (f"pp512{depth}", f"tg128{depth}", f"pp512+tg64{depth}")
+    ]
+    assert [case.num_tokens for case in cases[-3:]] == [2048, 512, 2304]
+    assert [case.prompt_end for case in cases[-3:]] == [4608, 4096, 4608]
+    assert [case.length for case in cases[-3:]] == [4608, 4224, 4672]
+
+
+def test_pages_are_counted_by_request() -> None:
+    case = Case(n_prompt=17, n_gen=0, n_depth=16, n_parallel=3)
+    assert case.num_pages(16) == 9
+
+
+def test_nothing_to_measure_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        make_cases([0], [0], [], [0], [1])
+
+
+# --- experts used ---
+
+
+# by layer, a permutation for each token of which the first two are its experts
+STEPS = st.lists(
+    st.dictionaries(st.integers(0, 1), st.lists(st.permutations(range(4)), min_size=1, max_size=5)),
+    min_size=1,
+    max_size=4,
+)
+Steps = list[dict[int, list[list[int]]]]
+
+
+def tally_of(steps: Steps) -> Tally:
+    tally = Tally(2, 4)
+    for step in steps:
+        tally.add({layer: np.array(rows, np.int16)[:, :2] for layer, rows in step.items()})
+    return tally
+
+
+@given(STEPS)
+def test_the_tally_counts_as_brute_force_does(steps: Steps) -> None:
+    tally = tally_of(steps)
+    hot = cold = hot_pairs = pairs = 0
+    for step in steps:
+        for layer, rows in step.items():
+            ids_TK = np.array(rows)[:, :2]
+            chosen = ids_TK.ravel().tolist()
+            resident = PLACEMENT.resident[layer]
+            hot += len(set(chosen) & resident)
+            cold += len(set(chosen) - resident)
+            hot_pairs += sum(expert in resident for expert in chosen)
+            pairs += len(chosen)
+    assert (tally.hot_reads(PLACEMENT), tally.num_reads) == (hot, hot + cold)
+    assert tally.num_steps == len(steps)
+    assert tally.hit_rate(PLACEMENT) == pytest.approx(hot_pairs / pairs if pairs else 0.0)
+
+
+@given(STEPS, st.integers(0, 8))
+def test_no_placement_of_as_many_experts_meets_more_reads(steps: Steps, num_resident: int) -> None:
+    tally = tally_of(steps)
+    experts = [(layer, expert) for layer in range(2) for expert in range(4)]
+    assert tally.best_hot_reads(num_resident) == max(
+        tally.hot_reads(Placement.of([[e for la, e in chosen if la == layer] for layer in (0, 1)]))
+        for chosen in itertools.combinations(experts, num_resident)
+    )
+
+
+@given(STEPS, STEPS)
+def test_tallies_add_up(first: Steps, second: Steps) -> None:
+    total, expected = tally_of(first) + tally_of(second), tally_of(first + second)
+    np.testing.assert_array_equal(total.counts_LE, expected.counts_LE)
+    np.testing.assert_array_equal(total.reads_LE, expected.reads_LE)
+    assert total.num_steps == expected.num_steps
+
+
+def test_entropy_is_the_mean_over_layers_with_experts() -> None:
+    tally = Tally(3, 4)
+    assert tally.entropy_bits == 0.0
+    tally.add({0: np.array([[0, 1], [2, 3]]), 2: np.array([[1], [1]])})
+    assert tally.entropy_bits == pytest.approx((2.0 + 0.0) / 2)
+
+
+# --- work ---
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 40), st.sets(st.integers(0, 2)))
+def test_seen_tokens(start: int, count: int, window: int, layers: set[int]) -> None:
+    config = replace(CONFIG, sliding_window=window, window_layers=frozenset(layers))
+    expected = sum(
+        min(position + 1, window) if layer in layers else position + 1
+        for layer in range(3)
+        for position in range(start, start + count)
+    )
+    assert seen_tokens(config, range(start, start + count)) == expected
+
+
+def test_prompt_flops_by_hand() -> None:
+    norms, qkv, out = 2 * 8, (8 + 2 * 4) * 8 + (8 + 2 * 4), 8 * 8
+    shared_router, router = 8, 10 * 8
+    moe_layer = norms + qkv + out + router + 3 * 8 * 6 + shared_router + 2 * (3 * 8 * 5)
+    dense_layer = norms + qkv + out + 3 * 8 * 7
+    per_token = 2 * moe_layer + dense_layer
+    seen = 3 * (5 + 6 + 7)  # positions 4 to 6
+    attention = 2 * 4 * 2 * seen  # query times key, and weight times value, of 4 heads of 2
+    assert prompt_flops(CONFIG, 4, 7) == 2 * (3 * per_token + attention + 50 * 8)
+
+
+# --- tables ---
+
+
+def record(**changes: object) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "build_commit": "abc1234",
+        "cpu_info": "Test CPU",
+        "gpu_info": "",
+        "model_type": "test bfloat16",
+        "model_size": 3 << 30,
+        "model_n_params": 1_610_000_000,
+        "n_threads": 8,
+        "n_parallel": 1,
+        "n_prompt": 512,
+        "n_gen": 0,
+        "n_depth": 0,
+        "median_ts": 1234.5678,
+        "stddev_ts": 1.234,
+        "samples_ns": [1, 2],
+        "routing": "model",
+        "n_gpu_experts": 0,
+        "hit_rate": 0.0,
+        "routing_entropy": 6.123,
+        "cpu_gbps": None,
+        "gpu_gbps": None,
+        "peak_vram_bytes": 0,
+        "limit_ts": 5000.0,
+        "ratio": 0.2469,
+        "peak_cpu_read_gbps": 100.04,
+        "peak_joint_gbps": 120.0,
+        "peak_pcie_gbps": 0.0,
+        "peak_gpu_read_gbps": 0.0,
+        "peak_gemm_tflops": 1.2345,
+    }
+    return fields | changes
+
+
+def test_the_table_shows_what_applies() -> None:
+    lines = markdown([record()]).splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
+        *("model", "size", "params", "routing", "test", "t/s", "limit", "ratio", "entropy")
+    ]
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
+        *("test bfloat16", "3.0 GiB", "1.61 B", "model", "pp512", "1234.57 ± 1.23", "5000.00"),
+        *("0.247", "6.12 bits"),
+    ]
+    assert len(set(map(len, lines[:3]))) == 1
+    assert lines[4] == "limits from: CPU reads 100.0 GB/s, products 1.23 TFLOP/s"
+    assert lines[5] == "build: abc1234; Test CPU, 8 threads"
+
+
+def test_a_gpu_and_a_batch_bring_their_columns() -> None:
+    gpu = {
+        "gpu_info": "Test GPU",
+        "n_gpu_experts": 99,
+        "hit_rate": 0.25,
+        "peak_vram_bytes": 1 << 34,
+    }
+    peaks = {"peak_pcie_gbps": 50.0, "peak_gpu_read_gbps": 3000.0, "peak_gemm_tflops": 612.0}
+    shared = gpu | peaks
+    decode = {"n_prompt": 0, "n_gen": 16, "n_depth": 64, "n_parallel": 4}
+    decode |= {"cpu_gbps": 51.0, "gpu_gbps": 1234.5}
+    lines = markdown([record(**shared), record(**shared, **decode)]).splitlines()
+    for heading in ("batch", "GPU experts", "hits", "CPU GB/s", "GPU GB/s", "VRAM"):
+        assert f" {heading} " in lines[0]
+    assert "tg16 @ d64" in lines[3]
+    assert "25.0%" in lines[3]
+    assert " 51.00 | 1,234.50 |" in lines[3]
+    assert "16.0 GiB" in lines[3]
+    assert "PCIe alone 50.0, GPU reads 3,000, products 612 TFLOP/s" in lines[5]
+    assert lines[6].endswith("Test CPU, 8 threads, Test GPU")
+
+
+def test_csv_keeps_lists_and_leaves_empty_what_does_not_apply() -> None:
+    head, row = as_csv([record()]).splitlines()
+    cells = dict(zip(head.split(","), row.replace('"[1, 2]"', "lists").split(","), strict=True))
+    assert cells["samples_ns"] == "lists"
+    assert cells["cpu_gbps"] == ""
