@@ -321,6 +321,7 @@ def _decode_kernel(
             HAS_CAP,
             HAS_ALIBI,
             False,
+            HAS_POSITIONS,
             True,
         )
         part_MD, lse_log2_M = finish_softmax(max_M, sum_M, acc_MD)

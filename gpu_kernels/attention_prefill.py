@@ -270,6 +270,7 @@ def _prefill_kernel(
             HAS_ALIBI,
             HAS_MASK and IS_MASKED,
             IS_MASKED,
+            IS_MASKED,
         )
     if HAS_SINKS:
         sink_log2_M = tl.load(sinks_ptr + head_M) * IN_KERNEL_LOG2_E

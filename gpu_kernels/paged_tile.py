@@ -105,24 +105,25 @@ def attend(
     HAS_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """Fold the keys of positions ``[begin, end)`` into the running softmax (max, sum, acc).
 
-    With ``IS_MASKED`` a row sees positions ``[oldest_M, position_M]`` of them; without, every row
-    sees all, and their number is a multiple of BLOCK_N. ``entries_ptr``: the request's pages.
+    With ``HAS_LIMITS`` a row sees positions ``[oldest_M, position_M]`` of them; without, every row
+    sees all. Without ``IS_MASKED`` too, and their number is a multiple of BLOCK_N.
+    ``entries_ptr``: the request's pages.
     """
     d_D = tl.arange(0, BLOCK_D)
     n_N = tl.arange(0, BLOCK_N)
-    scale_M = scale_log2
     HALF: tl.constexpr = IS_QUANTISED and tl.float32 != q_MD.dtype
     if HALF:
-        # codes are exact in float16 and soon converted to it, but it lacks bfloat16's range: rows
-        # of q are scaled to 1 and sums of values by VALUE_SCALE
-        largest_M = tl.max(tl.abs(q_MD.to(tl.float32)), 1)
-        largest_M = tl.where(largest_M > 0.0, largest_M, 1.0)
-        q_MD = (q_MD.to(tl.float32) / largest_M[:, None]).to(tl.float16)
-        scale_M = (largest_M * scale_log2)[:, None]
+        # codes are exact in float16 and soon converted to it, but it lacks bfloat16's range: q is
+        # scaled to 1 and sums of values by VALUE_SCALE
+        largest = tl.max(tl.abs(q_MD.to(tl.float32)))
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        q_MD = (q_MD.to(tl.float32) / largest).to(tl.float16)
+        scale_log2 *= largest
         acc_MD *= VALUE_SCALE
     for tile_begin in range(begin, end, BLOCK_N):
         pos_N = tile_begin + n_N
@@ -140,15 +141,18 @@ def attend(
         if IS_QUANTISED:
             scale_ptr_N = head_scales_ptr + page_N * (2 * stride_scales) + pos_N % PAGE_SIZE
             k_scale_N = tl.load(scale_ptr_N, mask=is_token_N, other=0.0)
-            logits_MN = logits_MN * k_scale_N[None, :]
-        logits_MN = logits_MN * scale_M
+            logits_MN = logits_MN * (k_scale_N * scale_log2)[None, :]
+        else:
+            logits_MN = logits_MN * scale_log2
         if HAS_CAP:
             logits_MN = (1.0 - 2.0 / (tl.exp2(logits_MN) + 1.0)) * cap_log2
         if HAS_ALIBI:
             logits_MN += slope_M[:, None] * (pos_N[None, :] - position_M[:, None]).to(tl.float32)
         if IS_MASKED:
-            keep_MN = (pos_N[None, :] <= position_M[:, None]) & is_token_N[None, :]
-            keep_MN = keep_MN & (pos_N[None, :] >= oldest_M[:, None])
+            keep_MN = is_token_N[None, :]
+            if HAS_LIMITS:
+                keep_MN = keep_MN & (pos_N[None, :] <= position_M[:, None])
+                keep_MN = keep_MN & (pos_N[None, :] >= oldest_M[:, None])
             if HAS_MASK:
                 mask_ptr_MN = mask_row_ptr_M[:, None] + pos_N[None, :]
                 keep_MN = keep_MN & (tl.load(mask_ptr_MN, mask=keep_MN, other=0) != 0)
@@ -168,7 +172,12 @@ def attend(
             if HALF:
                 v_scale_N *= VALUE_SCALE
             p_MN = p_MN * v_scale_N[None, :]
-        acc_MD = acc_MD * decay_M[:, None]
+        if IS_QUANTISED:
+            # a new largest logit is rare; instructions, not bytes, are scarce here
+            if tl.max((decay_M != 1.0).to(tl.int32)) > 0:
+                acc_MD = acc_MD * decay_M[:, None]
+        else:
+            acc_MD = acc_MD * decay_M[:, None]
         # not in place: products take pairs of tokens, which bytes of a row would be gathered for
         v_ND = widen(v_ND, q_MD.dtype, IN_PLACE=False)
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision="ieee")
