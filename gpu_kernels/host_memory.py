@@ -6,7 +6,6 @@ that another stream sends takes 6 ms. Kernels need no copy engine.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -89,7 +89,7 @@ class ExpertStore:
         num_threads: int,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Write every expert to its place, ``num_threads`` at a time, and pin what a GPU is to read.
+        """Write every expert to its place, ``num_threads`` at a time; pin what a GPU is to read.
 
         ``on_progress(done, total)`` counts experts. The first error ends the filling. Where the
         driver pins no more, a RuntimeWarning says so: copies from the rest are then slower.

@@ -8,6 +8,8 @@ the tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+LEAST_TOKENS = 33  # of a step that goes this way; the kernels for decoding take up to 32
+
 # What passes in a layer besides its experts, while the link goes on: attention, norms, router,
 # launches. Measured as about a millisecond for 512 tokens; only the next layer's copies depend on
 # it.
@@ -73,7 +75,7 @@ class LinkClock:
     backlog_s: float = 0.0
 
     def pass_layer(self, *, own_s: float, ahead_s: float, cpu_s: float) -> None:
-        """A layer that sent ``own_s`` for itself, then ``ahead_s``, while the CPU took ``cpu_s``."""
+        """A layer that sent ``own_s`` for itself, then ``ahead_s``; the CPU took ``cpu_s``."""
         own_end_s = self.backlog_s + own_s
         next_s = max(own_end_s, cpu_s) + GAP_S
         self.backlog_s = max(0.0, own_end_s + ahead_s - next_s)

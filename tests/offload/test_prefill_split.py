@@ -12,7 +12,12 @@ seconds = st.floats(0, 10)
 
 
 def end_s(
-    counts: list[int], on_cpu: set[int], slope: float, copy_s: float, queued_s: float, start_s: float
+    counts: list[int],
+    on_cpu: set[int],
+    slope: float,
+    copy_s: float,
+    queued_s: float,
+    start_s: float,
 ) -> float:
     """When the slower side ends; the CPU needs half a second an expert and ``slope`` a token."""
     cpu_s = sum(0.5 + slope * counts[e] for e in on_cpu) + (start_s if on_cpu else 0.0)
