@@ -1,7 +1,7 @@
-"""Reads pinned host memory from a kernel, over PCIe, in the order of the current stream.
+"""Reads and writes pinned host memory from kernels, over PCIe, in the order of the current stream.
 
-A copy would do, but copies to the device wait for each other: a small one behind 300 MB of weights
-that another stream sends takes 6 ms. Kernels need no copy engine.
+A copy would do, but copies wait for each other: a small one behind 300 MB of weights that another
+stream sends takes 6 ms. Kernels need no copy engine.
 """
 
 from __future__ import annotations
@@ -26,8 +26,20 @@ def read_host(host: Tensor, out: Tensor, *, add: Tensor | None = None) -> Tensor
         assert add.dtype == out.dtype
     if out.numel() > 0:
         grid = (triton.cdiv(out.numel(), BLOCK),)
-        _read_kernel[grid](host, add, out, out.numel(), BLOCK=BLOCK)
+        _move_kernel[grid](host, add, out, out.numel(), BLOCK=BLOCK)
     return out
+
+
+def write_host(values: Tensor, host: Tensor) -> Tensor:
+    """``host = values`` in ``host``'s dtype, for contiguous tensors of one shape.
+
+    The host sees it once it has waited for an event that comes later in the stream.
+    """
+    assert values.is_contiguous() and host.is_contiguous() and values.shape == host.shape
+    if host.numel() > 0:
+        grid = (triton.cdiv(host.numel(), BLOCK),)
+        _move_kernel[grid](values, None, host, host.numel(), BLOCK=BLOCK)
+    return host
 
 
 def read_host_reference(host: Tensor, *, add: Tensor | None = None) -> Tensor:
@@ -36,10 +48,10 @@ def read_host_reference(host: Tensor, *, add: Tensor | None = None) -> Tensor:
 
 
 @triton.jit
-def _read_kernel(host_ptr, add_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _move_kernel(in_ptr, add_ptr, out_ptr, size, BLOCK: tl.constexpr):
     i_B = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask_B = i_B < size
-    value_B = tl.load(host_ptr + i_B, mask=mask_B, other=0)
+    value_B = tl.load(in_ptr + i_B, mask=mask_B, other=0)
     if add_ptr is not None:
         value_B += tl.load(add_ptr + i_B, mask=mask_B, other=0)
-    tl.store(out_ptr + i_B, value_B, mask=mask_B)
+    tl.store(out_ptr + i_B, value_B.to(out_ptr.dtype.element_ty), mask=mask_B)

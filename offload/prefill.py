@@ -3,7 +3,7 @@
 The device computes the residents and the cold experts that the link brings; the CPU computes some
 cold experts meanwhile (:mod:`offload.prefill_split`), and what it sums up is added last.
 
-Ordering: ``launch`` copies the routing to the host and waits for it, once a layer; so everything
+Ordering: ``launch`` writes the routing to the host and waits for it, once a layer; so everything
 that earlier layers have read of host buffers is done by then. Next it asks for copies, as many as
 the ring has room for, starts the pool, and gives the device its kernels; after each bank's kernels
 the bank goes back to the ring and the next copy is asked for: first the rest of this layer's, then
@@ -28,7 +28,7 @@ import torch
 
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.kernel_paths import Activations
-from gpu_kernels.host_memory import read_host
+from gpu_kernels.host_memory import read_host, write_host
 from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.host_buffers import HostBuffers, HostRows
@@ -65,7 +65,7 @@ class PrefillExperts:
         self._pool, self._costs = pool, costs
         self._num_experts, self._hidden, self._top_k = shape.num_experts, shape.hidden_size, top_k
         self._host = HostBuffers(max_tokens, shape.hidden_size, top_k, pin=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._written = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._side = DeviceSide(
             stream,
             num_experts=shape.num_experts,
@@ -113,15 +113,14 @@ class PrefillExperts:
         parts = self._layers[layer]
         ids_TK, weights_TK = ids_TK.int().contiguous(), weights_TK.contiguous()
         rows = self._host.rows(len(x_TH))
-        rows.ids_TK.copy_(ids_TK, non_blocking=True)
-        self._wait_for_copies()
+        write_host(ids_TK, rows.ids_TK)
+        self._wait_for_stream()
         on_routing(rows.arrays[1])
         counts_E = np.bincount(rows.arrays[1].ravel(), minlength=self._num_experts)
         cpu_rows, work = self._divide(parts, counts_E)
         if cpu_rows:
-            # converted where they lie: between types a copy from the device takes a detour
-            rows.x_TH.copy_(x_TH.float(), non_blocking=True)
-            rows.weights_TK.copy_(weights_TK, non_blocking=True)
+            write_host(x_TH.contiguous(), rows.x_TH)
+            write_host(weights_TK, rows.weights_TK)
         work.send()
         if cpu_rows:
             self._start_pool(parts, cpu_rows, rows)
@@ -130,7 +129,7 @@ class PrefillExperts:
 
     def clear(self) -> None:
         """Let the pool forget the layers, and give back the ring once no copy is under way."""
-        if self._copied is not None:
+        if self._written is not None:
             torch.cuda.synchronize()
         for parts in self._layers.values():
             if parts.pool_layer is not None:
@@ -195,17 +194,17 @@ class PrefillExperts:
 
     def _start_pool(self, parts: LayerParts, cpu_rows: Sequence[int], rows: HostRows) -> None:
         """Once its input has come; choices that are not the CPU's are taken out of its ids."""
-        self._wait_for_copies()
+        self._wait_for_stream()
         is_others_E = np.ones(self._num_experts, dtype=bool)
         is_others_E[parts.cold_C[cpu_rows]] = False
         x, ids, weights, out = rows.arrays
         ids[is_others_E[ids]] = -1
         self._pool.submit(parts.pool_layer, x, ids, weights, out)
 
-    def _wait_for_copies(self) -> None:
-        if self._copied is not None:
-            self._copied.record()
-            self._copied.synchronize()
+    def _wait_for_stream(self) -> None:
+        if self._written is not None:
+            self._written.record()
+            self._written.synchronize()
 
 
 def make_prefill(

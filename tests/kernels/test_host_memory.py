@@ -4,7 +4,7 @@ import pytest
 import torch
 from paged_batch import DEVICE
 
-from gpu_kernels.host_memory import BLOCK, read_host, read_host_reference
+from gpu_kernels.host_memory import BLOCK, read_host, read_host_reference, write_host
 
 
 def on_host(*shape: int) -> torch.Tensor:
@@ -20,6 +20,18 @@ def test_equals_torch(shape: tuple[int, ...], adds: bool) -> None:
     out = torch.full(shape, float("nan"), device=DEVICE)
     assert read_host(host, out, add=add) is out
     assert torch.equal(out.cpu(), read_host_reference(host, add=add).cpu())
+
+
+@pytest.mark.parametrize("shape", [(0,), (7, 5), (2 * BLOCK + 3,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_writes_convert(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    values = torch.randn(shape).to(DEVICE, dtype)
+    host = torch.full_like(on_host(*shape), float("nan"))
+    host = host.pin_memory() if DEVICE == "cuda" else host
+    assert write_host(values, host) is host
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(host, values.float().cpu())
 
 
 def test_integers_and_sums_in_place() -> None:
