@@ -301,9 +301,11 @@ def _fill_store(
     def fill_expert(layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> None:
         load_expert_into(source, config, layer, expert, w13_FH, w2_HI)
 
+    expert_bytes = 3 * config.hidden_size * config.expert_size * store.dtype.itemsize
+
     def report(done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress("experts", done, total)
+            on_progress("experts", done * expert_bytes, total * expert_bytes)
 
     store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
     return store

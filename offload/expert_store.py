@@ -12,8 +12,9 @@ Shapes: S slots, C rows on the CPU side, F = 2I, H hidden, I expert width.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,8 +103,9 @@ class ExpertStore:
 
         pins: list[Future[None]] = []
         with (
+            _one_torch_thread_each() as one_thread,
             ThreadPoolExecutor(PIN_THREADS, thread_name_prefix="fiddler-pin") as pinners,
-            ThreadPoolExecutor(num_threads, thread_name_prefix="fiddler-load") as readers,
+            ThreadPoolExecutor(num_threads, "fiddler-load", initializer=one_thread) as readers,
         ):
             for done, (layer, expert) in enumerate(readers.map(fill_one, work), start=1):
                 if expert == self.shape.num_experts - 1:  # in order: the layer is full
@@ -114,7 +116,8 @@ class ExpertStore:
         for error in refused[:1]:
             if not isinstance(error, PinError):
                 raise error
-            warnings.warn(_pageable_text(error, len(refused), len(self._cold)), stacklevel=2)
+            text = _pageable_text(error, len(refused), len(self._cold))
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _pin(self, layer: int) -> None:
         if self._pinned is not None and layer in self._cold:
@@ -156,6 +159,20 @@ class ExpertStore:
             rows.w13_CFH if rows else torch.empty(0, f, h, dtype=dtype),
             rows.w2_CHI if rows else torch.empty(0, h, i, dtype=dtype),
         )
+
+
+@contextmanager
+def _one_torch_thread_each() -> Iterator[Callable[[], None]]:
+    """What reader threads start with: 16 of them with 16 threads of torch's each only fight.
+
+    torch gives the last number that any thread has set to threads that come later: so the caller
+    sets its own once more.
+    """
+    before = torch.get_num_threads()
+    try:
+        yield lambda: torch.set_num_threads(1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pageable_text(error: PinError, num_refused: int, num_layers: int) -> str:
