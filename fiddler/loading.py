@@ -42,10 +42,12 @@ from offload.executor import HybridExperts, needs_warm_up, warm_up
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.hardware import Hardware, probe
 from offload.layout import MARGIN_FIXED_BYTES
-from offload.plan import Plan
+from offload.plan import GpuSide, Plan
+from offload.prefill_costs import prefill_activations
 
 Progress = Callable[[str, int, int], None]  # what is loaded, done, total
-LOAD_THREADS = 4
+# Readers copy from mapped files or draw numbers, without Python's lock: one a core.
+LOAD_THREADS = max(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,12 +220,18 @@ def _start_pool(
         )
     expert_dtype: torch.dtype = getattr(torch, dtypes.expert)
     has_cold = plan.memory.cpu_experts > 0
-    compiles = needs_compile() or (has_cold and needs_warm_up(expert_dtype))
+    # what hidden states are rounded to: in steps of few tokens, and of many beside a GPU
+    kernels: list[tuple[Any, ...]] = [(expert_dtype,)] if has_cold else []
+    if has_cold and plan.gpu_side is GpuSide.CUDA:
+        kernels.append(
+            (expert_dtype, prefill_activations(getattr(torch, dtypes.compute), expert_dtype))
+        )
+    compiles = needs_compile() or any(needs_warm_up(*which) for which in kernels)
     report = on_progress if on_progress is not None and compiles else _no_progress
     report("compiling CPU kernels, once", 0, 1)
     pool = ExpertPool(settings.cpu_threads or measured_num_threads())
-    if has_cold:
-        warm_up(pool, expert_dtype)
+    for which in kernels:
+        warm_up(pool, *which)
     report("compiling CPU kernels, once", 1, 1)
     return pool
 
@@ -247,13 +255,18 @@ def _load_weights(
     dtype: torch.dtype = getattr(torch, dtypes.compute)
     dense = load_dense(source, config, device=device, dtype=dtype)
     store = _fill_store(source, config, plan, dtypes, device, on_progress, resources)
-    experts = HybridExperts(
-        store,
-        pool,
-        device=device,
-        max_tokens=max(settings.max_batched_tokens, settings.max_num_seqs),
-        top_k=config.top_k,
-    )
+    sizes = {
+        "max_tokens": max(settings.max_batched_tokens, settings.max_num_seqs),
+        "top_k": config.top_k,
+    }
+    prefill = None
+    if device.type == "cuda":
+        from offload.prefill import make_prefill  # triton wants a GPU
+
+        prefill = make_prefill(
+            store, pool, num_slots=plan.staging_slots, device=device, dtype=dtype, **sizes
+        )
+    experts = HybridExperts(store, pool, device=device, prefill=prefill, **sizes)
     resources.callback(experts.clear)
     runner = Runner(
         Decoder(config, dense, _kernels(config, plan, device), experts),
@@ -302,9 +315,11 @@ def _fill_store(
     def fill_expert(layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> None:
         load_expert_into(source, config, layer, expert, w13_FH, w2_HI)
 
+    expert_bytes = 3 * config.hidden_size * config.expert_size * store.dtype.itemsize
+
     def report(done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress("experts", done, total)
+            on_progress("experts", done * expert_bytes, total * expert_bytes)
 
     store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
     return store

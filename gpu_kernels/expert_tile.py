@@ -105,8 +105,9 @@ def _dense_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC:
             mask_1D = (first + d_D < DEPTH)[None, :]
             a_MD = tl.load(a_ptr_MD + first, mask=mask_1D, other=0.0)
             b_MD = tl.load(b_ptr_MD + first, mask=mask_1D, other=0.0)
-        a_MN = tl.dot(a_MD, tl.trans(x_ND), a_MN, input_precision="ieee")
-        b_MN = tl.dot(b_MD, tl.trans(x_ND), b_MN, input_precision="ieee")
+        # bf16 weights of float32 columns are widened, which is exact
+        a_MN = tl.dot(a_MD.to(x_ND.dtype), tl.trans(x_ND), a_MN, input_precision="ieee")
+        b_MN = tl.dot(b_MD.to(x_ND.dtype), tl.trans(x_ND), b_MN, input_precision="ieee")
     return a_MN, b_MN
 
 

@@ -75,7 +75,8 @@ class PackedLayout:
 class DenseWeights:
     """Row-major ``w13_SFH`` (gate rows, then up rows) and ``w2_SHI`` in x's dtype.
 
-    Slots may be strided; the rows of one slot are contiguous.
+    Half-precision weights also serve a float32 x, for which they are widened. Slots may be strided;
+    the rows of one slot are contiguous.
     """
 
     w13_SFH: Tensor
@@ -169,7 +170,8 @@ def check_routing(
     assert hidden == layer.hidden and x_TH.dtype in FLOAT_DTYPES
     assert x_TH.stride(1) == 1, x_TH.stride()
     if isinstance(layer.weights, DenseWeights):
-        assert layer.weights.w2_SHI.dtype == x_TH.dtype, "dense weights must have x's dtype"
+        dtype = layer.weights.w2_SHI.dtype
+        assert x_TH.dtype in (dtype, torch.float32), "x must be float32 or as the weights"
     assert ids_TK.ndim == 2 and ids_TK.shape[0] == num_tokens and ids_TK.shape[1] > 0
     assert ids_TK.dtype == torch.int32 and ids_TK.is_contiguous()
     assert weights_TK.shape == ids_TK.shape and weights_TK.dtype == torch.float32

@@ -2,8 +2,12 @@
 
 Launches: two group the pairs (``expert_grouping``), one computes gate, up and activation, one the
 down projection, one adds each token's choices up in their order. No host sync, no atomics.
+
+Experts whose weights lie in several places, or come one after the other, share one grouping: their
+slots are numbered through, :func:`grouped_products` runs for one range of them at a time, and the
+choices are added up once, after the last range. So sums do not depend on how slots were divided.
 Shapes: T tokens, K choices of a token, P = T * K pairs, E experts, S slots, H hidden, I width;
-in kernels N columns (pairs) of a tile, B slots padded to a power of two.
+in kernels N columns (pairs) of a tile, B bins, slots padded to a power of two.
 """
 
 from __future__ import annotations
@@ -68,18 +72,47 @@ def grouped_experts(
         return out
     if workspace is None:
         workspace = GroupedWorkspace.make(layer, num_pairs, x_TH.dtype)
+    if config is None:
+        config = prefill_config(layer, num_pairs, x_TH.dtype)
+    groups = group_pairs(ids_TK, slot_E, layer.num_slots)
+    grouped_products(x_TH, ids_TK, groups, layer, workspace, config=config)
+    sum_choices_of_tokens(workspace.part_PH, ids_TK, weights_TK, slot_E, out)
+    return out
+
+
+def grouped_products(
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    groups: Grouping,
+    layer: ExpertLayer,
+    workspace: GroupedWorkspace,
+    *,
+    config: ExpertConfig,
+    first_slot: int = 0,
+    num_slots: int | None = None,
+    max_pairs: int | None = None,
+) -> None:
+    """Write rows of ``workspace.part_PH``: those of the pairs that belong to a range of slots.
+
+    Slot ``first_slot + s`` of ``groups`` is slot s of ``layer``, for ``num_slots`` of them (None:
+    all of the layer's). ``max_pairs`` is a bound on the pairs that they have (None: all pairs).
+    Two calls for ranges that do not overlap may come in any order.
+    """
     act, part = workspace.act_PI, workspace.part_PH
+    num_pairs = ids_TK.numel()
     for scratch, cols in ((act, layer.width), (part, layer.hidden)):
         assert scratch.shape[0] >= num_pairs and scratch.shape[1] == cols
         assert scratch.dtype == x_TH.dtype and scratch.is_contiguous()
         assert scratch.device == x_TH.device
-    if config is None:
-        config = prefill_config(layer, num_pairs, x_TH.dtype)
-    groups = group_pairs(ids_TK, slot_E, layer.num_slots)
-    _launch("w13", x_TH, ids_TK, groups, layer, act, config.gate_up)
-    _launch("w2", act, ids_TK, groups, layer, part, config.down)
-    sum_choices_of_tokens(part, ids_TK, weights_TK, slot_E, out)
-    return out
+    slots = _Slots(
+        first_slot,
+        layer.num_slots if num_slots is None else num_slots,
+        num_pairs if max_pairs is None else max_pairs,
+    )
+    assert 0 < slots.count <= layer.num_slots
+    assert 0 <= first_slot <= len(groups.first_S1) - 1 - slots.count
+    _launch("w13", x_TH, ids_TK, groups, layer, slots, act, config.gate_up)
+    _launch("w2", act, ids_TK, groups, layer, slots, part, config.down)
 
 
 def grouped_experts_reference(
@@ -89,12 +122,22 @@ def grouped_experts_reference(
     return experts_reference(x_TH, ids_TK, weights_TK, slot_E, layer)
 
 
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """A range of a grouping's slots, and how many pairs they have at most."""
+
+    first: int
+    count: int
+    max_pairs: int
+
+
 def _launch(
     matrix: Matrix,
     x: Tensor,
     ids_TK: Tensor,
     groups: Grouping,
     layer: ExpertLayer,
+    slots: _Slots,
     out: Tensor,
     config: TileConfig,
 ) -> None:
@@ -103,7 +146,7 @@ def _launch(
     w13, w2 = matrix_views(layer.weights)
     weights, bias = (w13, layer.b13_SF) if spec.paired else (w2, layer.b2_SH)
     # a slot's last tile may be partly empty: one more tile each is always enough
-    num_groups = triton.cdiv(ids_TK.numel(), config.columns) + layer.num_slots
+    num_groups = triton.cdiv(slots.max_pairs, config.columns) + slots.count
     _grouped_kernel[(num_groups * spec.num_tiles,)](
         x,
         groups.pair_P,
@@ -113,8 +156,10 @@ def _launch(
         out,
         x.stride(0),
         weights.stride(0),
+        slots.first,
+        slots.count,
         num_groups,
-        NUM_SLOTS=layer.num_slots,
+        BINS=max(16, triton.next_power_of_2(slots.count)),
         TOP_K=ids_TK.shape[1],
         NUM_TILES=spec.num_tiles,
         NEAR=config.near,
@@ -126,15 +171,14 @@ def _launch(
 
 
 @triton.jit
-def _find_group(first_ptr, group, NUM_SLOTS: tl.constexpr, N: tl.constexpr):
+def _find_group(first_ptr, group, num_slots, N: tl.constexpr, BINS: tl.constexpr):
     """The slot that the ``group``-th tile of columns belongs to, and its pairs' first and end.
 
-    Beyond the last tile the slot is not less than NUM_SLOTS.
+    Beyond the last tile the slot is not less than ``num_slots``.
     """
-    B: tl.constexpr = triton.next_power_of_2(NUM_SLOTS)
-    slot_B = tl.arange(0, B)
-    first_B = tl.load(first_ptr + slot_B, mask=slot_B < NUM_SLOTS, other=0)
-    end_B = tl.load(first_ptr + 1 + slot_B, mask=slot_B < NUM_SLOTS, other=0)
+    slot_B = tl.arange(0, BINS)
+    first_B = tl.load(first_ptr + slot_B, mask=slot_B < num_slots, other=0)
+    end_B = tl.load(first_ptr + 1 + slot_B, mask=slot_B < num_slots, other=0)
     tiles_B = (end_B - first_B + N - 1) // N
     is_before_B = tl.cumsum(tiles_B, 0) <= group
     slot = tl.sum(is_before_B.to(tl.int32), 0)
@@ -143,7 +187,8 @@ def _find_group(first_ptr, group, NUM_SLOTS: tl.constexpr, N: tl.constexpr):
     return slot, first, tl.sum(tl.where(slot_B == slot, end_B, 0), 0)
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+# the slots are arguments, since each layer may hold another number of them
+@triton.jit(do_not_specialize=["first_slot", "num_slots", "num_groups"])
 def _grouped_kernel(
     x_ptr,
     pair_ptr,
@@ -153,8 +198,10 @@ def _grouped_kernel(
     out_ptr,
     stride_x,
     stride_slot,
+    first_slot,
+    num_slots,
     num_groups,
-    NUM_SLOTS: tl.constexpr,
+    BINS: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_TILES: tl.constexpr,
     NEAR: tl.constexpr,
@@ -167,8 +214,9 @@ def _grouped_kernel(
     num_near = tl.minimum(num_groups - first_group, NEAR)
     inside = program % (NEAR * NUM_TILES)
     N: tl.constexpr = SPEC.columns
-    slot, first, end = _find_group(first_ptr, first_group + inside % num_near, NUM_SLOTS, N)
-    if slot >= NUM_SLOTS:
+    group = first_group + inside % num_near
+    slot, first, end = _find_group(first_ptr + first_slot, group, num_slots, N, BINS)
+    if slot >= num_slots:
         return
     tile = inside // num_near
     w_ptr += slot.to(tl.int64) * stride_slot

@@ -21,11 +21,16 @@ LINE = 64  # bytes of a cache line
 
 @dataclass(frozen=True, slots=True)
 class ColdWeights:
-    """Weights of one layer: the tensors are views of what ``experts`` points to."""
+    """Weights of one layer: the tensors are views of what ``experts`` points to.
+
+    All of it lies in ``num_bytes`` from ``address`` on, which begins a page.
+    """
 
     experts: Experts
     w13_CFH: torch.Tensor
     w2_CHI: torch.Tensor
+    address: int
+    num_bytes: int
 
 
 def cold_weights(
@@ -42,7 +47,13 @@ def cold_weights(
     w2_begin = -(-2 * half // LINE) * LINE
     arena = Arena(w2_begin + half)
     w13_CFH, w2_CHI = arena.array(kind, w13_shape), arena.array(kind, w2_shape, w2_begin)
-    return ColdWeights(dense_experts(w13_CFH, w2_CHI), _tensor(w13_CFH), _tensor(w2_CHI))
+    return ColdWeights(
+        dense_experts(w13_CFH, w2_CHI),
+        _tensor(w13_CFH),
+        _tensor(w2_CHI),
+        arena.address,
+        arena.nbytes,
+    )
 
 
 def _tensor(weights: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Runs a layer's routed experts on both sides at once.
+"""Runs a layer's routed experts on both sides at once; many tokens by :mod:`offload.prefill`.
 
 Ordering: ``launch`` copies the layer's input to host buffers on the current stream and waits for
 that copy; then the worker pool reads the buffers while the device computes its own experts.
@@ -8,8 +8,9 @@ the same stream before it overwrites a buffer, so at most one layer is ever unde
 Shapes: T tokens, K top-k, H hidden, E experts, P (token, expert) pairs, M tokens of one expert.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,15 +18,27 @@ import torch.nn.functional as F
 
 from cpu_kernels.expert_pool import needs_compile
 from cpu_kernels.experts import DENSE, Experts
+from cpu_kernels.kernel_paths import Activations
 from offload.cold_weights import NUMPY_DTYPES, cold_weights
 from offload.expert_store import ExpertStore, LayerExperts
 from offload.host_buffers import HostBuffers, HostRows
+from offload.prefill_split import LEAST_TOKENS
+
+if TYPE_CHECKING:
+    from offload.prefill import PendingPrefill, PrefillExperts  # triton, for GPUs only
 
 
 class WorkerPool(Protocol):
     """The part of :class:`cpu_kernels.expert_pool.ExpertPool` that is used here."""
 
-    def add_layer(self, experts: Experts, *, place_of: np.ndarray | None = None) -> Any: ...
+    def add_layer(
+        self,
+        experts: Experts,
+        *,
+        activations: Activations = "f32",
+        place_of: np.ndarray | None = None,
+        hand_over: int | None = None,
+    ) -> Any: ...
 
     def remove_layer(self, layer: Any) -> None: ...
 
@@ -42,22 +55,26 @@ class WorkerPool(Protocol):
     def wait(self) -> None: ...
 
 
-def needs_warm_up(dtype: torch.dtype) -> bool:
+def needs_warm_up(dtype: torch.dtype, activations: Activations = "f32") -> bool:
     """Whether :func:`warm_up` will have to compile, as far as can be told."""
-    return needs_compile(DENSE[NUMPY_DTYPES[dtype]])
+    return needs_compile(DENSE[NUMPY_DTYPES[dtype]], activations)
 
 
-def warm_up(pool: WorkerPool, dtype: torch.dtype) -> None:
-    """Compile the kernels for experts of ``dtype``, by adding a layer of one small expert."""
-    pool.remove_layer(pool.add_layer(cold_weights(1, 1, 1, dtype).experts))
+def warm_up(pool: WorkerPool, dtype: torch.dtype, activations: Activations = "f32") -> None:
+    """Compile the kernels for experts of ``dtype``, by adding a layer of one small expert.
+
+    With activations other than "f32", also those around the products that are handed over.
+    """
+    experts, hand_over = cold_weights(1, 1, 1, dtype).experts, None if activations == "f32" else 1
+    pool.remove_layer(pool.add_layer(experts, activations=activations, hand_over=hand_over))
 
 
 @dataclass(slots=True)
 class StepRouting:
     """What the router chose in one step. ``ids`` has one ``[T, K]`` int16 array per MoE layer."""
 
-    hot_T: np.ndarray  # (layer, expert) pairs of each token that the GPU side computed
-    cold_T: np.ndarray
+    hot_T: np.ndarray  # (layer, expert) pairs of each token that met a resident expert
+    cold_T: np.ndarray  # those that did not, whoever computed them
     ids: dict[int, np.ndarray]
 
 
@@ -72,8 +89,11 @@ class HybridExperts:
         device: torch.device,
         max_tokens: int,
         top_k: int,
+        prefill: "PrefillExperts | None" = None,
     ) -> None:
+        """``prefill`` takes the steps of many tokens; None: they go the way of the others."""
         self._store = store
+        self._prefill = prefill
         self._pool = pool
         self._device = device
         self._top_k = top_k
@@ -92,6 +112,8 @@ class HybridExperts:
     def begin_step(self, num_tokens: int) -> None:
         """Start a new record of routing, once no worker is busy with an abandoned step."""
         self._pool.wait()
+        if self._prefill is not None and num_tokens >= LEAST_TOKENS:
+            self._prefill.begin_step(num_tokens)
         self.routing = StepRouting(
             np.zeros(num_tokens, dtype=np.int64), np.zeros(num_tokens, dtype=np.int64), {}
         )
@@ -106,8 +128,11 @@ class HybridExperts:
 
     def launch(
         self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> "PendingLayer":
+    ) -> "PendingLayer | PendingPrefill":
         """Start one layer on both sides."""
+        if self._prefill is not None and len(x_TH) >= LEAST_TOKENS:
+            record = functools.partial(self._record_ids, layer)
+            return self._prefill.launch(layer, x_TH, ids_TK, weights_TK, record)
         rows = self._to_host(x_TH, ids_TK, weights_TK)
         _, ids, _, _ = rows.arrays
         experts = self._store[layer]
@@ -130,6 +155,8 @@ class HybridExperts:
         for pool_layer in self._pool_layers.values():
             self._pool.remove_layer(pool_layer)
         self._pool_layers.clear()
+        if self._prefill is not None:
+            self._prefill.clear()
 
     def _to_host(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -143,6 +170,9 @@ class HybridExperts:
             self._copied.record()
             self._copied.synchronize()
         return rows
+
+    def _record_ids(self, layer: int, ids: np.ndarray) -> None:
+        self._record(layer, ids, self._store[layer].row_E[ids] >= 0)
 
     def _record(self, layer: int, ids: np.ndarray, cold_TK: np.ndarray) -> None:
         num_cold_T = cold_TK.sum(axis=1)

@@ -4,22 +4,30 @@ The GPU side has slots in device memory; the CPU side has rows in host memory. O
 a GPU both are host memory: torch computes the slots there, the worker pool the rows. Layout of one
 expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous.
 
+Ordering: reader threads fill, and thereby create the pages of, one layer after the other; a layer's
+host memory is pinned by other threads as soon as it is full, while the next ones are read. It is
+unpinned before it is let go.
+
 Shapes: S slots, C rows on the CPU side, F = 2I, H hidden, I expert width.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from cpu_kernels.experts import Experts
-from offload.cold_weights import cold_weights
+from offload.cold_weights import ColdWeights, cold_weights
+from offload.pinning import PinError, PinnedMemory
 from offload.placement import Placement
 
 # fill(layer, expert, w13_FH, w2_HI): write one expert's weights into the given tensors
 FillExpert = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+PIN_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +71,14 @@ class ExpertStore:
         assert len(placement.resident) == shape.num_layers
         self.shape = shape
         self.placement = placement
+        self.dtype = dtype
+        self._cold: dict[int, ColdWeights] = {}
         self._layers = {
-            layer: _allocate(shape, placement.resident[layer], device, dtype)
+            layer: self._allocate(placement.resident[layer], layer, device)
             for layer in shape.moe_layers
         }
+        is_gpu = device.type == "cuda" and bool(self._cold)
+        self._pinned = PinnedMemory(self) if is_gpu else None
 
     def __getitem__(self, layer: int) -> LayerExperts:
         return self._layers[layer]
@@ -78,19 +90,38 @@ class ExpertStore:
         num_threads: int,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Write every expert to its place, ``num_threads`` at a time.
+        """Write every expert to its place, ``num_threads`` at a time; pin what a GPU is to read.
 
-        ``on_progress(done, total)`` counts experts. The first error ends the filling.
+        ``on_progress(done, total)`` counts experts. The first error ends the filling. Where the
+        driver pins no more, a RuntimeWarning says so: copies from the rest are then slower.
         """
         work = [(layer, e) for layer in self._layers for e in range(self.shape.num_experts)]
 
-        def fill_one(item: tuple[int, int]) -> None:
+        def fill_one(item: tuple[int, int]) -> tuple[int, int]:
             fill_expert(*item, *self.weights(*item))
+            return item
 
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="fiddler-load") as pool:
-            for done, _ in enumerate(pool.map(fill_one, work), start=1):
+        pins: list[Future[None]] = []
+        with (
+            _one_torch_thread_each() as one_thread,
+            ThreadPoolExecutor(PIN_THREADS, thread_name_prefix="fiddler-pin") as pinners,
+            ThreadPoolExecutor(num_threads, "fiddler-load", initializer=one_thread) as readers,
+        ):
+            for done, (layer, expert) in enumerate(readers.map(fill_one, work), start=1):
+                if expert == self.shape.num_experts - 1:  # in order: the layer is full
+                    pins.append(pinners.submit(self._pin, layer))
                 if on_progress is not None:
                     on_progress(done, len(work))
+        refused = [error for pin in pins if (error := pin.exception()) is not None]
+        for error in refused[:1]:
+            if not isinstance(error, PinError):
+                raise error
+            text = _pageable_text(error, len(refused), len(self._cold))
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _pin(self, layer: int) -> None:
+        if self._pinned is not None and layer in self._cold:
+            self._pinned.pin(self._cold[layer].address, self._cold[layer].num_bytes)
 
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of one expert's ``(w13_FH, w2_HI)`` where they lie."""
@@ -102,26 +133,50 @@ class ExpertStore:
 
     def clear(self) -> None:
         """Drop all weights."""
+        if self._pinned is not None:
+            self._pinned.release()
         self._layers.clear()
+        self._cold.clear()
+
+    def _allocate(self, resident: frozenset[int], layer: int, device: torch.device) -> LayerExperts:
+        shape, dtype = self.shape, self.dtype
+        slot_E = np.full(shape.num_experts, -1, dtype=np.int32)
+        row_E = np.full(shape.num_experts, -1, dtype=np.int32)
+        hot = sorted(resident)
+        cold = [e for e in range(shape.num_experts) if e not in resident]
+        slot_E[hot] = np.arange(len(hot), dtype=np.int32)
+        row_E[cold] = np.arange(len(cold), dtype=np.int32)
+        f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
+        rows = cold_weights(len(cold), h, i, dtype) if cold else None
+        if rows is not None:
+            self._cold[layer] = rows
+        return LayerExperts(
+            slot_E,
+            row_E,
+            rows.experts if rows else None,
+            torch.empty(len(hot), f, h, dtype=dtype, device=device),
+            torch.empty(len(hot), h, i, dtype=dtype, device=device),
+            rows.w13_CFH if rows else torch.empty(0, f, h, dtype=dtype),
+            rows.w2_CHI if rows else torch.empty(0, h, i, dtype=dtype),
+        )
 
 
-def _allocate(
-    shape: ExpertShape, resident: frozenset[int], device: torch.device, dtype: torch.dtype
-) -> LayerExperts:
-    slot_E = np.full(shape.num_experts, -1, dtype=np.int32)
-    row_E = np.full(shape.num_experts, -1, dtype=np.int32)
-    hot = sorted(resident)
-    cold = [e for e in range(shape.num_experts) if e not in resident]
-    slot_E[hot] = np.arange(len(hot), dtype=np.int32)
-    row_E[cold] = np.arange(len(cold), dtype=np.int32)
-    f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
-    rows = cold_weights(len(cold), h, i, dtype) if cold else None
-    return LayerExperts(
-        slot_E,
-        row_E,
-        rows.experts if rows else None,
-        torch.empty(len(hot), f, h, dtype=dtype, device=device),
-        torch.empty(len(hot), h, i, dtype=dtype, device=device),
-        rows.w13_CFH if rows else torch.empty(0, f, h, dtype=dtype),
-        rows.w2_CHI if rows else torch.empty(0, h, i, dtype=dtype),
+@contextmanager
+def _one_torch_thread_each() -> Iterator[Callable[[], None]]:
+    """What reader threads start with: 16 of them with 16 threads of torch's each only fight.
+
+    torch gives the last number that any thread has set to threads that come later: so the caller
+    sets its own once more.
+    """
+    before = torch.get_num_threads()
+    try:
+        yield lambda: torch.set_num_threads(1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pageable_text(error: PinError, num_refused: int, num_layers: int) -> str:
+    return (
+        f"the host memory of {num_refused} of {num_layers} layers could not be pinned ({error}): "
+        "prompts are computed more slowly; free some memory, or raise the limit on locked memory"
     )

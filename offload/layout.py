@@ -1,7 +1,8 @@
 """How a budget is spent: KV pages and number of experts on the GPU side, with what is missing.
 
-The order is: CUDA context, margin, dense weights, workspace, KV pages, then experts. Nothing here
-raises; :mod:`offload.planner` refuses a layout that is short of memory.
+The order is: CUDA context, margin, dense weights, workspace, KV pages, then experts; where not all
+of them fit on a GPU, some of the last room is for those that pass through it. Nothing here raises;
+:mod:`offload.planner` refuses a layout that is short of memory.
 """
 
 import math
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from offload.hardware import Hardware
 from offload.plan import Budget, Footprint, GpuSide
+from offload.staging import DIVISOR, staging_slots
 from offload.units import MIB
 
 LEAST_CONTEXT = 2048  # tokens that an unasked context has at least
@@ -43,6 +45,7 @@ class Layout:
     context_tokens: int
     num_gpu_experts: int
     gpu_expert_bytes: int
+    staging_slots: int  # for experts that pass through
     expert_room: int  # VRAM that is left for experts; 0 without a GPU side
     vram_limit: int
     vram_needed: int  # without the experts
@@ -92,9 +95,7 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # Experts get what the reserve leaves, not what its whole pages leave: with that, one more
     # byte of VRAM never costs an expert.
     free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
-    num_experts = budget.gpu_experts
-    if num_experts is None:
-        num_experts = min(footprint.total_experts, free // footprint.expert_bytes)
+    num_experts, num_staging = _slots(footprint, budget, side, free // footprint.expert_bytes)
     on_gpu = num_experts * footprint.expert_bytes
 
     return Layout(
@@ -106,6 +107,7 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         context_tokens=min(context_range(budget)[1], num_pages * budget.page_size),
         num_gpu_experts=num_experts,
         gpu_expert_bytes=on_gpu,
+        staging_slots=num_staging,
         expert_room=free,
         vram_limit=vram_limit,
         vram_needed=0 if side is GpuSide.NONE else fixed + kv,
@@ -130,6 +132,20 @@ def _kv_reserve(footprint: Footprint, budget: Budget, room: int) -> int:
     page_bytes = budget.page_size * footprint.kv_bytes_per_token
     share = min(room // KV_DIVISOR, most * budget.max_num_seqs * page_bytes)
     return max(share, least * page_bytes)
+
+
+def _slots(footprint: Footprint, budget: Budget, side: GpuSide, room: int) -> tuple[int, int]:
+    """Slots for residents and for staging, out of ``room`` experts.
+
+    Room for one more expert never makes them fewer.
+    """
+    total, asked = footprint.total_experts, budget.gpu_experts
+    is_staged = side is GpuSide.CUDA and (room < total if asked is None else asked < total)
+    if not is_staged:
+        return (min(total, room) if asked is None else asked), 0
+    left = room // DIVISOR if asked is None else max(0, room - asked)
+    num_staging = staging_slots(footprint.expert_bytes, footprint.num_experts, left)
+    return (room - num_staging if asked is None else asked), num_staging
 
 
 def gpu_side(hardware: Hardware, budget: Budget) -> GpuSide:

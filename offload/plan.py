@@ -67,6 +67,7 @@ class MemoryBytes:
     dense: int
     kv: int
     workspace: int
+    staging: int  # slots that cold experts pass through when prompts are computed
     gpu_experts: int
     cpu_experts: int
     unused: int
@@ -87,8 +88,9 @@ class Plan:
     """Where everything lives. ``num_pages`` KV pages hold ``page_size`` tokens each.
 
     ``expected_hit_rate`` is the share of (token, expert) pairs that meet a resident expert if the
-    future is like ``popularity_name``. ``vram_budget_bytes`` is 0 without a GPU side;
-    ``ram_needed_bytes`` counts what the GPU side does not hold, which without CUDA is everything.
+    future is like ``popularity_name``. ``staging_slots`` are those that cold experts pass through
+    on a GPU. ``vram_budget_bytes`` is 0 without a GPU side; ``ram_needed_bytes`` counts what the
+    GPU side does not hold, which without CUDA is everything.
     """
 
     gpu_side: GpuSide
@@ -98,6 +100,7 @@ class Plan:
     context_tokens: int
     memory: MemoryBytes
     per_token: TokenBytes
+    staging_slots: int
     vram_budget_bytes: int
     ram_needed_bytes: int
     ram_budget_bytes: int

@@ -60,6 +60,7 @@ def plan(
         context_tokens=layout.context_tokens,
         memory=_memory(footprint, layout),
         per_token=_token_bytes(footprint, layout, hit_rate),
+        staging_slots=layout.staging_slots,
         vram_budget_bytes=layout.vram_limit,
         ram_needed_bytes=layout.ram_needed,
         ram_budget_bytes=layout.ram_limit,
@@ -135,13 +136,15 @@ def resident_shares(placement: Placement, popularity: Popularity) -> list[float]
 
 def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
     gpu_experts = layout.gpu_expert_bytes
-    used = layout.vram_needed + gpu_experts
+    staging = layout.staging_slots * footprint.expert_bytes
+    used = layout.vram_needed + staging + gpu_experts
     return MemoryBytes(
         context=layout.context_bytes,
         margin=layout.margin_bytes,
         dense=footprint.dense_bytes,
         kv=layout.kv_bytes,
         workspace=footprint.workspace_bytes,
+        staging=staging,
         gpu_experts=gpu_experts,
         cpu_experts=footprint.total_experts * footprint.expert_bytes - gpu_experts,
         unused=0 if layout.side is GpuSide.NONE else layout.vram_limit - used,

@@ -36,6 +36,7 @@ from gpu_kernels.embedding import embedding
 from gpu_kernels.expert_decode import expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 from gpu_kernels.grouped_gemm import grouped_experts
+from gpu_kernels.host_memory import read_host, write_host
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.kv_quant import new_kv_scales
 from gpu_kernels.merge_states import merge_state, merge_states
@@ -161,6 +162,8 @@ def small() -> None:
     v, lse = torch.zeros(2, 3, 32, 128, dtype=BF16), torch.zeros(2, 3, 32)
     merge_states(v, lse)
     merge_state(v[:, 0], lse[:, 0].contiguous(), v[:, 1], lse[:, 1].contiguous())
+    write_host(x, x.float())
+    read_host(lse, lse, add=lse)
 
 
 def routing() -> None:
@@ -182,8 +185,8 @@ def draw() -> None:
     embedding(whole, torch.zeros(vocab, 64, dtype=BF16))
 
 
-def experts(bits: int, num_tokens: int) -> None:
-    """The experts of Qwen3-30B-A3B, 16 bits or packed; few tokens or many."""
+def experts(bits: int, num_tokens: int, dtype: torch.dtype = BF16) -> None:
+    """The experts of Qwen3-30B-A3B, 16 bits or packed; few tokens or many, of ``dtype``."""
     slots, hidden, width, top_k = 4, 2048, 768, 2
     if bits == 16:
         w13 = torch.zeros(slots, 2 * width, hidden, dtype=BF16)
@@ -192,7 +195,7 @@ def experts(bits: int, num_tokens: int) -> None:
         layout = PackedLayout(bits, 128, bits == 4, torch.float16, hidden, width)
         blob = torch.zeros(slots, layout.expert_bytes, dtype=torch.uint8)
         layer = ExpertLayer(PackedWeights(blob, layout))
-    x = torch.zeros(num_tokens, hidden, dtype=BF16)
+    x = torch.zeros(num_tokens, hidden, dtype=dtype)
     ids = torch.zeros(num_tokens, top_k, dtype=torch.int32)
     run = expert_decode if num_tokens <= 32 else grouped_experts
     run(x, ids, torch.zeros(num_tokens, top_k), torch.zeros(8, dtype=torch.int32), layer)
@@ -219,6 +222,7 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
     for bits in (4, 8, 16):
         for num_tokens in (1, 32, 4096):
             found[f"experts {bits} bits {num_tokens}"] = partial(experts, bits, num_tokens)
+    found["experts 16 bits float32 4096"] = partial(experts, 16, 4096, torch.float32)
     for name, variant in variants.items():
         found[f"decode attention 128 {name}"] = partial(decode, 128, BF16, variant)
         found[f"prefill attention 128 {name}"] = partial(prefill, 128, BF16, variant)

@@ -74,6 +74,7 @@ def _memory_table(facts: PlanFacts) -> "Table":
         ("dense weights", memory.dense),
         (f"KV cache, {plan.num_pages * plan.page_size:,} tokens", memory.kv),
         ("workspace", memory.workspace),
+        ("staging for prompts", memory.staging),
     ]
     for name, size in rows:
         if size:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -11,7 +12,7 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 def progress_bars() -> Iterator[Progress | None]:
     """Yield a callback that draws one bar for each thing it is told of; they vanish at the end.
 
-    Things named like a repository (``ORG/NAME``) are counted in bytes.
+    Things named like a repository (``ORG/NAME``), and experts, are counted in bytes.
     """
     if not sys.stderr.isatty():
         yield None
@@ -25,9 +26,12 @@ def progress_bars() -> Iterator[Progress | None]:
     columns = name, BarColumn(), amount, TimeRemainingColumn()
     with Bars(*columns, console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
+        began: dict[str, tuple[float, int]] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            text = amount_text(what, done, total)
+            start_s, start = began.setdefault(what, (time.perf_counter(), done))
+            seconds = time.perf_counter() - start_s
+            text = amount_text(what, done, total, (done - start) / seconds if seconds > 1 else 0.0)
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total, amount=text)
             bars.update(tasks[what], completed=done, total=total, amount=text)
@@ -35,10 +39,11 @@ def progress_bars() -> Iterator[Progress | None]:
         yield show
 
 
-def amount_text(what: str, done: int, total: int) -> str:
-    """``3 of 64``, or ``1.2 GB of 61.1 GB`` for a repository."""
-    if "/" not in what:
+def amount_text(what: str, done: int, total: int, rate: float = 0.0) -> str:
+    """``3 of 64``, or ``1.2 GB of 61.1 GB, 5.2 GB/s`` of bytes; a ``rate`` of 0 is not known."""
+    if "/" not in what and what != "experts":
         return f"{done:,} of {total:,}"
     from rich.filesize import decimal
 
-    return f"{decimal(done)} of {decimal(total)}"
+    speed = f", {decimal(round(rate))}/s" if rate > 0 else ""
+    return f"{decimal(done)} of {decimal(total)}{speed}"

@@ -16,8 +16,9 @@ from torch import Tensor
 from cpu_kernels.seeded_table import LEVELS, fill_from_table
 from fiddler.models.config import ModelConfig, WeightNames
 
-# Large enough to hide the hand-over to a thread (20 us), small enough to share an expert evenly.
-_BLOCK = 1 << 18
+# Large enough to hide the hand-over to a thread (20 us beside 5 ms), small enough to share a large
+# matrix evenly. Experts are filled by several threads anyway.
+_BLOCK = 1 << 22
 
 
 class DummySource:

@@ -92,11 +92,13 @@ def _ffn_bytes(config: ModelConfig, width: int) -> int:
 
 def _expert_bytes(config: ModelConfig, width: int) -> int:
     """Router scores (logits and float32 softmax) and, for every token at one expert, the gathered
-    rows, gate and up, their product and the result, then the float32 sums of both sides."""
+    rows, gate and up, their product and the result (or, where all experts are computed together,
+    the product and the result of every choice), then the float32 sums of both sides."""
     router = config.num_experts * (width + FLOAT32) + config.top_k * 2 * (8 + FLOAT32)
     one_expert = 3 * config.expert_size * width + 2 * config.hidden_size * width
+    grouped = config.top_k * (config.expert_size + config.hidden_size) * width
     sums = 5 * config.hidden_size * FLOAT32  # scaled result, hot, cold, both, copy for the host
-    return router + one_expert + sums
+    return router + max(one_expert, grouped) + sums
 
 
 def _split_kv_bytes(config: ModelConfig, max_num_seqs: int) -> int:

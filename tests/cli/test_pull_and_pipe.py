@@ -26,7 +26,8 @@ def test_pull_of_nonsense_is_one_sentence(tmp_path: Path) -> None:
 
 def test_amounts_are_bytes_for_repositories_and_counts_otherwise() -> None:
     assert amount_text("org/name", 1_200_000_000, 61_100_000_000) == "1.2 GB of 61.1 GB"
-    assert amount_text("experts", 3, 6144) == "3 of 6,144"
+    assert amount_text("layers", 3, 6144) == "3 of 6,144"
+    assert amount_text("experts", 6 * 10**9, 6 * 10**10, 5.2e9) == "6.0 GB of 60.0 GB, 5.2 GB/s"
 
 
 def test_a_pipe_that_keeps_silent_is_explained(

@@ -8,8 +8,15 @@ from expert_case import KINDS, Case, make_case
 from paged_batch import DEVICE, frobenius_error, max_error
 
 from gpu_kernels.expert_config import ExpertConfig
-from gpu_kernels.expert_weights import ACTIVATION_KINDS
-from gpu_kernels.grouped_gemm import GroupedWorkspace, grouped_experts, grouped_experts_reference
+from gpu_kernels.expert_grouping import group_pairs
+from gpu_kernels.expert_weights import ACTIVATION_KINDS, DenseWeights, ExpertLayer
+from gpu_kernels.grouped_gemm import (
+    GroupedWorkspace,
+    grouped_experts,
+    grouped_experts_reference,
+    grouped_products,
+)
+from gpu_kernels.sum_choices import sum_choices_of_tokens
 from gpu_kernels.tile_spec import TileConfig
 
 TILE = TileConfig(64, 32, 64, num_warps=4, num_stages=2)
@@ -113,6 +120,44 @@ def test_bad_arguments_are_refused() -> None:
         run(case, workspace=GroupedWorkspace.make(case.layer, 79, torch.float32))
     with pytest.raises(AssertionError):
         run(case, workspace=GroupedWorkspace.make(case.layer, 80))
+
+
+@pytest.mark.parametrize("ranges", [[(0, 3)], [(0, 1), (1, 2)], [(2, 1), (0, 2)]])
+def test_slots_of_one_grouping_may_lie_in_several_places(ranges: list[tuple[int, int]]) -> None:
+    case = make_case("dense", num_tokens=20, hidden=24, width=16)
+    groups = group_pairs(case.ids_TK, case.slot_E, 6)  # three slots without an expert
+    workspace = GroupedWorkspace.make(case.layer, case.ids_TK.numel(), torch.float32)
+    weights = case.layer.weights
+    assert isinstance(weights, DenseWeights)
+    slot_TK = case.slot_E[case.ids_TK.clamp(min=0).long()].masked_fill(case.ids_TK < 0, -1)
+    for first, count in ranges:
+        # a place may have more slots than are used of it
+        here = DenseWeights(weights.w13_SFH[first:], weights.w2_SHI[first:])
+        max_pairs = int(((slot_TK >= first) & (slot_TK < first + count)).sum())
+        grouped_products(
+            *(case.x_TH, case.ids_TK, groups, ExpertLayer(here), workspace),
+            **{"config": FEW_TILES, "first_slot": first, "num_slots": count},
+            max_pairs=max_pairs,
+        )
+    out = torch.empty_like(case.x_TH)
+    sum_choices_of_tokens(workspace.part_PH, case.ids_TK, case.weights_TK, case.slot_E, out)
+    assert torch.equal(out, run(case))
+    assert max_error(out, case.expected()) <= 1e-5
+
+
+def test_half_weights_of_a_float32_x_are_widened() -> None:
+    case = make_case("dense", num_tokens=20, hidden=24, width=16, dtype=torch.float16)
+    wide = replace(case, x_TH=case.x_TH.float())
+    assert max_error(run(wide), wide.expected()) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [40, 300])
+def test_bfloat16_weights_of_a_float32_x_on_the_gpu(num_tokens: int) -> None:
+    sizes = {"num_tokens": num_tokens, "top_k": 3, "hidden": 512, "width": 256}
+    case = make_case("dense", dtype=torch.bfloat16, **sizes)
+    wide = replace(case, x_TH=case.x_TH.float())
+    assert frobenius_error(wide.run(grouped_experts), wide.expected()) <= 1e-5
 
 
 @pytest.mark.gpu

@@ -122,7 +122,7 @@ def test_the_figures_of_a_given_placement_are_its_own(
     assert made.ram_needed_bytes == (on_cpu if is_cuda else rest + on_gpu + on_cpu)
     assert made.ram_needed_bytes <= made.ram_budget_bytes
     if made.gpu_side is not GpuSide.NONE:
-        used = memory.context + memory.margin + rest + on_gpu
+        used = memory.context + memory.margin + rest + on_gpu + memory.staging
         assert memory.unused == made.vram_budget_bytes - used >= 0
 
 
@@ -158,7 +158,10 @@ def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budg
     assert made.ram_needed_bytes <= made.ram_budget_bytes <= hardware.ram_available_bytes
     if budget.ram_bytes is not None:
         assert made.ram_needed_bytes <= budget.ram_bytes
-    used = fixed + memory.kv + memory.gpu_experts
+    used = fixed + memory.kv + memory.gpu_experts + memory.staging
+    assert memory.staging == made.staging_slots * footprint.expert_bytes
+    if made.gpu_side is not GpuSide.CUDA or memory.cpu_experts == 0:
+        assert memory.staging == 0
     if made.gpu_side is GpuSide.NONE:
         assert made.placement.num_resident == made.vram_budget_bytes == memory.unused == 0
         assert made.ram_needed_bytes == used + memory.cpu_experts
@@ -184,7 +187,8 @@ def test_the_context_is_what_was_asked_or_within_the_rule(
     assert min(2048, most) <= made.context_tokens <= most
     beyond_least = made.num_pages * budget.page_size >= 2048 + budget.page_size
     if beyond_least and made.gpu_side is not GpuSide.NONE:
-        left = made.memory.kv + made.memory.gpu_experts + made.memory.unused
+        memory = made.memory
+        left = memory.kv + memory.gpu_experts + memory.staging + memory.unused
         assert made.memory.kv <= left // 10
 
 
@@ -222,6 +226,25 @@ def test_the_most_experts_that_fit_beside_an_asked_context(
     assert (made is None) == (not fitting)
     if made is not None:
         assert made.placement.num_resident == max(fitting)
+
+
+def test_what_passes_through_takes_a_small_part_of_the_room() -> None:
+    """300 MiB experts: four slots, where they are at most an eighth of the room for experts."""
+    nothing_else = {"dense_bytes": 1, "dense_read_bytes": 1, "workspace_bytes": 0}
+    footprint = model(num_layers=16, moe_layers=tuple(range(16)), **nothing_else)
+    wide = machine(vram_free_bytes=100 * GIB, ram_available_bytes=100 * GIB)
+
+    def slots(vram_gib: int) -> tuple[int, int]:
+        budget = Budget(max_context=16, vram_bytes=vram_gib * GIB)
+        made = planned(footprint, wide, budget)
+        return made.placement.num_resident, made.staging_slots
+
+    assert slots(3)[1] == 0
+    residents, staged = slots(6)
+    assert staged == 2 and residents == 15
+    residents, staged = slots(24)
+    assert staged == 4 and 70 < residents < 80
+    assert slots(60) == (128, 0)
 
 
 # --- refusals ---

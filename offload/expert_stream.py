@@ -1,0 +1,125 @@
+"""Cold experts on their way through the GPU: a ring of slots in its memory, filled over PCIe.
+
+The ring is divided into banks of some slots, which are filled, used and released together.
+
+Ordering: two streams meet here, the one that computes (torch's current one) and the one that
+copies. A bank goes through three hands, each after an event of the hand before it:
+``send`` lets the copy stream wait until the computation has released the bank, then fills it and
+records ``arrived``; ``arrive`` lets the computation wait for that; ``release`` records ``released``
+on the computing stream. The host waits for nothing: it only calls them in this order, so that an
+event is recorded before somebody is made to wait for it. Copies are made in the order of the calls,
+so a bank is asked for when its copies should start, not when they are needed. The sources are not
+written to while the model is loaded.
+
+Shapes: S slots of the ring, C rows of a layer on the host, F = 2I, H hidden, I expert width.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
+from offload.expert_store import ExpertStore
+from offload.staging import bank_slots
+
+
+class ExpertStream:
+    """Brings rows of ``store``'s host memory to ``num_slots`` slots on ``device``.
+
+    On a device without streams (tests) a copy is made when it is asked for.
+    """
+
+    def __init__(self, store: ExpertStore, num_slots: int, device: torch.device) -> None:
+        shape, size = store.shape, bank_slots(num_slots)
+        num_banks = num_slots // size
+        slots, f = num_banks * size, 2 * shape.expert_size
+        options = {"dtype": store.dtype, "device": device}
+        self._w13_SFH = torch.empty(slots, f, shape.hidden_size, **options)  # type: ignore[call-overload]
+        self._w2_SHI = torch.empty(slots, shape.hidden_size, shape.expert_size, **options)  # type: ignore[call-overload]
+        self._store = store
+        self._is_cuda = device.type == "cuda"
+        self.bank_size = size
+        self.num_slots = slots
+        self._banks = [
+            ExpertLayer(DenseWeights(self._w13_SFH[a : a + size], self._w2_SHI[a : a + size]))
+            for a in range(0, slots, size)
+        ]
+        self._free = deque(range(num_banks))
+        if self._is_cuda:
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._arrived = [_event() for _ in range(num_banks)]
+            self._released = [_event() for _ in range(num_banks)]
+            self.reset()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether :meth:`send` finds a bank."""
+        return bool(self._free)
+
+    def send(self, layer: int, rows: Sequence[int]) -> int:
+        """Start to fill the next bank with rows (at most ``bank_size``, ascending); its number."""
+        assert 0 < len(rows) <= self.bank_size
+        bank = self._free.popleft()
+        here, there = self._banks[bank].weights, self._store[layer]
+        assert isinstance(here, DenseWeights)
+        with torch.cuda.stream(self._copies) if self._is_cuda else nullcontext():
+            if self._is_cuda:
+                self._copies.wait_event(self._released[bank])
+            for at, first, last in _runs(rows):  # rows side by side go in one copy
+                slots = slice(at, at + last - first)
+                here.w13_SFH[slots].copy_(there.cpu_w13_CFH[first:last], non_blocking=True)
+                here.w2_SHI[slots].copy_(there.cpu_w2_CHI[first:last], non_blocking=True)
+            if self._is_cuda:
+                self._arrived[bank].record(self._copies)
+        return bank
+
+    def arrive(self, bank: int) -> ExpertLayer:
+        """The bank's slots; what the current stream does from now on finds them filled."""
+        if self._is_cuda:
+            torch.cuda.current_stream().wait_event(self._arrived[bank])
+        return self._banks[bank]
+
+    def release(self, bank: int) -> None:
+        """The current stream has been given all that reads the bank: it may be filled again."""
+        if self._is_cuda:
+            self._released[bank].record()
+        self._free.append(bank)
+
+    def reset(self) -> None:
+        """Take all banks back, whatever was sent: after an abandoned step."""
+        if self._is_cuda:
+            torch.cuda.current_stream().wait_stream(self._copies)
+            for released in self._released:
+                released.record()
+        self._free = deque(range(len(self._banks)))
+
+    def seconds_per_expert(self, layer: int) -> float:
+        """Measured: how long the link takes for one of the layer's experts, over some 500 MB."""
+        num_rows = len(self._store[layer].cpu_w13_CFH)
+        rows = list(range(min(self.bank_size, num_rows)))
+        num_sent = len(self._banks) * len(rows)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for _ in range(2):  # the first time is a warm-up
+            self.reset()
+            begin.record(self._copies)
+            for _ in self._banks:
+                self.send(layer, rows)
+            end.record(self._copies)
+            end.synchronize()
+        self.reset()
+        return float(begin.elapsed_time(end)) / 1e3 / num_sent
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(place of the first, first, last + 1) of each run of neighbours in ``rows``."""
+    at = 0
+    for n in range(1, len(rows) + 1):
+        if n == len(rows) or rows[n] != rows[n - 1] + 1:
+            yield at, rows[at], rows[n - 1] + 1
+            at = n
