@@ -186,6 +186,10 @@ class PendingLayer:
     _hot_TH: torch.Tensor | None
     _host_out_TH: torch.Tensor | None  # where the pool writes; None: nothing is cold
 
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The result as the one part that there is."""
+        return (self.result(),)
+
     def result(self) -> torch.Tensor:
         """Return the float32 sum ``[T, H]`` of both sides."""
         if self._host_out_TH is None:
