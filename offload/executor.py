@@ -27,6 +27,16 @@ class WorkerPool(Protocol):
 
     def add_layer(self, experts: Experts, *, place_of: np.ndarray | None = None) -> Any: ...
 
+    def bind(
+        self,
+        layer: Any,
+        x_TH: np.ndarray,
+        ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        out_TH: np.ndarray,
+        /,
+    ) -> None: ...
+
     def remove_layer(self, layer: Any) -> None: ...
 
     def submit(
@@ -74,20 +84,49 @@ class HybridExperts:
         top_k: int,
     ) -> None:
         self._store = store
-        self._pool = pool
         self._device = device
         self._top_k = top_k
         is_gpu = device.type == "cuda"
         self._host = HostBuffers(max_tokens, store.shape.hidden_size, top_k, pin=is_gpu)
         self._copied = torch.cuda.Event() if is_gpu else None  # type: ignore[no-untyped-call]
+        self.use_pool(pool)
+        self.counts_LE = np.zeros((store.shape.num_layers, store.shape.num_experts), dtype=np.int64)
+        self.begin_step(0)
+
+    @property
+    def store(self) -> ExpertStore:
+        """Where the experts lie."""
+        return self._store
+
+    @property
+    def device(self) -> torch.device:
+        """What computes the resident experts."""
+        return self._device
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return self._top_k
+
+    @property
+    def pool(self) -> WorkerPool:
+        """The pool in use."""
+        return self._pool
+
+    @property
+    def pool_layers(self) -> dict[int, Any]:
+        """The pool's layers, by number; those that have cold experts."""
+        return self._pool_layers
+
+    def use_pool(self, pool: WorkerPool) -> None:
+        """Go on with ``pool``; one used before keeps what it has."""
+        self._pool = pool
         self._pool_layers: dict[int, Any] = {}  # of the layers that have cold experts
-        for layer in store.shape.moe_layers:
-            experts = store[layer]
+        for layer in self._store.shape.moe_layers:
+            experts = self._store[layer]
             if experts.cpu_experts is not None:
                 added = pool.add_layer(experts.cpu_experts, place_of=experts.row_E)
                 self._pool_layers[layer] = added
-        self.counts_LE = np.zeros((store.shape.num_layers, store.shape.num_experts), dtype=np.int64)
-        self.begin_step(0)
 
     def begin_step(self, num_tokens: int) -> None:
         """Start a new record of routing, once no worker is busy with an abandoned step."""
