@@ -24,7 +24,7 @@ from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
 from offload.executor import HybridExperts, StepRouting
 from offload.expert_store import ExpertStore
-from offload.handoff import PATIENCE_S, HandOff, await_stream
+from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
 from offload.host_buffers import HostBuffers, HostRows
 
 MAX_ROWS = MAX_TOKENS
@@ -104,8 +104,9 @@ class DecodeExperts:
             await_stream(start(), self._workers.words, self._numbers, self._patience_s)
 
     def finish(self, num_tokens: int) -> None:
-        """Count what the step that has ended chose; raises what failed in the pool."""
-        self.pool.wait()
+        """Count what the step that has ended chose; WorkerError if the pool failed."""
+        with workers_errors():
+            self.pool.wait()
         moe_layers = list(self._experts.store.shape.moe_layers)
         ids_LTK = self.record_LTK.numpy()[moe_layers, :num_tokens]
         slot_LTK = np.take_along_axis(

@@ -14,7 +14,8 @@ order. A pool that fails is passed by: :func:`await_stream` stores the awaited w
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,10 +108,12 @@ class EagerHandOff:
 
     def ring(self, number: int) -> None:
         self._synchronize()
-        self._workers.ring(number)
+        with workers_errors():
+            self._workers.ring(number)
 
     def wait(self, number: int) -> None:
-        self._workers.wait()
+        with workers_errors():
+            self._workers.wait()
 
 
 def make_hand_off(way: Way, workers: WorkerPool) -> HandOff:
@@ -166,11 +169,24 @@ def await_stream(
         complaint = watchdog.complaint()
         if complaint:
             _help_past(is_done, words, numbers, patience_s)
-            raise WorkerError(
-                f"{complaint} in the middle of a step; its requests were ended",
-                hint="run them again: the next step starts new workers",
-            )
+            raise _error(complaint)
         time.sleep(POLL_S)
+
+
+@contextmanager
+def workers_errors() -> Iterator[None]:
+    """What the pool raises within, as a WorkerError."""
+    try:
+        yield
+    except Exception as error:
+        raise _error(f"a CPU worker failed ({error})") from error
+
+
+def _error(complaint: str) -> WorkerError:
+    return WorkerError(
+        f"{complaint} in the middle of a step; its requests were ended",
+        hint="run them again: the next step has new workers",
+    )
 
 
 def _help_past(

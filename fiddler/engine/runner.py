@@ -1,5 +1,8 @@
 """Turns a schedule into one forward pass: copies pages, builds the batch, calls the decoder."""
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
@@ -9,9 +12,29 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
 from gpu_kernels.page_table import PageTable
 
+if TYPE_CHECKING:
+    from fiddler.engine.decode_graph import DecodeSteps
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """A step's final hidden states ``[T, H]``, good until the next step.
+
+    A step that decodes on the device brings its float32 logits ``[T, V]`` too, and their largest's
+    ids (-1: the row holds NaN or nothing finite).
+    """
+
+    hidden_TH: torch.Tensor
+    logits_TV: torch.Tensor | None = None
+    greedy_ids: list[int] | None = None
+
 
 class Runner:
-    """Owns the KV cache: a tensor ``[pages, 2 (keys, values), page_size, M, D]`` per layer."""
+    """Owns the KV cache: a tensor ``[pages, 2 (keys, values), page_size, M, D]`` per layer.
+
+    Steps in which every request decodes go through ``decode_steps``, if there are any and the step
+    fits them.
+    """
 
     def __init__(
         self,
@@ -27,21 +50,28 @@ class Runner:
         self._device = device
         shape = kv_cache_shape(decoder.config, num_pages, page_size)
         # zeros, not empty: a masked key still enters the dot product, and NaN * 0 is NaN
-        self._kv_caches = [
+        self.kv_caches = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(decoder.config.num_layers)
         ]
+        self.decode_steps: DecodeSteps | None = None
 
-    def forward(self, schedule: Schedule) -> torch.Tensor:
-        """Return the final hidden states ``[T, H]`` of all chunks, in batch order."""
+    def forward(self, schedule: Schedule) -> Forwarded:
+        """Run all chunks, in batch order."""
         for source, target in schedule.page_copies:
-            for kv_cache in self._kv_caches:
+            for kv_cache in self.kv_caches:
                 kv_cache[target].copy_(kv_cache[source])
+        if self.decode_steps is not None and not schedule.prefills:
+            bucket = self.decode_steps.bucket(schedule.decodes)
+            if bucket is not None:
+                decoded = self.decode_steps.run(schedule.decodes, bucket)
+                return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.greedy_ids)
         batch = build_batch(schedule.chunks, len(schedule.decodes), self._page_size, self._device)
-        return self.decoder.forward(batch, self._kv_caches)
+        return Forwarded(self.decoder.forward(batch, self.kv_caches))
 
     def clear(self) -> None:
-        """Drop the cache's memory."""
-        self._kv_caches.clear()
+        """Drop the cache's memory, and what decodes with it."""
+        self.decode_steps = None
+        self.kv_caches.clear()
 
 
 def kv_cache_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
