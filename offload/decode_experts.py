@@ -95,13 +95,17 @@ class DecodeExperts:
         for layer in self.pool_layers.values():
             self.pool.bind(layer, *arrays)
 
-    def run_stream(self, start: Callable[[], Callable[[], bool]]) -> None:
-        """Call ``start``, which puts steps on a stream and returns a function that says when all
-        is done, and return when it is. WorkerError if the pool failed meanwhile: it, and all that
-        is bound to it, has to be replaced.
+    def run_stream(self, work: Callable[[], None], is_done: Callable[[], bool]) -> None:
+        """Call ``work``, which puts steps on a stream, and return when ``is_done`` says they are.
+
+        WorkerError if the pool failed meanwhile: it, and all that is bound to it, has to be
+        replaced.
         """
         with self._workers.awake():
-            await_stream(start(), self._workers.words, self._numbers, self._patience_s)
+            try:
+                work()
+            finally:
+                await_stream(is_done, self._workers.words, self._numbers, self._patience_s)
 
     def finish(self, num_tokens: int) -> None:
         """Count what the step that has ended chose; WorkerError if the pool failed."""

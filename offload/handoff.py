@@ -161,9 +161,24 @@ def await_stream(
 ) -> None:
     """Return when a stream that feeds a pool has come to its end; WorkerError if the pool failed.
 
-    The stream has come to its end then too, with wrong results: each awaited word is stored for it.
-    ``numbers`` are the jobs that it may wait for. The pool is not to be used again after an error.
+    An interrupt is raised only then. After an error the stream has come to its end too, with wrong
+    results: each awaited word was stored for it, and the pool is not to be used again. ``numbers``
+    are the jobs that the stream may wait for.
     """
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            _watch(is_done, words, numbers, patience_s)
+            break
+        except KeyboardInterrupt as error:  # workers that park now would hold the stream for ever
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _watch(
+    is_done: Callable[[], bool], words: Words, numbers: Iterable[int], patience_s: float
+) -> None:
     watchdog = Watchdog(words, patience_s)
     while not is_done():
         complaint = watchdog.complaint()

@@ -25,26 +25,16 @@ import torch
 from fiddler.engine.decode_staging import Staging
 from fiddler.engine.scheduler import Chunk
 from fiddler.errors import WorkerError
+from fiddler.models.buckets import bucket_for, largest_bucket
 from fiddler.models.decoder import Decoder
 from fiddler.models.triton_kernels import TritonKernels
 from gpu_kernels.sampling import SamplingScratch, SamplingSettings, sample
-from offload.decode_experts import MAX_ROWS, DecodeExperts
+from offload.decode_experts import DecodeExperts
 
-BUCKETS = (1, 2, 4, 8, 16, MAX_ROWS)
 MOST_PAGES = 65_536  # entries of a page table: 256 KB to copy each step; longer ones stay eager
 WARM_UPS = 2
 
 _log = logging.getLogger("fiddler.decode")
-
-
-def bucket_for(num_requests: int, largest: int) -> int | None:
-    """The smallest bucket with room for them, None if none up to ``largest`` has."""
-    return next((b for b in BUCKETS if num_requests <= b <= largest), None)
-
-
-def largest_bucket(max_num_seqs: int) -> int:
-    """The bucket that the most requests at once need; of more than the last, that one."""
-    return bucket_for(max_num_seqs, MAX_ROWS) or MAX_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +152,7 @@ class _Bucket:
             if self._graph is None:
                 self._graph = self._capture()
             self.staging.fill(chunks)
-            experts.run_stream(self._replay)
+            experts.run_stream(self._graph.replay, torch.cuda.current_stream().query)
         experts.finish(len(chunks))
 
     def results(self, num_requests: int) -> Decoded:
@@ -188,11 +178,6 @@ class _Bucket:
         )
         self._host_ids_B.copy_(self._ids_B, non_blocking=True)
 
-    def _replay(self) -> Callable[[], bool]:
-        assert self._graph is not None
-        self._graph.replay()
-        return _ended(torch.cuda.current_stream())
-
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record the step, with padding alone in it so that it changes nothing."""
         self.staging.fill([])
@@ -200,13 +185,12 @@ class _Bucket:
         free_before = torch.cuda.mem_get_info()[0]
         stream.wait_stream(torch.cuda.current_stream())
 
-        def warm_up() -> Callable[[], bool]:
+        def warm_up() -> None:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     self._compute()
-            return _ended(stream)
 
-        self._shared.experts.run_stream(warm_up)
+        self._shared.experts.run_stream(warm_up, stream.query)
         graph = torch.cuda.CUDAGraph()
         # other threads may use CUDA meanwhile, so only this one's mistakes count
         with torch.cuda.graph(
@@ -222,12 +206,6 @@ class _Bucket:
 def _capture_stream() -> torch.cuda.Stream:
     """One for the process: cuBLAS keeps 32 MiB for each stream that it has been used on."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
-
-
-def _ended(stream: torch.cuda.Stream) -> Callable[[], bool]:
-    """Says whether all that is on the stream now is done."""
-    query: Callable[[], bool] = stream.record_event().query
-    return query
 
 
 def _synchronize(device: torch.device) -> None:

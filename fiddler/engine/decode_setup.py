@@ -5,6 +5,7 @@ import logging
 import torch
 
 from fiddler.engine.runner import Runner
+from fiddler.models.buckets import largest_bucket
 from fiddler.models.decoder import Decoder
 from fiddler.models.kernels import DeviceKernels
 from offload.executor import HybridExperts
@@ -38,7 +39,7 @@ def add_decode_steps(
     context_tokens: int,
 ) -> None:
     """Give ``runner`` what it decodes with on a GPU; says what that is, once."""
-    from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps, largest_bucket
+    from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps
     from fiddler.models.triton_kernels import TritonKernels
     from offload.decode_experts import DecodeExperts, why_not
     from offload.handoff import make_hand_off

@@ -1,5 +1,6 @@
 """The hand-off's protocol with real workers, where a Python thread plays the GPU's stream."""
 
+import _thread
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,21 @@ def test_workers_that_stand_still_do_not_hold_the_stream(comes_back: bool) -> No
     may_go.set()
     pool.words[DOORBELL] = 0  # what the stream left
     pool.close()
+
+
+def test_an_interrupt_waits_for_the_stream(pool: WorkerPool) -> None:
+    """The workers that it needs would park."""
+    bell, seen = HostBell(pool.words), []
+    number = add_python_job(pool, lambda: time.sleep(0.05))
+    stream = Stream(
+        _thread.interrupt_main,
+        lambda: bell.ring(number),
+        lambda: bell.wait(number),
+        lambda: seen.append("end"),
+    )
+    with pytest.raises(KeyboardInterrupt), pool.awake():
+        await_stream(stream.is_done, pool.words, [number])
+    assert seen == ["end"]
 
 
 def test_the_watchdog_counts_from_the_last_sign_of_life() -> None:
