@@ -97,16 +97,23 @@ def test_workers_that_stand_still_do_not_hold_the_stream(comes_back: bool) -> No
 
 def test_an_interrupt_waits_for_the_stream(pool: WorkerPool) -> None:
     """The workers that it needs would park."""
-    bell, seen = HostBell(pool.words), []
+    bell, is_awaited = HostBell(pool.words), threading.Event()
+    seen: list[str] = []
     number = add_python_job(pool, lambda: time.sleep(0.05))
     stream = Stream(
+        is_awaited.wait,
         _thread.interrupt_main,
         lambda: bell.ring(number),
         lambda: bell.wait(number),
         lambda: seen.append("end"),
     )
+
+    def is_done() -> bool:
+        is_awaited.set()
+        return stream.is_done()
+
     with pytest.raises(KeyboardInterrupt), pool.awake():
-        await_stream(stream.is_done, pool.words, [number])
+        await_stream(is_done, pool.words, [number])
     assert seen == ["end"]
 
 
