@@ -6,8 +6,9 @@ it, whenever that is possible, so nothing that it was bound to may be used again
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from cpu_kernels.expert_layer import ExpertLayer
 from cpu_kernels.expert_pool import ExpertPool
 
 
@@ -18,9 +19,10 @@ class PoolKeeper:
         self._start = start
         self.pool = start()
 
-    def replace(self) -> ExpertPool:
-        """Leave the pool to itself and start another."""
-        threading.Thread(target=_close, args=(self.pool,), name="old-pool", daemon=True).start()
+    def replace(self, layers: Iterable[ExpertLayer]) -> ExpertPool:
+        """Leave the pool to itself, with its ``layers``, and start another."""
+        left = (self.pool, list(layers))
+        threading.Thread(target=_close, args=left, name="old-pool", daemon=True).start()
         self.pool = self._start()
         return self.pool
 
@@ -29,6 +31,6 @@ class PoolKeeper:
         self.pool.close()
 
 
-def _close(pool: ExpertPool) -> None:
+def _close(pool: ExpertPool, layers: list[ExpertLayer]) -> None:
     with contextlib.suppress(Exception):  # what has failed was reported
         pool.close()

@@ -62,13 +62,16 @@ def add_decode_steps(
             max_rows=largest_bucket(max_num_seqs),
         )
 
+    def renew_workers() -> None:
+        experts.use_pool(keeper.replace(experts.pool_layers.values()))
+
     runner.decode_steps = DecodeSteps(
         DecodeSetup(
             decoder=decoder,
             kernels=kernels,
             kv_caches=runner.kv_caches,
             make_experts=make_experts,
-            renew_workers=lambda: experts.use_pool(keeper.replace()),
+            renew_workers=renew_workers,
             page_size=page_size,
             max_num_seqs=max_num_seqs,
             pages_per_request=-(-context_tokens // page_size),
