@@ -41,6 +41,7 @@ class EngineConfig:
     max_num_seqs: int = 16  # requests that run at once
     max_batched_tokens: int = 2048  # tokens of one step
     prefix_caching: bool = True
+    enforce_eager: bool = False  # no CUDA graphs, for finding out what goes wrong
     cpu_threads: int | None = None  # None: as many as read memory fastest, measured once
     profile: str | None = (
         None  # path of a profile.json; None: the one shipped with the model, if any

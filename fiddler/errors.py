@@ -56,6 +56,10 @@ class NumericsError(FiddlerError):
     """NaN or Inf where a finite number is needed."""
 
 
+class WorkerError(FiddlerError):
+    """Worker threads that failed or stopped answering; the engine goes on with new ones."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest valid name, or an empty string."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)

@@ -17,6 +17,7 @@ from cpu_kernels.compiled import needs_compile
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.thread_count import measured_num_threads
 from fiddler.config import PAGE_SIZE, EngineConfig
+from fiddler.engine.decode_setup import add_decode_steps, decode_way
 from fiddler.engine.engine import Engine
 from fiddler.engine.pages import PagePool
 from fiddler.engine.prefix_cache import PrefixCache
@@ -40,14 +41,18 @@ from fiddler.text.chat_template import ChatTemplate
 from fiddler.text.tokenizer import Tokenizer
 from offload.executor import HybridExperts, needs_warm_up, warm_up
 from offload.expert_store import ExpertShape, ExpertStore
+from offload.handoff import pinned_words
+from offload.handoff_probe import Way
 from offload.hardware import Hardware, probe
 from offload.layout import MARGIN_FIXED_BYTES
 from offload.plan import GpuSide, Plan
+from offload.pool_keeper import PoolKeeper
 from offload.prefill_costs import prefill_activations
 
 Progress = Callable[[str, int, int], None]  # what is loaded, done, total
 # Readers copy from mapped files or draw numbers, without Python's lock: one a core.
 LOAD_THREADS = max(4, os.cpu_count() or 1)
+FED_BY_HOST = (None, "eager")  # ways to hand work to the pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +107,20 @@ def load_model(
         device = torch.device("cuda" if hardware.has_gpu else "cpu")
         resources.callback(_give_back_memory, device)
         limit_vram(plan, hardware, resources)
-        pool = resources.enter_context(_start_pool(settings, plan, dtypes, on_progress))
+        way = decode_way(has_gpu=hardware.has_gpu, enforce_eager=settings.enforce_eager)
+        keeper = PoolKeeper(lambda: _start_pool(settings, plan, dtypes, way, on_progress))
+        resources.callback(keeper.close)
         runner, experts = _load_weights(
-            settings, source, files.config, plan, dtypes, device, pool, on_progress, resources
+            settings,
+            source,
+            files.config,
+            plan,
+            dtypes,
+            device,
+            keeper,
+            way,
+            on_progress,
+            resources,
         )
         pages = PagePool(plan.num_pages)
         return LoadedModel(
@@ -122,7 +138,7 @@ def load_model(
             runner=runner,
             experts=experts,
             pages=pages,
-            num_threads=pool.num_threads,
+            num_threads=keeper.pool.num_threads,
             peak_vram_bytes=_vram_meter(plan, device),
             resources=resources.pop_all(),
         )
@@ -209,7 +225,11 @@ def limit_vram(plan: Plan, hardware: Hardware, resources: ExitStack) -> None:
 
 
 def _start_pool(
-    settings: EngineConfig, plan: Plan, dtypes: Dtypes, on_progress: Progress | None
+    settings: EngineConfig,
+    plan: Plan,
+    dtypes: Dtypes,
+    way: Way | None,
+    on_progress: Progress | None,
 ) -> ExpertPool:
     """Workers with compiled kernels, before the weights are read: who waits sees what for."""
     cores = os.cpu_count() or 1
@@ -229,7 +249,8 @@ def _start_pool(
     compiles = needs_compile() or any(needs_warm_up(*which) for which in kernels)
     report = on_progress if on_progress is not None and compiles else _no_progress
     report("compiling CPU kernels, once", 0, 1)
-    pool = ExpertPool(settings.cpu_threads or measured_num_threads())
+    fed_by_gpu = {"words": pinned_words(), "caller_works": False} if way not in FED_BY_HOST else {}
+    pool = ExpertPool(settings.cpu_threads or measured_num_threads(), **fed_by_gpu)
     for which in kernels:
         warm_up(pool, *which)
     report("compiling CPU kernels, once", 1, 1)
@@ -247,7 +268,8 @@ def _load_weights(
     plan: Plan,
     dtypes: Dtypes,
     device: torch.device,
-    pool: ExpertPool,
+    keeper: PoolKeeper,
+    way: Way | None,
     on_progress: Progress | None,
     resources: ExitStack,
 ) -> tuple[Runner, HybridExperts]:
@@ -264,18 +286,33 @@ def _load_weights(
         from offload.prefill import make_prefill  # triton wants a GPU
 
         prefill = make_prefill(
-            store, pool, num_slots=plan.staging_slots, device=device, dtype=dtype, **sizes
+            store, keeper.pool, num_slots=plan.staging_slots, device=device, dtype=dtype, **sizes
         )
-    experts = HybridExperts(store, pool, device=device, prefill=prefill, **sizes)
+    experts = HybridExperts(store, keeper.pool, device=device, prefill=prefill, **sizes)
     resources.callback(experts.clear)
+    kernels = _kernels(config, plan, device)
+    decoder = Decoder(config, dense, kernels, experts)
     runner = Runner(
-        Decoder(config, dense, _kernels(config, plan, device), experts),
+        decoder,
         num_pages=plan.num_pages,
         page_size=PAGE_SIZE,
         device=device,
         dtype=dtype,
     )
     resources.callback(runner.clear)
+    if way is not None:
+        add_decode_steps(
+            runner,
+            decoder,
+            kernels,
+            experts,
+            keeper,
+            way,
+            dtype=dtype,
+            page_size=PAGE_SIZE,
+            max_num_seqs=settings.max_num_seqs,
+            context_tokens=plan.context_tokens,
+        )
     return runner, experts
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fiddler.config import PAGE_SIZE, EngineConfig
+from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, resolve_dtypes
 from fiddler.models.footprint import footprint
@@ -32,6 +33,7 @@ def plan_model(
         max_batched_tokens=settings.max_batched_tokens,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
+        graph_rows=largest_bucket(settings.max_num_seqs) if hardware.has_gpu else 0,
     )
     popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
     budget = Budget(

@@ -35,9 +35,10 @@ def rope_and_append(
     """Rotate q (in place, or into ``out``) and write rotated K and plain V into the cache.
 
     Rotation is NeoX style: element d pairs with d + D/2. ``cos_SR`` and ``sin_SR`` are float32
-    tables by position; ``slots_T`` is page * page_size + offset, distinct per token; both index
-    tensors are int64 and in range. q, k and v may be slices of one fused projection. With
-    ``kv_scales`` the cache is int8 or fp8 and the scales are written too. Returns q.
+    tables by position; ``slots_T`` is page * page_size + offset, distinct per token, or -1 for a
+    token whose K and V are not written; both index tensors are int32 or int64 and in range. q, k
+    and v may be slices of one fused projection. With ``kv_scales`` the cache is int8 or fp8 and the
+    scales are written too. Returns q.
     """
     out = q_THD if out is None else out
     num_tokens, num_heads, head_dim = q_THD.shape
@@ -52,12 +53,12 @@ def rope_and_append(
         assert table.dtype == torch.float32 and table.is_contiguous()
         assert table.shape == (cos_SR.shape[0], head_dim // 2)
     for index_T in (positions_T, slots_T):
-        assert index_T.dtype == torch.int64 and index_T.shape == (num_tokens,)
+        assert index_T.dtype in (torch.int32, torch.int64) and index_T.shape == (num_tokens,)
         assert index_T.is_contiguous() and index_T.device == q_THD.device
     assert (q_norm_D is None) == (k_norm_D is None), "norm both q and k, or neither"
     if num_tokens == 0:
         return out
-    check_range("slots", slots_T, 0, len(kv_cache) * kv_cache.shape[2])
+    check_range("slots", slots_T, -1, len(kv_cache) * kv_cache.shape[2])
     check_range("positions", positions_T, 0, len(cos_SR))
     is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
     _append_kernel[(num_tokens,)](
@@ -110,10 +111,12 @@ def rope_and_append_reference(
     kv_scales: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch: returns the rotated q in float32 and writes the cache."""
-    cos_T1R, sin_T1R = (table[positions_T].unsqueeze(1) for table in (cos_SR, sin_SR))
+    cos_T1R, sin_T1R = (table[positions_T.long()].unsqueeze(1) for table in (cos_SR, sin_SR))
     k_rotated_TKD = _rotate_reference(k_TKD, k_norm_D, cos_T1R, sin_T1R, eps)
-    page_T, offset_T = slots_T // kv_cache.shape[2], slots_T % kv_cache.shape[2]
-    for kind, x_TKD in enumerate((k_rotated_TKD, v_TKD)):
+    is_kept_T = slots_T >= 0
+    kept_T = slots_T[is_kept_T].long()
+    page_T, offset_T = kept_T // kv_cache.shape[2], kept_T % kv_cache.shape[2]
+    for kind, x_TKD in enumerate((k_rotated_TKD[is_kept_T], v_TKD[is_kept_T])):
         if kv_scales is not None:
             x_TKD, scale_TK = quantise_kv(x_TKD, kv_cache.dtype)
             kv_scales[page_T, kind, :, offset_T] = scale_TK
@@ -264,8 +267,8 @@ def _append_kernel(
     LARGEST: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    position = tl.load(position_ptr + token)
-    slot = tl.load(slot_ptr + token)
+    position = tl.load(position_ptr + token).to(tl.int64)
+    slot = tl.load(slot_ptr + token).to(tl.int64)
     page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
     r_R = tl.arange(0, BLOCK_R)
     cos_R = tl.load(cos_ptr + position * HALF_DIM + r_R, mask=r_R < HALF_DIM, other=0.0)
@@ -283,6 +286,8 @@ def _append_kernel(
     _store_half(out_ptr_HR, low_HR, mask_HR, False)
     _store_half(out_ptr_HR + HALF_DIM, high_HR, mask_HR, False)
 
+    if slot < 0:
+        return
     cache_ptr = kv_ptr + page * stride_page + offset * stride_cache_token
     scale_ptr = kv_scales_ptr
     if LARGEST > 0:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cpu_kernels.expert_pool import needs_compile
+from cpu_kernels.expert_pool import ExpertPool, needs_compile
 from cpu_kernels.experts import DENSE, Experts
 from cpu_kernels.kernel_paths import Activations
 from offload.cold_weights import NUMPY_DTYPES, cold_weights
@@ -39,6 +39,16 @@ class WorkerPool(Protocol):
         place_of: np.ndarray | None = None,
         hand_over: int | None = None,
     ) -> Any: ...
+
+    def bind(
+        self,
+        layer: Any,
+        x_TH: np.ndarray,
+        ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        out_TH: np.ndarray,
+        /,
+    ) -> None: ...
 
     def remove_layer(self, layer: Any) -> None: ...
 
@@ -94,20 +104,54 @@ class HybridExperts:
         """``prefill`` takes the steps of many tokens; None: they go the way of the others."""
         self._store = store
         self._prefill = prefill
-        self._pool = pool
         self._device = device
         self._top_k = top_k
         is_gpu = device.type == "cuda"
         self._host = HostBuffers(max_tokens, store.shape.hidden_size, top_k, pin=is_gpu)
         self._copied = torch.cuda.Event() if is_gpu else None  # type: ignore[no-untyped-call]
+        self._use_pool(pool)
+        self.counts_LE = np.zeros((store.shape.num_layers, store.shape.num_experts), dtype=np.int64)
+        self.begin_step(0)
+
+    @property
+    def store(self) -> ExpertStore:
+        """Where the experts lie."""
+        return self._store
+
+    @property
+    def device(self) -> torch.device:
+        """What computes the resident experts."""
+        return self._device
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return self._top_k
+
+    @property
+    def pool(self) -> WorkerPool:
+        """The pool in use."""
+        return self._pool
+
+    @property
+    def pool_layers(self) -> dict[int, Any]:
+        """The pool's layers, by number; those that have cold experts."""
+        return self._pool_layers
+
+    def replace_pool(self, pool: ExpertPool) -> None:
+        """Go on with ``pool``; the one used before keeps what it has."""
+        self._use_pool(pool)
+        if self._prefill is not None:
+            self._prefill.use_pool(pool)
+
+    def _use_pool(self, pool: WorkerPool) -> None:
+        self._pool = pool
         self._pool_layers: dict[int, Any] = {}  # of the layers that have cold experts
-        for layer in store.shape.moe_layers:
-            experts = store[layer]
+        for layer in self._store.shape.moe_layers:
+            experts = self._store[layer]
             if experts.cpu_experts is not None:
                 added = pool.add_layer(experts.cpu_experts, place_of=experts.row_E)
                 self._pool_layers[layer] = added
-        self.counts_LE = np.zeros((store.shape.num_layers, store.shape.num_experts), dtype=np.int64)
-        self.begin_step(0)
 
     def begin_step(self, num_tokens: int) -> None:
         """Start a new record of routing, once no worker is busy with an abandoned step."""
@@ -215,6 +259,10 @@ class PendingLayer:
     _experts: HybridExperts
     _hot_TH: torch.Tensor | None
     _host_out_TH: torch.Tensor | None  # where the pool writes; None: nothing is cold
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The result as the one part that there is."""
+        return (self.result(),)
 
     def result(self) -> torch.Tensor:
         """Return the float32 sum ``[T, H]`` of both sides."""

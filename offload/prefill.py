@@ -62,7 +62,7 @@ class PrefillExperts:
     ) -> None:
         """``dtype`` is that of the hidden states; ``activations`` what the CPU rounds them to."""
         shape = store.shape
-        self._pool, self._costs = pool, costs
+        self._store, self._costs, self._activations = store, costs, activations
         self._num_experts, self._hidden, self._top_k = shape.num_experts, shape.hidden_size, top_k
         self._host = HostBuffers(max_tokens, shape.hidden_size, top_k, pin=device.type == "cuda")
         self._written = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -75,20 +75,25 @@ class PrefillExperts:
             dtype=dtype,
             device=device,
         )
-        self._layers: dict[int, LayerParts] = {}
-        for layer in shape.moe_layers:
-            experts, pool_layer = store[layer].cpu_experts, None
-            if experts is not None:
-                assert costs is not None
-                pool_layer = pool.add_layer(
-                    experts,
-                    activations=activations,
-                    place_of=store[layer].row_E,
-                    hand_over=costs.hand_over,
-                )
-            self._layers[layer] = LayerParts.of(layer, store[layer], pool_layer)
+        self.use_pool(pool)
         self._next = dict(itertools.pairwise(shape.moe_layers))
         self.begin_step(0)
+
+    def use_pool(self, pool: ExpertPool) -> None:
+        """Go on with ``pool``, between steps; one used before keeps what it has."""
+        self._pool = pool
+        self._layers: dict[int, LayerParts] = {}
+        for layer in self._store.shape.moe_layers:
+            experts, pool_layer = self._store[layer].cpu_experts, None
+            if experts is not None:
+                assert self._costs is not None
+                pool_layer = pool.add_layer(
+                    experts,
+                    activations=self._activations,
+                    place_of=self._store[layer].row_E,
+                    hand_over=self._costs.hand_over,
+                )
+            self._layers[layer] = LayerParts.of(layer, self._store[layer], pool_layer)
 
     def begin_step(self, num_tokens: int) -> None:
         """Prepare for a step of ``num_tokens``; what an abandoned one has left is forgotten."""
@@ -242,6 +247,10 @@ class PendingPrefill:
     _pool: ExpertPool
     _hot_TH: torch.Tensor
     _host_out_TH: torch.Tensor | None  # where the pool writes; None: it has nothing to do
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The result as the one part that there is."""
+        return (self.result(),)
 
     def result(self) -> torch.Tensor:
         """Return the float32 sum ``[T, H]`` of both sides."""

@@ -36,6 +36,7 @@ from gpu_kernels.embedding import embedding
 from gpu_kernels.expert_decode import expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 from gpu_kernels.grouped_gemm import grouped_experts
+from gpu_kernels.hand_over import ColdWork, collect, publish
 from gpu_kernels.host_memory import read_host, write_host
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.kv_quant import new_kv_scales
@@ -173,6 +174,15 @@ def routing() -> None:
     route(logits, 8, scoring="sigmoid", bias_E=bias, renormalise=True, num_groups=8, top_groups=4)
 
 
+def hand_over() -> None:
+    x, weight = torch.zeros(4, 2048, dtype=BF16), torch.ones(2048, dtype=BF16)
+    ids, weights = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(4, 8)
+    part, slot, used = torch.zeros(4, 2048), torch.zeros(128, dtype=torch.int32), ids.view(-1)[:1]
+    publish(x, ids, weights, slot, used, ids, ColdWork(part, ids, weights))
+    publish(x, ids, weights, slot, used, ids, None)
+    collect(x, (part, part), x, weight, 1e-6)
+
+
 def draw() -> None:
     vocab = 151_936
     ones, whole = torch.ones(4), torch.ones(4, dtype=torch.int64)
@@ -209,6 +219,7 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
         "ALiBi": Variant(alibi_slopes_H=torch.zeros(HEADS[0])),
     }
     found: dict[str, Callable[[], object]] = {"small": small, "routing": routing, "sampling": draw}
+    found["hand over"] = hand_over
     for dtype in (BF16, torch.int8, *((torch.float8_e4m3fn,) if sm >= 89 else ())):
         kind = str(dtype).removeprefix("torch.")
         found[f"append 128 {kind}"] = partial(append, 128, dtype)

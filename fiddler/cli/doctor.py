@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from fiddler.cli.doctor_checks import Problem
     from fiddler.cli.doctor_facts import Facts
 
+HANDOFFS = {
+    "values": "values: the GPU's stream rings and awaits the CPU workers inside a graph",
+    "hostfunc": "hostfunc: the driver's host functions ring and await the CPU workers in a graph",
+    "eager": "eager: Python rings and awaits the CPU workers, without a graph",
+}
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -40,6 +46,7 @@ def facts_rows(facts: "Facts") -> dict[str, str]:
         "packages": ", ".join(packages),
         "CUDA": _cuda(facts),
         "GPU": _gpu(facts),
+        "hand-off": HANDOFFS.get(facts.handoff or "", ""),
         "CPU": _joined(facts.cpu, _count(facts.physical_cores, "core")),
         "ISA": _joined(facts.isa, facts.forced_isa and f"forced by {ISA_VARIABLE}"),
         "workers": f"{facts.num_workers} (measured)" if facts.num_workers else "",

@@ -33,7 +33,10 @@ def execution_path(facts: Facts) -> str:
 
 def find_problems(facts: Facts) -> list[Problem]:
     """Everything to be mended, the worst first."""
-    found = [*_packages(facts), *_gpu(facts), *_triton(facts), *_machine(facts), *_failures(facts)]
+    found = [
+        *(*_packages(facts), *_gpu(facts), *_triton(facts), *_handoff(facts)),
+        *(*_machine(facts), *_failures(facts)),
+    ]
     return sorted(found, key=lambda problem: not problem.is_fatal)
 
 
@@ -72,6 +75,13 @@ def _triton(facts: Facts) -> list[Problem]:
     if installed is None and facts.gpu is not None:
         return [Problem("triton is not installed", "pip install triton", is_fatal=True)]
     return []
+
+
+def _handoff(facts: Facts) -> list[Problem]:
+    return [
+        Problem(f"the hand-off by {way} does not work: {why}", "update the NVIDIA driver")
+        for way, why in facts.handoff_problems.items()
+    ]
 
 
 def _machine(facts: Facts) -> list[Problem]:

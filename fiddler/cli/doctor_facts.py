@@ -53,6 +53,8 @@ class Facts:
     driver: str | None = None
     driver_cuda: str | None = None  # the newest CUDA that the driver knows
     gpu: Gpu | None = None
+    handoff: str | None = None  # how a GPU stream hands work to the CPU
+    handoff_problems: dict[str, str] = field(default_factory=dict)  # why a faster way does not work
     cpu: str | None = None
     isa: str | None = None
     forced_isa: str | None = None  # what FIDDLER_ISA says
@@ -127,6 +129,20 @@ def _gpu() -> dict[str, Any]:
         pcie=_pcie_link(),
     )
     return {"gpu": gpu}
+
+
+def _handoff() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    from offload.handoff_probe import choose_way, forced_way, probe
+
+    found = probe()
+    return {
+        "handoff": choose_way(found, forced_way()),
+        "handoff_problems": found.problems,
+    }
 
 
 def _driver() -> dict[str, Any]:
@@ -209,6 +225,7 @@ LOOKS: dict[str, Callable[[], dict[str, Any]]] = {
     "numba": _numba,
     "driver": _driver,
     "GPU": _gpu,
+    "hand-off": _handoff,
     "machine": _machine,
     "instructions": _isa,
     "cache": _cache,

@@ -11,8 +11,8 @@ import torch
 
 from fiddler.engine.logprobs import DecodeToken, token_logprobs
 from fiddler.engine.request import Request
-from fiddler.engine.runner import Runner
-from fiddler.engine.sampler import sample
+from fiddler.engine.runner import Forwarded, Runner
+from fiddler.engine.sampler import is_plain_greedy, not_finite, sample
 from fiddler.engine.scheduler import Chunk, Schedule, Scheduler
 from fiddler.models.footprint import LOGIT_ROWS
 from fiddler.outputs import FinishReason, Logprob
@@ -53,8 +53,8 @@ class Engine:
         """
         try:
             schedule = self.scheduler.schedule()
-            hidden_TH = self._forward(schedule)
-            return self._commit(schedule, self._sample(schedule, hidden_TH))
+            forwarded = self._forward(schedule)
+            return self._commit(schedule, self._sample(schedule, forwarded))
         except BaseException:
             for request in self.scheduler.drop_all():
                 request.finish_reason = "cancelled"
@@ -66,7 +66,7 @@ class Engine:
             request.finish_reason = reason
         self.scheduler.finish(request)
 
-    def _forward(self, schedule: Schedule) -> torch.Tensor:
+    def _forward(self, schedule: Schedule) -> Forwarded:
         now = time.perf_counter()
         for chunk in schedule.prefills:
             chunk.request.admitted_s = chunk.request.admitted_s or now
@@ -74,7 +74,8 @@ class Engine:
         return self._runner.forward(schedule)
 
     @torch.inference_mode()
-    def _sample(self, schedule: Schedule, hidden_TH: torch.Tensor) -> list[StepOutput]:
+    def _sample(self, schedule: Schedule, forwarded: Forwarded) -> list[StepOutput]:
+        hidden_TH = forwarded.hidden_TH
         ends = np.cumsum([c.num_tokens for c in schedule.chunks])
         for chunk, end in zip(schedule.chunks, ends, strict=True):
             if chunk.request.params.prompt_logprobs is not None:
@@ -85,13 +86,26 @@ class Engine:
         if not last:
             return []
         requests = [request for request, _ in last]
-        rows_R = torch.as_tensor([row for _, row in last], device=hidden_TH.device)
-        logits_RV = self._runner.decoder.logits(hidden_TH[rows_R])
-        tokens = sample(logits_RV, requests, self._eos_ids)
+        logits_RV = forwarded.logits_TV  # of decode steps, where every row is a request's last
+        if logits_RV is None:
+            rows_R = torch.as_tensor([row for _, row in last], device=hidden_TH.device)
+            logits_RV = self._runner.decoder.logits(hidden_TH[rows_R])
+        tokens = self._greedy_tokens(forwarded, requests)
+        if tokens is None:
+            tokens = sample(logits_RV, requests, self._eos_ids)
         return [
             StepOutput(request, token, self._logprobs(request, token, logits_RV[r : r + 1]))
             for r, (request, token) in enumerate(zip(requests, tokens, strict=True))
         ]
+
+    def _greedy_tokens(self, forwarded: Forwarded, requests: list[Request]) -> list[int] | None:
+        """What the device has chosen, if that is all that the requests ask for."""
+        tokens = forwarded.greedy_ids
+        if tokens is None or not all(map(is_plain_greedy, requests)):
+            return None
+        if min(tokens) < 0:
+            raise not_finite()
+        return tokens
 
     def _commit(self, schedule: Schedule, outputs: list[StepOutput]) -> list[StepOutput]:
         self._record_routing(schedule)

@@ -1,6 +1,8 @@
 """Turns a schedule into one forward pass: copies pages, builds the batch, calls the decoder."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,14 +13,31 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
 from gpu_kernels.page_table import PageTable
 
+if TYPE_CHECKING:
+    from fiddler.engine.decode_graph import DecodeSteps
+
 # The expert ids ``[L, T, K]`` of a step's tokens, for benchmarks that do not ask the routers.
 DrawExperts = Callable[[tuple[Chunk, ...]], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """A step's final hidden states ``[T, H]``, good until the next step.
+
+    A step that decodes on the device brings its float32 logits ``[T, V]`` too, and their largest's
+    ids (-1: the row holds NaN or nothing finite).
+    """
+
+    hidden_TH: torch.Tensor
+    logits_TV: torch.Tensor | None = None
+    greedy_ids: list[int] | None = None
 
 
 class Runner:
     """Owns the KV cache: a tensor ``[pages, 2 (keys, values), page_size, M, D]`` per layer.
 
-    ``draw_experts`` may be set between steps; None leaves the choice to the routers.
+    Steps in which every request decodes go through ``decode_steps``, if there are any and the step
+    fits them. ``draw_experts`` may be set between steps; None leaves the choice to the routers.
     """
 
     def __init__(
@@ -36,15 +55,22 @@ class Runner:
         self._device = device
         shape = kv_cache_shape(decoder.config, num_pages, page_size)
         # zeros, not empty: a masked key still enters the dot product, and NaN * 0 is NaN
-        self._kv_caches = [
+        self.kv_caches = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(decoder.config.num_layers)
         ]
+        self.decode_steps: DecodeSteps | None = None
 
-    def forward(self, schedule: Schedule) -> torch.Tensor:
-        """Return the final hidden states ``[T, H]`` of all chunks, in batch order."""
+    def forward(self, schedule: Schedule) -> Forwarded:
+        """Run all chunks, in batch order."""
         for source, target in schedule.page_copies:
-            for kv_cache in self._kv_caches:
+            for kv_cache in self.kv_caches:
                 kv_cache[target].copy_(kv_cache[source])
+        if self.decode_steps is not None and not schedule.prefills:
+            bucket = self.decode_steps.bucket(schedule.decodes)
+            if bucket is not None:
+                drawn_LTK = self.draw_experts(schedule.chunks) if self.draw_experts else None
+                decoded = self.decode_steps.run(schedule.decodes, bucket, drawn_LTK)
+                return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.greedy_ids)
         batch = build_batch(
             schedule.chunks,
             len(schedule.decodes),
@@ -52,11 +78,12 @@ class Runner:
             self._device,
             self.draw_experts,
         )
-        return self.decoder.forward(batch, self._kv_caches)
+        return Forwarded(self.decoder.forward(batch, self.kv_caches))
 
     def clear(self) -> None:
-        """Drop the cache's memory."""
-        self._kv_caches.clear()
+        """Drop the cache's memory, and what decodes with it."""
+        self.decode_steps = None
+        self.kv_caches.clear()
 
 
 def kv_cache_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
@@ -103,5 +130,5 @@ def build_batch(
         qo_lens=tuple(qo_lens),
         kv_lens=tuple(chunk.end for chunk in chunks),
         num_decodes=num_decodes,
-        drawn_LTK=to_device(draw_experts(chunks), torch.int64) if draw_experts else None,
+        drawn_LTK=to_device(draw_experts(chunks), torch.int32) if draw_experts else None,
     )

@@ -20,6 +20,11 @@ NEG_INF = float("-inf")
 GREEDY_BELOW = 1e-5  # a smaller temperature is as good as 0, and the division would overflow
 
 
+def is_plain_greedy(request: Request) -> bool:
+    """Whether the next token is that of the largest logit."""
+    return (request.params.temperature or 0.0) < GREEDY_BELOW and not _adjusts(request)
+
+
 def sample(
     logits_RV: torch.Tensor, requests: Sequence[Request], eos_ids: frozenset[int]
 ) -> list[int]:
@@ -28,10 +33,7 @@ def sample(
     Raises NumericsError when a row holds NaN or nothing finite.
     """
     if not bool(torch.isfinite(logits_RV.amax(dim=-1)).all()):
-        raise NumericsError(
-            "the model produced NaN or infinite logits",
-            hint="the checkpoint is damaged, or its weights do not suit this dtype",
-        )
+        raise not_finite()
     adjusted_RV = torch.stack(
         [adjust(row_V, r, eos_ids) for row_V, r in zip(logits_RV, requests, strict=True)]
     )
@@ -44,20 +46,40 @@ def sample(
 
 def adjust(row_V: torch.Tensor, request: Request, eos_ids: frozenset[int]) -> torch.Tensor:
     """Apply logit_bias, penalties and min_tokens; returns ``row_V`` itself when there are none."""
-    p = request.params
-    penalised = p.repetition_penalty not in (None, 1.0) or p.presence_penalty or p.frequency_penalty
-    too_short = request.num_outputs < p.min_tokens
-    if not (p.logit_bias or penalised or too_short):
+    if not _adjusts(request):
         return row_V
+    p = request.params
     row_V = row_V.clone()
     if p.logit_bias:
         ids, bias = _tensors(p.logit_bias, row_V)
         row_V[ids] += bias
-    if penalised:
+    if _is_penalised(request):
         _penalise(row_V, request)
-    if too_short:
+    if _is_too_short(request):
         row_V[[i for i in eos_ids.union(p.stop_token_ids) if i < len(row_V)]] = NEG_INF
     return row_V
+
+
+def not_finite() -> NumericsError:
+    """The error for logits that hold NaN or nothing finite."""
+    return NumericsError(
+        "the model produced NaN or infinite logits",
+        hint="the checkpoint is damaged, or its weights do not suit this dtype",
+    )
+
+
+def _adjusts(request: Request) -> bool:
+    return bool(request.params.logit_bias) or _is_penalised(request) or _is_too_short(request)
+
+
+def _is_penalised(request: Request) -> bool:
+    p = request.params
+    repeats = p.repetition_penalty not in (None, 1.0)
+    return repeats or p.presence_penalty != 0 or p.frequency_penalty != 0
+
+
+def _is_too_short(request: Request) -> bool:
+    return request.num_outputs < request.params.min_tokens
 
 
 def draw(row_V: torch.Tensor, request: Request) -> int:

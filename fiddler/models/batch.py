@@ -15,19 +15,20 @@ class StepBatch:
     """Requests side by side, those that decode (one token each) before those that prefill.
 
     ``pages`` covers each request's KV *including* this step's tokens; the step writes token t's
-    key and value to ``slots_T[t] = page * page_size + offset`` before it attends. ``drawn_LTK`` are
-    expert ids that replace the routers'; the routers' weights stay.
+    key and value to ``slots_T[t] = page * page_size + offset`` before it attends. On a GPU requests
+    without pages may pad the batch; their slots are -1. ``drawn_LTK`` are expert ids that replace
+    the routers'; the routers' weights stay.
     """
 
-    tokens_T: torch.Tensor  # int64
-    positions_T: torch.Tensor  # int64
-    slots_T: torch.Tensor  # int64
+    tokens_T: torch.Tensor  # int64 (or int32, on a GPU), as the next two
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
     pages: PageTable
     qo_indptr_B1: torch.Tensor  # int32
     qo_lens: tuple[int, ...]  # tokens of each request in this step, on the host
-    kv_lens: tuple[int, ...]  # tokens of each request in the cache after it, on the host
+    kv_lens: tuple[int, ...]  # tokens of each in the cache after it, on the host; GPUs need none
     num_decodes: int
-    drawn_LTK: torch.Tensor | None = None  # int64
+    drawn_LTK: torch.Tensor | None = None  # int32
 
     def decode_pages(self) -> PageTable:
         """The page table of the decoding requests."""

@@ -1,13 +1,18 @@
 """The decoder: one forward pass over a ragged batch, the same for every architecture.
 
     embed -> [ norm, qkv, (q/k norm), rope + append + paged attention, o,
-               norm, router -> routed experts || shared expert, add ] x layers -> norm -> head
+               add + norm, router -> routed experts || shared expert, add + norm ] x layers -> head
+
+An addition to the residual stream and the norm after it are one operation, whose norm is the next
+block's. There are two ways to run it, which differ in what is plugged in and not here: with experts
+that a step's routing on the host divides, or with experts that the device divides, which a CUDA
+graph can hold.
 
 Shapes: T tokens, H hidden, N query heads, M key/value heads, D head dim, F = (N + 2M) * D,
 E experts, K top-k, V vocabulary, R rows that need logits.
 """
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +26,11 @@ from fiddler.models.weights import DenseWeights, LayerWeights
 class PendingExperts(Protocol):
     """A layer's routed experts under way."""
 
-    def result(self) -> torch.Tensor:
-        """Wait for all sides and return their float32 sum ``[T, H]``."""
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Await all sides; their float32 parts ``[T, H]``, one or two, to be added in this order.
+
+        They lie on the device or in mapped host memory, and are good until the next launch.
+        """
         ...
 
 
@@ -49,28 +57,29 @@ class Decoder:
         self._kernels = kernels
         self._experts = experts
 
+    def plugged(self, kernels: DeviceKernels, experts: ExpertBackend) -> Self:
+        """The same model on the same weights with other kernels and experts."""
+        return type(self)(self.config, self._weights, kernels, experts)
+
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_caches: list[torch.Tensor]) -> torch.Tensor:
         """Return the final normed hidden states ``[T, H]`` and fill the KV of the step's tokens."""
-        self._kernels.plan(batch)
+        layers, kernels = self._weights.layers, self._kernels
+        kernels.plan(batch)
         x_TH = F.embedding(batch.tokens_T, self._weights.embed_VH)
-        for index, (layer, kv_cache) in enumerate(
-            zip(self._weights.layers, kv_caches, strict=True)
-        ):
-            x_TH = x_TH + self._attention(
-                index, layer, self._norm(x_TH, layer.input_norm_H), kv_cache
-            )
-            y_TH = self._norm(x_TH, layer.post_attention_norm_H)
-            x_TH = x_TH + self._ffn(index, layer, y_TH, batch.drawn_LTK)
-        return self._norm(x_TH, self._weights.final_norm_H)
+        y_TH = kernels.rms_norm(x_TH, layers[0].input_norm_H)
+        next_norms = [*(layer.input_norm_H for layer in layers[1:]), self._weights.final_norm_H]
+        for index, layer in enumerate(layers):
+            y_TH = self._attention(index, layer, y_TH, kv_caches[index])
+            y_TH, x_TH = kernels.add_rms_norm(y_TH, x_TH, layer.post_attention_norm_H)
+            drawn_TK = None if batch.drawn_LTK is None else batch.drawn_LTK[index]
+            y_TH, x_TH = self._ffn(index, layer, y_TH, x_TH, next_norms[index], drawn_TK)
+        return y_TH
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """Float32 logits ``[R, V]`` of some rows of :meth:`forward`'s result."""
         return F.linear(hidden_RH, self._weights.lm_head_VH).float()
-
-    def _norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
-        return self._kernels.rms_norm(x_TH, weight_H)
 
     def _attention(
         self, index: int, layer: LayerWeights, x_TH: torch.Tensor, kv_cache: torch.Tensor
@@ -81,7 +90,8 @@ class Decoder:
         q_TQ, k_TM, v_TM = qkv_TF.split_with_sizes((q_width, kv_width, kv_width), dim=-1)
         if c.qk_norm is QKNorm.FULL:
             q_norm, k_norm = _norms(layer)
-            q_TQ, k_TM = self._norm(q_TQ, q_norm), self._norm(k_TM, k_norm)
+            q_TQ = self._kernels.rms_norm(q_TQ, q_norm)
+            k_TM = self._kernels.rms_norm(k_TM, k_norm)
         if c.clip_qkv is not None:
             q_TQ, k_TM, v_TM = (x.clamp(-c.clip_qkv, c.clip_qkv) for x in (q_TQ, k_TM, v_TM))
         out_TND = self._kernels.attention(
@@ -95,18 +105,26 @@ class Decoder:
         return F.linear(out_TND.flatten(1), layer.o_HF, layer.o_bias_H)
 
     def _ffn(
-        self, index: int, layer: LayerWeights, x_TH: torch.Tensor, drawn_LTK: torch.Tensor | None
-    ) -> torch.Tensor:
+        self,
+        index: int,
+        layer: LayerWeights,
+        y_TH: torch.Tensor,
+        x_TH: torch.Tensor,
+        next_norm_H: torch.Tensor,
+        drawn_TK: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the normed ``y_TH``: (``x_TH`` and the layer's result added and normed, added)."""
         if layer.router_EH is None:
             assert layer.dense_gate_up_FH is not None and layer.dense_down_HF is not None
-            return self._gated(x_TH, layer.dense_gate_up_FH, layer.dense_down_HF)
-        ids_TK, weights_TK = route(x_TH, layer.router_EH, self.config)
-        if drawn_LTK is not None:
-            ids_TK = drawn_LTK[index]
-        pending = self._experts.launch(index, x_TH, ids_TK, weights_TK)
-        shared_TH = self._shared_expert(layer, x_TH)  # while the experts are under way
-        y_TH = pending.result()
-        return (y_TH if shared_TH is None else y_TH + shared_TH).to(x_TH.dtype)
+            y_TH = self._gated(y_TH, layer.dense_gate_up_FH, layer.dense_down_HF)
+            return self._kernels.add_rms_norm(y_TH, x_TH, next_norm_H)
+        ids_TK, weights_TK = self._kernels.route(
+            F.linear(y_TH, layer.router_EH), self.config.top_k, self.config.norm_topk
+        )
+        ids_TK = ids_TK if drawn_TK is None else drawn_TK
+        pending = self._experts.launch(index, y_TH, ids_TK, weights_TK)
+        shared_TH = self._shared_expert(layer, y_TH)  # while the experts are under way
+        return self._kernels.add_parts(x_TH, pending.parts(), shared_TH, next_norm_H)
 
     def _shared_expert(self, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor | None:
         if layer.shared_gate_up_FH is None:
@@ -124,14 +142,3 @@ class Decoder:
 def _norms(layer: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
     assert layer.q_norm is not None and layer.k_norm is not None
     return layer.q_norm, layer.k_norm
-
-
-def route(
-    x_TH: torch.Tensor, router_EH: torch.Tensor, config: ModelConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's expert ids ``[T, K]`` int64 and weights ``[T, K]`` float32."""
-    probs_TE = F.linear(x_TH, router_EH).softmax(dim=-1, dtype=torch.float32)
-    weights_TK, ids_TK = probs_TE.topk(config.top_k, dim=-1)
-    if config.norm_topk:
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    return ids_TK, weights_TK

@@ -3,6 +3,7 @@
 Shapes in the formulas: T tokens of the largest step, H hidden, D head dim, V vocabulary.
 """
 
+from fiddler.models.buckets import bucket_number
 from fiddler.models.config import ModelConfig
 from fiddler.models.manifest import dense_bytes
 from offload.layout import MOST_CONTEXT
@@ -10,6 +11,10 @@ from offload.plan import Footprint
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = 4
+MIB = 1 << 20
+# A stream of its own to capture in has a workspace of cuBLAS: 32 MiB on Hopper, 8 before.
+GRAPH_FIXED_BYTES = 40 * MIB
+GRAPH_BYTES = 8 * MIB  # of one graph with its intermediate results: about 1,000 launches
 
 LOGIT_ROWS = 64  # rows of prompt logits made at a time (as in the engine)
 DECODE_PROGRAMS = 1024  # split-KV parts in flight: four for each of 256 multiprocessors, at most
@@ -23,12 +28,14 @@ def footprint(
     max_batched_tokens: int,
     max_num_seqs: int,
     max_model_len: int | None = None,
+    graph_rows: int = 0,
 ) -> Footprint:
     """Return what ``config`` needs with weights, KV and activations in ``dtype``.
 
     ``dtype`` and ``expert_dtype`` are ``float32`` or ``bfloat16``; a step has at most
     ``max_batched_tokens`` tokens of ``max_num_seqs`` requests. ``max_model_len`` bounds the rotary
-    tables (None: the longest context that is chosen unasked).
+    tables (None: the longest context that is chosen unasked). ``graph_rows``: of the largest step
+    that is kept as a CUDA graph; 0: none is.
     """
     width = DTYPE_BYTES[dtype]
     embedding = config.vocab_size * config.hidden_size * width
@@ -47,7 +54,8 @@ def footprint(
         + workspace_bytes(
             config, width, max_batched_tokens=max_batched_tokens, max_num_seqs=max_num_seqs
         )
-        + (config.expert_numel * width if expert_dtype != dtype else 0),  # one expert, widened
+        + (config.expert_numel * width if expert_dtype != dtype else 0)  # one expert, widened
+        + (_graph_bytes(config, width, graph_rows) if graph_rows else 0),
     )
 
 
@@ -71,6 +79,15 @@ def workspace_bytes(
         + _split_kv_bytes(config, max_num_seqs)
         + rows * _logit_row_bytes(config, width)
     )
+
+
+def _graph_bytes(config: ModelConfig, width: int, rows: int) -> int:
+    """Captured decode steps of up to ``rows`` requests: buffers that stay, and what holds them.
+
+    Logits as computed, as float32, as given back, and scaled by the sampler.
+    """
+    logits = rows * config.vocab_size * (width + 3 * FLOAT32)
+    return GRAPH_FIXED_BYTES + bucket_number(rows) * GRAPH_BYTES + logits
 
 
 def _stream_bytes(config: ModelConfig, width: int) -> int:

@@ -1,6 +1,7 @@
 """The seam between the decoder and the device: what a set of kernels must offer.
 
-Shapes: T tokens, H hidden, I FFN width, N query heads, M key/value heads, D head dim.
+Shapes: T tokens, H hidden, I FFN width, N query heads, M key/value heads, D head dim, E experts,
+K top-k.
 """
 
 from typing import Protocol
@@ -15,6 +16,35 @@ class DeviceKernels(Protocol):
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         """RMSNorm of each row, with the model's epsilon."""
+        ...
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(rms_norm(sum), sum)`` with sum = residual + x."""
+        ...
+
+    def add_parts(
+        self,
+        residual_TH: torch.Tensor,
+        parts: tuple[torch.Tensor, ...],
+        shared_TH: torch.Tensor | None,
+        weight_H: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(rms_norm(sum), sum)`` with sum = residual + (parts + shared).
+
+        The float32 ``parts`` and ``shared_TH`` are added in this order in float32; that sum is
+        rounded to the residual's dtype.
+        """
+        ...
+
+    def route(
+        self, logits_TE: torch.Tensor, top_k: int, renormalise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each token's expert ids ``[T, K]`` and weights (float32): the largest of a softmax.
+
+        The weights are divided by their sum if ``renormalise``.
+        """
         ...
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:

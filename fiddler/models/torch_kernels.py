@@ -1,6 +1,7 @@
 """The decoder's kernels in plain torch, for machines without a GPU.
 
-Shapes: T tokens, N query heads, M key/value heads, D head dim, L cached tokens, P pages.
+Shapes: T tokens, N query heads, M key/value heads, D head dim, L cached tokens, P pages,
+E experts, K top-k.
 """
 
 import itertools
@@ -26,6 +27,33 @@ class TorchKernels:
         x32_TH = x_TH.float()
         scale_T1 = torch.rsqrt(x32_TH.pow(2).mean(-1, keepdim=True) + self._eps)
         return (x32_TH * scale_T1 * weight_H.float()).to(x_TH.dtype)
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sum_TH = residual_TH + x_TH
+        return self.rms_norm(sum_TH, weight_H), sum_TH
+
+    def add_parts(
+        self,
+        residual_TH: torch.Tensor,
+        parts: tuple[torch.Tensor, ...],
+        shared_TH: torch.Tensor | None,
+        weight_H: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y_TH = sum(parts[1:], start=parts[0])
+        if shared_TH is not None:
+            y_TH = y_TH + shared_TH
+        return self.add_rms_norm(y_TH.to(residual_TH.dtype), residual_TH, weight_H)
+
+    def route(
+        self, logits_TE: torch.Tensor, top_k: int, renormalise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        probs_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
+        weights_TK, ids_TK = probs_TE.topk(top_k, dim=-1)
+        if renormalise:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return ids_TK, weights_TK
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         gate_TI, up_TI = gate_up_TF.chunk(2, dim=-1)

@@ -3,19 +3,27 @@
 Shapes: T tokens, N query heads, M key/value heads, D head dim.
 """
 
+from typing import Self
+
 import torch
 
 from fiddler.models.batch import StepBatch
 from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
+from gpu_kernels.hand_over import collect
 from gpu_kernels.kv_append import rope_and_append
-from gpu_kernels.rmsnorm import rms_norm
+from gpu_kernels.rmsnorm import add_rms_norm, rms_norm
+from gpu_kernels.router import route
 from gpu_kernels.silu_mul import silu_mul
 
 
 class TritonKernels:
-    """Decoding rows go through split-KV attention, prompt rows through the ragged kernel."""
+    """Decoding rows go through split-KV attention, prompt rows through the ragged kernel.
+
+    The workspace of split-KV attention is kept for the last number of decoding requests: a CUDA
+    graph needs kernels of its own.
+    """
 
     def __init__(
         self,
@@ -34,16 +42,40 @@ class TritonKernels:
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TH, weight_H, self._eps)
 
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x_TH, residual_TH, weight_H, self._eps)
+
+    def add_parts(
+        self,
+        residual_TH: torch.Tensor,
+        parts: tuple[torch.Tensor, ...],
+        shared_TH: torch.Tensor | None,
+        weight_H: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return collect(residual_TH, parts, shared_TH, weight_H, self._eps)
+
+    def route(
+        self, logits_TE: torch.Tensor, top_k: int, renormalise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return route(logits_TE, top_k, renormalise=renormalise)
+
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         return silu_mul(gate_up_TF)
+
+    def copy(self) -> Self:
+        """The same kernels with a workspace of their own."""
+        return type(self)(self._cos_SR, self._sin_SR, self._sm_scale, eps=self._eps)
 
     def plan(self, batch: StepBatch) -> None:
         self._batch = batch
         self._decode_pages = batch.decode_pages()
-        self._prefill_pages = batch.prefill_pages()
-        # the prefill kernel counts query rows from 0
-        self._qo_indptr = batch.qo_indptr_B1[batch.num_decodes :] - batch.num_decodes
         self._max_qo_len = max(batch.qo_lens[batch.num_decodes :], default=0)
+        if self._max_qo_len:
+            self._prefill_pages = batch.prefill_pages()
+            # the prefill kernel counts query rows from 0
+            self._qo_indptr = batch.qo_indptr_B1[batch.num_decodes :] - batch.num_decodes
 
     def attention(
         self,

@@ -185,3 +185,11 @@ def test_doctor_prints_a_table() -> None:
     result = CliRunner().invoke(cli, ["doctor"])
     assert "RAM  " in result.stdout
     assert "path  " in result.stdout
+
+
+def test_the_hand_off_is_named_and_what_hinders_a_faster_one() -> None:
+    slow = replace(WITH_GPU, handoff="hostfunc", handoff_problems={"values": "CUDA error 801"})
+    assert facts_rows(slow)["hand-off"].startswith("hostfunc:")
+    assert "hand-off" not in facts_rows(CPU_ONLY)
+    (problem,) = find_problems(slow)
+    assert "by values does not work: CUDA error 801" in problem.what and not problem.is_fatal

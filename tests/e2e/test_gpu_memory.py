@@ -41,11 +41,11 @@ def test_close_gives_back_gpu_memory_pinned_memory_and_threads() -> None:
     torch.cuda.init()
     torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
     threads = threading.active_count()
-    with LLM("builtin", dtype="float32", vram_gb=2) as llm:
+    with LLM("builtin", vram_gb=2) as llm:
         llm.generate([1, 2, 3], PARAMS)
     gc.collect()
     torch.cuda.empty_cache()
-    base, allocated = driver_used_bytes(), torch.cuda.memory_allocated()  # cuBLAS's workspace
+    base, allocated = driver_used_bytes(), torch.cuda.memory_allocated()  # cuBLAS's
     for _ in range(3):
         with LLM("olmoe-1b-7b", load_format="dummy", vram_gb=6, max_model_len=1024) as llm:
             llm.generate([1, 2, 3], PARAMS)

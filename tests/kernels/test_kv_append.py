@@ -154,6 +154,22 @@ def test_reference_equals_transformers(normed: bool) -> None:
     assert torch.equal(cached_v_TKD, case.v_TKD)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_token_without_a_slot_is_rotated_and_not_written(dtype: torch.dtype) -> None:
+    case = make_case(5, (4, 2), 32, normed=True)
+    expected_cache = case.kv_cache.clone()
+    slots_T = case.slots_T.to(dtype)
+    slots_T[[0, 3]] = -1
+    some = replace(case, slots_T=slots_T, positions_T=case.positions_T.to(dtype))
+    tables = (case.cos_SR, case.sin_SR, some.positions_T, slots_T)
+    expected = rope_and_append_reference(
+        case.q_THD, case.k_TKD, case.v_TKD, *tables, expected_cache, *case.norms, EPS
+    )
+    assert max_error(some.run(torch.empty_like(case.q_THD)), expected) <= 1e-5
+    assert torch.equal(case.kv_cache.isnan(), expected_cache.isnan())
+    assert torch.allclose(case.kv_cache, expected_cache, atol=1e-5, equal_nan=True)
+
+
 def check_half_error(case: Case) -> None:
     """One rounding: no further from float32 than transformers in the same dtype."""
     exact = transformers_qk(case, torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from fiddler.models.decoder import route as decoder_route
+from fiddler.models.torch_kernels import TorchKernels
 from gpu_kernels.router import route, route_reference
 
 CLOSE = 1e-6
@@ -41,8 +41,8 @@ def check_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (60, 4), (64, 8), (128, 8), (512, 10)])
 def test_equals_the_decoder(num_experts: int, top_k: int, norm_topk: bool) -> None:
     logits_TE = make_logits(3, num_experts)
-    config: Any = SimpleNamespace(top_k=top_k, norm_topk=norm_topk)
-    expected = decoder_route(logits_TE, torch.eye(num_experts, device=DEVICE), config)
+    none = torch.empty(0)
+    expected = TorchKernels(none, none, 1.0, eps=0.0).route(logits_TE, top_k, norm_topk)
     check_equal(route(logits_TE, top_k, renormalise=norm_topk), expected)
 
 

@@ -1,0 +1,181 @@
+"""Routed experts of a few tokens, divided by the device: nothing here asks what the router chose.
+
+Where an expert lives is data: ``slot_LE`` on the device says what the device computes, and the
+workers are given the ids of the rest. So the same operations serve every step, and a CUDA graph may
+hold them; what was chosen is read from a record after the step.
+
+Ordering: per layer the stream publishes what the workers need and rings them, computes its own
+experts, and waits. All layers share the buffers in mapped memory: only one is under way at a time,
+since what reads the workers' part precedes the next layer's publishing on the stream. The host
+binds the buffers, and reads the record, only while no step is under way.
+
+Shapes: L layers, T rows of the step, K top-k, H hidden, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cpu_kernels.threads import WorkerPool
+from gpu_kernels.expert_decode import MAX_TOKENS, MAX_TOP_K, DecodeWorkspace, expert_decode
+from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
+from gpu_kernels.hand_over import ColdWork, publish
+from offload.executor import HybridExperts, StepRouting
+from offload.expert_store import ExpertStore
+from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
+from offload.host_buffers import HostBuffers, HostRows
+
+MAX_ROWS = MAX_TOKENS
+
+
+def why_not(store: ExpertStore, dtype: torch.dtype, top_k: int) -> str:
+    """Why the device cannot divide these experts with activations of ``dtype``, or nothing."""
+    if top_k > MAX_TOP_K:
+        return f"{top_k} experts per token are more than {MAX_TOP_K}"
+    kinds = {
+        store[layer].gpu_w2_SHI.dtype
+        for layer in store.shape.moe_layers
+        if len(store[layer].gpu_w2_SHI)
+    }
+    if kinds - {dtype}:
+        return f"experts on the GPU are stored in another type than {dtype}"
+    return ""
+
+
+class DecodeExperts:
+    """Everything that steps of up to ``max_rows`` rows share, for one pool of workers."""
+
+    def __init__(
+        self,
+        experts: HybridExperts,
+        workers: WorkerPool,
+        hand_off: HandOff,
+        *,
+        dtype: torch.dtype,
+        max_rows: int,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """``workers`` are those of the pool that ``experts`` use."""
+        assert max_rows <= MAX_ROWS
+        store, top_k, device = experts.store, experts.top_k, experts.device
+        assert not why_not(store, dtype, top_k)
+        self.pool = experts.pool
+        self.hand_off = hand_off
+        self.pool_layers = experts.pool_layers
+        self._numbers = [layer.number for layer in self.pool_layers.values()]
+        self._workers = workers
+        self._patience_s = patience_s
+        shape, is_gpu = store.shape, device.type == "cuda"
+        self._experts = experts
+        self._slot_LE = _slots(store)
+        self.slot_LE = torch.from_numpy(self._slot_LE).to(device)
+        self.layers = {
+            layer: ExpertLayer(DenseWeights(store[layer].gpu_w13_SFH, store[layer].gpu_w2_SHI))
+            for layer in shape.moe_layers
+            if len(store[layer].gpu_w2_SHI)
+        }
+        some = next(iter(self.layers.values()), None)
+        self.workspace = (
+            None if some is None else DecodeWorkspace.make(some, max_rows * top_k, dtype)
+        )
+        self._host = HostBuffers(max_rows, shape.hidden_size, top_k, pin=is_gpu)
+        self.record_LTK = torch.full(
+            (shape.num_layers, max_rows, top_k), -1, dtype=torch.int32, pin_memory=is_gpu
+        )
+
+    def step(self, num_rows: int, num_used: torch.Tensor) -> "StepExperts":
+        """What a decoder runs for ``num_rows`` rows, of which ``num_used`` (int32 [1]) count."""
+        return StepExperts(self, self._host.rows(num_rows), num_used)
+
+    def bind(self, num_rows: int) -> None:
+        """Make the workers' next jobs be about so many rows; before a step, at once if they are."""
+        arrays = self._host.rows(num_rows).arrays
+        for layer in self.pool_layers.values():
+            self.pool.bind(layer, *arrays)
+
+    def run_stream(self, work: Callable[[], None], is_done: Callable[[], bool]) -> None:
+        """Call ``work``, which puts steps on a stream, and return when ``is_done`` says they are.
+
+        WorkerError if the pool failed meanwhile: it, and all that is bound to it, has to be
+        replaced.
+        """
+        with self._workers.awake():
+            try:
+                work()
+            finally:
+                await_stream(is_done, self._workers.words, self._numbers, self._patience_s)
+
+    def finish(self, num_tokens: int) -> None:
+        """Count what the step that has ended chose; WorkerError if the pool failed."""
+        with workers_errors():
+            self.pool.wait()
+        moe_layers = list(self._experts.store.shape.moe_layers)
+        ids_LTK = self.record_LTK.numpy()[moe_layers, :num_tokens]
+        slot_LTK = np.take_along_axis(
+            self._slot_LE[moe_layers], ids_LTK.reshape(len(moe_layers), -1), axis=1
+        ).reshape(ids_LTK.shape)
+        num_hot_T = (slot_LTK >= 0).sum(axis=(0, 2))
+        num_cold_T = len(moe_layers) * ids_LTK.shape[2] - num_hot_T
+        chosen = dict(zip(moe_layers, ids_LTK.astype(np.int16), strict=True))
+        self._experts.routing = StepRouting(num_hot_T, num_cold_T, chosen)
+        counts_LE = self._experts.counts_LE
+        layer_L11 = np.asarray(moe_layers)[:, None, None]
+        flat = (layer_L11 * counts_LE.shape[1] + ids_LTK).ravel()
+        counts_LE += np.bincount(flat, minlength=counts_LE.size).reshape(counts_LE.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StepExperts:
+    """The decoder's backend for one number of rows."""
+
+    _shared: DecodeExperts
+    _rows: HostRows
+    _num_used: torch.Tensor
+
+    def launch(
+        self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> "PendingStep":
+        """Put one layer on the stream, up to where its result is needed."""
+        shared, rows = self._shared, self._rows
+        slot_E, pool_layer = shared.slot_LE[layer], shared.pool_layers.get(layer)
+        cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK) if pool_layer else None
+        record_TK = shared.record_LTK[layer, : len(ids_TK)]
+        kept_TK = publish(x_TH, ids_TK, weights_TK, slot_E, self._num_used, record_TK, cold)
+        number = 0
+        if pool_layer is not None:
+            number = pool_layer.number
+            shared.hand_off.ring(number)
+        hot_TH, weights = None, shared.layers.get(layer)
+        if weights is not None:
+            hot_TH = expert_decode(
+                x_TH, kept_TK, weights_TK, slot_E, weights, workspace=shared.workspace
+            )
+        return PendingStep(shared.hand_off, number, hot_TH, rows.out_TH)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A layer on the stream; ``parts`` is called once, before the next launch."""
+
+    _hand_off: HandOff
+    _number: int  # of the workers' job; 0: none
+    _hot_TH: torch.Tensor | None
+    _host_out_TH: torch.Tensor
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The device's part, if any, then the workers', in mapped memory."""
+        hot = () if self._hot_TH is None else (self._hot_TH,)
+        if self._number == 0:
+            return hot
+        self._hand_off.wait(self._number)
+        return (*hot, self._host_out_TH)
+
+
+def _slots(store: ExpertStore) -> np.ndarray:
+    """Every expert's slot on the device, int32 ``[L, E]``; -1: none."""
+    slot_LE = np.full((store.shape.num_layers, store.shape.num_experts), -1, dtype=np.int32)
+    for layer in store.shape.moe_layers:
+        slot_LE[layer] = store[layer].slot_E
+    return slot_LE

@@ -1,0 +1,224 @@
+"""Ringing and awaiting the CPU workers from a GPU stream: one protocol, three ways to speak it.
+
+The protocol is that of :mod:`cpu_kernels.worker`: 0 to DONE_BELL, then job k to DOORBELL; the job
+is done when DONE_BELL is k. ``ring`` and ``wait`` are put on torch's current stream and act when
+the stream comes to them; by ``values`` and by host functions a CUDA graph may hold them. Who feeds
+a pool so keeps its workers awake (``WorkerPool.awake``), rings nothing from Python meanwhile, and
+has a pool whose caller does not work.
+
+Ordering: what the stream wrote to mapped host memory before ``ring`` is seen by the workers, who
+acquire the bell; what they wrote before DONE_BELL is seen by what follows ``wait`` on the stream.
+The driver's store has a barrier for all earlier work of the stream, and its two stores stay in
+order. A pool that fails is passed by: :func:`await_stream` stores the awaited words itself.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpu_kernels.compiled import kernels
+from cpu_kernels.threads import WorkerPool
+from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, NUM_WORDS, STOP
+from fiddler.errors import WorkerError
+from offload.cuda_driver import HostCallback, cuda_driver, current_stream
+from offload.handoff_probe import Way
+
+Words = npt.NDArray[np.int64]
+
+PATIENCE_S = 20.0  # a layer of 32 tokens takes 0.2 s where memory is slow
+POLL_S = 20e-6  # the kernel makes about 70 of it
+PASS_S = 100e-6  # how long an awaited word stands while a stream is helped past a dead pool
+LINE_WORDS = 16  # int64 in the two cache lines of a word
+
+
+class HandOff(Protocol):
+    """How a stream hands jobs to a pool; see the module."""
+
+    def ring(self, number: int) -> None:
+        """Start job ``number`` after what is on the current stream so far."""
+        ...
+
+    def wait(self, number: int) -> None:
+        """What comes on the stream later sees the results of job ``number``."""
+        ...
+
+
+class ValueHandOff:
+    """By the stream's own stores and waits; nothing of Python or the driver runs in between."""
+
+    def __init__(self, words: Words) -> None:
+        """``words`` lie in pinned memory."""
+        self._driver = cuda_driver()
+        address = self._driver.device_address(words.ctypes.data)
+        self._doorbell, self._done_bell = address + 8 * DOORBELL, address + 8 * DONE_BELL
+
+    def ring(self, number: int) -> None:
+        stream = current_stream()
+        self._driver.write_word(stream, self._done_bell, 0)  # the lower half: the upper is always 0
+        self._driver.write_word(stream, self._doorbell, number)
+
+    def wait(self, number: int) -> None:
+        self._driver.wait_word(current_stream(), self._done_bell, number)
+
+
+class HostBell:
+    """The protocol spoken by a thread of the host that is none of the pool's callers."""
+
+    def __init__(self, words: Words) -> None:
+        self._words, self._kernels = words, kernels()
+        self._address: int = words.ctypes.data
+
+    def ring(self, number: int) -> None:
+        """Start a job now."""
+        self._kernels.ring(self._address, number)
+
+    def wait(self, number: int) -> None:
+        """Return when DONE_BELL is ``number``, whoever stored it."""
+        while self._words[DONE_BELL] != number:
+            self._kernels.wait_while(self._address, DONE_BELL, 0, False)
+            time.sleep(0)
+
+
+class HostFunctionHandOff:
+    """By functions that the driver calls on a thread of its own; they take Python's lock."""
+
+    def __init__(self, words: Words) -> None:
+        bell = HostBell(words)
+        self._driver = cuda_driver()
+        self._ring, self._wait = HostCallback(bell.ring), HostCallback(bell.wait)
+
+    def ring(self, number: int) -> None:
+        self._driver.call_host(current_stream(), self._ring, number)
+
+    def wait(self, number: int) -> None:
+        self._driver.call_host(current_stream(), self._wait, number)
+
+
+class EagerHandOff:
+    """By Python, which waits for the stream first: no graph can hold it."""
+
+    def __init__(self, workers: WorkerPool, synchronize: Callable[[], None]) -> None:
+        self._workers, self._synchronize = workers, synchronize
+
+    def ring(self, number: int) -> None:
+        self._synchronize()
+        with workers_errors():
+            self._workers.ring(number)
+
+    def wait(self, number: int) -> None:
+        with workers_errors():
+            self._workers.wait()
+
+
+def make_hand_off(way: Way, workers: WorkerPool) -> HandOff:
+    """The ``way`` for a pool on the current CUDA device."""
+    if way == "eager":
+        return EagerHandOff(workers, lambda: torch.cuda.current_stream().synchronize())
+    return ValueHandOff(workers.words) if way == "values" else HostFunctionHandOff(workers.words)
+
+
+def pinned_words() -> Words:
+    """Words for a pool that a GPU feeds; the array keeps the pinned memory."""
+    room: Words = torch.zeros(NUM_WORDS + LINE_WORDS, dtype=torch.int64, pin_memory=True).numpy()
+    first = -(room.ctypes.data // 8) % LINE_WORDS
+    return room[first : first + NUM_WORDS]
+
+
+class Watchdog:
+    """Notices that workers who were rung have died or stand still. One per stream's run."""
+
+    def __init__(
+        self, words: Words, patience_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._words, self._patience_s, self._clock = words, patience_s, clock
+        self._seen: tuple[Any, ...] = ()
+        self._since = 0.0
+
+    def complaint(self) -> str:
+        """What is wrong, or nothing. Only a pool with a job can stand still."""
+        words = self._words
+        if words[STOP]:
+            return "a CPU worker failed"
+        seen = (words[DOORBELL], words[DONE_BELL], words[GENERATION])
+        if seen[0] == 0 or seen != self._seen:
+            self._seen, self._since = seen, self._clock()
+        elif self._clock() - self._since >= self._patience_s:
+            return f"the CPU workers stood still for {self._patience_s:g} seconds"
+        return ""
+
+
+def await_stream(
+    is_done: Callable[[], bool],
+    words: Words,
+    numbers: Iterable[int],
+    patience_s: float = PATIENCE_S,
+) -> None:
+    """Return when a stream that feeds a pool has come to its end; WorkerError if the pool failed.
+
+    An interrupt is raised only then. After an error the stream has come to its end too, with wrong
+    results: each awaited word was stored for it, and the pool is not to be used again. ``numbers``
+    are the jobs that the stream may wait for.
+    """
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            _watch(is_done, words, numbers, patience_s)
+            break
+        except KeyboardInterrupt as error:  # workers that park now would hold the stream for ever
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _watch(
+    is_done: Callable[[], bool], words: Words, numbers: Iterable[int], patience_s: float
+) -> None:
+    watchdog = Watchdog(words, patience_s)
+    while not is_done():
+        complaint = watchdog.complaint()
+        if complaint:
+            _help_past(is_done, words, numbers, patience_s)
+            raise _error(complaint)
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def workers_errors() -> Iterator[None]:
+    """What the pool raises within, as a WorkerError."""
+    try:
+        yield
+    except Exception as error:
+        raise _error(f"a CPU worker failed ({error})") from error
+
+
+def _error(complaint: str) -> WorkerError:
+    return WorkerError(
+        f"{complaint} in the middle of a step; its requests were ended",
+        hint="run them again: the next step has new workers",
+    )
+
+
+def _help_past(
+    is_done: Callable[[], bool], words: Words, numbers: Iterable[int], patience_s: float
+) -> None:
+    """Store what the stream waits for until it has run through.
+
+    That is the rung job, unless a late worker has cleared the bell in the meantime: then any of
+    ``numbers`` in turn.
+    """
+    turn = itertools.cycle(numbers)
+    deadline = time.monotonic() + max(patience_s, 1.0)
+    while not is_done():
+        words[DONE_BELL] = words[DOORBELL] or next(turn)
+        if time.monotonic() > deadline:
+            raise WorkerError(
+                "the GPU did not end a step after the CPU workers failed",
+                hint="restart the program",
+            )
+        time.sleep(PASS_S)

@@ -1,0 +1,237 @@
+"""Decoding in CUDA graphs: the tokens of eager steps, whoever rings the workers, and survival.
+
+Every test prints how it ran; run with ``-s`` to see it.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from fiddler import LLM, SamplingParams
+from fiddler.engine.decode_graph import DecodeSteps
+from fiddler.errors import WorkerError
+from tests.forward import random_texts
+from tests.model.test_parity import MODELS, folder_of, split_at_random
+from tests.tiny_models import MODEL_TYPES
+
+pytestmark = pytest.mark.gpu
+WAYS = ("values", "hostfunc")
+
+
+@contextmanager
+def loaded(
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str = "values",
+    *,
+    share: float = 0.5,
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> Iterator[LLM]:
+    """``way``: "enforce_eager", or a value of FIDDLER_HANDOFF."""
+    is_eager = way == "enforce_eager"
+    if is_eager:
+        monkeypatch.delenv("FIDDLER_HANDOFF", raising=False)
+    else:
+        monkeypatch.setenv("FIDDLER_HANDOFF", way)
+    folder = folder_of(model, dtype)
+    with LLM(
+        str(folder),
+        device="cuda",
+        dtype=dtype,
+        max_model_len=512,
+        vram_gb=4,
+        enforce_eager=is_eager,
+        placement=split_at_random(folder, seed=1, share=share),
+        **options,
+    ) as llm:
+        yield llm
+
+
+def steps_of(llm: LLM) -> DecodeSteps:
+    steps = llm._running.engine._runner.decode_steps
+    assert steps is not None
+    return steps
+
+
+def describe(llm: LLM) -> str:
+    buckets = steps_of(llm)._buckets
+    return ", ".join(
+        f"{rows} {'captured' if bucket._graph else 'eager'}" for rows, bucket in buckets.items()
+    )
+
+
+def ragged(llm: LLM, params: list[SamplingParams]) -> list[tuple[list[int], int, int]]:
+    """Prompts of several lengths, one of which ends with a page; they leave one by one."""
+    lengths = [1, 16, 40, 7, 100][: len(params)]
+    prompts = random_texts(lengths, llm.model_config.vocab_size, seed=len(params))
+    outputs = llm.generate(prompts, params)
+    return [
+        (o.outputs[0].token_ids, o.stats.expert_tokens_gpu, o.stats.expert_tokens_cpu)
+        for o in outputs
+    ]
+
+
+def greedy(num_requests: int) -> list[SamplingParams]:
+    return [
+        SamplingParams(temperature=0, max_tokens=20 + 7 * n, ignore_eos=True)
+        for n in range(num_requests)
+    ]
+
+
+def seeded(num_requests: int) -> list[SamplingParams]:
+    return [
+        SamplingParams(
+            temperature=0.8,
+            top_k=20 * (n % 2),
+            top_p=1 - 0.1 * n,
+            seed=n,
+            max_tokens=24,
+            ignore_eos=True,
+        )
+        for n in range(num_requests)
+    ]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_tokens_are_those_of_eager_steps(
+    model: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for way in ("enforce_eager", *WAYS):
+        with loaded(model, monkeypatch, way, share=share) as llm:
+            found[way] = [
+                ragged(llm, params)
+                for num_requests in range(1, 6)
+                for params in (greedy(num_requests), seeded(num_requests))
+            ]
+            counts = llm.expert_counts()
+            print(f"{model} share {share} {way}: {describe(llm)}")
+            found[way].append(counts)  # type: ignore[arg-type]
+    for way in WAYS:
+        assert found[way] == found["enforce_eager"], way
+
+
+@pytest.mark.parametrize("model", MODEL_TYPES)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_float32_tokens_are_those_of_the_cpu(
+    model: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = random_texts([5, 33, 16], 264, seed=9)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with LLM(str(folder_of(model)), device="cpu", dtype="float32", max_model_len=512) as llm:
+        wanted = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+    with loaded(model, monkeypatch, share=share, dtype="float32") as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(prompts, params)] == wanted
+        print(f"{model} share {share}: {describe(llm)}")
+        assert 4 in steps_of(llm)._buckets and steps_of(llm)._buckets[4]._graph is not None
+
+
+def test_requests_join_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts come in while others decode: buckets change and mixed steps come in between."""
+    found = {}
+    for way in ("enforce_eager", *WAYS):
+        with loaded("qwen3_moe", monkeypatch, way, max_num_seqs=6) as llm:
+            prompts = random_texts([3, 20, 37, 16, 50, 9], 264, seed=2)
+            streams, tokens = [], []
+            for n, prompt in enumerate(prompts):
+                params = SamplingParams(temperature=0, max_tokens=10 + 9 * n, ignore_eos=True)
+                streams.append(llm.stream(prompt, params))
+                # the newest request's events run everybody's steps
+                tokens.append([next(streams[-1]).token_id for _ in range(3)])
+            for stream, some in zip(streams, tokens, strict=True):
+                some += [event.token_id for event in stream]
+            found[way] = tokens
+            print(f"{way}: {describe(llm)}")
+    assert found["values"] == found["hostfunc"] == found["enforce_eager"]
+
+
+def break_a_layer(llm: LLM, work: Any) -> None:
+    """Make one layer's job a Python function, which worker 0 runs."""
+    layer: Any = list(llm._running.experts.pool_layers.values())[1]
+    workers: Any = llm._running.experts.pool.workers  # type: ignore[attr-defined]
+
+    def stage(phase: int, worker: int, num_workers: int) -> None:
+        if worker == 0:
+            work()
+
+    workers._crew.python_stages[layer.number] = stage
+    layer.record["stage"] = 0
+
+
+@pytest.mark.parametrize("way", ["enforce_eager", *WAYS])
+def test_a_worker_that_raises(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = random_texts([9], 264)[0]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with loaded("mixtral", monkeypatch, way, share=0.0) as llm:
+        wanted = llm.generate(prompt, params).outputs[0].token_ids
+        for _ in range(2):
+            stream = llm.stream(prompt, params)
+            for _ in range(3):
+                next(stream)
+            break_a_layer(llm, lambda: 1 / 0)
+            with pytest.raises(WorkerError, match="a CPU worker failed"):
+                list(stream)
+            assert llm.generate(prompt, params).outputs[0].token_ids == wanted
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_worker_that_stands_still(
+    way: str, comes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_texts([9], 264)[0]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    may_go = threading.Event()
+    try:
+        with loaded("mixtral", monkeypatch, way, share=0.0) as llm:
+            wanted = llm.generate(prompt, params).outputs[0].token_ids
+            steps_of(llm)._shared.experts._patience_s = 0.5  # type: ignore[union-attr]
+            stream = llm.stream(prompt, params)
+            for _ in range(3):
+                next(stream)
+            break_a_layer(llm, may_go.wait)
+            if comes_back:
+                threading.Timer(0.8, may_go.set).start()
+            started = time.monotonic()
+            with pytest.raises(WorkerError, match="stood still"):
+                list(stream)
+            print(f"{way}: noticed after {time.monotonic() - started:.2f} s")
+            assert time.monotonic() - started < 5
+            assert llm.generate(prompt, params).outputs[0].token_ids == wanted
+    finally:
+        may_go.set()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_three_hundred_steps_take_no_more_memory(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with loaded("qwen3_moe", monkeypatch, way) as llm:
+        params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+        prompts = random_texts([5, 30], 264)
+        for _ in range(2):  # the second finds its prompts in the cache
+            llm.generate(prompts, params)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+        started = time.perf_counter()
+        for _ in range(3):
+            llm.generate(prompts, params)
+        seconds = time.perf_counter() - started
+        torch.cuda.synchronize()
+        print(f"{way}: {300 / seconds:.0f} steps/s of the tiny model")
+        assert torch.cuda.memory_allocated() <= before[0]
+        assert torch.cuda.mem_get_info()[0] >= before[1] - 2**24  # what the driver loads late
+
+
+def test_a_step_that_does_not_fit_a_graph_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = random_texts([4] * 40, 264)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with loaded("mixtral", monkeypatch, max_num_seqs=40) as llm:
+        outputs = llm.generate(prompts, params)
+        assert all(len(o.outputs[0].token_ids) == 4 for o in outputs)
+        assert not steps_of(llm)._buckets

@@ -1,0 +1,146 @@
+"""Decode steps in buckets give the tokens of plain steps, here in Triton's interpreter."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fiddler import LLM, SamplingParams
+from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps
+from fiddler.errors import WorkerError
+from fiddler.models.buckets import bucket_for, largest_bucket
+from offload.decode_experts import DecodeExperts
+from offload.handoff import EagerHandOff
+from tests.forward import random_texts
+from tests.model.test_parity import folder_of, split_at_random
+from tests.tiny_models import MODEL_TYPES
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are compiled")
+PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+
+
+def test_buckets() -> None:
+    assert [bucket_for(n, 32) for n in (1, 2, 3, 9, 16, 17, 32, 33)] == [
+        *(1, 2, 4, 16, 16, 32, 32),
+        None,
+    ]
+    assert bucket_for(5, 4) is None
+    assert [largest_bucket(n) for n in (1, 3, 16, 100)] == [1, 4, 16, 32]
+
+
+@contextmanager
+def loaded(model: str, share: float, **options: Any) -> Iterator[LLM]:
+    folder: Path = folder_of(model)
+    placement = split_at_random(folder, seed=1, share=share)
+    with LLM(
+        str(folder),
+        device="cpu",
+        dtype="float32",
+        max_model_len=128,
+        cpu_threads=1,
+        placement=placement,
+        vram_gb=1,
+        **options,
+    ) as llm:
+        yield llm
+
+
+def add_decode_steps(llm: LLM) -> DecodeSteps:
+    """As a GPU would have them, but for the graph."""
+    from fiddler.models.triton_kernels import TritonKernels
+
+    running = llm._running
+    runner, experts = running.engine._runner, running.experts
+    torch_kernels: Any = runner.decoder._kernels
+    workers: Any = experts.pool.workers  # type: ignore[attr-defined]
+    runner.decode_steps = DecodeSteps(
+        DecodeSetup(
+            decoder=runner.decoder,
+            kernels=TritonKernels(
+                torch_kernels._cos_SR,
+                torch_kernels._sin_SR,
+                torch_kernels._sm_scale,
+                eps=torch_kernels._eps,
+            ),
+            kv_caches=runner.kv_caches,
+            make_experts=lambda: DecodeExperts(
+                experts,
+                workers,
+                EagerHandOff(workers, lambda: None),
+                dtype=torch.float32,
+                max_rows=4,
+            ),
+            renew_workers=lambda: None,
+            page_size=16,
+            max_num_seqs=4,
+            pages_per_request=8,
+            is_eager=True,
+        )
+    )
+    return runner.decode_steps
+
+
+def run(llm: LLM) -> list[tuple[list[int], int, int]]:
+    """Requests that leave at different times, one over the end of a page."""
+    prompts = random_texts([3, 15, 30], llm.model_config.vocab_size, seed=4)
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, routed_experts=n == 3)
+        for n in (2, 4, 3)
+    ]
+    outputs = llm.generate(prompts, params)
+    return [
+        (o.outputs[0].token_ids, o.stats.expert_tokens_gpu, o.stats.expert_tokens_cpu)
+        for o in outputs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "share"),
+    [
+        ("qwen2_moe", 0.5),
+        *(
+            pytest.param(model, share, marks=pytest.mark.slow)
+            for model in MODEL_TYPES
+            for share in (0.0, 0.5, 1.0)
+        ),
+    ],
+)
+def test_tokens_and_counts_are_those_of_plain_steps(model: str, share: float) -> None:
+    with loaded(model, share) as llm:
+        wanted = run(llm)
+        counts = llm.expert_counts()
+        steps = add_decode_steps(llm)
+        llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
+        assert run(llm) == wanted
+        assert sorted(steps._buckets) == [1, 2, 4]
+        assert (torch.tensor(llm.expert_counts()) == 2 * torch.tensor(counts)).all()
+
+
+def test_a_step_that_does_not_fit_runs_plainly() -> None:
+    with loaded("mixtral", 0.5) as llm:
+        prompts = random_texts([5, 6, 7, 8, 9], llm.model_config.vocab_size)
+        wanted = [out.outputs[0].token_ids for out in llm.generate(prompts, PARAMS)]
+        steps = add_decode_steps(llm)
+        found = [out.outputs[0].token_ids for out in llm.generate(prompts, PARAMS)]
+        assert found == wanted and not steps._buckets
+
+
+def test_a_worker_that_fails_ends_the_step_and_no_more() -> None:
+    with loaded("mixtral", 0.0) as llm:
+        prompt = random_texts([5], llm.model_config.vocab_size)[0]
+        wanted = llm.generate(prompt, PARAMS).outputs[0].token_ids
+        steps = add_decode_steps(llm)
+        experts = llm._running.experts
+        some: Any = next(iter(experts.pool_layers.values()))
+        place_of = some.place_of.copy()
+        stream = llm.stream(prompt, PARAMS)
+        next(stream)  # the prompt and the first token
+        some.place_of[:] = 99  # the workers find no such expert
+        with pytest.raises(WorkerError, match="a CPU worker failed"):
+            list(stream)
+        assert not steps._buckets  # new ones for new workers
+        some.place_of[:] = place_of
+        assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted

@@ -1,0 +1,119 @@
+"""The device divides the experts: the same sums and counts as brute force, with real workers.
+
+E experts, T rows, K top-k, H hidden.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from cpu_kernels.expert_pool import ExpertPool
+from offload.decode_experts import DecodeExperts, why_not
+from offload.executor import HybridExperts
+from offload.expert_store import ExpertShape, ExpertStore
+from offload.handoff import EagerHandOff
+from offload.placement import Placement
+
+E, K, H, WIDTH = 6, 2, 16, 32
+MOE_LAYERS = (1, 2)
+SHAPE = ExpertShape(
+    num_layers=4, moe_layers=MOE_LAYERS, num_experts=E, hidden_size=H, expert_size=WIDTH
+)
+CPU = torch.device("cpu")
+
+
+def make_store(*resident: set[int], dtype: torch.dtype = torch.float32) -> ExpertStore:
+    store = ExpertStore(SHAPE, Placement.of([(), *resident, ()]), device=CPU, dtype=dtype)
+
+    def fill(layer: int, expert: int, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        generator = torch.Generator().manual_seed(10 * layer + expert)
+        w13.copy_(torch.randn(w13.shape, generator=generator) * H**-0.5)
+        w2.copy_(torch.randn(w2.shape, generator=generator) * WIDTH**-0.5)
+
+    store.fill(fill, num_threads=1)
+    return store
+
+
+@contextmanager
+def decode_experts(*resident: set[int]) -> Iterator[tuple[HybridExperts, DecodeExperts]]:
+    with ExpertPool(1) as pool:
+        hybrid = HybridExperts(make_store(*resident), pool, device=CPU, max_tokens=8, top_k=K)
+        hand_off = EagerHandOff(pool.workers, lambda: None)
+        yield (
+            hybrid,
+            DecodeExperts(hybrid, pool.workers, hand_off, dtype=torch.float32, max_rows=4),
+        )
+
+
+def make_step(num_rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x_TH = torch.randn(num_rows, H, generator=generator)
+    ids_TK = torch.rand(num_rows, E, generator=generator).argsort(dim=1)[:, :K].int()
+    return x_TH, ids_TK.contiguous(), torch.rand(num_rows, K, generator=generator)
+
+
+def brute_force(
+    store: ExpertStore, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor
+) -> torch.Tensor:
+    out_TH = torch.zeros(x_TH.shape, dtype=torch.float64)
+    for t, ids in enumerate(ids_TK.tolist()):
+        for k, expert in enumerate(ids):
+            w13_FH, w2_HI = (w.double() for w in store.weights(layer, expert))
+            gate_I, up_I = (w13_FH @ x_TH[t].double()).chunk(2)
+            out_TH[t] += w_TK[t, k] * (w2_HI @ (torch.nn.functional.silu(gate_I) * up_I))
+    return out_TH
+
+
+@pytest.mark.parametrize("resident", [(set(), set()), ({0, 3}, set(range(E))), ({1, 5}, {2})])
+def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]]) -> None:
+    with decode_experts(*resident) as (hybrid, experts):
+        counts = torch.zeros(4, E, dtype=torch.int64)
+        for num_rows, num_used in ((1, 1), (4, 3), (2, 2), (4, 4)):
+            used = torch.tensor([num_used], dtype=torch.int32)
+            backend = experts.step(num_rows, used)
+            experts.bind(num_rows)
+            hybrid.begin_step(num_used)
+            chosen = {}
+            for layer in MOE_LAYERS:
+                x_TH, ids_TK, weights_TK = make_step(num_rows, seed=10 * num_rows + layer)
+                parts = backend.launch(layer, x_TH, ids_TK, weights_TK).parts()
+                assert 1 <= len(parts) <= 2
+                found_TH = sum(part.clone() for part in parts)
+                wanted_TH = brute_force(hybrid.store, layer, x_TH, ids_TK, weights_TK)
+                torch.testing.assert_close(
+                    found_TH[:num_used].double(), wanted_TH[:num_used], rtol=1e-4, atol=1e-5
+                )
+                assert found_TH[num_used:].eq(0).all()
+                chosen[layer] = ids_TK[:num_used]
+                counts[layer] += ids_TK[:num_used].flatten().bincount(minlength=E)
+            experts.finish(num_used)
+            check_routing(hybrid, resident, chosen, num_used)
+        assert hybrid.counts_LE.tolist() == counts.tolist()
+
+
+def check_routing(
+    hybrid: HybridExperts,
+    resident: tuple[set[int], set[int]],
+    chosen: dict[int, torch.Tensor],
+    num_used: int,
+) -> None:
+    routed = hybrid.routed_ids(slice(0, num_used))
+    assert (routed[:, [0, 3]] == -1).all()
+    num_hot_T = torch.zeros(num_used, dtype=torch.int64)
+    for layer, experts in zip(MOE_LAYERS, resident, strict=True):
+        assert routed[:, layer].tolist() == chosen[layer].tolist()
+        num_hot_T += torch.tensor(
+            [[e in experts for e in row] for row in chosen[layer].tolist()]
+        ).sum(1)
+    assert hybrid.routing.hot_T.tolist() == num_hot_T.tolist()
+    assert hybrid.routing.cold_T.tolist() == (2 * K - num_hot_T).tolist()
+
+
+def test_what_the_device_cannot_divide_is_said() -> None:
+    assert why_not(make_store({1}, set()), torch.float32, K) == ""
+    assert why_not(make_store(set(), set(), dtype=torch.bfloat16), torch.float32, K) == ""
+    mixed = make_store({1}, set(), dtype=torch.bfloat16)
+    assert "stored in another type than torch.float32" in why_not(mixed, torch.float32, K)
+    assert "17 experts per token" in why_not(mixed, torch.bfloat16, 17)

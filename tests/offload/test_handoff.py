@@ -1,0 +1,140 @@
+"""The hand-off's protocol with real workers, where a Python thread plays the GPU's stream."""
+
+import _thread
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from cpu_kernels.threads import WorkerPool
+from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, JOB_HEADER, NUM_WORDS, STOP
+from fiddler.errors import WorkerError
+from offload.handoff import EagerHandOff, HostBell, Watchdog, await_stream
+
+
+class Stream:
+    """Does what is put on it, in order, on a thread of its own."""
+
+    def __init__(self, *work: Callable[[], object]) -> None:
+        self._thread = threading.Thread(target=lambda: [do() for do in work], daemon=True)
+        self._thread.start()
+
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+
+@pytest.fixture
+def pool() -> Iterator[WorkerPool]:
+    with WorkerPool(2, caller_works=False) as workers:
+        yield workers
+
+
+def add_python_job(pool: WorkerPool, work: Callable[[], object]) -> int:
+    def stage(phase: int, worker: int, num_workers: int) -> None:
+        if worker == 0:
+            work()
+
+    return pool.add_job(np.array([(0, 1)], JOB_HEADER), stage)
+
+
+def feed(pool: WorkerPool, numbers: list[int], patience_s: float = 20.0) -> None:
+    """A stream that rings and awaits each job in turn, and a host that watches it."""
+    bell = HostBell(pool.words)
+    work = [lambda n=n, do=do: do(n) for n in numbers for do in (bell.ring, bell.wait)]
+    with pool.awake():
+        await_stream(Stream(*work).is_done, pool.words, numbers, patience_s)
+
+
+def test_jobs_run_in_the_order_of_the_stream(pool: WorkerPool) -> None:
+    seen: list[str] = []
+    numbers = [add_python_job(pool, lambda n=n: seen.append(n)) for n in "abc"]
+    for _ in range(20):
+        feed(pool, numbers)
+    assert "".join(seen) == "abc" * 20
+    pool.ring(numbers[1])  # and Python may ring again
+    pool.wait()
+    assert seen[-1] == "b"
+
+
+def test_the_eager_way_waits_for_the_stream_first(pool: WorkerPool) -> None:
+    seen: list[str] = []
+    number = add_python_job(pool, lambda: seen.append("job"))
+    hand_off = EagerHandOff(pool, lambda: seen.append("stream"))
+    hand_off.ring(number)
+    hand_off.wait(number)
+    assert seen == ["stream", "job"]
+
+
+def test_a_worker_that_raises_does_not_hold_the_stream() -> None:
+    pool = WorkerPool(2, caller_works=False)
+    numbers = [add_python_job(pool, lambda: None), add_python_job(pool, lambda: 1 / 0)]
+    with pytest.raises(WorkerError, match="a CPU worker failed"):
+        feed(pool, [*numbers, *numbers])
+    with pytest.raises(ZeroDivisionError):
+        pool.wait()
+    pool.close()
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_workers_that_stand_still_do_not_hold_the_stream(comes_back: bool) -> None:
+    """Even if they wake later, clear the bell and say that a job long gone is done."""
+    pool = WorkerPool(2, caller_works=False)
+    may_go = threading.Event()
+    stuck = add_python_job(pool, may_go.wait)
+    later = [add_python_job(pool, lambda: time.sleep(0.01)) for _ in range(3)]
+    if comes_back:
+        threading.Timer(0.15, may_go.set).start()
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=r"stood still for 0.1 seconds"):
+        feed(pool, [stuck, *later], patience_s=0.1)
+    assert time.monotonic() - started < 5
+    may_go.set()
+    pool.words[DOORBELL] = 0  # what the stream left
+    pool.close()
+
+
+def test_an_interrupt_waits_for_the_stream(pool: WorkerPool) -> None:
+    """The workers that it needs would park."""
+    bell, is_awaited = HostBell(pool.words), threading.Event()
+    seen: list[str] = []
+    number = add_python_job(pool, lambda: time.sleep(0.05))
+    stream = Stream(
+        is_awaited.wait,
+        _thread.interrupt_main,
+        lambda: bell.ring(number),
+        lambda: bell.wait(number),
+        lambda: seen.append("end"),
+    )
+
+    def is_done() -> bool:
+        is_awaited.set()
+        return stream.is_done()
+
+    with pytest.raises(KeyboardInterrupt), pool.awake():
+        await_stream(is_done, pool.words, [number])
+    assert seen == ["end"]
+
+
+def test_the_watchdog_counts_from_the_last_sign_of_life() -> None:
+    now = 0.0
+    words = np.zeros(NUM_WORDS, np.int64)
+    watchdog = Watchdog(words, 10.0, clock=lambda: now)
+
+    def complaint_at(time_s: float) -> str:
+        nonlocal now
+        now = time_s
+        return watchdog.complaint()
+
+    assert complaint_at(100) == ""  # nothing is rung: the GPU may take its time
+    assert complaint_at(1000) == ""
+    words[DOORBELL] = 3
+    assert complaint_at(1001) == "" and complaint_at(1010) == ""
+    words[GENERATION] += 1  # a phase is done
+    assert complaint_at(1011) == "" and complaint_at(1020) == ""
+    assert "stood still" in complaint_at(1021)
+    words[DOORBELL], words[DONE_BELL] = 0, 3
+    assert complaint_at(5000) == ""
+    words[STOP] = 1
+    assert "failed" in complaint_at(5000)
