@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 # How a row is cut. Which tokens are kept depends on these only by the rounding of sums, and which
 # one is drawn not at all; so they are constants, whatever the GPU.
 TILE = 2048  # tokens of one program of the pass over the vocabulary
 GROUP = 128  # tokens with a common maximum: what can be kept is looked for in whole groups
+GREEDY_BELOW = 1e-5  # a temperature as good as 0: dividing by less would overflow
+COUNT_MASK = 0x7FFF  # where ``token_counts`` counts outputs; the sign bit stands for the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class SamplingScratch:
 
     @classmethod
     def for_batch(cls, batch: int, vocab: int, device: torch.device | str) -> SamplingScratch:
-        tiles = triton.cdiv(vocab, TILE)
+        tiles = -(-vocab // TILE)
         groups = tiles * (TILE // GROUP)
 
         def new(columns: int, dtype: torch.dtype) -> Tensor:
@@ -110,7 +111,7 @@ class SamplingScratch:
     def check(self, batch: int, vocab: int, device: torch.device) -> None:
         """Assert that a draw of this size fits."""
         rows, tiles = self.winner_BT.shape
-        assert rows >= batch and tiles == triton.cdiv(vocab, TILE)
+        assert rows >= batch and tiles == -(-vocab // TILE)
         assert self.scaled_BP.shape == (rows, tiles * TILE)
         assert self.scaled_BP.device == device
 

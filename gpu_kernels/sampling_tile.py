@@ -9,11 +9,12 @@ Shapes: N tokens of a tile.
 import triton
 import triton.language as tl
 
+from gpu_kernels import sampling_inputs
 from gpu_kernels.order_key import HIGHEST, pack
 from gpu_kernels.sampling_noise import gumbel_noise
 from gpu_kernels.token_counts import COUNT_MASK
 
-GREEDY_BELOW = tl.constexpr(1e-5)  # as good as 0, and dividing by less would overflow
+GREEDY_BELOW = tl.constexpr(sampling_inputs.GREEDY_BELOW)
 
 
 @triton.jit

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COUNT_MASK = tl.constexpr(0x7FFF)
+from gpu_kernels import sampling_inputs
+
+COUNT_MASK = tl.constexpr(sampling_inputs.COUNT_MASK)
 PROMPT_BIT = -0x8000
 
 

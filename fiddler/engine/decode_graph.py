@@ -29,7 +29,7 @@ from fiddler.errors import WorkerError
 from fiddler.models.buckets import bucket_for, largest_bucket
 from fiddler.models.decoder import Decoder
 from fiddler.models.triton_kernels import TritonKernels
-from gpu_kernels.sampling import SamplingScratch, SamplingSettings, sample
+from gpu_kernels.sampling import SamplingScratch, sample
 from offload.decode_experts import DecodeExperts
 
 MOST_PAGES = 65_536  # entries of a page table: 256 KB to copy each step; longer ones stay eager
@@ -57,11 +57,11 @@ class DecodeSetup:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Results of one step, good until the next; ``greedy_ids``: -1 where logits are not finite."""
+    """Results of one step, good until the next; ``drawn_ids``: -1 where logits are not finite."""
 
     hidden_RH: torch.Tensor
     logits_RV: torch.Tensor
-    greedy_ids: list[int]
+    drawn_ids: list[int]
 
 
 class DecodeSteps:
@@ -122,7 +122,6 @@ class _Shared:
         )
         self.logits_BV = torch.zeros(largest, config.vocab_size, device=self.device)
         self.scratch = SamplingScratch.for_batch(largest, config.vocab_size, self.device)
-        self.greedy = _greedy_settings(largest, self.device)
         if not setup.is_eager:
             self.stream = _capture_stream()
             self.memory = torch.cuda.graph_pool_handle()
@@ -136,7 +135,7 @@ class _Bucket:
         self.staging = Staging(num_rows, max_pages, setup.page_size, shared.device)
         self._shared, self._num_rows, self._is_eager = shared, num_rows, setup.is_eager
         self._drawn = DrawnIds(setup.decoder.config, num_rows, shared.device) if is_drawn else None
-        self._batch = self.staging.batch()
+        self._batch, self._draws = self.staging.batch(), self.staging.draws()
         if self._drawn is not None:
             self._batch = replace(self._batch, drawn_LTK=self._drawn.device_LBK)
         experts = shared.experts.step(num_rows, self.staging.num_used)
@@ -182,7 +181,7 @@ class _Bucket:
         shared.logits_BV[rows].copy_(self._decoder.logits(hidden_BH))
         sample(
             shared.logits_BV[rows],
-            _rows_of(shared.greedy, self._num_rows),
+            self._draws,
             scratch=shared.scratch,
             out=self._ids_B,
         )
@@ -221,28 +220,3 @@ def _capture_stream() -> torch.cuda.Stream:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.current_stream().synchronize()
-
-
-def _greedy_settings(num_rows: int, device: torch.device) -> SamplingSettings:
-    def full(value: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((num_rows,), value, dtype=dtype, device=device)
-
-    return SamplingSettings(
-        temperature_B=full(0, torch.float32),
-        top_k_B=full(0, torch.int32),
-        top_p_B=full(1, torch.float32),
-        min_p_B=full(0, torch.float32),
-        seed_B=full(0, torch.int64),
-        position_B=full(0, torch.int64),
-    )
-
-
-def _rows_of(settings: SamplingSettings, num_rows: int) -> SamplingSettings:
-    return SamplingSettings(
-        settings.temperature_B[:num_rows],
-        settings.top_k_B[:num_rows],
-        settings.top_p_B[:num_rows],
-        settings.min_p_B[:num_rows],
-        settings.seed_B[:num_rows],
-        settings.position_B[:num_rows],
-    )

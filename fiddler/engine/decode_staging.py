@@ -1,41 +1,29 @@
 """What a decode step needs to know, as one array: a single copy brings all of it to the device.
 
-Rows beyond the requests in use are padding: token 0 at position 0, no slot to write to and no pages
-to read.
+Rows beyond the requests in use are padding: token 0 at position 0, no slot to write to, no pages to
+read, and the largest logit's id for a draw.
 
 Shapes: B rows of a bucket.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from fiddler.engine.draw_settings import draw_sizes, draws_of, write_draw
 from fiddler.engine.scheduler import Chunk
+from fiddler.engine.staged_array import Kind, StagedArray
 from fiddler.models.batch import StepBatch
 from fiddler.models.config import ModelConfig
 from gpu_kernels.page_table import PageTable
+from gpu_kernels.sampling_inputs import SamplingSettings
 
-ALIGNMENT = 16  # int32 in 64 bytes: kernels compiled for aligned addresses fit every field
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """Some int32 of the array, from ``first`` on."""
-
-    first: int
-    size: int
-
-    @property
-    def place(self) -> slice:
-        """Where it lies."""
-        return slice(self.first, self.first + self.size)
+PADDING = {"tokens": 0, "positions": 0, "slots": -1, "last_page_len": 0, "temperature": 0.0}
 
 
-def lay_out(num_rows: int, max_pages: int) -> tuple[dict[str, Field], int]:
-    """Every field's place for B = ``num_rows`` requests with ``max_pages`` in all, and the end."""
+def staged_sizes(num_rows: int, max_pages: int) -> dict[str, tuple[Kind, int]]:
+    """The fields for B = ``num_rows`` requests with ``max_pages`` in all."""
     sizes = {
         "num_used": 1,
         "tokens": num_rows,
@@ -45,33 +33,24 @@ def lay_out(num_rows: int, max_pages: int) -> tuple[dict[str, Field], int]:
         "last_page_len": num_rows,
         "indices": max_pages,
     }
-    fields, end = {}, 0
-    for name, size in sizes.items():
-        fields[name] = Field(end, size)
-        end = -(-(end + size) // ALIGNMENT) * ALIGNMENT
-    return fields, end
+    return {name: ("int32", size) for name, size in sizes.items()} | draw_sizes(num_rows)
 
 
 class Staging:
-    """The array on the host (pinned where there is a GPU) and its copy on the device.
+    """The array of one bucket.
 
     Ordering: fill only while no step is under way that has :meth:`send` in it.
     """
 
     def __init__(self, num_rows: int, max_pages: int, page_size: int, device: torch.device) -> None:
-        fields, size = lay_out(num_rows, max_pages)
         self.num_rows, self._max_pages, self._page_size = num_rows, max_pages, page_size
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        host = self._host.numpy()
-        self._host_fields = {name: host[field.place] for name, field in fields.items()}
-        self._device_fields = {name: self._device[field.place] for name, field in fields.items()}
+        self._array = StagedArray(staged_sizes(num_rows, max_pages), device)
         self.fill([])
 
     @property
     def num_used(self) -> torch.Tensor:
         """How many rows are no padding, int32 ``[1]`` on the device."""
-        return self._device_fields["num_used"]
+        return self._array.device["num_used"]
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether there is room for these requests' pages."""
@@ -79,7 +58,7 @@ class Staging:
 
     def fill(self, chunks: Sequence[Chunk]) -> None:
         """Lay out one token each of at most B requests."""
-        at: dict[str, npt.NDArray[np.int32]] = self._host_fields
+        at = self._array.host
         num_used, num_pages = len(chunks), 0
         at["num_used"][0] = num_used
         for row, chunk in enumerate(chunks):
@@ -93,17 +72,22 @@ class Staging:
             at["indices"][num_pages : num_pages + count] = pages
             num_pages += count
             at["indptr"][row + 1] = num_pages
-        for name, nothing in (("tokens", 0), ("positions", 0), ("slots", -1), ("last_page_len", 0)):
+            write_draw(at, row, request, chunk.end)
+        for name, nothing in PADDING.items():
             at[name][num_used:] = nothing
         at["indptr"][num_used + 1 :] = num_pages
 
     def send(self) -> None:
         """Put the copy to the device on the current stream."""
-        self._device.copy_(self._host, non_blocking=True)
+        self._array.send()
+
+    def draws(self) -> SamplingSettings:
+        """How the rows draw their next tokens; what it holds changes with every send."""
+        return draws_of(self._array.device)
 
     def batch(self) -> StepBatch:
         """The device's side as the decoder takes it; what it holds changes with every send."""
-        at = self._device_fields
+        at = self._array.device
         return StepBatch(
             tokens_T=at["tokens"],
             positions_T=at["positions"],

@@ -12,7 +12,7 @@ import torch
 from fiddler.engine.logprobs import DecodeToken, token_logprobs
 from fiddler.engine.request import Request
 from fiddler.engine.runner import Forwarded, Runner
-from fiddler.engine.sampler import is_plain_greedy, not_finite, sample
+from fiddler.engine.sampler import sample
 from fiddler.engine.scheduler import Chunk, Schedule, Scheduler
 from fiddler.models.footprint import LOGIT_ROWS
 from fiddler.outputs import FinishReason, Logprob
@@ -90,22 +90,11 @@ class Engine:
         if logits_RV is None:
             rows_R = torch.as_tensor([row for _, row in last], device=hidden_TH.device)
             logits_RV = self._runner.decoder.logits(hidden_TH[rows_R])
-        tokens = self._greedy_tokens(forwarded, requests)
-        if tokens is None:
-            tokens = sample(logits_RV, requests, self._eos_ids)
+        tokens = sample(logits_RV, requests, self._eos_ids, forwarded.drawn_ids)
         return [
             StepOutput(request, token, self._logprobs(request, token, logits_RV[r : r + 1]))
             for r, (request, token) in enumerate(zip(requests, tokens, strict=True))
         ]
-
-    def _greedy_tokens(self, forwarded: Forwarded, requests: list[Request]) -> list[int] | None:
-        """What the device has chosen, if that is all that the requests ask for."""
-        tokens = forwarded.greedy_ids
-        if tokens is None or not all(map(is_plain_greedy, requests)):
-            return None
-        if min(tokens) < 0:
-            raise not_finite()
-        return tokens
 
     def _commit(self, schedule: Schedule, outputs: list[StepOutput]) -> list[StepOutput]:
         self._record_routing(schedule)

@@ -10,6 +10,7 @@ from fiddler.outputs import FinishReason, Logprob, RunStats
 from fiddler.sampling_params import SamplingParams
 
 _ids = itertools.count()
+_SAMPLE_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: no two samples share a seed
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -55,6 +56,12 @@ class Request:
     def num_outputs(self) -> int:
         """How many tokens have been generated."""
         return len(self.tokens) - len(self.prompt_ids)
+
+    @property
+    def draw_seed(self) -> int:
+        """64 bits with their sign, by which it draws: its seed, for the first of its samples."""
+        bits = (int(self.seed) + self.index * _SAMPLE_STEP) % 2**64
+        return bits - 2**64 if bits >= 2**63 else bits
 
     @property
     def num_to_compute(self) -> int:

@@ -24,13 +24,13 @@ DrawExperts = Callable[[tuple[Chunk, ...]], np.ndarray]
 class Forwarded:
     """A step's final hidden states ``[T, H]``, good until the next step.
 
-    A step that decodes on the device brings its float32 logits ``[T, V]`` too, and their largest's
-    ids (-1: the row holds NaN or nothing finite).
+    A step that decodes on the device brings its float32 logits ``[T, V]`` too, and the tokens that
+    it has drawn from them as they are (-1: the row holds NaN or nothing finite).
     """
 
     hidden_TH: torch.Tensor
     logits_TV: torch.Tensor | None = None
-    greedy_ids: list[int] | None = None
+    drawn_ids: list[int] | None = None
 
 
 class Runner:
@@ -70,7 +70,7 @@ class Runner:
             if bucket is not None:
                 drawn_LTK = self.draw_experts(schedule.chunks) if self.draw_experts else None
                 decoded = self.decode_steps.run(schedule.decodes, bucket, drawn_LTK)
-                return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.greedy_ids)
+                return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.drawn_ids)
         batch = build_batch(
             schedule.chunks,
             len(schedule.decodes),

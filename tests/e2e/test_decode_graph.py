@@ -118,6 +118,32 @@ def test_tokens_are_those_of_eager_steps(
         assert found[way] == found["enforce_eager"], way
 
 
+def test_float32_draws_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that the graph draws beside rows whose logits are adjusted behind it."""
+    prompts = random_texts([5, 33, 16], 264, seed=9)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.0, "logprobs": 2},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3},
+        {"temperature": 1.2, "top_p": 0.8, "n": 2},
+    ]
+    params = [
+        SamplingParams(seed=n, max_tokens=24, ignore_eos=True, **kind)
+        for n, kind in enumerate(kinds)
+    ]
+
+    def texts(llm: LLM) -> list[list[int]]:
+        outputs = llm.generate(prompts, params)
+        return [sample.token_ids for output in outputs for sample in output.outputs]
+
+    with LLM(str(folder_of("mixtral")), device="cpu", dtype="float32", max_model_len=512) as llm:
+        wanted = texts(llm)
+    for way in ("enforce_eager", *WAYS):
+        with loaded("mixtral", monkeypatch, way, dtype="float32") as llm:
+            found = texts(llm)
+            print(f"{way}: {describe(llm)}")
+            assert found == wanted, way
+
+
 @pytest.mark.parametrize("model", MODEL_TYPES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_float32_tokens_are_those_of_the_cpu(
@@ -130,7 +156,7 @@ def test_float32_tokens_are_those_of_the_cpu(
     with loaded(model, monkeypatch, share=share, dtype="float32") as llm:
         assert [o.outputs[0].token_ids for o in llm.generate(prompts, params)] == wanted
         print(f"{model} share {share}: {describe(llm)}")
-        assert 4 in steps_of(llm)._buckets and steps_of(llm)._buckets[4]._graph is not None
+        assert steps_of(llm)._buckets[4, False]._graph is not None
 
 
 def test_requests_join_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,8 +115,33 @@ def test_tokens_and_counts_are_those_of_plain_steps(model: str, share: float) ->
         steps = add_decode_steps(llm)
         llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
         assert run(llm) == wanted
-        assert sorted(steps._buckets) == [1, 2, 4]
+        assert sorted(rows for rows, _ in steps._buckets) == [1, 2, 4]
         assert (torch.tensor(llm.expert_counts()) == 2 * torch.tensor(counts)).all()
+
+
+def test_draws_are_those_of_plain_steps() -> None:
+    """Some rows are drawn by the step, some, with adjusted logits, behind it."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.0, "logprobs": 2},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3},
+        {"temperature": 1.2, "top_p": 0.8, "n": 2},
+    ]
+    params = [
+        SamplingParams(seed=n, max_tokens=4, ignore_eos=True, **kind)
+        for n, kind in enumerate(kinds)
+    ]
+    with loaded("mixtral", 0.5) as llm:
+        prompts = random_texts([3, 15, 30], llm.model_config.vocab_size, seed=4)
+
+        def texts() -> list[list[int]]:
+            outputs = llm.generate(prompts, params)
+            return [sample.token_ids for output in outputs for sample in output.outputs]
+
+        wanted = texts()
+        assert len({tuple(text) for text in wanted}) == 4
+        steps = add_decode_steps(llm)
+        assert texts() == wanted
+        assert steps._buckets
 
 
 def test_a_step_that_does_not_fit_runs_plainly() -> None:

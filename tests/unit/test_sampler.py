@@ -1,6 +1,8 @@
 """The sampler against the documented order restated in numpy, and that against transformers."""
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -197,6 +199,66 @@ def test_each_of_seed_sample_and_position_changes_the_draw(what: str) -> None:
     rows = torch.zeros(50, 1000)
     tokens = sample(rows, [request(params, **{what: value}) for value in values], EOS)
     assert len(set(tokens)) > 40  # 50 of 1000 at random: 48.8 expected
+
+
+def test_the_first_sample_draws_by_the_seed_and_seeds_of_any_size_do() -> None:
+    params = SamplingParams(temperature=1.0)
+    assert [request(params, seed=s).draw_seed for s in (0, 5, -5, 2**63, 2**64 + 5)] == [
+        *(0, 5, -5, -(2**63), 5)
+    ]
+    seeds = {request(params, seed=s, index=i).draw_seed for s in range(64) for i in range(64)}
+    assert len(seeds) == 64 * 64
+
+
+def test_what_the_device_drew_holds_unless_logits_are_adjusted() -> None:
+    rows = random_rows(3)
+    plain, banned = SamplingParams(temperature=0.0), SamplingParams(logit_bias={7: 100.0})
+    requests = [request(plain), request(banned), request(plain)]
+    assert sample(rows, requests, EOS, [11, 12, 13]) == [11, 7, 13]
+    with pytest.raises(NumericsError):
+        sample(rows, requests, EOS, [11, 12, -1])
+
+
+def test_drawing_needs_no_triton() -> None:
+    """Which exists on Linux only."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from fiddler.engine.request import Request
+from fiddler.engine.sampler import sample
+from fiddler.sampling_params import SamplingParams
+params = SamplingParams(temperature=1.0, top_p=0.9)
+request = Request(prompt_ids=[0], params=params, max_tokens=9, seed=3)
+print(sample(torch.zeros(1, 50), [request], frozenset()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = sample(
+        torch.zeros(1, 50), [request(SamplingParams(temperature=1.0, top_p=0.9), seed=3)], EOS
+    )
+    assert done.stdout.strip() == str(expected)
+
+
+@pytest.mark.gpu
+def test_the_gpu_draws_what_the_cpu_draws() -> None:
+    """Settings of all kinds in one batch, of a large vocabulary."""
+    rows = torch.randn(24, 151_936, generator=torch.Generator().manual_seed(1)) * 3
+    kinds: list[dict[str, Any]] = [
+        *({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.6, "top_k": 20}),
+        *({"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.3, "min_p": 0.05}),
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.8, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "frequency_penalty": 1.0, "logit_bias": {5: 9.0}},
+        {"temperature": 0.7, "min_tokens": 9, "stop_token_ids": [1]},
+    ]
+    requests = [
+        request(SamplingParams(**kinds[n % 8]), seed=n, index=n // 8, outputs=[n, 4, 4])
+        for n in range(24)
+    ]
+    found, expected = sample(rows.cuda(), requests, EOS), sample(rows, requests, EOS)
+    differing = [(n, kinds[n % 8]) for n in range(24) if found[n] != expected[n]]
+    print(f"differ: {differing}")
+    assert not differing
 
 
 # --- numbers at the edge ---
