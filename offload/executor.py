@@ -138,6 +138,17 @@ class HybridExperts:
         """The pool's layers, by number; those that have cold experts."""
         return self._pool_layers
 
+    @property
+    def jobs(self) -> dict[int, int]:
+        """The layer of each of the pool's jobs, by the job's number."""
+        jobs: dict[int, int] = {}
+        for layers in (self._pool_layers, self._prefill.pool_layers if self._prefill else {}):
+            for layer, added in layers.items():
+                jobs[added.number] = layer
+                if added.hand_over is not None:
+                    jobs[added.hand_over.number] = layer
+        return jobs
+
     def replace_pool(self, pool: ExpertPool) -> None:
         """Go on with ``pool``; the one used before keeps what it has."""
         self._use_pool(pool)

@@ -22,6 +22,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +95,15 @@ class PrefillExperts:
                     hand_over=self._costs.hand_over,
                 )
             self._layers[layer] = LayerParts.of(layer, self._store[layer], pool_layer)
+
+    @property
+    def pool_layers(self) -> dict[int, Any]:
+        """The pool's layers, by number; those that have cold experts."""
+        return {
+            layer: parts.pool_layer
+            for layer, parts in self._layers.items()
+            if parts.pool_layer is not None
+        }
 
     def begin_step(self, num_tokens: int) -> None:
         """Prepare for a step of ``num_tokens``; what an abandoned one has left is forgotten."""

@@ -1,6 +1,7 @@
 """Runs tests on a loaded model: requests go straight into the scheduler, and steps are timed."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -88,6 +89,24 @@ class Driver:
             peak_vram_bytes=loaded.peak_vram_bytes(),
         )
 
+    def walk(self, case: Case, run: int) -> Iterator[bool]:
+        """Make run ``run`` of ``case`` ready; say before each step whether any request still reads.
+
+        Who iterates makes the steps, one each time.
+        """
+        loaded, vocab_size = self._loaded, self._loaded.files.config.vocab_size
+        requests = CaseRequests(case, loaded.pages, vocab_size=vocab_size, seed=self._seed)
+        self._run(requests.filling(), case)
+        if self._routing is not None:
+            self._routing.prepare(case.n_parallel, (run + 1) * case.new_tokens)
+            self._routing.shift = run * case.new_tokens - case.n_depth
+        loaded.runner.draw_experts = self._routing
+        try:
+            yield from self._steps(requests.of_run(run), case)
+        finally:
+            loaded.runner.draw_experts = None
+            requests.close()
+
     def _run_drawn(self, requests: CaseRequests, case: Case, run: int) -> Run:
         """A run whose experts follow the law, if there is one, where the run before ended."""
         if self._routing is not None:
@@ -100,14 +119,19 @@ class Driver:
     def _run(self, requests: list[Request], case: Case) -> Run:
         """Step until all requests are finished."""
         engine, run = self._loaded.engine, Run()
-        engine.scheduler.running.extend(requests)
         started = time.perf_counter_ns()
-        while engine.scheduler.has_work:
-            is_reading = any(request.num_computed < case.prompt_end for request in requests)
+        for is_reading in self._steps(requests, case):
             engine.step()
             (run.prompt if is_reading else run.decode).append(self._loaded.experts.routing)
         run.elapsed_ns = time.perf_counter_ns() - started
         return run
+
+    def _steps(self, requests: list[Request], case: Case) -> Iterator[bool]:
+        """Before each step of ``requests``, until all are finished: does any still read?"""
+        scheduler = self._loaded.engine.scheduler
+        scheduler.running.extend(requests)
+        while scheduler.has_work:
+            yield any(request.num_computed < case.prompt_end for request in requests)
 
     def _tally(self, steps: list[StepRouting]) -> Tally:
         config = self._loaded.files.config

@@ -1,6 +1,8 @@
 """``fiddler bench``: llama-bench's tests, each beside what the machine could give."""
 
+import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +15,7 @@ from fiddler.errors import FiddlerError, reject_unknown
 
 if TYPE_CHECKING:
     from fiddler.benchmark.cases import Case
-    from fiddler.benchmark.driver import Measurement
+    from fiddler.benchmark.driver import Driver, Measurement
     from fiddler.benchmark.subject import Subject
     from fiddler.loading import LoadedModel
     from offload.routing_law import Law
@@ -103,6 +105,13 @@ def counts_option(*names: str, default: str, least: int, help: str) -> Decorator
     show_default=True,
     help="Form of the result.",
 )
+@click.option(
+    "--trace",
+    "trace_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a timeline of two steps, for ui.perfetto.dev.",
+)
 @some_engine_options(*ENGINE_FIELDS)
 def command(
     model: str | None,
@@ -115,6 +124,7 @@ def command(
     repetitions: int,
     routing: str,
     output: str,
+    trace_path: Path | None,
     engine: dict[str, Any],
 ) -> None:
     """Measure how fast a model reads and writes, beside what the machine could give.
@@ -122,7 +132,8 @@ def command(
     Tests are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128, pp512+tg128 does
     both, "@ d4096" behind 4,096 others. -p 0 or -n 0 leaves one kind out. "t/s" is the median of
     the runs. "limit" is the speed at which the weights and the KV cache could be read, or a
-    prompt's products computed, with the bandwidths of this run.
+    prompt's products computed, with the bandwidths of this run. --trace also writes what
+    engine, CPU workers and GPU did in one step that reads and in one that writes.
     """
     from fiddler.benchmark.build import build_commit
     from fiddler.benchmark.cases import make_cases
@@ -136,16 +147,18 @@ def command(
         raise click.UsageError("give either --model or --shape, not both")
     reject_unknown("shape", [shape] if shape else [], SHAPES)
     law = parse_law(routing)
+    if trace_path is not None and not trace_path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {trace_path.parent}", param_hint="--trace")
     cases = make_cases(n_prompt, n_gen, pairs, n_depth, batch)
     settings = EngineConfig(
         model=shape or model or BUILTIN,
         load_format="dummy" if shape else "auto",
         prefix_caching=False,
-        max_model_len=max(case.length for case in cases),
+        max_model_len=max(case.length for case in _all_cases(cases, trace_path)),
         max_num_seqs=max(case.n_parallel for case in cases),
         **engine,
     )
-    subject, measurements = _measure(settings, cases, law, repetitions)
+    subject, measurements = _measure(settings, cases, law, repetitions, trace_path)
     note("measuring what the machine could give")
     peaks = measure_peaks(
         subject.hardware, num_threads=subject.num_threads, dtype=subject.dtypes.compute
@@ -155,14 +168,18 @@ def command(
 
 
 def _measure(
-    settings: EngineConfig, cases: "list[Case]", law: "Law | None", repetitions: int
+    settings: EngineConfig,
+    cases: "list[Case]",
+    law: "Law | None",
+    repetitions: int,
+    trace_path: Path | None,
 ) -> "tuple[Subject, list[Measurement]]":
     """The model is gone when this returns, so the machine can be measured in its memory."""
     from fiddler.benchmark.driver import Driver
     from fiddler.benchmark.record import tokens_per_s
     from fiddler.benchmark.subject import Subject
 
-    loaded = _load(settings, cases)
+    loaded = _load(settings, _all_cases(cases, trace_path))
     measurements: list[Measurement] = []
     with loaded.resources:
         driver = Driver(loaded, law=law, seed=settings.seed)
@@ -170,7 +187,25 @@ def _measure(
             measurements.append(driver.measure(case, repetitions))
             median, deviation = tokens_per_s(measurements[-1])
             note(f"{case.name}, batch {case.n_parallel}: {median:.2f} ± {deviation:.2f} tok/s")
+        if trace_path is not None:
+            _write_trace(loaded, driver, cases, trace_path)
     return Subject.of(loaded), measurements
+
+
+def _all_cases(cases: "list[Case]", trace_path: Path | None) -> "list[Case]":
+    from fiddler.benchmark.trace import trace_case
+
+    return cases if trace_path is None else [*cases, trace_case(cases)]
+
+
+def _write_trace(loaded: "LoadedModel", driver: "Driver", cases: "list[Case]", path: Path) -> None:
+    from fiddler.benchmark.trace import has_gpu_rows, trace, trace_case
+
+    found = trace(loaded, driver, trace_case(cases))
+    path.write_text(json.dumps(found))
+    note(f"wrote {path}; open it at https://ui.perfetto.dev")
+    if loaded.hardware.has_gpu and not has_gpu_rows(found):
+        note("it has no rows of the GPU: torch's profiler gave none, for which it needs CUPTI")
 
 
 def _load(settings: EngineConfig, cases: "list[Case]") -> "LoadedModel":

@@ -5,6 +5,7 @@ import io
 import json
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from fiddler.cli import cli
 from fiddler.models.shapes import SHAPES
 from offload.limits import Peaks
+from tests.timelines import assert_nested, rows_of
 
 LLAMA_BENCH = {
     *("build_commit", "cpu_info", "gpu_info", "model_type", "model_size", "model_n_params"),
@@ -144,6 +146,69 @@ def test_markdown_is_a_table_on_stdout_and_progress_is_not() -> None:
     assert "batch 1:" not in done.stdout
 
 
+@pytest.mark.usefixtures("known_peaks")
+def test_a_timeline_of_two_steps(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    done = run(*SMALL, "--routing", "uniform", "--trace", str(path))
+    assert done.exit_code == 0, done.output
+    assert f"wrote {path}; open it at https://ui.perfetto.dev" in done.stderr
+    found = json.loads(path.read_text())
+    assert found["otherData"]["test"] == "pp8+tg3, batch 1"
+    rows = rows_of(found)
+    assert list(rows) == [("engine", "steps"), ("CPU workers", "jobs"), ("CPU workers", "worker 0")]
+    for row in rows.values():
+        assert_nested(row)
+    steps, jobs = rows["engine", "steps"], rows["CPU workers", "jobs"]
+    assert [step["name"] for step in steps] == ["prompt, 8 tokens", "decode, 1 token"]
+    assert {job["name"] for job in jobs} <= {f"layer {n}" for n in range(4)} | {
+        "phase 1",
+        "phase 2",
+    }
+    assert any(job["name"].startswith("layer") for job in jobs)  # a busy machine may miss some
+    assert_nested(steps + jobs)
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_a_timeline_of_what_is_measured_only(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    done = run("-p", "0", "-n", "2", "-d", "9", "-r", "1", "--trace", str(path))
+    assert done.exit_code == 0, done.output
+    steps = rows_of(json.loads(path.read_text()))["engine", "steps"]
+    assert [step["name"] for step in steps] == ["decode, 1 token"]
+
+
+@pytest.mark.gpu
+def test_a_timeline_shows_the_gpu_beside_the_workers(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    shape = ("--device", "cuda", "--shape", "olmoe-1b-7b", "--vram-gb", "6")
+    done = run(
+        "-p", "256", "-n", "4", "-r", "1", *shape, "--cpu-threads", "4", "--trace", str(path)
+    )
+    print(done.stderr[-2000:])
+    assert done.exit_code == 0, done.output
+    found = json.loads(path.read_text())
+    rows = rows_of(found)
+    print(found["otherData"], {row: len(events) for row, events in rows.items()})
+    for row in rows.values():
+        assert_nested(row)
+    reads, decodes = rows["engine", "steps"]
+    streams = [events for (process, _), events in rows.items() if process == "GPU"]
+    on_gpu = [event for events in streams for event in events]
+
+    def inside(step: dict[str, Any], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [e for e in events if step["ts"] <= e["ts"] < step["ts"] + step["dur"]]
+
+    layers = [e for e in rows["CPU workers", "jobs"] if e["name"].startswith("layer")]
+    print([(len(inside(step, on_gpu)), len(inside(step, layers))) for step in (reads, decodes)])
+    assert len(inside(decodes, on_gpu)) > 16 * 5  # kernels of a graph's replay are seen one by one
+    assert len(inside(decodes, layers)) > 8
+    busy_us = sum(e["dur"] for e in inside(decodes, on_gpu))
+    print(f"decode: {decodes['dur']:.0f} us, GPU busy {busy_us:.0f} us")
+    copies = [e for e in inside(reads, on_gpu) if e["name"].startswith("Memcpy HtoD")]
+    print(f"prompt: {len(copies)} copies to the device, {sum(e['dur'] for e in copies):.0f} us")
+    assert copies
+
+
 @pytest.mark.gpu
 def test_a_gpu_has_its_figures() -> None:
     shape = ("--device", "cuda", "--shape", "olmoe-1b-7b", "--vram-gb", "6")
@@ -182,6 +247,7 @@ def test_a_shape_has_seeded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (("-pg", "512"), 2, "'512' is not a prompt's and an answer's length"),
         (("-pg", "512,0"), 2, "as in 512,128"),
         (("--batch", "0"), 2, "'0' is not a list of numbers from 1 on"),
+        (("--trace", "no/such/folder/steps.json"), 2, "there is no folder no/such/folder"),
         (("-p", "5000"), 1, "hint: use -p or -n, with -d, of 4096 or less"),
         (("-p", "4000", "-r", "1", "--batch", "9", "--vram-gb", "0.07"), 1, "has room for"),
     ],
