@@ -85,12 +85,13 @@ def kept_reference(x_V: Tensor, settings: SamplingSettings, row: int) -> Tensor:
     ids_N = ids_N[order_N]
     if is_cut:
         z_N, ids_N = z_N[:top_k], ids_N[:top_k]
-    probs_N = (z_N - (z_N if is_cut else z_V).logsumexp(0)).exp()
+    mass_N = (z_N - z_N[0]).exp()
     if top_p < 1:
-        before_N = probs_N.double().cumsum(0) - probs_N.double()
-        probs_N = probs_N[: max(int((before_N < top_p).sum()), 1)]
+        mass = ((z_N if is_cut else z_V) - z_N[0]).exp().double().sum()
+        before_N = mass_N.double().cumsum(0) - mass_N.double()
+        mass_N = mass_N[: max(int((before_N < top_p * mass).sum()), 1)]
     kept_V = torch.zeros_like(x_V, dtype=torch.bool)
-    kept_V[ids_N[: len(probs_N)][probs_N >= min_p * probs_N[0]]] = True
+    kept_V[ids_N[: len(mass_N)][mass_N >= min_p]] = True
     return kept_V
 
 

@@ -81,6 +81,26 @@ def test_the_reference_keeps_what_is_documented(
     assert kept_V.tolist() == (distribution(logits, params, **texts) > 0).tolist()
 
 
+def test_only_tokens_that_cannot_be_kept_are_left_unsorted() -> None:
+    """Against sorting all of them, for steep and flat logits and filters of any strength."""
+    rng = np.random.default_rng(4)
+    for spread in (0.0, 0.01, 1.0, 5.0):
+        x_V = torch.from_numpy(spread * rng.standard_normal(3000, np.float32)).to(DEVICE)
+        for _ in range(40):
+            top_k = int(rng.choice([0, 1, 7, 2999, 3000]))
+            top_p = float(rng.choice([1e-9, 0.3, 0.9, 0.9999, 1.0]))
+            row = {"top_k": top_k, "top_p": top_p, "min_p": float(rng.choice([0.0, 1e-4, 0.3, 1]))}
+            kept_V = kept_reference(x_V, make_settings([row]), 0).cpu().numpy()
+            z_V = x_V.cpu().numpy().astype(np.float64)
+            order_V = np.argsort(-z_V, kind="stable")[: top_k or 3000]
+            probs_V = np.exp(z_V[order_V] - z_V.max())
+            before_V = np.cumsum(probs_V) - probs_V
+            wanted_V = (before_V < top_p * probs_V.sum()) & (probs_V >= row["min_p"])
+            wanted_V[0] = True
+            assert abs(int(kept_V.sum()) - int(wanted_V.sum())) <= 2, (spread, row)  # rounding
+            assert kept_V[order_V][wanted_V][:-2].all()
+
+
 @settings(max_examples=10)
 @given(some_logits, some_params, some_tokens, some_tokens, st.booleans())
 def test_penalties_and_bias_equal_the_reference(
