@@ -126,8 +126,8 @@ def _split_kv_bytes(config: ModelConfig, max_num_seqs: int) -> int:
 
 
 def _logit_row_bytes(config: ModelConfig, width: int) -> int:
-    """Logits as computed, as float32, adjusted or as log-probabilities, and sorted with ids."""
-    return config.vocab_size * (width + 3 * FLOAT32 + 8)
+    """Logits as computed, as float32, adjusted row by row, all of these, scaled by the sampler."""
+    return config.vocab_size * (width + 4 * FLOAT32)
 
 
 def _rotary_bytes(config: ModelConfig, positions: int) -> int:

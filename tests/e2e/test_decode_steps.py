@@ -115,7 +115,7 @@ def test_tokens_and_counts_are_those_of_plain_steps(model: str, share: float) ->
         steps = add_decode_steps(llm)
         llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
         assert run(llm) == wanted
-        assert sorted(rows for rows, _ in steps._buckets) == [1, 2, 4]
+        assert sorted(steps._buckets) == [(rows, False) for rows in (1, 2, 4)]
         assert (torch.tensor(llm.expert_counts()) == 2 * torch.tensor(counts)).all()
 
 
