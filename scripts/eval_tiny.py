@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts.tiny_corpus import Question, heldout, heldout_passkeys, is_correct
+from fiddler.builtin_text.corpus import Question, heldout, heldout_passkeys, is_correct
 
 _LONGEST_REPLY = 200
 
