@@ -87,6 +87,17 @@ def heldout(n: int, seed: int) -> list[Question]:
     return questions
 
 
+def heldout_conversations(n: int, seed: int) -> list[list[Message]]:
+    """Return ``n`` conversations with their answers, of contents and tasks as in ``heldout``."""
+    names = [task for task in TASKS if task != "nofacts"]
+    conversations = []
+    for i in range(n):
+        rng = Random(f"conversation/{seed}/{i}")
+        dialogue = sample_dialogue(rng, names[i % len(names)], heldout=True)
+        conversations.append(_messages(rng, dialogue))
+    return conversations
+
+
 def heldout_passkeys(n: int, seed: int, sentences: int) -> list[Question]:
     """Return ``n`` held-out pass-keys in ``sentences`` sentences of about 13 tokens each."""
     questions = []
@@ -121,12 +132,16 @@ def _message(role: str, content: str) -> Message:
 
 
 def _question(rng: Random, dialogue: Dialogue) -> Question:
+    *before, answer = _messages(rng, dialogue)
+    return before, ", ".join(dialogue.keywords) or answer["content"], dialogue.task
+
+
+def _messages(rng: Random, dialogue: Dialogue) -> list[Message]:
+    """All of a dialogue; in three of ten cases some system prompt is put before its own."""
     system = dialogue.system
     if rng.random() < 0.3:
         system = f"{rng.choice(_SYSTEM_PROMPTS)} {system}".strip()
     messages = [_message("system", system)] if system else []
-    *before, (user, answer) = dialogue.turns
-    for asked, replied in before:
+    for asked, replied in dialogue.turns:
         messages += [_message("user", asked), _message("assistant", replied)]
-    messages.append(_message("user", user))
-    return messages, ", ".join(dialogue.keywords) or answer, dialogue.task
+    return messages
