@@ -48,14 +48,13 @@ class LogitFile:
         kept_RV = logits_RV.to(self._dtype)
         assert torch.equal(kept_RV.float(), logits_RV), f"{self._dtype} does not hold these logits"
         self._file.seek(row * self._row_bytes)
-        self._file.write(kept_RV.cpu().contiguous().view(torch.uint8).numpy())
+        self._file.write(kept_RV.cpu().contiguous().view(torch.uint8).numpy().data)
 
     def read(self, row: int, count: int) -> torch.Tensor:
         """Return ``count`` rows from ``row`` on, on the CPU, in the type they are kept in."""
-        content = bytearray(count * self._row_bytes)
         self._file.seek(row * self._row_bytes)
-        num_read = self._file.readinto(content)  # type: ignore[attr-defined]
-        assert num_read == len(content), f"row {row + num_read // self._row_bytes} was not written"
+        content = bytearray(self._file.read(count * self._row_bytes))
+        assert len(content) == count * self._row_bytes, f"rows from {row} on were not written"
         return torch.frombuffer(content, dtype=self._dtype).view(count, self._vocab_size)
 
 

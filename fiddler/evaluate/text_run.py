@@ -125,8 +125,8 @@ def _batches(windows: list[Window], size: int) -> list[list[Window]]:
 def _reader(
     text: TokenText, window: Window, read: Callable[[int, torch.Tensor], None]
 ) -> LogitReader:
-    """Row r of a window predicts its token r + 1; a start token is row 0 and no token of the text."""
-    before = len(text.start_ids) - 1 - window.begin  # from a token of the text to the row about it
+    """Row r of what the model reads is about the token behind it, from a start token on."""
+    before = len(text.start_ids) - 1 - window.begin  # from a token's number to its row's
     first_scored = text.windows[0].first
 
     def shifted(row: int, logits_RV: torch.Tensor) -> None:
