@@ -16,7 +16,7 @@ from fiddler.evaluate.logit_file import LogitFile
 from fiddler.evaluate.questions import answer_questions
 from fiddler.evaluate.text_run import TokenText, score_text
 from fiddler.evaluate.windows import cut_windows
-from tests.e2e.conftest import OpenModel
+from tests.e2e.conftest import OpenModel, open_folder
 from tests.oracle import oracle_logprobs
 from tests.tiny_models import BOS_ID, shared_tiny
 
@@ -113,3 +113,21 @@ def test_the_built_in_model_answers_its_questions() -> None:
     with LLM("builtin", max_model_len=512, cpu_threads=1) as llm:
         found = answer_questions(llm, heldout(4, seed=1))
     assert found.by_task == dict.fromkeys(("add", "subtract", "multiply", "compare"), (1, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu(tmp_path: Path, dtype: str) -> None:
+    text, options = make_text(), {"device": "cuda", "vram_gb": 8, "max_model_len": 256}
+    with open_folder(shared_tiny("qwen3_moe"), dtype=dtype, **options) as llm:
+        vocab_size = llm.model_config.vocab_size
+        with LogitFile(LENGTH - 1, vocab_size, getattr(torch, dtype), tmp_path) as file:
+            first = score_text(llm, text, keep_in=file)
+            again = score_text(llm, text, compare_with=file)
+    expected = oracle_surprise("qwen3_moe", text)
+    print(dtype, "nats", first.perplexity.nll.mean, "oracle", expected, "again", again)
+    assert first.perplexity.nll.mean == pytest.approx(
+        expected, rel=1e-4 if dtype == "float32" else 2e-2
+    )
+    assert again.divergence is not None
+    assert (again.divergence.kl.mean, again.divergence.same_top.mean) == (0, 1)
