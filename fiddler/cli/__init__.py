@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "Show what would run where, without loading the model.",
     "profile": "Count which experts a text uses, for better placement.",
     "bench": "Measure speed beside what the machine could give.",
+    "eval": "Measure how well a model predicts a text, and against a reference.",
     "doctor": "Check this machine.",
 }
 
