@@ -16,6 +16,7 @@ import torch
 from cpu_kernels.compiled import needs_compile
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.thread_count import measured_num_threads
+from fiddler._version import __version__
 from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.engine.decode_setup import add_decode_steps, decode_way
 from fiddler.engine.engine import Engine
@@ -39,6 +40,7 @@ from fiddler.models.weights import CheckpointSource, WeightSource, load_dense, l
 from fiddler.planning import plan_model
 from fiddler.text.chat_template import ChatTemplate
 from fiddler.text.tokenizer import Tokenizer
+from offload.calibration import Calibration, default_folder, machine_facts
 from offload.executor import HybridExperts, needs_warm_up, warm_up
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.handoff import pinned_words
@@ -119,6 +121,7 @@ def load_model(
             device,
             keeper,
             way,
+            Calibration(default_folder(), machine_facts(hardware, __version__)),
             on_progress,
             resources,
         )
@@ -270,6 +273,7 @@ def _load_weights(
     device: torch.device,
     keeper: PoolKeeper,
     way: Way | None,
+    calibration: Calibration,
     on_progress: Progress | None,
     resources: ExitStack,
 ) -> tuple[Runner, HybridExperts]:
@@ -283,10 +287,16 @@ def _load_weights(
     }
     prefill = None
     if device.type == "cuda":
-        from offload.prefill import make_prefill  # triton wants a GPU
+        from offload.prefill_setup import make_prefill  # triton wants a GPU
 
         prefill = make_prefill(
-            store, keeper.pool, num_slots=plan.staging_slots, device=device, dtype=dtype, **sizes
+            store,
+            keeper.pool,
+            calibration,
+            num_slots=plan.staging_slots,
+            device=device,
+            dtype=dtype,
+            **sizes,
         )
     experts = HybridExperts(store, keeper.pool, device=device, prefill=prefill, **sizes)
     resources.callback(experts.clear)
