@@ -7,15 +7,15 @@ Ordering: ``launch`` writes the routing to the host and waits for it, once a lay
 that earlier layers have read of host buffers is done by then. Next it writes the CPU's input there,
 asks for copies, as many as the ring has room for, starts the pool once its input has come (an event
 says so), and gives the device its kernels; after each bank's kernels the bank goes back to the ring
-and the next copy is asked for: first the rest of this layer's, then some of the next layer's,
-before its router has run. Workers that hand experts over run Python: 14 of them and the launches
-would wait for each other's lock, so there the device gets its kernels first and the pool starts
-after that. ``result`` waits for the pool and lets a kernel
-add what it has written, straight from pinned memory. The next ``launch`` waits for its routing,
-which comes later in the same stream, before it overwrites anything. An abandoned step leaves
-banks in no one's hands; ``begin_step`` takes the ring back before anything else is asked for.
-Nothing is sent ahead from one step to the next: the copies of a step's tokens and positions would
-wait behind it, and the next step may decode.
+and the next copy is asked for: first the rest of this layer's, then some of the next layer's, those
+that are expected to be used most, before its router has run. Workers that hand experts over run
+Python: 14 of them and the launches would wait for each other's lock, so there the device gets its
+kernels first and the pool starts after that. ``result`` waits for the pool and lets a kernel add
+what it has written, straight from pinned memory. The next ``launch`` waits for its routing, which
+comes later in the same stream, before it overwrites anything. An abandoned step leaves banks in no
+one's hands; ``begin_step`` takes the ring back before anything else is asked for. Nothing is sent
+ahead from one step to the next: the copies of a step's tokens and positions would wait behind it,
+and the next step may decode.
 
 Shapes: T tokens, K top-k, E experts, C a layer's cold experts (rows on the host), H hidden.
 """
@@ -35,6 +35,7 @@ from gpu_kernels.host_memory import read_host, write_host
 from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.host_buffers import HostBuffers, HostRows
+from offload.popularity import Popularity
 from offload.prefill_costs import PrefillCosts
 from offload.prefill_division import Division, Ring
 from offload.prefill_layer import DeviceSide, LayerParts, LayerWork, Sent
@@ -54,6 +55,7 @@ class PrefillExperts:
         pool: ExpertPool,
         stream: ExpertStream | None,
         costs: PrefillCosts | None,
+        popularity: Popularity,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -64,6 +66,7 @@ class PrefillExperts:
         """``dtype`` is that of the hidden states; ``activations`` what the CPU rounds them to."""
         shape = store.shape
         self._store, self._costs, self._activations = store, costs, activations
+        self._shares_LE = popularity.shares()
         self._num_experts, self._hidden, self._top_k = shape.num_experts, shape.hidden_size, top_k
         self._host = HostBuffers(max_tokens, shape.hidden_size, top_k, pin=device.type == "cuda")
         self._written = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -94,7 +97,9 @@ class PrefillExperts:
                     place_of=self._store[layer].row_E,
                     hand_over=self._costs.hand_over,
                 )
-            self._layers[layer] = LayerParts.of(layer, self._store[layer], pool_layer)
+            self._layers[layer] = LayerParts.of(
+                layer, self._store[layer], pool_layer, self._shares_LE[layer]
+            )
 
     def begin_step(self, num_tokens: int) -> None:
         """Prepare for a step of ``num_tokens``; what an abandoned one has left is forgotten."""
@@ -168,10 +173,11 @@ class PrefillExperts:
         under_way = {row for item in self._ahead for row in item.rows}
         rest = [r for r in range(len(counts_C)) if counts_C[r] > 0 and r not in under_way]
         next_layer = self._next.get(parts.layer)
-        num_next = 0
+        next_rows: list[int] = []
         if next_layer is not None and self._division is not None:
-            num_next = self._division.rows_ahead(len(self._layers[next_layer].cold_C))
-        cpu_rows = self._cpu_rows(rest, [int(counts_C[r]) for r in rest], num_next)
+            after = self._layers[next_layer]
+            next_rows = after.popular_rows(self._division.rows_ahead(len(after.cold_C)))
+        cpu_rows = self._cpu_rows(rest, [int(counts_C[r]) for r in rest], len(next_rows))
         on_cpu = set(cpu_rows)
         work = LayerWork(
             self._side,
@@ -180,7 +186,7 @@ class PrefillExperts:
             self._ahead,
             [r for r in rest if r not in on_cpu],
             next_layer,
-            range(num_next),
+            next_rows,
         )
         self._ahead = work.ahead
         return cpu_rows, work

@@ -6,6 +6,7 @@ from cpu_kernels.expert_pool import ExpertPool
 from offload.calibration import Calibration
 from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
+from offload.popularity import Popularity
 from offload.prefill import PrefillExperts
 from offload.prefill_costs import known_costs, prefill_activations
 
@@ -14,6 +15,7 @@ def make_prefill(
     store: ExpertStore,
     pool: ExpertPool,
     calibration: Calibration,
+    popularity: Popularity,
     *,
     num_slots: int,
     device: torch.device,
@@ -29,7 +31,7 @@ def make_prefill(
     if experts is not None:
         costs = known_costs(calibration, pool, experts, activations, stream, layer)
     return PrefillExperts(
-        *(store, pool, stream, costs),
+        *(store, pool, stream, costs, popularity),
         device=device,
         dtype=dtype,
         activations=activations,

@@ -27,6 +27,7 @@ def load_experts(ground: Ground, source: WeightSource) -> HybridExperts:
             store,
             ground.keeper.pool,
             Calibration(default_folder(), machine_facts(ground.hardware, __version__)),
+            ground.plan.popularity,
             num_slots=ground.plan.staging_slots,
             device=ground.device,
             dtype=ground.dtype,

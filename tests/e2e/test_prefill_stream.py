@@ -71,6 +71,7 @@ def test_a_prompt_gives_the_same_logits_in_the_interpreter() -> None:
             hybrid._prefill = PrefillExperts(
                 *(store, pool, ExpertStream(store, 2, cpu)),
                 PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.5, hand_over=None),
+                llm._running.plan.popularity,
                 device=cpu,
                 dtype=torch.float32,
                 activations="f32",

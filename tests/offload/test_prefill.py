@@ -17,6 +17,7 @@ from cpu_kernels.expert_pool import ExpertPool
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.placement import Placement
+from offload.popularity import Popularity
 from offload.prefill import PrefillExperts
 from offload.prefill_costs import PrefillCosts
 from offload.prefill_layer import LayerWork
@@ -50,13 +51,14 @@ def prefill(
     cpu_s: float = 1.0,
     dtype: torch.dtype = torch.float32,
     hand_over: int | None = None,
+    popularity: Popularity | None = None,
 ) -> Iterator[PrefillExperts]:
     """``cpu_s``: what an expert costs the CPU, in copies of one."""
     stream = ExpertStream(store, num_slots, DEVICE) if num_slots else None
     costs = PrefillCosts(copy_s=1.0, expert_s=lambda count: cpu_s, hand_over=hand_over)
     with ExpertPool(1) as pool:
         experts = PrefillExperts(
-            *(store, pool, stream, costs),
+            *(store, pool, stream, costs, popularity or Popularity.uniform(3, E)),
             device=DEVICE,
             dtype=dtype,
             activations="f32",
@@ -152,6 +154,26 @@ def test_the_ring_is_whole_after_it_was_kept_busy() -> None:
         with pytest.raises(ZeroDivisionError), stream.kept_busy(LAYERS[0]):
             _ = 1 / 0
         assert stream.has_room
+
+
+def test_popular_experts_are_sent_ahead() -> None:
+    store = store_of({4})
+    counts_LE = np.zeros((3, E), np.int64)
+    counts_LE[2, [1, 4, 8]] = 5, 50, 7
+    with prefill(store, 4, cpu_s=9.0, popularity=Popularity(counts_LE)) as experts:
+        sent: list[tuple[int, list[int]]] = []
+        stream = experts._side.stream
+        assert stream is not None
+        send = stream.send
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stream, "send", lambda *a: sent.append(a) or send(*a))  # type: ignore[func-returns-value]
+            experts.begin_step(T)
+            x_TH, ids_TK, weights_TK = step(1)
+            experts.launch(0, x_TH, ids_TK, weights_TK, lambda ids: None).result()
+        ahead = [row for layer, rows in sent if layer == 2 for row in rows]
+        cold = np.flatnonzero(store[2].row_E >= 0)
+        assert len(ahead) == 3 and cold[ahead].tolist() == [0, 1, 8]
+        check(store, experts, seed=5)
 
 
 def test_banks_of_several_slots() -> None:
