@@ -18,7 +18,7 @@ LOAD_THREADS = max(4, os.cpu_count() or 1)
 def load_experts(ground: Ground, source: WeightSource) -> HybridExperts:
     """Read them all, then learn or remember what they cost."""
     store = _fill_store(ground, source)
-    sizes = {"max_tokens": ground.max_tokens, "top_k": ground.config.top_k}
+    sizes = {"max_tokens": ground.step_tokens, "top_k": ground.config.top_k}
     prefill = None
     if ground.device.type == "cuda":
         from offload.prefill_setup import make_prefill  # triton wants a GPU

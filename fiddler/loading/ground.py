@@ -29,6 +29,7 @@ class Ground:
     keeper: PoolKeeper
     resources: ExitStack
     on_progress: Progress | None
+    step_tokens: int  # of the largest step
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,8 +40,3 @@ class Ground:
     def expert_dtype(self) -> torch.dtype:
         """Of routed experts."""
         return getattr(torch, self.dtypes.expert)  # type: ignore[no-any-return]
-
-    @property
-    def max_tokens(self) -> int:
-        """Of one step."""
-        return max(self.settings.max_batched_tokens, self.settings.max_num_seqs)

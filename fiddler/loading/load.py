@@ -22,7 +22,7 @@ from fiddler.loading.vram import give_back_memory, limit_vram, vram_meter
 from fiddler.loading.weights import load_weights
 from fiddler.loading.workers import start_pool
 from fiddler.models.dtypes import Dtypes
-from fiddler.planning import plan_model
+from fiddler.planning import plan_model, step_tokens
 from fiddler.text.tokenizer import Tokenizer
 from offload.executor import HybridExperts
 from offload.hardware import Hardware, probe
@@ -64,6 +64,7 @@ def load_model(
         plan, dtypes = plan_model(
             settings, files.config, hardware, name=files.name, folder=files.folder
         )
+        num_tokens = step_tokens(settings, files.config, hardware)
         if check_plan is not None:
             check_plan(plan)
         device = torch.device("cuda" if hardware.has_gpu else "cpu")
@@ -83,6 +84,7 @@ def load_model(
             keeper=keeper,
             resources=resources,
             on_progress=on_progress,
+            step_tokens=max(num_tokens, settings.max_num_seqs),
         )
         runner, experts = load_weights(ground, source)
         pages = PagePool(plan.num_pages)
@@ -92,7 +94,7 @@ def load_model(
             dtypes=dtypes,
             plan=plan,
             engine=Engine(
-                _scheduler(settings, pages),
+                _scheduler(settings, pages, num_tokens),
                 runner,
                 experts,
                 eos_ids=frozenset(_eos_ids(files)),
@@ -107,13 +109,14 @@ def load_model(
         )
 
 
-def _scheduler(settings: EngineConfig, pages: PagePool) -> Scheduler:
+def _scheduler(settings: EngineConfig, pages: PagePool, num_tokens: int) -> Scheduler:
     return Scheduler(
         pages,
         PrefixCache(pages, PAGE_SIZE) if settings.prefix_caching else None,
         page_size=PAGE_SIZE,
         max_num_seqs=settings.max_num_seqs,
-        max_batched_tokens=settings.max_batched_tokens,
+        max_batched_tokens=num_tokens,
+        tbt_target_s=None if settings.tbt_target_ms is None else settings.tbt_target_ms / 1e3,
     )
 
 
