@@ -39,7 +39,8 @@ class EngineConfig:
     ram_gb: float | None = None
     max_model_len: int | None = None  # tokens of context; None: the model's, if it fits
     max_num_seqs: int = 16  # requests that run at once
-    max_batched_tokens: int = 2048  # tokens of one step
+    max_batched_tokens: int | None = None  # tokens of one step; None: as memory allows
+    tbt_target_ms: float | None = None  # longest step while requests decode; None: any
     prefix_caching: bool = True
     enforce_eager: bool = False  # no CUDA graphs, for finding out what goes wrong
     cpu_threads: int | None = None  # None: as many as read memory fastest, measured once
@@ -59,6 +60,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value, Real) and 0 <= value < float("inf")):
                 raise ConfigError(f"{name} must be 0 or more GiB, not {value!r}")
+        tbt = self.tbt_target_ms
+        if tbt is not None and not (_is_number(tbt, Real) and 0 < tbt < float("inf")):
+            raise ConfigError(f"tbt_target_ms must be more than 0 milliseconds, not {tbt!r}")
         for name in ("max_model_len", "max_num_seqs", "max_batched_tokens", "cpu_threads"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value, Integral) and value >= 1):

@@ -6,12 +6,19 @@ from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, resolve_dtypes
-from fiddler.models.footprint import footprint
+from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
 from offload.hardware import Hardware
+from offload.layout import vram_limit_bytes
 from offload.plan import Budget, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
 from offload.units import gib_to_bytes
+
+STEP_TOKENS = 2048  # of a step, unasked
+# On a GPU each step with a prompt brings every cold expert once, however many tokens it has: more
+# are cheaper, as long as their activations take at most 1/16 of the VRAM from experts.
+GPU_STEP_TOKENS = (4096, 2048, 1024, 512)
+WORKSPACE_DIVISOR = 16
 
 SHIPPED_PROFILE = "profile.json"  # a model folder may bring its own
 
@@ -30,13 +37,44 @@ def plan_model(
         model,
         dtype=dtypes.compute,
         expert_dtype=dtypes.expert,
-        max_batched_tokens=settings.max_batched_tokens,
+        max_batched_tokens=step_tokens(settings, model, hardware),
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
         graph_rows=largest_bucket(settings.max_num_seqs) if hardware.has_gpu else 0,
     )
     popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
-    budget = Budget(
+    plan = make_plan(
+        needs,
+        hardware,
+        _budget(settings, model),
+        popularity,
+        popularity_name=popularity_name,
+        placement=settings.placement,
+    )
+    return plan, dtypes
+
+
+def step_tokens(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> int:
+    """The most tokens of one step: as asked, or what memory allows."""
+    if settings.max_batched_tokens is not None:
+        return settings.max_batched_tokens
+    if not hardware.has_gpu:
+        return STEP_TOKENS
+    dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=True)
+    allowed = vram_limit_bytes(hardware, _budget(settings, model)) // WORKSPACE_DIVISOR
+
+    def workspace(tokens: int) -> int:
+        width = DTYPE_BYTES[dtypes.compute]
+        return workspace_bytes(
+            model, width, max_batched_tokens=tokens, max_num_seqs=settings.max_num_seqs
+        )
+
+    fitting = (tokens for tokens in GPU_STEP_TOKENS if workspace(tokens) <= allowed)
+    return next(fitting, GPU_STEP_TOKENS[-1])
+
+
+def _budget(settings: EngineConfig, model: ModelConfig) -> Budget:
+    return Budget(
         max_context=model.max_position,
         vram_bytes=_bytes(settings.vram_gb),
         ram_bytes=_bytes(settings.ram_gb),
@@ -44,15 +82,6 @@ def plan_model(
         page_size=PAGE_SIZE,
         max_num_seqs=settings.max_num_seqs,
     )
-    plan = make_plan(
-        needs,
-        hardware,
-        budget,
-        popularity,
-        popularity_name=popularity_name,
-        placement=settings.placement,
-    )
-    return plan, dtypes
 
 
 def find_popularity(

@@ -14,9 +14,11 @@ written to while the model is loaded.
 Shapes: S slots of the ring, C rows of a layer on the host, F = 2I, H hidden, I expert width.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -95,8 +97,42 @@ class ExpertStream:
                 released.record()
         self._free = deque(range(len(self._banks)))
 
+    @contextmanager
+    def kept_busy(self, layer: int) -> Iterator[None]:
+        """Within, a thread has the layer's experts copied without end; nobody else may use this.
+
+        It looks every millisecond for banks that have arrived: waiting for an event would keep one
+        more core busy than a prompt does.
+        """
+        rows = list(range(min(self.bank_size, len(self._store[layer].cpu_w13_CFH))))
+        is_over = threading.Event()
+
+        def copy_on() -> None:
+            sent: deque[int] = deque()
+            while not is_over.wait(1e-3):
+                while sent and self._has_arrived(sent[0]):
+                    self.release(sent.popleft())
+                while self.has_room:
+                    sent.append(self.send(layer, rows))
+
+        self.reset()
+        with ThreadPoolExecutor(1, thread_name_prefix="fiddler-link") as threads:
+            copies = threads.submit(copy_on)
+            try:
+                yield
+            finally:
+                is_over.set()
+                copies.result()
+                self.reset()
+
+    def _has_arrived(self, bank: int) -> bool:
+        return not self._is_cuda or bool(self._arrived[bank].query())  # type: ignore[no-untyped-call]
+
     def seconds_per_expert(self, layer: int) -> float:
-        """Measured: how long the link takes for one of the layer's experts, over some 500 MB."""
+        """Measured: how long the link takes for one of the layer's experts, over some 500 MB.
+
+        On a GPU only.
+        """
         num_rows = len(self._store[layer].cpu_w13_CFH)
         rows = list(range(min(self.bank_size, num_rows)))
         num_sent = len(self._banks) * len(rows)

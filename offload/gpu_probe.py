@@ -12,6 +12,7 @@ class Gpu:
     """The current CUDA device; ``free_bytes`` once this process holds its context."""
 
     name: str
+    driver: str  # its version; empty if it is hidden
     total_bytes: int
     free_bytes: int
     context_bytes: int
@@ -35,7 +36,13 @@ def probe_gpu() -> Gpu | None:
     reserved = torch.cuda.memory_reserved(index)
     context = context_bytes(device, used_before, reserved, total - free)
     name = torch.cuda.get_device_name(index)
-    return Gpu(name=name, total_bytes=total, free_bytes=free, context_bytes=context)
+    return Gpu(
+        name=name,
+        driver=device.driver_version() if device else "",
+        total_bytes=total,
+        free_bytes=free,
+        context_bytes=context,
+    )
 
 
 def context_bytes(

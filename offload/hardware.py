@@ -46,6 +46,7 @@ class Hardware:
     ram_available_bytes: int
     physical_cores: int
     cpu_name: str
+    driver: str = ""  # version of the GPU's driver, where it says
 
 
 def probe(device: str = "auto") -> Hardware:
@@ -72,6 +73,7 @@ def probe(device: str = "auto") -> Hardware:
         ram_available_bytes=ram_available,
         physical_cores=_physical_cores(),
         cpu_name=_cpu_name(),
+        driver=gpu.driver if gpu else "",
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 SUCCESS = 0
 NOT_AVAILABLE = (1 << 64) - 1  # the driver hides the figure (WDDM, MIG, some containers)
 MAX_PROCESSES = 256
+VERSION_BYTES = 80
 
 
 class _Memory(ctypes.Structure):
@@ -38,6 +39,12 @@ class Device:
         memory = _Memory()
         status = self.library.nvmlDeviceGetMemoryInfo(self.handle, ctypes.byref(memory))
         return int(memory.used) if status == SUCCESS else 0
+
+    def driver_version(self) -> str:
+        """As ``580.65.06``; empty if the driver does not say."""
+        text = ctypes.create_string_buffer(VERSION_BYTES)
+        status = self.library.nvmlSystemGetDriverVersion(text, VERSION_BYTES)
+        return text.value.decode() if status == SUCCESS else ""
 
     def process_bytes(self, pid: int) -> int | None:
         """Memory that ``pid`` holds, its CUDA context included; None if the driver hides it."""

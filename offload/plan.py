@@ -1,9 +1,10 @@
 """The planner's questions and answers as plain records: footprint, budget, plan."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 from offload.placement import Placement
+from offload.popularity import Popularity
 
 
 class GpuSide(StrEnum):
@@ -88,7 +89,7 @@ class Plan:
     """Where everything lives. ``num_pages`` KV pages hold ``page_size`` tokens each.
 
     ``expected_hit_rate`` is the share of (token, expert) pairs that meet a resident expert if the
-    future is like ``popularity_name``. ``staging_slots`` are those that cold experts pass through
+    future is like ``popularity``. ``staging_slots`` are those that cold experts pass through
     on a GPU. ``vram_budget_bytes`` is 0 without a GPU side; ``ram_needed_bytes`` counts what the
     GPU side does not hold, which without CUDA is everything.
     """
@@ -106,10 +107,12 @@ class Plan:
     ram_budget_bytes: int
     expected_hit_rate: float
     popularity_name: str
+    popularity: Popularity = field(repr=False, compare=False)
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Everything as JSON types; ``placement`` becomes sorted expert ids per layer."""
         fields = asdict(self)
+        del fields["popularity"]
         fields["placement"] = [sorted(layer) for layer in self.placement.resident]
         return {**fields, "gpu_side": self.gpu_side.value, "notes": list(self.notes)}

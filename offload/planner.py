@@ -66,6 +66,7 @@ def plan(
         ram_budget_bytes=layout.ram_limit,
         expected_hit_rate=hit_rate,
         popularity_name=popularity_name,
+        popularity=popularity,
         notes=_notes(footprint, budget, layout, is_known=is_given or not popularity.is_uniform),
     )
 

@@ -1,24 +1,27 @@
 """Routed experts for many tokens: residents, experts that pass through, and the CPU.
 
 The device computes the residents and the cold experts that the link brings; the CPU computes some
-cold experts meanwhile (:mod:`offload.prefill_split`), and what it sums up is added last.
+cold experts meanwhile (:mod:`offload.prefill_division`), and what it sums up is added last.
 
 Ordering: ``launch`` writes the routing to the host and waits for it, once a layer; so everything
-that earlier layers have read of host buffers is done by then. Next it asks for copies, as many as
-the ring has room for, starts the pool, and gives the device its kernels; after each bank's kernels
-the bank goes back to the ring and the next copy is asked for: first the rest of this layer's, then
-some of the next layer's, before its router has run. ``result`` waits for the pool and lets a kernel
-add what it has written, straight from pinned memory. The next ``launch`` waits for its routing,
-which comes later in the same stream, before it overwrites anything. An abandoned step leaves
-banks in no one's hands; ``begin_step`` takes the ring back before anything else is asked for.
-Nothing is sent ahead from one step to the next: the copies of a step's tokens and positions would
-wait behind it, and the next step may decode.
+that earlier layers have read of host buffers is done by then. Next it writes the CPU's input there,
+asks for copies, as many as the ring has room for, starts the pool once its input has come (an event
+says so), and gives the device its kernels; after each bank's kernels the bank goes back to the ring
+and the next copy is asked for: first the rest of this layer's, then some of the next layer's, those
+that are expected to be used most, before its router has run. Workers that hand experts over run
+Python: 14 of them and the launches would wait for each other's lock, so there the device gets its
+kernels first and the pool starts after that. ``result`` waits for the pool and lets a kernel add
+what it has written, straight from pinned memory. The next ``launch`` waits for its routing, which
+comes later in the same stream, before it overwrites anything. An abandoned step leaves banks in no
+one's hands; ``begin_step`` takes the ring back before anything else is asked for. Nothing is sent
+ahead from one step to the next: the copies of a step's tokens and positions would wait behind it,
+and the next step may decode.
 
 Shapes: T tokens, K top-k, E experts, C a layer's cold experts (rows on the host), H hidden.
 """
 
 import itertools
-import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,12 +36,11 @@ from gpu_kernels.host_memory import read_host, write_host
 from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.host_buffers import HostBuffers, HostRows
-from offload.prefill_costs import PrefillCosts, measure_costs, prefill_activations
+from offload.popularity import Popularity
+from offload.prefill_costs import PrefillCosts
+from offload.prefill_division import Division, Ring
 from offload.prefill_layer import DeviceSide, LayerParts, LayerWork, Sent
-from offload.prefill_split import LinkClock, cpu_share, rows_ahead
-
-LINK_BYTES_PER_S = 50e9  # of hidden states, to the host and back
-CPU_START_S = 5e-4  # Python around a layer of the pool, when experts are handed over
+from offload.prefill_record import StepRecord
 
 
 class PrefillExperts:
@@ -54,6 +56,7 @@ class PrefillExperts:
         pool: ExpertPool,
         stream: ExpertStream | None,
         costs: PrefillCosts | None,
+        popularity: Popularity,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -64,6 +67,7 @@ class PrefillExperts:
         """``dtype`` is that of the hidden states; ``activations`` what the CPU rounds them to."""
         shape = store.shape
         self._store, self._costs, self._activations = store, costs, activations
+        self._shares_LE = popularity.shares()
         self._num_experts, self._hidden, self._top_k = shape.num_experts, shape.hidden_size, top_k
         self._host = HostBuffers(max_tokens, shape.hidden_size, top_k, pin=device.type == "cuda")
         self._written = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -94,7 +98,9 @@ class PrefillExperts:
                     place_of=self._store[layer].row_E,
                     hand_over=self._costs.hand_over,
                 )
-            self._layers[layer] = LayerParts.of(layer, self._store[layer], pool_layer)
+            self._layers[layer] = LayerParts.of(
+                layer, self._store[layer], pool_layer, self._shares_LE[layer]
+            )
 
     @property
     def pool_layers(self) -> dict[int, Any]:
@@ -110,10 +116,8 @@ class PrefillExperts:
         if self._side.stream is not None:
             self._side.stream.reset()
         self._ahead: deque[Sent] = deque()  # banks that hold rows of the layer to come
-        self._clock = LinkClock()
-        transfers_s = 2 * 4 * num_tokens * self._hidden / LINK_BYTES_PER_S
-        self._cpu_start_s = CPU_START_S + transfers_s
-        self._tokens_each = num_tokens * self._top_k / self._num_experts
+        self._division = self._divide_step(num_tokens)
+        self.record = StepRecord(num_tokens)
 
     def launch(
         self,
@@ -129,18 +133,23 @@ class PrefillExperts:
         ids_TK, weights_TK = ids_TK.int().contiguous(), weights_TK.contiguous()
         rows = self._host.rows(len(x_TH))
         write_host(ids_TK, rows.ids_TK)
-        self._wait_for_stream()
+        self._mark_written()
+        self._wait_until_written()
         on_routing(rows.arrays[1])
         counts_E = np.bincount(rows.arrays[1].ravel(), minlength=self._num_experts)
         cpu_rows, work = self._divide(parts, counts_E)
         if cpu_rows:
             write_host(x_TH.contiguous(), rows.x_TH)
             write_host(weights_TK, rows.weights_TK)
+            self._mark_written()
         work.send()
-        if cpu_rows:
+        is_late = self._hands_over(counts_E[parts.cold_C[cpu_rows]])
+        if cpu_rows and not is_late:
             self._start_pool(parts, cpu_rows, rows)
         hot_TH = work.compute(x_TH, ids_TK, weights_TK)
-        return PendingPrefill(self._pool, hot_TH, rows.out_TH if cpu_rows else None)
+        if cpu_rows and is_late:
+            self._start_pool(parts, cpu_rows, rows)
+        return PendingPrefill(self._pool, self.record, hot_TH, rows.out_TH if cpu_rows else None)
 
     def clear(self) -> None:
         """Let the pool forget the layers, and give back the ring once no copy is under way."""
@@ -152,14 +161,33 @@ class PrefillExperts:
         self._layers.clear()
         self._side.stream = None
 
+    def _divide_step(self, num_tokens: int) -> Division | None:
+        """None: nothing is cold, or there is no ring and the CPU takes every cold expert."""
+        stream = self._side.stream
+        if stream is None or self._costs is None:
+            return None
+        return Division(
+            costs=self._costs,
+            ring=Ring(num_slots=stream.num_slots, bank_size=stream.bank_size),
+            tokens_each=num_tokens * self._top_k / self._num_experts,
+            state_bytes=4 * num_tokens * self._hidden,
+        )
+
+    def _hands_over(self, counts: np.ndarray) -> bool:
+        """Whether the CPU leaves an expert with one of these numbers of tokens to torch."""
+        return self._costs is not None and any(map(self._costs.hands_over, counts.tolist()))
+
     def _divide(self, parts: LayerParts, counts_E: np.ndarray) -> tuple[list[int], LayerWork]:
         """The CPU's rows, and the device's work; what is under way already is the device's."""
         counts_C = counts_E[parts.cold_C]
         under_way = {row for item in self._ahead for row in item.rows}
         rest = [r for r in range(len(counts_C)) if counts_C[r] > 0 and r not in under_way]
         next_layer = self._next.get(parts.layer)
-        num_next = 0 if next_layer is None else self._rows_ahead(next_layer)
-        cpu_rows = self._cpu_rows(rest, [int(counts_C[r]) for r in rest], num_next)
+        next_rows: list[int] = []
+        if next_layer is not None and self._division is not None:
+            after = self._layers[next_layer]
+            next_rows = after.popular_rows(self._division.rows_ahead(len(after.cold_C)))
+        cpu_rows = self._cpu_rows(rest, [int(counts_C[r]) for r in rest], len(next_rows))
         on_cpu = set(cpu_rows)
         work = LayerWork(
             self._side,
@@ -168,86 +196,37 @@ class PrefillExperts:
             self._ahead,
             [r for r in rest if r not in on_cpu],
             next_layer,
-            range(num_next),
+            next_rows,
         )
         self._ahead = work.ahead
         return cpu_rows, work
 
     def _cpu_rows(self, rest: list[int], counts: list[int], num_next: int) -> list[int]:
         """Those of ``rest`` that the CPU takes, while ``num_next`` copies follow them."""
-        costs = self._costs
-        if self._side.stream is None or costs is None:
+        if self._division is None:
             return rest
-        ahead_s = num_next * costs.copy_s
-        chosen = cpu_share(
-            counts,
-            costs.expert_s,
-            copy_s=costs.copy_s,
-            queued_s=self._clock.backlog_s + ahead_s,
-            start_s=self._cpu_start_s,
-        )
+        costs, chosen = self._division.costs, self._division.cpu_share(counts, num_next)
         cpu_s = sum(costs.expert_s(counts[n]) for n in chosen)
-        self._clock.pass_layer(
-            own_s=(len(rest) - len(chosen)) * costs.copy_s,
-            ahead_s=ahead_s,
-            cpu_s=cpu_s + self._cpu_start_s if chosen else 0.0,
-        )
+        self.record.add_split(len(chosen), cpu_s, len(rest) - len(chosen) + num_next, costs.copy_s)
         return [rest[n] for n in chosen]
-
-    def _rows_ahead(self, layer: int) -> int:
-        stream, costs = self._side.stream, self._costs
-        if stream is None or costs is None:
-            return 0
-        return rows_ahead(
-            self._tokens_each,
-            len(self._layers[layer].cold_C),
-            stream.num_slots,
-            costs.expert_s,
-            copy_s=costs.copy_s,
-            start_s=self._cpu_start_s,
-        )
 
     def _start_pool(self, parts: LayerParts, cpu_rows: Sequence[int], rows: HostRows) -> None:
         """Once its input has come; choices that are not the CPU's are taken out of its ids."""
-        self._wait_for_stream()
+        self._wait_until_written()
         is_others_E = np.ones(self._num_experts, dtype=bool)
         is_others_E[parts.cold_C[cpu_rows]] = False
         x, ids, weights, out = rows.arrays
         ids[is_others_E[ids]] = -1
         self._pool.submit(parts.pool_layer, x, ids, weights, out)
 
-    def _wait_for_stream(self) -> None:
+    def _mark_written(self) -> None:
         if self._written is not None:
             self._written.record()
+
+    def _wait_until_written(self) -> None:
+        """Until the stream has done what came before the last mark."""
+        if self._written is not None:
             self._written.synchronize()
-
-
-def make_prefill(
-    store: ExpertStore,
-    pool: ExpertPool,
-    *,
-    num_slots: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_tokens: int,
-    top_k: int,
-) -> PrefillExperts:
-    """For a GPU: a ring of ``num_slots``, and both sides' times, which takes about a second."""
-    activations = prefill_activations(dtype, store.dtype)
-    stream = ExpertStream(store, num_slots, device) if num_slots > 0 else None
-    layer = max(store.shape.moe_layers, key=lambda index: len(store[index].cpu_w13_CFH))
-    experts, costs = store[layer].cpu_experts, None
-    if experts is not None:
-        copy_s = stream.seconds_per_expert(layer) if stream is not None else math.inf
-        costs = measure_costs(pool, experts, activations, copy_s=copy_s)
-    return PrefillExperts(
-        *(store, pool, stream, costs),
-        device=device,
-        dtype=dtype,
-        activations=activations,
-        max_tokens=max_tokens,
-        top_k=top_k,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +234,7 @@ class PendingPrefill:
     """One layer under way; ``result`` must be called once, before the next launch."""
 
     _pool: ExpertPool
+    _record: StepRecord
     _hot_TH: torch.Tensor
     _host_out_TH: torch.Tensor | None  # where the pool writes; None: it has nothing to do
 
@@ -266,5 +246,7 @@ class PendingPrefill:
         """Return the float32 sum ``[T, H]`` of both sides."""
         if self._host_out_TH is None:
             return self._hot_TH
+        began = time.perf_counter()
         self._pool.wait()
+        self._record.cpu_wait_s += time.perf_counter() - began
         return read_host(self._host_out_TH, self._hot_TH, add=self._hot_TH)

@@ -1,14 +1,20 @@
-"""What a cold expert costs on either side in a step of many tokens, measured once per start."""
+"""What a cold expert costs on either side in a step of many tokens, measured once per machine."""
 
+import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import Activations
-from cpu_kernels.times import measure_times
+from cpu_kernels.times import TimeTable, measure_times
+from offload.calibration import Calibration, Quantity
+from offload.expert_stream import ExpertStream
 from offload.units import MIB
 
 # Four points and the straight lines through them; the slow way with 256 tokens of a Mixtral expert
@@ -31,16 +37,69 @@ class PrefillCosts:
     expert_s: Callable[[int], float]
     hand_over: int | None
 
+    def hands_over(self, num_tokens: int) -> bool:
+        """Whether the CPU leaves an expert with so many tokens to the matrix library."""
+        return self.hand_over is not None and num_tokens >= self.hand_over
 
-def measure_costs(
-    pool: ExpertPool, experts: Experts, activations: Activations, *, copy_s: float
+
+def _table(found: Any) -> TimeTable:
+    return TimeTable.from_json(json.dumps(found))
+
+
+def _seconds(found: Any) -> float:
+    if not isinstance(found, float) or not 0 < found < 1e3:
+        raise ValueError(f"{found!r} is no number of seconds")
+    return found
+
+
+EXPERT_TIMES = Quantity("expert-times", asdict, _table)
+COPY_TIME = Quantity("copy-time", float, _seconds)
+
+
+def known_costs(
+    calibration: Calibration,
+    pool: ExpertPool,
+    experts: Experts,
+    activations: Activations,
+    stream: ExpertStream | None,
+    layer: int,
 ) -> PrefillCosts:
-    """Time ``experts``, one layer's, on the CPU; takes about a second. The pool must be idle."""
+    """What is known of these experts, which are ``layer``'s; the first start takes two seconds.
+
+    The CPU is measured while the link is busy, as it will be: both read the same memory. Without a
+    ring nothing is ever sent.
+    """
     expert_bytes = experts.w13_stride + experts.w2_stride
     routed = max(1, min(MOST_ROUTED, CALL_BYTES // expert_bytes))
-    table = measure_times(
-        pool, experts, activations, tokens=TOKENS, routed=routed, budget_s=BUDGET_S
-    )
+
+    def measure_table() -> TimeTable:
+        with stream.kept_busy(layer) if stream is not None else nullcontext():
+            return measure_times(
+                pool, experts, activations, tokens=TOKENS, routed=routed, budget_s=BUDGET_S
+            )
+
+    subject = {
+        "weights": experts.kind.name,
+        "hidden": experts.hidden,
+        "width": experts.width,
+        "torch": torch.__version__,
+    }
+    how = {
+        "activations": activations,
+        "threads": pool.num_threads,
+        "tokens": TOKENS,
+        "routed": routed,
+        "link_is_busy": stream is not None,
+    }
+    table = calibration.once(EXPERT_TIMES, {**subject, **how}, measure_table)
+    if stream is None:
+        return costs_of(table, activations, copy_s=math.inf)
+    copy_s = calibration.once(COPY_TIME, subject, lambda: stream.seconds_per_expert(layer))
+    return costs_of(table, activations, copy_s=copy_s)
+
+
+def costs_of(table: TimeTable, activations: Activations, *, copy_s: float) -> PrefillCosts:
+    """The costs that follow from measured times; pure."""
     # float32 products stay with the exact kernels, whose sums do not depend on the machine
     if activations == "f32":
         return PrefillCosts(copy_s=copy_s, expert_s=table.time, hand_over=None)

@@ -35,12 +35,20 @@ class LayerParts:
     residents: ExpertLayer | None
     cold_C: np.ndarray  # the expert of each row
     pool_layer: Any  # None: nothing is cold
+    shares_E: np.ndarray  # how often each expert is expected to be chosen
 
     @classmethod
-    def of(cls, layer: int, at: LayerExperts, pool_layer: Any) -> "LayerParts":
+    def of(
+        cls, layer: int, at: LayerExperts, pool_layer: Any, shares_E: np.ndarray
+    ) -> "LayerParts":
         weights = DenseWeights(at.gpu_w13_SFH, at.gpu_w2_SHI) if len(at.gpu_w13_SFH) else None
         residents = None if weights is None else ExpertLayer(weights)
-        return cls(layer, at, residents, np.flatnonzero(at.row_E >= 0), pool_layer)
+        return cls(layer, at, residents, np.flatnonzero(at.row_E >= 0), pool_layer, shares_E)
+
+    def popular_rows(self, count: int) -> list[int]:
+        """That many rows that are expected to be used most, ascending."""
+        by_share_C = np.argsort(-self.shares_E[self.cold_C], kind="stable")
+        return sorted(by_share_C[:count].tolist())
 
     @property
     def num_residents(self) -> int:

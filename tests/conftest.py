@@ -6,7 +6,9 @@ interpreter: the choice must precede its import.
 """
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -16,3 +18,15 @@ settings.load_profile("same")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Times of a GPU and its CPU are measured once for all tests and never in the user's cache.
+
+    So two loads of a model divide prompts alike and give the same tokens.
+    """
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offload.calibration.cache_file", lambda: folder / "cpu.json")
+        yield

@@ -47,6 +47,13 @@ ENGINE_OPTIONS = (
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
     Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),
     Shared("--cpu-threads", "cpu_threads", COUNT, "N", "Threads that compute experts."),
+    Shared(
+        "--tbt-target-ms",
+        "tbt_target_ms",
+        click.FloatRange(min=0, min_open=True),
+        "MS",
+        "Read prompts in smaller pieces while others are answered.",
+    ),
     Shared("--enforce-eager", "enforce_eager", None, None, "Decode without CUDA graphs."),
     Shared("--profile", "profile", click.Path(), "FILE", "Routing profile for the placement."),
     Shared("--revision", "revision", click.STRING, "REV", "Branch, tag or commit on the hub."),

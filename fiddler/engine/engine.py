@@ -52,9 +52,12 @@ class Engine:
         An error ends every request: their KV may be half written.
         """
         try:
+            began = time.perf_counter()
             schedule = self.scheduler.schedule()
             forwarded = self._forward(schedule)
-            return self._commit(schedule, self._sample(schedule, forwarded))
+            outputs = self._commit(schedule, self._sample(schedule, forwarded))
+            self.scheduler.took(schedule, time.perf_counter() - began)
+            return outputs
         except BaseException:
             for request in self.scheduler.drop_all():
                 request.finish_reason = "cancelled"

@@ -1,8 +1,9 @@
 """Decides what each step computes: running decodes first, then prompts in chunks. Pure.
 
 A step has a budget of tokens. Decodes always come first, so a long prompt cannot stall them for
-more than one chunk (Sarathi-Serve, OSDI'24). When pages run out, cached ones give way, then the
-youngest running request: it keeps its tokens, loses its KV, and is computed again later.
+more than one chunk (Sarathi-Serve, OSDI'24); a target for their time bounds the chunk. When pages
+run out, cached ones give way, then the youngest running request: it keeps its tokens, loses its KV,
+and is computed again later.
 """
 
 from collections import deque
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from fiddler.engine.pages import PagePool
 from fiddler.engine.prefix_cache import PrefixCache, PrefixMatch
+from fiddler.engine.prompt_budget import PromptBudget
 from fiddler.engine.request import Request
 
 
@@ -57,12 +59,15 @@ class Scheduler:
         page_size: int,
         max_num_seqs: int,
         max_batched_tokens: int,
+        tbt_target_s: float | None = None,
     ) -> None:
+        """``tbt_target_s``: seconds that a step with decodes should take at most; None: any."""
         self._pool = pool
         self._cache = cache
         self._page_size = page_size
         self._max_num_seqs = max_num_seqs
         self._max_batched_tokens = max(max_batched_tokens, max_num_seqs)
+        self._prompt_budget = PromptBudget(tbt_target_s)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._copies: list[tuple[int, int]] = []
@@ -80,9 +85,15 @@ class Scheduler:
         """Choose the next step's chunks; at least one if there is work."""
         self._copies = []
         decodes = self._schedule_decodes()
-        prefills = self._schedule_prefills(self._max_batched_tokens - len(decodes))
+        room = self._max_batched_tokens - len(decodes)
+        prefills = self._schedule_prefills(self._prompt_budget.most_tokens(len(decodes), room))
         assert decodes or prefills or not self.has_work, "the scheduler is stuck"
         return Schedule(tuple(decodes), tuple(prefills), tuple(self._copies))
+
+    def took(self, schedule: Schedule, seconds: float) -> None:
+        """Learn how long a step has taken."""
+        num_prompt_tokens = sum(chunk.num_tokens for chunk in schedule.prefills)
+        self._prompt_budget.observe(len(schedule.decodes), num_prompt_tokens, seconds)
 
     def finish(self, request: Request) -> None:
         """Take a request out, keep its KV in the cache, give back its pages. Idempotent."""

@@ -358,8 +358,10 @@ def test_a_float16_checkpoint_runs_in_every_dtype(dtype: str) -> None:
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fiddler.loading.SHAPES", {"tiny": None})
-    monkeypatch.setattr("fiddler.loading.load_shape", lambda name: load_config(mixtral()))
+    monkeypatch.setattr("fiddler.loading.model_files.SHAPES", {"tiny": None})
+    monkeypatch.setattr(
+        "fiddler.loading.model_files.load_shape", lambda name: load_config(mixtral())
+    )
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=1)
     runs = []
     for _ in range(2):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fiddler import loading
+from fiddler.loading import workers
 from tests.e2e.conftest import open_folder
 from tests.tiny_models import shared_tiny
 
@@ -13,8 +13,8 @@ COMPILING = "compiling CPU kernels, once"
 def test_kernels_are_compiled_before_experts_are_loaded(
     monkeypatch: pytest.MonkeyPatch, needs_compile: bool
 ) -> None:
-    monkeypatch.setattr(loading, "needs_compile", lambda: False)
-    monkeypatch.setattr(loading, "needs_warm_up", lambda dtype: needs_compile)
+    monkeypatch.setattr(workers, "needs_compile", lambda: False)
+    monkeypatch.setattr(workers, "needs_warm_up", lambda dtype: needs_compile)
     seen: list[tuple[str, int, int]] = []
     open_folder(shared_tiny("mixtral"), on_progress=lambda *at: seen.append(at)).close()
     if needs_compile:

@@ -71,6 +71,7 @@ def test_a_prompt_gives_the_same_logits_in_the_interpreter() -> None:
             hybrid._prefill = PrefillExperts(
                 *(store, pool, ExpertStream(store, 2, cpu)),
                 PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.5, hand_over=None),
+                llm._running.plan.popularity,
                 device=cpu,
                 dtype=torch.float32,
                 activations="f32",
@@ -221,6 +222,45 @@ def test_cold_experts_are_pinned_and_copied_without_waiting() -> None:
 
 
 @pytest.mark.gpu
+def test_a_second_start_divides_prompts_as_the_first() -> None:
+    """A first start of these sizes measures, beside copies that keep the link busy."""
+    found, prompt = [], random_texts([200], 200, seed=5)[0]
+    for _ in range(3):
+        with loaded("olmoe", 0.3, stored="bfloat16", dtype="bfloat16") as llm:
+            began = time.perf_counter()
+            tokens = llm.generate(prompt, PARAMS).outputs[0].token_ids
+            prefill = llm._running.experts._prefill
+            assert prefill is not None and prefill._costs is not None
+            costs, record = prefill._costs, prefill.record
+            print(f"{record}; {time.perf_counter() - began:.2f} s; hand over {costs.hand_over}")
+            times = [costs.copy_s, *(costs.expert_s(n) for n in (1, 8, 32, 128, 512))]
+            found.append((tokens, times, record.cpu_experts, record.sent_experts))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.gpu
+def test_the_link_is_busy_while_the_cpu_is_measured() -> None:
+    """Copies go on, the ring is whole afterwards, and prompts give the same logits."""
+    with loaded("mixtral", 0.0) as llm:
+        prefill = llm._running.experts._prefill
+        assert prefill is not None and prefill._side.stream is not None
+        stream, wanted = prefill._side.stream, logits(llm)
+        sends, send = [], stream.send
+
+        def counted(layer: int, rows: Any) -> int:
+            sends.append(time.perf_counter())
+            return send(layer, rows)
+
+        stream.send = counted  # type: ignore[method-assign]
+        with stream.kept_busy(1):
+            time.sleep(0.2)
+        print(f"{len(sends)} banks of {stream.bank_size} sent in {sends[-1] - sends[0]:.3f} s")
+        assert len(sends) > 20 and sends[-1] - sends[0] > 0.15
+        assert len(stream._free) == len(stream._banks)
+        assert all(torch.equal(a, b) for a, b in zip(logits(llm), wanted, strict=True))
+
+
+@pytest.mark.gpu
 def test_speed_and_costs_of_a_model_that_does_not_fit() -> None:
     """Prints what the division was based on, and what came of it; asserts the budget."""
     with LLM(
@@ -236,6 +276,6 @@ def test_speed_and_costs_of_a_model_that_does_not_fit() -> None:
         for num_tokens in (64, 512, 2048):
             prompts = [[(i * 7919 + r) % 50_000 for i in range(num_tokens)] for r in range(3)]
             stats = [llm.generate(p, SamplingParams(max_tokens=1)).stats for p in prompts][-1]
-            print(f"{num_tokens} tokens: {stats.prefill_tokens_per_s:.0f} tok/s")
+            print(f"{stats.prefill_tokens_per_s:.0f} tok/s; {prefill.record}")
         free, total = torch.cuda.mem_get_info()
         assert total - free <= 5.0 * 2**30

@@ -4,8 +4,10 @@ Without a GPU the ring's copies are made at once and the kernels run in Triton's
 E experts, T tokens, K top-k, H hidden.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from cpu_kernels.expert_pool import ExpertPool
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.placement import Placement
+from offload.popularity import Popularity
 from offload.prefill import PrefillExperts
 from offload.prefill_costs import PrefillCosts
+from offload.prefill_layer import LayerWork
 
 E, K, H, WIDTH, T = 10, 3, 32, 16, 37
 LAYERS = (0, 2)
@@ -41,14 +45,20 @@ def store_of(resident: set[int], dtype: torch.dtype = torch.float32) -> ExpertSt
 
 @contextmanager
 def prefill(
-    store: ExpertStore, num_slots: int, *, cpu_s: float = 1.0, dtype: torch.dtype = torch.float32
+    store: ExpertStore,
+    num_slots: int,
+    *,
+    cpu_s: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    hand_over: int | None = None,
+    popularity: Popularity | None = None,
 ) -> Iterator[PrefillExperts]:
     """``cpu_s``: what an expert costs the CPU, in copies of one."""
     stream = ExpertStream(store, num_slots, DEVICE) if num_slots else None
-    costs = PrefillCosts(copy_s=1.0, expert_s=lambda count: cpu_s, hand_over=None)
+    costs = PrefillCosts(copy_s=1.0, expert_s=lambda count: cpu_s, hand_over=hand_over)
     with ExpertPool(1) as pool:
         experts = PrefillExperts(
-            *(store, pool, stream, costs),
+            *(store, pool, stream, costs, popularity or Popularity.uniform(3, E)),
             device=DEVICE,
             dtype=dtype,
             activations="f32",
@@ -108,6 +118,62 @@ def test_every_way_through_gives_the_sum(resident: set[int], num_slots: int, cpu
     store = store_of(resident)
     with prefill(store, num_slots, cpu_s=cpu_s) as experts:
         check(store, experts, seed=1)
+
+
+def test_workers_that_hand_over_start_after_the_device() -> None:
+    store = store_of({0})
+    with prefill(store, 3, cpu_s=0.9, hand_over=2) as experts:
+        order: list[str] = []
+        start, products = experts._start_pool, LayerWork.compute
+
+        def started(*args: Any) -> None:
+            order.append("workers")
+            start(*args)
+
+        def computed(work: LayerWork, *args: Any) -> torch.Tensor:
+            order.append("device")
+            return products(work, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(experts, "_start_pool", started)
+            patch.setattr(LayerWork, "compute", computed)
+            check(store, experts, seed=3)
+        assert order == ["device", "workers"] * len(LAYERS)
+        assert experts.record.cpu_experts > 0 and experts.record.sent_experts > 0
+
+
+def test_the_ring_is_whole_after_it_was_kept_busy() -> None:
+    store = store_of({0})
+    with prefill(store, 16, cpu_s=2.0) as experts:
+        stream = experts._side.stream
+        assert stream is not None
+        with stream.kept_busy(LAYERS[0]):
+            time.sleep(0.02)
+        assert sorted(stream._free) == list(range(8))
+        check(store, experts, seed=2)
+        with pytest.raises(ZeroDivisionError), stream.kept_busy(LAYERS[0]):
+            _ = 1 / 0
+        assert stream.has_room
+
+
+def test_popular_experts_are_sent_ahead() -> None:
+    store = store_of({4})
+    counts_LE = np.zeros((3, E), np.int64)
+    counts_LE[2, [1, 4, 8]] = 5, 50, 7
+    with prefill(store, 4, cpu_s=9.0, popularity=Popularity(counts_LE)) as experts:
+        sent: list[tuple[int, list[int]]] = []
+        stream = experts._side.stream
+        assert stream is not None
+        send = stream.send
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stream, "send", lambda *a: sent.append(a) or send(*a))  # type: ignore[func-returns-value]
+            experts.begin_step(T)
+            x_TH, ids_TK, weights_TK = step(1)
+            experts.launch(0, x_TH, ids_TK, weights_TK, lambda ids: None).result()
+        ahead = [row for layer, rows in sent if layer == 2 for row in rows]
+        cold = np.flatnonzero(store[2].row_E >= 0)
+        assert len(ahead) == 3 and cold[ahead].tolist() == [0, 1, 8]
+        check(store, experts, seed=5)
 
 
 def test_banks_of_several_slots() -> None:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from fiddler.loading import limit_vram
+from fiddler.loading.vram import limit_vram
 from offload.layout import MARGIN_FIXED_BYTES
 from offload.plan import Budget
 from offload.planner import plan

@@ -213,3 +213,34 @@ def test_samples_that_wait_for_their_first_let_others_pass() -> None:
     assert group[1].num_computed == 0
     model.step()
     assert other.num_computed > 0
+
+
+def test_a_target_bounds_prompts_while_others_decode() -> None:
+    pool = PagePool(40)
+    scheduler = Scheduler(
+        *(pool, None),
+        page_size=PAGE,
+        max_num_seqs=4,
+        max_batched_tokens=64,
+        tbt_target_s=0.03,
+    )
+
+    def step(seconds: float) -> list[int]:
+        """Decodes, then the tokens of each prompt."""
+        schedule = scheduler.schedule()
+        for chunk in schedule.chunks:
+            chunk.request.num_computed = chunk.end
+            if chunk.is_last:
+                chunk.request.tokens.append(1)
+        scheduler.took(schedule, seconds)
+        return [len(schedule.decodes), *(chunk.num_tokens for chunk in schedule.prefills)]
+
+    [first] = make_group([1] * 50, 9, 1)
+    scheduler.add(first)
+    assert step(9.0) == [0, 50]  # nobody waits for a token
+    [second] = make_group([2] * 62, 9, 1)
+    scheduler.add(second)
+    assert step(0.01) == [1, 16]
+    assert step(0.01) == [1, 32]
+    assert step(0.05) == [1, 14]
+    assert step(0.05) == [2]

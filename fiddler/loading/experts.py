@@ -1,0 +1,69 @@
+"""Every expert to its one place, and what computes them there."""
+
+import os
+
+import torch
+
+from fiddler._version import __version__
+from fiddler.loading.ground import Ground
+from fiddler.models.weights import WeightSource, load_expert_into
+from offload.calibration import Calibration, default_folder, machine_facts
+from offload.executor import HybridExperts
+from offload.expert_store import ExpertShape, ExpertStore
+
+# Readers copy from mapped files or draw numbers, without Python's lock: one a core.
+LOAD_THREADS = max(4, os.cpu_count() or 1)
+
+
+def load_experts(ground: Ground, source: WeightSource) -> HybridExperts:
+    """Read them all, then learn or remember what they cost."""
+    store = _fill_store(ground, source)
+    sizes = {"max_tokens": ground.step_tokens, "top_k": ground.config.top_k}
+    prefill = None
+    if ground.device.type == "cuda":
+        from offload.prefill_setup import make_prefill  # triton wants a GPU
+
+        prefill = make_prefill(
+            store,
+            ground.keeper.pool,
+            Calibration(default_folder(), machine_facts(ground.hardware, __version__)),
+            ground.plan.popularity,
+            num_slots=ground.plan.staging_slots,
+            device=ground.device,
+            dtype=ground.dtype,
+            **sizes,
+        )
+    experts = HybridExperts(
+        store, ground.keeper.pool, device=ground.device, prefill=prefill, **sizes
+    )
+    ground.resources.callback(experts.clear)
+    return experts
+
+
+def _fill_store(ground: Ground, source: WeightSource) -> ExpertStore:
+    config, on_progress = ground.config, ground.on_progress
+    store = ExpertStore(
+        ExpertShape(
+            num_layers=config.num_layers,
+            moe_layers=[i for i in range(config.num_layers) if config.is_moe_layer(i)],
+            num_experts=config.num_experts,
+            hidden_size=config.hidden_size,
+            expert_size=config.expert_size,
+        ),
+        ground.plan.placement,
+        device=ground.device,
+        dtype=ground.expert_dtype,
+    )
+    ground.resources.callback(store.clear)
+
+    def fill_expert(layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> None:
+        load_expert_into(source, config, layer, expert, w13_FH, w2_HI)
+
+    expert_bytes = 3 * config.hidden_size * config.expert_size * store.dtype.itemsize
+
+    def report(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress("experts", done * expert_bytes, total * expert_bytes)
+
+    store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
+    return store

@@ -1,0 +1,131 @@
+"""From settings to a running engine: find the model, plan, load, connect.
+
+Everything that can be refused is refused before the first weight is read.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from fiddler.config import PAGE_SIZE, EngineConfig
+from fiddler.engine.decode_setup import decode_way
+from fiddler.engine.engine import Engine
+from fiddler.engine.pages import PagePool
+from fiddler.engine.prefix_cache import PrefixCache
+from fiddler.engine.runner import Runner
+from fiddler.engine.scheduler import Scheduler
+from fiddler.loading.ground import Ground
+from fiddler.loading.model_files import ModelFiles, Progress, find_model, open_source
+from fiddler.loading.vram import give_back_memory, limit_vram, vram_meter
+from fiddler.loading.weights import load_weights
+from fiddler.loading.workers import start_pool
+from fiddler.models.dtypes import Dtypes
+from fiddler.planning import plan_model, step_tokens
+from fiddler.text.tokenizer import Tokenizer
+from offload.executor import HybridExperts
+from offload.hardware import Hardware, probe
+from offload.plan import Plan
+from offload.pool_keeper import PoolKeeper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A running engine and what must be given back when it ends."""
+
+    files: ModelFiles
+    hardware: Hardware
+    dtypes: Dtypes
+    plan: Plan
+    engine: Engine
+    runner: Runner
+    experts: HybridExperts
+    pages: PagePool
+    num_threads: int
+    peak_vram_bytes: Callable[[], int]
+    resources: ExitStack
+
+
+def load_model(
+    settings: EngineConfig,
+    on_progress: Progress | None = None,
+    *,
+    check_plan: Callable[[Plan], None] | None = None,
+) -> LoadedModel:
+    """Load what ``settings`` ask for; on an error everything taken so far is given back.
+
+    ``check_plan`` may refuse a plan, by raising, before the first weight is read.
+    """
+    files = find_model(settings, on_progress)
+    with ExitStack() as reading, ExitStack() as resources:
+        source = open_source(settings, files, reading)
+        hardware = probe(settings.device)
+        plan, dtypes = plan_model(
+            settings, files.config, hardware, name=files.name, folder=files.folder
+        )
+        num_tokens = step_tokens(settings, files.config, hardware)
+        if check_plan is not None:
+            check_plan(plan)
+        device = torch.device("cuda" if hardware.has_gpu else "cpu")
+        resources.callback(give_back_memory, device)
+        limit_vram(plan, hardware, resources)
+        way = decode_way(has_gpu=hardware.has_gpu, enforce_eager=settings.enforce_eager)
+        keeper = PoolKeeper(lambda: start_pool(settings, plan, dtypes, way, on_progress))
+        resources.callback(keeper.close)
+        ground = Ground(
+            settings=settings,
+            config=files.config,
+            hardware=hardware,
+            plan=plan,
+            dtypes=dtypes,
+            device=device,
+            way=way,
+            keeper=keeper,
+            resources=resources,
+            on_progress=on_progress,
+            step_tokens=max(num_tokens, settings.max_num_seqs),
+        )
+        runner, experts = load_weights(ground, source)
+        pages = PagePool(plan.num_pages)
+        return LoadedModel(
+            files=files,
+            hardware=hardware,
+            dtypes=dtypes,
+            plan=plan,
+            engine=Engine(
+                _scheduler(settings, pages, num_tokens),
+                runner,
+                experts,
+                eos_ids=frozenset(_eos_ids(files)),
+                decode_token=_token_text(files.tokenizer),
+            ),
+            runner=runner,
+            experts=experts,
+            pages=pages,
+            num_threads=keeper.pool.num_threads,
+            peak_vram_bytes=vram_meter(plan, device),
+            resources=resources.pop_all(),
+        )
+
+
+def _scheduler(settings: EngineConfig, pages: PagePool, num_tokens: int) -> Scheduler:
+    return Scheduler(
+        pages,
+        PrefixCache(pages, PAGE_SIZE) if settings.prefix_caching else None,
+        page_size=PAGE_SIZE,
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=num_tokens,
+        tbt_target_s=None if settings.tbt_target_ms is None else settings.tbt_target_ms / 1e3,
+    )
+
+
+def _eos_ids(files: ModelFiles) -> tuple[int, ...]:
+    own = files.tokenizer.eos_token_ids if files.tokenizer is not None else ()
+    return (*files.config.eos_token_ids, *own)
+
+
+def _token_text(tokenizer: Tokenizer | None) -> Callable[[int], str]:
+    if tokenizer is None:
+        return lambda token_id: ""
+    return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)

@@ -1,0 +1,58 @@
+"""Dense weights, experts and KV pages, each to its place, and the runner that uses them."""
+
+import torch
+
+from fiddler.config import PAGE_SIZE
+from fiddler.engine.decode_setup import add_decode_steps
+from fiddler.engine.runner import Runner
+from fiddler.loading.experts import load_experts
+from fiddler.loading.ground import Ground
+from fiddler.models.config import ModelConfig
+from fiddler.models.decoder import Decoder
+from fiddler.models.kernels import DeviceKernels
+from fiddler.models.rope import rope_tables
+from fiddler.models.torch_kernels import TorchKernels
+from fiddler.models.weights import WeightSource, load_dense
+from offload.executor import HybridExperts
+from offload.plan import Plan
+
+
+def load_weights(ground: Ground, source: WeightSource) -> tuple[Runner, HybridExperts]:
+    """Read everything; ``ground.resources`` learns to drop it."""
+    config, plan, device = ground.config, ground.plan, ground.device
+    dense = load_dense(source, config, device=device, dtype=ground.dtype)
+    experts = load_experts(ground, source)
+    kernels = _kernels(config, plan, device)
+    decoder = Decoder(config, dense, kernels, experts)
+    runner = Runner(
+        decoder,
+        num_pages=plan.num_pages,
+        page_size=PAGE_SIZE,
+        device=device,
+        dtype=ground.dtype,
+    )
+    ground.resources.callback(runner.clear)
+    if ground.way is not None:
+        add_decode_steps(
+            runner,
+            decoder,
+            kernels,
+            experts,
+            ground.keeper,
+            ground.way,
+            dtype=ground.dtype,
+            page_size=PAGE_SIZE,
+            max_num_seqs=ground.settings.max_num_seqs,
+            context_tokens=plan.context_tokens,
+        )
+    return runner, experts
+
+
+def _kernels(config: ModelConfig, plan: Plan, device: torch.device) -> DeviceKernels:
+    cos_SR, sin_SR = (table.to(device) for table in rope_tables(config, plan.context_tokens))
+    sm_scale = config.head_dim**-0.5
+    if device.type == "cpu":
+        return TorchKernels(cos_SR, sin_SR, sm_scale, eps=config.rms_norm_eps)
+    from fiddler.models.triton_kernels import TritonKernels  # triton wants a GPU
+
+    return TritonKernels(cos_SR, sin_SR, sm_scale, eps=config.rms_norm_eps)

@@ -1,0 +1,68 @@
+"""Dividing the layers of one step: :mod:`offload.prefill_split` with this machine's times. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload.prefill_costs import PrefillCosts
+from offload.prefill_split import cpu_share, rows_ahead
+
+LINK_BYTES_PER_S = 50e9  # of hidden states, to the host and back
+CPU_START_S = 2e-4  # Python around a layer of the pool, which waits for its input
+HAND_OVER_S = 3e-4  # more, where experts are handed over
+BANK_S = 1.5e-4  # Python's launches for a bank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ring:
+    """Slots that experts pass through, and how many are filled at once."""
+
+    num_slots: int
+    bank_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """Of a step in which an expert has ``tokens_each`` on average.
+
+    ``state_bytes``: of the float32 hidden states that the CPU is sent, and gives back.
+    """
+
+    costs: PrefillCosts
+    ring: Ring
+    tokens_each: float
+    state_bytes: int
+
+    def rows_ahead(self, num_cold: int) -> int:
+        """How many of the next layer's ``num_cold`` experts to send before its router has run."""
+        return rows_ahead(
+            self.tokens_each,
+            num_cold,
+            self.ring.num_slots,
+            self.costs.expert_s,
+            copy_s=self.costs.copy_s,
+            start_s=self._start_s(round(self.tokens_each), num_cold),
+            result_s=self._transfer_s,
+        )
+
+    def cpu_share(self, counts: Sequence[int], num_ahead: int) -> list[int]:
+        """Which experts, with ``counts`` tokens, the CPU takes; then ``num_ahead`` are sent."""
+        return cpu_share(
+            counts,
+            self.costs.expert_s,
+            copy_s=self.costs.copy_s,
+            ahead_s=num_ahead * self.costs.copy_s,
+            start_s=self._start_s(max(counts, default=0), len(counts) + num_ahead),
+            result_s=self._transfer_s,
+        )
+
+    @property
+    def _transfer_s(self) -> float:
+        """The hidden states' way to the host, or what the CPU gives back: on the link too."""
+        return self.state_bytes / LINK_BYTES_PER_S
+
+    def _start_s(self, most_tokens: int, num_sent: int) -> float:
+        """What the CPU's side takes besides experts; who hands over starts after the device."""
+        seconds = CPU_START_S + 2 * self._transfer_s
+        if self.costs.hands_over(most_tokens):
+            seconds += HAND_OVER_S + BANK_S * num_sent / self.ring.bank_size
+        return seconds

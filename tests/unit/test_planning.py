@@ -1,0 +1,59 @@
+"""The largest step: as asked, or as many tokens as leave the VRAM to the experts."""
+
+import pytest
+
+from fiddler.config import EngineConfig
+from fiddler.errors import ConfigError
+from fiddler.models.footprint import workspace_bytes
+from fiddler.models.shapes import SHAPES, load_shape
+from fiddler.planning import plan_model, step_tokens
+from tests.offload.planner_cases import GIB, machine, without_gpu
+
+
+def test_what_was_asked_for_is_used() -> None:
+    settings = EngineConfig(max_batched_tokens=77)
+    assert step_tokens(settings, load_shape("olmoe-1b-7b"), machine()) == 77
+
+
+def test_without_a_gpu_nothing_is_streamed() -> None:
+    shape = load_shape("olmoe-1b-7b")
+    assert step_tokens(EngineConfig(vram_gb=4), shape, without_gpu()) == 2048
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("vram_gb", [None, 1, 4, 12, 24])
+def test_activations_leave_the_vram_to_experts(name: str, vram_gb: float | None) -> None:
+    shape, settings = load_shape(name), EngineConfig(vram_gb=vram_gb)
+    tokens = step_tokens(settings, shape, machine())
+    limit = int((23 if vram_gb is None else vram_gb) * GIB)
+
+    def taken(tokens: int) -> int:
+        return workspace_bytes(shape, 2, max_batched_tokens=tokens, max_num_seqs=16)
+
+    assert 512 <= tokens <= 4096
+    assert tokens == 512 or taken(tokens) <= limit / 16
+    assert tokens == 4096 or taken(2 * tokens) > limit / 16
+
+
+def test_a_large_gpu_reads_prompts_in_large_pieces() -> None:
+    for name in ("qwen3-30b-a3b", "mixtral-8x7b"):
+        assert step_tokens(EngineConfig(vram_gb=24), load_shape(name), machine()) == 4096
+
+
+def test_the_plan_counts_the_activations_of_the_step() -> None:
+    shape = load_shape("qwen3-30b-a3b")
+    hardware = machine()
+
+    def workspace(max_batched_tokens: int | None) -> int:
+        settings = EngineConfig(vram_gb=16, max_batched_tokens=max_batched_tokens)
+        plan, _ = plan_model(settings, shape, hardware, name="q", folder=None)
+        return plan.memory.workspace
+
+    chosen = step_tokens(EngineConfig(vram_gb=16), shape, hardware)
+    assert workspace(None) == workspace(chosen) > workspace(chosen // 2)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), "9", True])
+def test_a_target_is_a_time(value: float) -> None:
+    with pytest.raises(ConfigError, match="tbt_target_ms must be more than 0"):
+        EngineConfig(tbt_target_ms=value)
