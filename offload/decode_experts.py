@@ -1,13 +1,16 @@
 """Routed experts of a few tokens, divided by the device: nothing here asks what the router chose.
 
 Where an expert lives is data: ``slot_LE`` on the device says what the device computes, and the
-workers are given the ids of the rest. So the same operations serve every step, and a CUDA graph may
-hold them; what was chosen is read from a record after the step.
+workers are given the ids of the rest, but for some that the device pulls: it reads them from host
+memory itself, while the workers read theirs (:mod:`offload.cold_share`). So the same operations
+serve every step, and a CUDA graph may hold them; what was chosen is read from a record after the
+step. Who computes a cold expert depends on how many the step has: with other requests beside it a
+token's sums may be rounded elsewhere.
 
 Ordering: per layer the stream publishes what the workers need and rings them, computes its own
-experts, and waits. All layers share the buffers in mapped memory: only one is under way at a time,
-since what reads the workers' part precedes the next layer's publishing on the stream. The host
-binds the buffers, and reads the record, only while no step is under way.
+experts, then those that it pulls, and waits. All layers share the buffers in mapped memory: only
+one is under way at a time, since what reads the workers' part precedes the next layer's publishing
+on the stream. The host binds the buffers, and reads the record, only while no step is under way.
 
 Shapes: L layers, T rows of the step, K top-k, H hidden, E experts.
 """
@@ -22,10 +25,12 @@ from cpu_kernels.threads import WorkerPool
 from gpu_kernels.expert_decode import MAX_TOKENS, MAX_TOP_K, DecodeWorkspace, expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
+from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts, StepRouting
 from offload.expert_store import ExpertStore
 from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
 from offload.host_buffers import HostBuffers, HostRows
+from offload.pulled_experts import PulledExperts
 
 MAX_ROWS = MAX_TOKENS
 
@@ -55,9 +60,13 @@ class DecodeExperts:
         *,
         dtype: torch.dtype,
         max_rows: int,
+        share: ShareCosts | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """``workers`` are those of the pool that ``experts`` use."""
+        """``workers`` are those of the pool that ``experts`` use.
+
+        ``share`` says how many cold experts the device pulls; None: the workers compute them all.
+        """
         assert max_rows <= MAX_ROWS
         store, top_k, device = experts.store, experts.top_k, experts.device
         assert not why_not(store, dtype, top_k)
@@ -76,7 +85,18 @@ class DecodeExperts:
             for layer in shape.moe_layers
             if len(store[layer].gpu_w2_SHI)
         }
-        some = next(iter(self.layers.values()), None)
+        self.pulled = None
+        if share is not None:
+            self.pulled = PulledExperts(
+                store,
+                share,
+                device=self.slot_LE.device,
+                dtype=dtype,
+                max_rows=max_rows,
+                top_k=top_k,
+            )
+        pulled_layers = {} if self.pulled is None else self.pulled.layers
+        some = next(iter((self.layers | pulled_layers).values()), None)
         self.workspace = (
             None if some is None else DecodeWorkspace.make(some, max_rows * top_k, dtype)
         )
@@ -142,17 +162,25 @@ class StepExperts:
         slot_E, pool_layer = shared.slot_LE[layer], shared.pool_layers.get(layer)
         cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK) if pool_layer else None
         record_TK = shared.record_LTK[layer, : len(ids_TK)]
-        kept_TK = publish(x_TH, ids_TK, weights_TK, slot_E, self._num_used, record_TK, cold)
+        pulled = shared.pulled
+        pulls = None if pulled is None else pulled.pulls(layer, len(ids_TK))
+        kept_TK = publish(
+            x_TH, ids_TK, weights_TK, slot_E, self._num_used, record_TK, cold, pulls=pulls
+        )
         number = 0
         if pool_layer is not None:
             number = pool_layer.number
             shared.hand_off.ring(number)
-        hot_TH, weights = None, shared.layers.get(layer)
-        if weights is not None:
-            hot_TH = expert_decode(
-                x_TH, kept_TK, weights_TK, slot_E, weights, workspace=shared.workspace
-            )
-        return PendingStep(shared.hand_off, number, hot_TH, rows.out_TH)
+        own = []  # what the device computes: ids, where these experts lie, and their weights
+        if layer in shared.layers:
+            own.append((kept_TK, slot_E, shared.layers[layer]))
+        if pulled is not None and pulls is not None:
+            own.append((pulls.ids_TK, pulled.row_LE[layer], pulled.layers[layer]))
+        parts = tuple(
+            expert_decode(x_TH, ids, weights_TK, places_E, weights, workspace=shared.workspace)
+            for ids, places_E, weights in own
+        )
+        return PendingStep(shared.hand_off, number, parts, rows.out_TH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +189,15 @@ class PendingStep:
 
     _hand_off: HandOff
     _number: int  # of the workers' job; 0: none
-    _hot_TH: torch.Tensor | None
+    _own: tuple[torch.Tensor, ...]
     _host_out_TH: torch.Tensor
 
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """The device's part, if any, then the workers', in mapped memory."""
-        hot = () if self._hot_TH is None else (self._hot_TH,)
+        """The residents' part, the pulled experts', then the workers', in mapped memory."""
         if self._number == 0:
-            return hot
+            return self._own
         self._hand_off.wait(self._number)
-        return (*hot, self._host_out_TH)
+        return (*self._own, self._host_out_TH)
 
 
 def _slots(store: ExpertStore) -> np.ndarray:

@@ -178,5 +178,6 @@ def _one_torch_thread_each() -> Iterator[Callable[[], None]]:
 def _pageable_text(error: PinError, num_refused: int, num_layers: int) -> str:
     return (
         f"the host memory of {num_refused} of {num_layers} layers could not be pinned ({error}): "
-        "prompts are computed more slowly; free some memory, or raise the limit on locked memory"
+        "prompts are computed more slowly, and the GPU takes no part in their cold experts; "
+        "free some memory, or raise the limit on locked memory"
     )

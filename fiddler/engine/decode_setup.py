@@ -8,6 +8,7 @@ from fiddler.engine.runner import Runner
 from fiddler.models.buckets import largest_bucket
 from fiddler.models.decoder import Decoder
 from fiddler.models.kernels import DeviceKernels
+from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts
 from offload.handoff_probe import Way, choose_way, forced_way, probe
 from offload.pool_keeper import PoolKeeper
@@ -23,6 +24,11 @@ def decode_way(*, has_gpu: bool, enforce_eager: bool) -> Way | None:
     if not has_gpu:
         return None
     return "eager" if enforce_eager else choose_way(probe(), forced_way())
+
+
+def cold_share() -> ShareCosts | None:
+    """How decode steps share cold experts; None: the CPU computes them all."""
+    return ShareCosts()
 
 
 def add_decode_steps(
@@ -60,6 +66,7 @@ def add_decode_steps(
             make_hand_off(way, workers),
             dtype=dtype,
             max_rows=largest_bucket(max_num_seqs),
+            share=cold_share(),
         )
 
     def renew_workers() -> None:

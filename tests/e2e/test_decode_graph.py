@@ -15,6 +15,7 @@ import torch
 from fiddler import LLM, SamplingParams
 from fiddler.engine.decode_graph import DecodeSteps
 from fiddler.errors import WorkerError
+from offload.cold_share import ShareCosts
 from tests.forward import random_texts
 from tests.model.test_parity import MODELS, folder_of, split_at_random
 from tests.tiny_models import MODEL_TYPES
@@ -130,7 +131,58 @@ def test_float32_tokens_are_those_of_the_cpu(
     with loaded(model, monkeypatch, share=share, dtype="float32") as llm:
         assert [o.outputs[0].token_ids for o in llm.generate(prompts, params)] == wanted
         print(f"{model} share {share}: {describe(llm)}")
-        assert 4 in steps_of(llm)._buckets and steps_of(llm)._buckets[4]._graph is not None
+        assert steps_of(llm)._buckets[4, False]._graph is not None
+
+
+# Without starts, which are all that counts for tiny experts: the device pulls about half, or all.
+PULLS = {
+    "none": None,
+    "half": ShareCosts(
+        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0
+    ),
+    "all": ShareCosts(
+        cpu_bytes_per_s=1.0, link_bytes_per_s=1e12, cpu_start_s=1.0, link_start_s=0.0
+    ),
+}
+
+
+def pulled_layers(llm: LLM) -> int:
+    shared = steps_of(llm)._shared
+    assert shared is not None
+    pulled = shared.experts.pulled
+    return 0 if pulled is None else len(pulled.layers)
+
+
+@pytest.mark.parametrize("model", MODEL_TYPES)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_float32_tokens_are_those_without_pulled_experts(
+    model: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for pulls, costs in PULLS.items():
+        monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda c=costs: c)
+        for way in ("enforce_eager", "values"):
+            with loaded(model, monkeypatch, way, share=share, dtype="float32") as llm:
+                found[pulls, way] = [ragged(llm, greedy(n)) for n in (1, 2, 4)]
+                print(f"{model} {share} {pulls} {way}: {pulled_layers(llm)} layers are pulled from")
+                assert (pulled_layers(llm) > 0) == (pulls != "none")
+    for key, tokens in found.items():
+        assert tokens == found["none", "enforce_eager"], key
+
+
+@pytest.mark.parametrize("pulls", ["half", "all"])
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_with_pulled_experts_give_the_tokens_of_eager_steps(
+    model: str, pulls: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda: PULLS[pulls])
+    found = {}
+    for way in ("enforce_eager", *WAYS):
+        with loaded(model, monkeypatch, way, share=0.3) as llm:
+            found[way] = [ragged(llm, seeded(n)) for n in range(1, 6)]
+            print(f"{model} {pulls} {way}: {describe(llm)}, {pulled_layers(llm)} layers")
+    for way in WAYS:
+        assert found[way] == found["enforce_eager"], way
 
 
 def test_requests_join_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from fiddler import LLM, SamplingParams
 from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps
 from fiddler.errors import WorkerError
 from fiddler.models.buckets import bucket_for, largest_bucket
+from offload.cold_share import ShareCosts
 from offload.decode_experts import DecodeExperts
 from offload.handoff import EagerHandOff
 from tests.forward import random_texts
@@ -48,7 +49,11 @@ def loaded(model: str, share: float, **options: Any) -> Iterator[LLM]:
         yield llm
 
 
-def add_decode_steps(llm: LLM) -> DecodeSteps:
+# sides without a start, which is all that counts for tiny experts: the device pulls about half
+HALF = ShareCosts(cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0)
+
+
+def add_decode_steps(llm: LLM, share: ShareCosts | None = None) -> DecodeSteps:
     """As a GPU would have them, but for the graph."""
     from fiddler.models.triton_kernels import TritonKernels
 
@@ -72,6 +77,7 @@ def add_decode_steps(llm: LLM) -> DecodeSteps:
                 EagerHandOff(workers, lambda: None),
                 dtype=torch.float32,
                 max_rows=4,
+                share=share,
             ),
             renew_workers=lambda: None,
             page_size=16,
@@ -115,8 +121,18 @@ def test_tokens_and_counts_are_those_of_plain_steps(model: str, share: float) ->
         steps = add_decode_steps(llm)
         llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
         assert run(llm) == wanted
-        assert sorted(steps._buckets) == [1, 2, 4]
+        assert sorted(steps._buckets) == [(1, False), (2, False), (4, False)]
         assert (torch.tensor(llm.expert_counts()) == 2 * torch.tensor(counts)).all()
+
+
+def test_tokens_are_the_same_where_the_device_pulls_experts() -> None:
+    with loaded("qwen2_moe", 0.5) as llm:
+        wanted = run(llm)
+        steps = add_decode_steps(llm, HALF)
+        llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
+        assert run(llm) == wanted
+        pulled = steps._shared.experts.pulled  # type: ignore[union-attr]
+        assert pulled is not None and all(pulled.pulls(layer, 4) for layer in pulled.layers)
 
 
 def test_a_step_that_does_not_fit_runs_plainly() -> None:

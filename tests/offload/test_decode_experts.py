@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
+from offload.cold_share import ShareCosts
 from offload.decode_experts import DecodeExperts, why_not
 from offload.executor import HybridExperts
 from offload.expert_store import ExpertShape, ExpertStore
@@ -36,14 +37,30 @@ def make_store(*resident: set[int], dtype: torch.dtype = torch.float32) -> Exper
     return store
 
 
+# Sides without a start, at these speeds: of n cold experts the device pulls none, some, all.
+SHARES = {
+    "none": None,
+    "half": ShareCosts(
+        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0
+    ),
+    "all": ShareCosts(
+        cpu_bytes_per_s=1.0, link_bytes_per_s=1e12, cpu_start_s=1.0, link_start_s=0.0
+    ),
+}
+
+
 @contextmanager
-def decode_experts(*resident: set[int]) -> Iterator[tuple[HybridExperts, DecodeExperts]]:
+def decode_experts(
+    *resident: set[int], share: ShareCosts | None = None
+) -> Iterator[tuple[HybridExperts, DecodeExperts]]:
     with ExpertPool(1) as pool:
         hybrid = HybridExperts(make_store(*resident), pool, device=CPU, max_tokens=8, top_k=K)
         hand_off = EagerHandOff(pool.workers, lambda: None)
         yield (
             hybrid,
-            DecodeExperts(hybrid, pool.workers, hand_off, dtype=torch.float32, max_rows=4),
+            DecodeExperts(
+                hybrid, pool.workers, hand_off, dtype=torch.float32, max_rows=4, share=share
+            ),
         )
 
 
@@ -66,9 +83,10 @@ def brute_force(
     return out_TH
 
 
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("resident", [(set(), set()), ({0, 3}, set(range(E))), ({1, 5}, {2})])
-def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]]) -> None:
-    with decode_experts(*resident) as (hybrid, experts):
+def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]], share: str) -> None:
+    with decode_experts(*resident, share=SHARES[share]) as (hybrid, experts):
         counts = torch.zeros(4, E, dtype=torch.int64)
         for num_rows, num_used in ((1, 1), (4, 3), (2, 2), (4, 4)):
             used = torch.tensor([num_used], dtype=torch.int32)
@@ -79,7 +97,11 @@ def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]]) -> No
             for layer in MOE_LAYERS:
                 x_TH, ids_TK, weights_TK = make_step(num_rows, seed=10 * num_rows + layer)
                 parts = backend.launch(layer, x_TH, ids_TK, weights_TK).parts()
-                assert 1 <= len(parts) <= 2
+                is_pulled = share != "none" and len(resident[layer - 1]) < E
+                is_cold = len(resident[layer - 1]) < E
+                assert len(parts) == bool(resident[layer - 1]) + is_pulled + is_cold
+                if share == "all" and is_cold:
+                    assert parts[-1].eq(0).all()  # the workers had nothing to do
                 found_TH = sum(part.clone() for part in parts)
                 wanted_TH = brute_force(hybrid.store, layer, x_TH, ids_TK, weights_TK)
                 torch.testing.assert_close(
