@@ -312,6 +312,7 @@ def _load_weights(
             page_size=PAGE_SIZE,
             max_num_seqs=settings.max_num_seqs,
             context_tokens=plan.context_tokens,
+            is_adaptive=plan.spare_slots > 0,
         )
     return runner, experts
 
@@ -346,6 +347,7 @@ def _fill_store(
         plan.placement,
         device=device,
         dtype=getattr(torch, dtypes.expert),
+        has_spares=plan.spare_slots > 0,
     )
     resources.callback(store.clear)
 

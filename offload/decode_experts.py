@@ -10,7 +10,8 @@ token's sums may be rounded elsewhere.
 Ordering: per layer the stream publishes what the workers need and rings them, computes its own
 experts, then those that it pulls, and waits. All layers share the buffers in mapped memory: only
 one is under way at a time, since what reads the workers' part precedes the next layer's publishing
-on the stream. The host binds the buffers, and reads the record, only while no step is under way.
+on the stream. The host binds the buffers, reads the record and sends new tables only while no step
+is under way; tables go on the stream, before the step that is to see them.
 
 Shapes: L layers, T rows of the step, K top-k, H hidden, E experts.
 """
@@ -25,11 +26,13 @@ from cpu_kernels.threads import WorkerPool
 from gpu_kernels.expert_decode import MAX_TOKENS, MAX_TOP_K, DecodeWorkspace, expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
+from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts, StepRouting
 from offload.expert_store import ExpertStore
 from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
 from offload.host_buffers import HostBuffers, HostRows
+from offload.place_table import PlaceTable
 from offload.pulled_experts import PulledExperts
 
 MAX_ROWS = MAX_TOKENS
@@ -61,11 +64,13 @@ class DecodeExperts:
         dtype: torch.dtype,
         max_rows: int,
         share: ShareCosts | None = None,
+        adaptive: AdaptivePlacement | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """``workers`` are those of the pool that ``experts`` use.
 
         ``share`` says how many cold experts the device pulls; None: the workers compute them all.
+        ``adaptive`` moves experts between steps; None: they stay.
         """
         assert max_rows <= MAX_ROWS
         store, top_k, device = experts.store, experts.top_k, experts.device
@@ -78,8 +83,10 @@ class DecodeExperts:
         self._patience_s = patience_s
         shape, is_gpu = store.shape, device.type == "cuda"
         self._experts = experts
-        self._slot_LE = _slots(store)
-        self.slot_LE = torch.from_numpy(self._slot_LE).to(device)
+        self._slots = PlaceTable(store, "slot_E", device)
+        self.slot_LE = self._slots.device_LE
+        self._adaptive = adaptive
+        self._version = 0 if adaptive is None else adaptive.version
         self.layers = {
             layer: ExpertLayer(DenseWeights(store[layer].gpu_w13_SFH, store[layer].gpu_w2_SHI))
             for layer in shape.moe_layers
@@ -109,6 +116,17 @@ class DecodeExperts:
         """What a decoder runs for ``num_rows`` rows, of which ``num_used`` (int32 [1]) count."""
         return StepExperts(self, self._host.rows(num_rows), num_used)
 
+    def move_experts(self) -> None:
+        """Let experts change places; before a step, on the stream that it will run on."""
+        if self._adaptive is None:
+            return
+        self._adaptive.move()
+        if self._adaptive.version != self._version:
+            self._version = self._adaptive.version
+            self._slots.send()
+            if self.pulled is not None:
+                self.pulled.rows.send()
+
     def bind(self, num_rows: int) -> None:
         """Make the workers' next jobs be about so many rows; before a step, at once if they are."""
         arrays = self._host.rows(num_rows).arrays
@@ -134,10 +152,12 @@ class DecodeExperts:
         moe_layers = list(self._experts.store.shape.moe_layers)
         ids_LTK = self.record_LTK.numpy()[moe_layers, :num_tokens]
         slot_LTK = np.take_along_axis(
-            self._slot_LE[moe_layers], ids_LTK.reshape(len(moe_layers), -1), axis=1
+            self._slots.host_LE[moe_layers], ids_LTK.reshape(len(moe_layers), -1), axis=1
         ).reshape(ids_LTK.shape)
         num_hot_T = (slot_LTK >= 0).sum(axis=(0, 2))
         num_cold_T = len(moe_layers) * ids_LTK.shape[2] - num_hot_T
+        if self._adaptive is not None:
+            self._adaptive.count(moe_layers, ids_LTK)
         chosen = dict(zip(moe_layers, ids_LTK.astype(np.int16), strict=True))
         self._experts.routing = StepRouting(num_hot_T, num_cold_T, chosen)
         counts_LE = self._experts.counts_LE
@@ -175,7 +195,7 @@ class StepExperts:
         if layer in shared.layers:
             own.append((kept_TK, slot_E, shared.layers[layer]))
         if pulled is not None and pulls is not None:
-            own.append((pulls.ids_TK, pulled.row_LE[layer], pulled.layers[layer]))
+            own.append((pulls.ids_TK, pulled.rows.device_LE[layer], pulled.layers[layer]))
         parts = tuple(
             expert_decode(x_TH, ids, weights_TK, places_E, weights, workspace=shared.workspace)
             for ids, places_E, weights in own
@@ -198,11 +218,3 @@ class PendingStep:
             return self._own
         self._hand_off.wait(self._number)
         return (*self._own, self._host_out_TH)
-
-
-def _slots(store: ExpertStore) -> np.ndarray:
-    """Every expert's slot on the device, int32 ``[L, E]``; -1: none."""
-    slot_LE = np.full((store.shape.num_layers, store.shape.num_experts), -1, dtype=np.int32)
-    for layer in store.shape.moe_layers:
-        slot_LE[layer] = store[layer].slot_E
-    return slot_LE

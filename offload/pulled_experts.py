@@ -7,13 +7,13 @@ device (:mod:`gpu_kernels.pulled_choices`).
 Shapes: L layers, B rows of a step at most, K top-k, E experts, N counts of experts.
 """
 
-import numpy as np
 import torch
 
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
 from gpu_kernels.hand_over import Pulls
 from offload.cold_share import ShareCosts, pull_counts
 from offload.expert_store import ExpertStore, LayerExperts
+from offload.place_table import PlaceTable
 
 
 class PulledExperts:
@@ -40,10 +40,7 @@ class PulledExperts:
         self._host_counts_N = pull_counts(most, expert_bytes, costs)
         self._counts_N = torch.from_numpy(self._host_counts_N).to(device)
         self._ids_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
-        row_LE = np.full((shape.num_layers, shape.num_experts), -1, dtype=np.int32)
-        for layer in shape.moe_layers:
-            row_LE[layer] = store[layer].row_E
-        self.row_LE = torch.from_numpy(row_LE).to(device)
+        self.rows = PlaceTable(store, "row_E", device)
         kernels_take_it = dtype in (store.dtype, torch.float32)
         self.layers = {
             layer: ExpertLayer(

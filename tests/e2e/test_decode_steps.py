@@ -80,6 +80,7 @@ def add_decode_steps(llm: LLM, share: ShareCosts | None = None) -> DecodeSteps:
                 share=share,
             ),
             renew_workers=lambda: None,
+            settle=lambda: None,
             page_size=16,
             max_num_seqs=4,
             pages_per_request=8,
