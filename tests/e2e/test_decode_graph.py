@@ -15,9 +15,11 @@ import torch
 from fiddler import LLM, SamplingParams
 from fiddler.engine.decode_graph import DecodeSteps
 from fiddler.errors import WorkerError
+from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
 from tests.forward import random_texts
 from tests.model.test_parity import MODELS, folder_of, split_at_random
+from tests.random_swaps import random_placement
 from tests.tiny_models import MODEL_TYPES
 
 pytestmark = pytest.mark.gpu
@@ -183,6 +185,69 @@ def test_graphs_with_pulled_experts_give_the_tokens_of_eager_steps(
             print(f"{model} {pulls} {way}: {describe(llm)}, {pulled_layers(llm)} layers")
     for way in WAYS:
         assert found[way] == found["enforce_eager"], way
+
+
+@contextmanager
+def moving(
+    model: str, monkeypatch: pytest.MonkeyPatch, way: str, **options: Any
+) -> Iterator[tuple[LLM, AdaptivePlacement]]:
+    """Experts change places at random in every step; what moves them is given too."""
+    made: list[AdaptivePlacement] = []
+
+    def make(*args: Any) -> AdaptivePlacement:
+        made.append(random_placement()(*args))
+        return made[-1]
+
+    monkeypatch.setattr("offload.adaptive_placement.AdaptivePlacement", make)
+    with loaded(model, monkeypatch, way, placement_policy="adaptive", **options) as llm:
+        yield llm, made[-1]
+
+
+@pytest.mark.parametrize("model", MODEL_TYPES)
+def test_float32_tokens_are_the_static_ones_whatever_moves(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loaded(model, monkeypatch, dtype="float32") as llm:
+        wanted = [ragged(llm, greedy(n)) for n in (1, 3, 5)]
+    tokens = [[row[0] for row in rows] for rows in wanted]
+    for way in ("enforce_eager", *WAYS):
+        for costs in PULLS.values():
+            monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda c=costs: c)
+            with moving(model, monkeypatch, way, dtype="float32") as (llm, placement):
+                found = [ragged(llm, greedy(n)) for n in (1, 3, 5)]
+                print(f"{model} {way}: {placement.num_swaps} swaps, {describe(llm)}")
+                assert placement.num_swaps > 20
+                assert [[row[0] for row in rows] for rows in found] == tokens
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_equal_requests_meet_equal_tables(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is where in which step does not depend on how steps run or how long they take."""
+    found = {}
+    for way in ("enforce_eager", *WAYS):
+        with moving(model, monkeypatch, way) as (llm, placement):
+            found[way] = [ragged(llm, seeded(n)) for n in (1, 4)]
+            print(f"{model} {way}: {placement.num_swaps} swaps")
+    assert found["values"] == found["hostfunc"] == found["enforce_eager"]
+
+
+def test_use_decides_what_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real policy with a large budget; it may find nothing worth a move."""
+    made: list[AdaptivePlacement] = []
+
+    def make(*args: Any) -> AdaptivePlacement:
+        made.append(AdaptivePlacement(*args, copy_share=10.0))
+        return made[-1]
+
+    monkeypatch.setattr("offload.adaptive_placement.AdaptivePlacement", make)
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    prompt = random_texts([9], 264)[0]
+    for policy in ("static", "adaptive"):
+        with loaded("qwen3_moe", monkeypatch, placement_policy=policy) as llm:
+            stats = [llm.generate(prompt, params).stats for _ in range(2)]
+            print(f"{policy}: GPU-resident {[f'{s.gpu_hit_rate:.3f}' for s in stats]}")
+    assert len(made) == 1
+    print(f"{made[0].num_swaps} swaps")
 
 
 def test_requests_join_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,14 @@ E experts, T rows, K top-k, H hidden.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+import swap_store
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
+from offload.adaptive import Swap
+from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
 from offload.decode_experts import DecodeExperts, why_not
 from offload.executor import HybridExperts
@@ -131,6 +135,55 @@ def check_routing(
         ).sum(1)
     assert hybrid.routing.hot_T.tolist() == num_hot_T.tolist()
     assert hybrid.routing.cold_T.tolist() == (2 * K - num_hot_T).tolist()
+
+
+@pytest.mark.parametrize("share", ["none", "half"])
+def test_parts_add_up_whatever_moves(share: str) -> None:
+    rng = np.random.default_rng(0)
+    store = swap_store.make_store(CPU, {0, 3}, {1, 2, 4, 5}, {5})
+
+    def choose(heat: object, is_resident: object, layers: list[int], most: int) -> list[Swap]:
+        return swap_store.random_swaps(rng, store, layers)[:most]
+
+    adaptive = AdaptivePlacement(store, CPU, choose=choose, copy_share=1e9)
+    used = torch.tensor([3], dtype=torch.int32)
+    with ExpertPool(1) as pool:
+        hybrid = HybridExperts(store, pool, device=CPU, max_tokens=8, top_k=K)
+        experts = DecodeExperts(
+            hybrid,
+            pool.workers,
+            EagerHandOff(pool.workers, lambda: None),
+            dtype=torch.float32,
+            max_rows=4,
+            share=SHARES[share],
+            adaptive=adaptive,
+        )
+        for step in range(12):
+            if step % 5 == 4:
+                adaptive.settle()
+                swap_store.check(store, is_settled=True)
+            experts.move_experts()
+            swap_store.check(store)
+            experts.bind(4)
+            hybrid.begin_step(3)
+            for layer in swap_store.MOE_LAYERS:
+                x_TH, ids_TK, weights_TK = make_step(4, seed=10 * step + layer)
+                parts = experts.step(4, used).launch(layer, x_TH, ids_TK, weights_TK).parts()
+                found_TH = sum(part.clone() for part in parts)
+                wanted_TH = brute_force(store, layer, x_TH, ids_TK, weights_TK)
+                torch.testing.assert_close(
+                    found_TH[:3].double(), wanted_TH[:3], rtol=1e-4, atol=1e-5
+                )
+            num_hot = sum(
+                int((store[layer].slot_E[ids[:3]] >= 0).sum())
+                for layer, ids in (
+                    (layer, make_step(4, seed=10 * step + layer)[1].numpy())
+                    for layer in swap_store.MOE_LAYERS
+                )
+            )
+            experts.finish(3)
+            assert hybrid.routing.hot_T.sum() == num_hot
+    assert adaptive.num_swaps > 8
 
 
 def test_what_the_device_cannot_divide_is_said() -> None:
