@@ -149,8 +149,8 @@ def _slots(footprint: Footprint, budget: Budget, side: GpuSide, room: int) -> tu
     is_staged = side is GpuSide.CUDA and (room < total if asked is None else asked < total)
     if not is_staged:
         return (min(total, room) if asked is None else asked), 0, 0
-    num_spare = budget.spares_per_layer * len(footprint.moe_layers)
-    room = max(0, room - num_spare)
+    num_spare = min(room, budget.spares_per_layer * len(footprint.moe_layers))
+    room -= num_spare
     left = room // DIVISOR if asked is None else max(0, room - asked)
     num_staging = staging_slots(footprint.expert_bytes, footprint.num_experts, left)
     return (room - num_staging if asked is None else asked), num_staging, num_spare
