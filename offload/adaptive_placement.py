@@ -48,7 +48,7 @@ class AdaptivePlacement:
         self._heat.count(layers, ids_MC)
         is_used_LE = np.zeros(self._heat.heat_LE.shape, dtype=bool)
         is_used_LE[np.asarray(layers)[:, None], ids_MC] = True
-        self._budget.earn(int((is_used_LE & ~self._is_resident()).sum()))
+        self._budget.earn(int((is_used_LE & ~self._store.is_resident_LE()).sum()))
 
     def move(self) -> None:
         """Put into the tables what has been copied, and begin the next swaps."""
@@ -56,7 +56,7 @@ class AdaptivePlacement:
         most = self._budget.num_swaps
         if most:
             layers = self._swaps.idle_layers
-            swaps = self._choose(self._heat.heat_LE, self._is_resident(), layers, most)
+            swaps = self._choose(self._heat.heat_LE, self._store.is_resident_LE(), layers, most)
             self._budget.spend(len(swaps))
             self.num_swaps += len(swaps)
             self._swaps.start(swaps)
@@ -64,9 +64,3 @@ class AdaptivePlacement:
     def settle(self) -> None:
         """End what has begun, before a step that wants each expert in one place."""
         self._swaps.settle()
-
-    def _is_resident(self) -> npt.NDArray[np.bool_]:
-        is_resident_LE = np.zeros(self._heat.heat_LE.shape, dtype=bool)
-        for layer in self._store.shape.moe_layers:
-            is_resident_LE[layer] = self._store[layer].slot_E >= 0
-        return is_resident_LE

@@ -159,7 +159,7 @@ class DecodeExperts:
         if self._adaptive is not None:
             self._adaptive.count(moe_layers, ids_LTK)
         chosen = dict(zip(moe_layers, ids_LTK.astype(np.int16), strict=True))
-        self._experts.routing = StepRouting(num_hot_T, num_cold_T, chosen)
+        self._experts.routing = StepRouting(num_hot_T, num_cold_T, chosen, self._slots.host_LE >= 0)
         counts_LE = self._experts.counts_LE
         layer_L11 = np.asarray(moe_layers)[:, None, None]
         flat = (layer_L11 * counts_LE.shape[1] + ids_LTK).ravel()

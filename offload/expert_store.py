@@ -139,6 +139,13 @@ class ExpertStore:
             return at.gpu_w13_SFH[slot], at.gpu_w2_SHI[slot]
         return at.cpu_w13_CFH[row], at.cpu_w2_CHI[row]
 
+    def is_resident_LE(self) -> np.ndarray:
+        """Which experts have a slot now, bool ``[L, E]``."""
+        is_resident_LE = np.zeros((self.shape.num_layers, self.shape.num_experts), dtype=bool)
+        for layer, at in self._layers.items():
+            is_resident_LE[layer] = at.slot_E >= 0
+        return is_resident_LE
+
     def clear(self) -> None:
         """Drop all weights."""
         if self._pinned is not None:
