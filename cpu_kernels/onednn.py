@@ -119,9 +119,13 @@ class HandOver:
         return torch.frombuffer(memory, dtype=self._dtype)
 
     def _run(self, phase: int, worker: int, num_workers: int) -> None:
-        """One worker's share of a phase."""
+        """One worker's share of a phase.
+
+        The mode is the thread's own: who is in it when it submits has made tensors that only code
+        in it may write.
+        """
         is_caller = self._caller_works and worker == 0
-        with self._as_worker() if is_caller else nullcontext():
+        with torch.inference_mode(), self._as_worker() if is_caller else nullcontext():
             self._run_share(phase, worker, num_workers)
 
     @contextmanager

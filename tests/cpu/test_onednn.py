@@ -126,6 +126,16 @@ def test_the_same_bits_again_and_after_other_steps(pool: ExpertPool, kind: Activ
 
 
 @kinds
+def test_in_and_out_of_inference_mode(pool: ExpertPool, kind: Activations) -> None:
+    case = Case(kind)
+    outside = case.run(pool, hand_over=LEAST)
+    with torch.inference_mode():  # the mode of the thread that submits, not of the workers
+        inside = case.run(pool, hand_over=LEAST)
+    assert np.array_equal(inside, outside)
+    assert np.array_equal(case.run(pool, hand_over=LEAST), outside)
+
+
+@kinds
 def test_experts_that_are_elsewhere_are_left_out(pool: ExpertPool, kind: Activations) -> None:
     case = Case(kind)
     order = np.array([4, 3, 1], np.int32)  # those held; ids 0 and 2 are elsewhere

@@ -1,6 +1,7 @@
 """The hand-off's protocol with real workers, where a Python thread plays the GPU's stream."""
 
 import _thread
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -95,6 +96,15 @@ def test_workers_that_stand_still_do_not_hold_the_stream(comes_back: bool) -> No
     pool.close()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises, also where the process was started with it ignored (in the background)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_the_stream(pool: WorkerPool) -> None:
     """The workers that it needs would park."""
     bell, is_awaited = HostBell(pool.words), threading.Event()

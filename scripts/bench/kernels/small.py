@@ -31,7 +31,8 @@ SETTINGS: dict[str, dict[str, float]] = {
     "top_p": {"temperature": 1.0, "top_p": 0.95},
     "min_p": {"temperature": 1.0, "min_p": 0.05},
 }
-LEAST = {"route": 0.3, "embedding": 0.5, "sample": 0.5, "filtered": 0.1}  # of the limit
+# Of the limit. A draw makes a random number for each token of the vocabulary.
+LEAST = {"route": 0.3, "embedding": 0.5, "greedy": 0.5, "drawn": 0.3, "filtered": 0.1}
 
 
 class Limits:
@@ -97,7 +98,8 @@ def sample_row(name: str, batch: int, limits: Limits, *, is_penalised: bool = Fa
     if is_penalised:
         name, num_bytes = f"{name}, penalised", num_bytes + batch * VOCAB * 2
         options["penalties"] = make_penalties(batch)
-    least = LEAST["filtered" if len(SETTINGS.get(name, {})) > 1 else "sample"]
+    kind = "filtered" if len(SETTINGS.get(name, {})) > 1 else "drawn"
+    least = LEAST["greedy" if name.startswith("greedy") else kind]
 
     def run() -> Tensor:
         return sample(logits_BV, settings, out=out, **options)
