@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import swap_store
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
@@ -20,6 +19,7 @@ from offload.executor import HybridExperts
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.handoff import EagerHandOff
 from offload.placement import Placement
+from tests.offload import swap_store
 
 E, K, H, WIDTH = 6, 2, 16, 32
 MOE_LAYERS = (1, 2)

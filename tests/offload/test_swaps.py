@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from swap_store import MOE_LAYERS, E, check, make_store, random_swaps
 
 from offload.adaptive import Swap
 from offload.swaps import Swaps
+from tests.offload.swap_store import MOE_LAYERS, E, check, make_store, random_swaps
 
 CPU = torch.device("cpu")
 RESIDENT = ({0, 3}, {1, 2, 4, 5}, {5})
