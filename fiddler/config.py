@@ -15,6 +15,7 @@ BUILTIN = "builtin"
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cuda", "cpu")
 LOAD_FORMATS = ("auto", "dummy")
+PLACEMENT_POLICIES = ("static", "adaptive")
 
 
 @named_arguments("engine option")
@@ -48,6 +49,7 @@ class EngineConfig:
         None  # path of a profile.json; None: the one shipped with the model, if any
     )
     placement: "Placement | None" = None  # exact placement instead of a planned one
+    placement_policy: str = "static"  # "adaptive": experts change places while decoding on a GPU
     seed: int = 0  # of dummy weights, and of requests that bring none
 
     def __post_init__(self) -> None:
@@ -56,6 +58,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _one_of("placement_policy", self.placement_policy, PLACEMENT_POLICIES)
         for name in ("vram_gb", "ram_gb"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value, Real) and 0 <= value < float("inf")):

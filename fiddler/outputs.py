@@ -45,7 +45,7 @@ class RunStats:
 
     @property
     def gpu_hit_rate(self) -> float:
-        """Share of (token, expert) pairs that the GPU side computed; 0.0 if there were none."""
+        """Share of (token, expert) pairs whose expert lay on the GPU side; 0.0 without any."""
         total = self.expert_tokens_gpu + self.expert_tokens_cpu
         return self.expert_tokens_gpu / total if total else 0.0
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fiddler.config import PAGE_SIZE, EngineConfig
+from fiddler.errors import ConfigError
 from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, resolve_dtypes
@@ -32,6 +33,11 @@ def plan_model(
     folder: Path | None,
 ) -> tuple[Plan, Dtypes]:
     """Return where everything will live, or raise as the planner and the profile do."""
+    if settings.placement_policy == "adaptive" and not hardware.has_gpu:
+        raise ConfigError(
+            "experts change places on a GPU only, and there is none",
+            hint="use the static placement",
+        )
     dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=hardware.has_gpu)
     needs = footprint(
         model,
@@ -81,6 +87,7 @@ def _budget(settings: EngineConfig, model: ModelConfig) -> Budget:
         context_tokens=settings.max_model_len,
         page_size=PAGE_SIZE,
         max_num_seqs=settings.max_num_seqs,
+        spares_per_layer=int(settings.placement_policy == "adaptive"),
     )
 
 

@@ -119,12 +119,17 @@ class PackedWeights:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
-    """The resident experts of one layer; biases are float32, one row per slot."""
+    """The resident experts of one layer; biases are float32, one row per slot.
+
+    ``reader``: the device that reads weights in mapped host memory, where everything else lies;
+    None: the weights lie on the device themselves.
+    """
 
     weights: DenseWeights | PackedWeights
     activation: Activation = Activation()
     b13_SF: Tensor | None = None
     b2_SH: Tensor | None = None
+    reader: torch.device | None = None
 
     def __post_init__(self) -> None:
         slots, hidden, width = self.weights.sizes
@@ -135,7 +140,10 @@ class ExpertLayer:
 
     @property
     def device(self) -> torch.device:
+        """Where kernels run that read the weights."""
         weights = self.weights
+        if self.reader is not None:
+            return self.reader
         return (weights.w2_SHI if isinstance(weights, DenseWeights) else weights.blob_SB).device
 
     @property

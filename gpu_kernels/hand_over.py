@@ -2,14 +2,15 @@
 
 ``publish`` writes into mapped host memory, which a kernel reaches like its own; ``collect`` reads
 the CPU's part from there, adds up and norms. Rows from the number in use on are padding: they are
-no expert's and nobody reads them.
+no expert's and nobody reads them. Some cold experts the device may pull instead, which is to read
+them from host memory by itself (:mod:`gpu_kernels.pulled_choices` says which).
 
 Order of the sums in ``collect``, each float32 and none fused with a product: the parts as given,
 then the shared expert's; that sum is rounded to the activations' type, the residual is added and
 the result rounded again. The same kernel serves who has one part, so the ways to run a layer
 differ by nothing but where the parts lie.
 
-Shapes: T tokens (rows), K choices of a token, E experts, H hidden.
+Shapes: T tokens (rows), K choices of a token, E experts, H hidden, N counts of experts.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.paged_tile import FLOAT_DTYPES
+from gpu_kernels.pulled_choices import is_pulled, piece_of, pulled_reference
 
 MAX_TOP_K = 16
-MAX_PARTS = 2
+MAX_PARTS = 3
 BLOCK_H = 1024  # of a program of publish: two write a token of 2,048
 
 
@@ -37,6 +39,17 @@ class ColdWork:
     weights_TK: Tensor  # float32
 
 
+@dataclass(frozen=True, slots=True)
+class Pulls:
+    """What the device pulls, on the device: of n distinct cold experts the last ``counts_N[n]``.
+
+    ``publish`` writes their choices to ``ids_TK`` and -1 elsewhere.
+    """
+
+    counts_N: Tensor  # int32; for every n that a step may have, and 0 <= counts_N[n] <= n
+    ids_TK: Tensor  # int32
+
+
 def publish(
     x_TH: Tensor,
     ids_TK: Tensor,
@@ -46,6 +59,7 @@ def publish(
     record_TK: Tensor,
     cold: ColdWork | None,
     *,
+    pulls: Pulls | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return ``ids_TK`` with -1 for padding rows, for the device's own experts.
@@ -53,13 +67,16 @@ def publish(
     ``ids_TK`` int32 in ``slot_E`` (int32; below 0: not on the device), ``num_used`` int32 ``[1]``
     on the device. ``record_TK`` (int32, mapped host memory) gets the ids too. ``cold`` gets x as
     float32, the weights, and the ids with -1 for padding and for experts on the device; None: no
-    expert of the layer is elsewhere. Safe in a CUDA graph.
+    expert of the layer is elsewhere. Those that ``pulls`` takes are not among the cold ones then.
+    Safe in a CUDA graph.
     """
     num_tokens, hidden = x_TH.shape
     top_k = ids_TK.shape[1]
     out = torch.empty_like(ids_TK) if out is None else out
     assert x_TH.dtype in FLOAT_DTYPES and x_TH.stride(1) == 1 and 1 <= top_k <= MAX_TOP_K
-    for ids in (ids_TK, record_TK, out, *(() if cold is None else (cold.ids_TK,))):
+    theirs = () if cold is None else (cold.ids_TK,)
+    theirs = theirs if pulls is None else (*theirs, pulls.ids_TK)
+    for ids in (ids_TK, record_TK, out, *theirs):
         assert ids.shape == (num_tokens, top_k) and ids.dtype == torch.int32 and ids.is_contiguous()
     assert weights_TK.shape == ids_TK.shape and weights_TK.dtype == torch.float32
     assert weights_TK.is_contiguous()
@@ -70,6 +87,10 @@ def publish(
         assert cold.x_TH.shape == x_TH.shape and cold.weights_TK.shape == ids_TK.shape
         assert cold.x_TH.dtype == cold.weights_TK.dtype == torch.float32
         assert cold.x_TH.is_contiguous() and cold.weights_TK.is_contiguous()
+    if pulls is not None:
+        assert cold is not None and pulls.ids_TK.device == pulls.counts_N.device == x_TH.device
+        assert pulls.counts_N.dtype == torch.int32 and pulls.counts_N.is_contiguous()
+        assert pulls.counts_N.numel() > min(ids_TK.numel(), slot_E.numel())
     if num_tokens == 0:
         return out
     num_blocks = 1 if cold is None else triton.cdiv(hidden, BLOCK_H)
@@ -81,24 +102,32 @@ def publish(
         num_used,
         record_TK,
         *((None,) * 3 if cold is None else (cold.x_TH, cold.ids_TK, cold.weights_TK)),
+        *((None,) * 2 if pulls is None else (pulls.counts_N, pulls.ids_TK)),
         out,
         x_TH.stride(0),
         hidden,
+        slot_E.numel(),
         TOP_K=top_k,
         BLOCK_H=BLOCK_H,
         BLOCK_K=triton.next_power_of_2(top_k),
         HAS_COLD=cold is not None,
+        **piece_of(slot_E.numel()),
         num_warps=4,
     )
     return out
 
 
-def publish_reference(ids_TK: Tensor, slot_E: Tensor, num_used: int) -> tuple[Tensor, Tensor]:
-    """The ids that ``publish`` records and returns, and those for the CPU; int32."""
+def publish_reference(
+    ids_TK: Tensor, slot_E: Tensor, num_used: int, counts_N: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids that ``publish`` records and returns, those for the CPU, the pulled ones; int32."""
     kept_TK = ids_TK.clone()
     kept_TK[num_used:] = -1
+    pulled_TK = torch.full_like(ids_TK, -1)
+    if counts_N is not None:
+        pulled_TK = pulled_reference(ids_TK, slot_E, counts_N, num_used)
     is_here_TK = slot_E[ids_TK.long()] >= 0
-    return kept_TK, kept_TK.masked_fill(is_here_TK, -1)
+    return kept_TK, kept_TK.masked_fill(is_here_TK | (pulled_TK >= 0), -1), pulled_TK
 
 
 def collect(
@@ -110,8 +139,8 @@ def collect(
 ) -> tuple[Tensor, Tensor]:
     """Return ``(rms_norm(sum), sum)``, sum = residual + parts + shared expert's, in x's dtype.
 
-    ``parts``: one or two float32 ``[T, H]``, on the device or in mapped host memory; see above for
-    the order. Safe in a CUDA graph.
+    ``parts``: one to three float32 ``[T, H]``, on the device or in mapped host memory; see above
+    for the order. Safe in a CUDA graph.
     """
     num_tokens, hidden = residual_TH.shape
     assert 1 <= len(parts) <= MAX_PARTS
@@ -128,12 +157,13 @@ def collect(
     sum_TH = torch.empty_like(normed_TH)
     if num_tokens == 0:
         return normed_TH, sum_TH
-    second_TH = parts[1] if len(parts) == 2 else None
+    second_TH, third_TH = (*parts[1:], None, None)[:2]
     block = triton.next_power_of_2(hidden)
     _collect_kernel[(num_tokens,)](
         residual_TH,
         parts[0],
         second_TH,
+        third_TH,
         shared_TH,
         norm_H,
         normed_TH,
@@ -141,11 +171,13 @@ def collect(
         residual_TH.stride(0),
         parts[0].stride(0),
         0 if second_TH is None else second_TH.stride(0),
+        0 if third_TH is None else third_TH.stride(0),
         0 if shared_TH is None else shared_TH.stride(0),
         hidden,
         eps,
         BLOCK_H=block,
         HAS_SECOND=second_TH is not None,
+        HAS_THIRD=third_TH is not None,
         HAS_SHARED=shared_TH is not None,
         num_warps=min(max(block // 512, 1), 16),
     )
@@ -183,17 +215,23 @@ def _publish_kernel(
     cold_x_ptr,
     cold_ids_ptr,
     cold_weights_ptr,
+    pulls_ptr,
+    pulled_ptr,
     out_ptr,
     stride_x,
     hidden,
+    num_experts,
     TOP_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_COLD: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    is_used = token < tl.load(used_ptr)
+    num_used = tl.load(used_ptr)
+    is_used = token < num_used
     if HAS_COLD:
         h_H = block * BLOCK_H + tl.arange(0, BLOCK_H)
         mask_H = (h_H < hidden) & is_used
@@ -209,7 +247,15 @@ def _publish_kernel(
         if HAS_COLD:
             slot_K = tl.load(slot_ptr + ids_K, mask=ids_K >= 0, other=-1)
             weights_K = tl.load(weights_ptr + at_K, mask=is_choice_K, other=0.0)
-            tl.store(cold_ids_ptr + at_K, tl.where(slot_K >= 0, -1, ids_K), mask=is_choice_K)
+            is_others_K = slot_K >= 0
+            if pulls_ptr is not None:
+                num_pairs = tl.minimum(num_used, tl.num_programs(0)) * TOP_K
+                is_pulled_K = is_pulled(
+                    ids_K, ids_ptr, slot_ptr, pulls_ptr, num_pairs, num_experts, BLOCK_E, BLOCK_P
+                )
+                is_others_K = is_others_K | is_pulled_K
+                tl.store(pulled_ptr + at_K, tl.where(is_pulled_K, ids_K, -1), mask=is_choice_K)
+            tl.store(cold_ids_ptr + at_K, tl.where(is_others_K, -1, ids_K), mask=is_choice_K)
             tl.store(cold_weights_ptr + at_K, weights_K, mask=is_choice_K)
 
 
@@ -218,6 +264,7 @@ def _collect_kernel(
     residual_ptr,
     first_ptr,
     second_ptr,
+    third_ptr,
     shared_ptr,
     norm_ptr,
     normed_ptr,
@@ -225,11 +272,13 @@ def _collect_kernel(
     stride_residual,
     stride_first,
     stride_second,
+    stride_third,
     stride_shared,
     hidden,
     eps,
     BLOCK_H: tl.constexpr,
     HAS_SECOND: tl.constexpr,
+    HAS_THIRD: tl.constexpr,
     HAS_SHARED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -238,6 +287,8 @@ def _collect_kernel(
     y_H = tl.load(first_ptr + token * stride_first + h_H, mask=mask_H, other=0.0)
     if HAS_SECOND:
         y_H += tl.load(second_ptr + token * stride_second + h_H, mask=mask_H, other=0.0)
+    if HAS_THIRD:
+        y_H += tl.load(third_ptr + token * stride_third + h_H, mask=mask_H, other=0.0)
     if HAS_SHARED:
         shared_H = tl.load(shared_ptr + token * stride_shared + h_H, mask=mask_H, other=0.0)
         y_H += shared_H.to(tl.float32)

@@ -1,13 +1,17 @@
 """Routed experts of a few tokens, divided by the device: nothing here asks what the router chose.
 
 Where an expert lives is data: ``slot_LE`` on the device says what the device computes, and the
-workers are given the ids of the rest. So the same operations serve every step, and a CUDA graph may
-hold them; what was chosen is read from a record after the step.
+workers are given the ids of the rest, but for some that the device pulls: it reads them from host
+memory itself, while the workers read theirs (:mod:`offload.cold_share`). So the same operations
+serve every step, and a CUDA graph may hold them; what was chosen is read from a record after the
+step. Who computes a cold expert depends on how many the step has: with other requests beside it a
+token's sums may be rounded elsewhere.
 
 Ordering: per layer the stream publishes what the workers need and rings them, computes its own
-experts, and waits. All layers share the buffers in mapped memory: only one is under way at a time,
-since what reads the workers' part precedes the next layer's publishing on the stream. The host
-binds the buffers, and reads the record, only while no step is under way.
+experts, then those that it pulls, and waits. All layers share the buffers in mapped memory: only
+one is under way at a time, since what reads the workers' part precedes the next layer's publishing
+on the stream. The host binds the buffers, reads the record and sends new tables only while no step
+is under way; tables go on the stream, before the step that is to see them.
 
 Shapes: L layers, T rows of the step, K top-k, H hidden, E experts.
 """
@@ -22,10 +26,14 @@ from cpu_kernels.threads import WorkerPool
 from gpu_kernels.expert_decode import MAX_TOKENS, MAX_TOP_K, DecodeWorkspace, expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
+from offload.adaptive_placement import AdaptivePlacement
+from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts, StepRouting
 from offload.expert_store import ExpertStore
 from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
 from offload.host_buffers import HostBuffers, HostRows
+from offload.place_table import PlaceTable
+from offload.pulled_experts import PulledExperts
 
 MAX_ROWS = MAX_TOKENS
 
@@ -55,9 +63,15 @@ class DecodeExperts:
         *,
         dtype: torch.dtype,
         max_rows: int,
+        share: ShareCosts | None = None,
+        adaptive: AdaptivePlacement | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """``workers`` are those of the pool that ``experts`` use."""
+        """``workers`` are those of the pool that ``experts`` use.
+
+        ``share`` says how many cold experts the device pulls; None: the workers compute them all.
+        ``adaptive`` moves experts between steps; None: they stay.
+        """
         assert max_rows <= MAX_ROWS
         store, top_k, device = experts.store, experts.top_k, experts.device
         assert not why_not(store, dtype, top_k)
@@ -69,14 +83,27 @@ class DecodeExperts:
         self._patience_s = patience_s
         shape, is_gpu = store.shape, device.type == "cuda"
         self._experts = experts
-        self._slot_LE = _slots(store)
-        self.slot_LE = torch.from_numpy(self._slot_LE).to(device)
+        self._slots = PlaceTable(store, "slot_E", device)
+        self.slot_LE = self._slots.device_LE
+        self._adaptive = adaptive
+        self._version = 0 if adaptive is None else adaptive.version
         self.layers = {
             layer: ExpertLayer(DenseWeights(store[layer].gpu_w13_SFH, store[layer].gpu_w2_SHI))
             for layer in shape.moe_layers
             if len(store[layer].gpu_w2_SHI)
         }
-        some = next(iter(self.layers.values()), None)
+        self.pulled = None
+        if share is not None:
+            self.pulled = PulledExperts(
+                store,
+                share,
+                device=self.slot_LE.device,
+                dtype=dtype,
+                max_rows=max_rows,
+                top_k=top_k,
+            )
+        pulled_layers = {} if self.pulled is None else self.pulled.layers
+        some = next(iter((self.layers | pulled_layers).values()), None)
         self.workspace = (
             None if some is None else DecodeWorkspace.make(some, max_rows * top_k, dtype)
         )
@@ -88,6 +115,17 @@ class DecodeExperts:
     def step(self, num_rows: int, num_used: torch.Tensor) -> "StepExperts":
         """What a decoder runs for ``num_rows`` rows, of which ``num_used`` (int32 [1]) count."""
         return StepExperts(self, self._host.rows(num_rows), num_used)
+
+    def move_experts(self) -> None:
+        """Let experts change places; before a step, on the stream that it will run on."""
+        if self._adaptive is None:
+            return
+        self._adaptive.move()
+        if self._adaptive.version != self._version:
+            self._version = self._adaptive.version
+            self._slots.send()
+            if self.pulled is not None:
+                self.pulled.rows.send()
 
     def bind(self, num_rows: int) -> None:
         """Make the workers' next jobs be about so many rows; before a step, at once if they are."""
@@ -114,12 +152,14 @@ class DecodeExperts:
         moe_layers = list(self._experts.store.shape.moe_layers)
         ids_LTK = self.record_LTK.numpy()[moe_layers, :num_tokens]
         slot_LTK = np.take_along_axis(
-            self._slot_LE[moe_layers], ids_LTK.reshape(len(moe_layers), -1), axis=1
+            self._slots.host_LE[moe_layers], ids_LTK.reshape(len(moe_layers), -1), axis=1
         ).reshape(ids_LTK.shape)
         num_hot_T = (slot_LTK >= 0).sum(axis=(0, 2))
         num_cold_T = len(moe_layers) * ids_LTK.shape[2] - num_hot_T
+        if self._adaptive is not None:
+            self._adaptive.count(moe_layers, ids_LTK)
         chosen = dict(zip(moe_layers, ids_LTK.astype(np.int16), strict=True))
-        self._experts.routing = StepRouting(num_hot_T, num_cold_T, chosen)
+        self._experts.routing = StepRouting(num_hot_T, num_cold_T, chosen, self._slots.host_LE >= 0)
         counts_LE = self._experts.counts_LE
         layer_L11 = np.asarray(moe_layers)[:, None, None]
         flat = (layer_L11 * counts_LE.shape[1] + ids_LTK).ravel()
@@ -142,17 +182,25 @@ class StepExperts:
         slot_E, pool_layer = shared.slot_LE[layer], shared.pool_layers.get(layer)
         cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK) if pool_layer else None
         record_TK = shared.record_LTK[layer, : len(ids_TK)]
-        kept_TK = publish(x_TH, ids_TK, weights_TK, slot_E, self._num_used, record_TK, cold)
+        pulled = shared.pulled
+        pulls = None if pulled is None else pulled.pulls(layer, len(ids_TK))
+        kept_TK = publish(
+            x_TH, ids_TK, weights_TK, slot_E, self._num_used, record_TK, cold, pulls=pulls
+        )
         number = 0
         if pool_layer is not None:
             number = pool_layer.number
             shared.hand_off.ring(number)
-        hot_TH, weights = None, shared.layers.get(layer)
-        if weights is not None:
-            hot_TH = expert_decode(
-                x_TH, kept_TK, weights_TK, slot_E, weights, workspace=shared.workspace
-            )
-        return PendingStep(shared.hand_off, number, hot_TH, rows.out_TH)
+        own = []  # what the device computes: ids, where these experts lie, and their weights
+        if layer in shared.layers:
+            own.append((kept_TK, slot_E, shared.layers[layer]))
+        if pulled is not None and pulls is not None:
+            own.append((pulls.ids_TK, pulled.rows.device_LE[layer], pulled.layers[layer]))
+        parts = tuple(
+            expert_decode(x_TH, ids, weights_TK, places_E, weights, workspace=shared.workspace)
+            for ids, places_E, weights in own
+        )
+        return PendingStep(shared.hand_off, number, parts, rows.out_TH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,21 +209,12 @@ class PendingStep:
 
     _hand_off: HandOff
     _number: int  # of the workers' job; 0: none
-    _hot_TH: torch.Tensor | None
+    _own: tuple[torch.Tensor, ...]
     _host_out_TH: torch.Tensor
 
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """The device's part, if any, then the workers', in mapped memory."""
-        hot = () if self._hot_TH is None else (self._hot_TH,)
+        """The residents' part, the pulled experts', then the workers', in mapped memory."""
         if self._number == 0:
-            return hot
+            return self._own
         self._hand_off.wait(self._number)
-        return (*hot, self._host_out_TH)
-
-
-def _slots(store: ExpertStore) -> np.ndarray:
-    """Every expert's slot on the device, int32 ``[L, E]``; -1: none."""
-    slot_LE = np.full((store.shape.num_layers, store.shape.num_experts), -1, dtype=np.int32)
-    for layer in store.shape.moe_layers:
-        slot_LE[layer] = store[layer].slot_E
-    return slot_LE
+        return (*self._own, self._host_out_TH)

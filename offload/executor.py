@@ -81,11 +81,15 @@ def warm_up(pool: WorkerPool, dtype: torch.dtype, activations: Activations = "f3
 
 @dataclass(slots=True)
 class StepRouting:
-    """What the router chose in one step. ``ids`` has one ``[T, K]`` int16 array per MoE layer."""
+    """What the router chose in one step. ``ids`` has one ``[T, K]`` int16 array per MoE layer.
+
+    ``is_resident_LE`` says which experts had a slot then.
+    """
 
     hot_T: np.ndarray  # (layer, expert) pairs of each token that met a resident expert
     cold_T: np.ndarray  # those that did not, whoever computed them
     ids: dict[int, np.ndarray]
+    is_resident_LE: np.ndarray
 
 
 class HybridExperts:
@@ -170,7 +174,10 @@ class HybridExperts:
         if self._prefill is not None and num_tokens >= LEAST_TOKENS:
             self._prefill.begin_step(num_tokens)
         self.routing = StepRouting(
-            np.zeros(num_tokens, dtype=np.int64), np.zeros(num_tokens, dtype=np.int64), {}
+            np.zeros(num_tokens, dtype=np.int64),
+            np.zeros(num_tokens, dtype=np.int64),
+            {},
+            np.zeros(self.counts_LE.shape, dtype=bool),
         )
 
     def routed_ids(self, rows: slice) -> np.ndarray:
@@ -234,6 +241,7 @@ class HybridExperts:
         self.routing.cold_T += num_cold_T
         self.routing.hot_T += ids.shape[1] - num_cold_T
         self.routing.ids[layer] = ids.astype(np.int16)
+        self.routing.is_resident_LE[layer] = self._store[layer].slot_E >= 0
         self.counts_LE[layer] += np.bincount(ids.ravel(), minlength=self.counts_LE.shape[1])
 
     def _resident(

@@ -1,5 +1,8 @@
 """Where the weights of all routed experts lie: each expert in exactly one place.
 
+While a model runs, experts may change places (:mod:`offload.swaps`), and the tables with them; the
+arrays that hold weights and tables stay the same ones.
+
 The GPU side has slots in device memory; the CPU side has rows in host memory. On a machine without
 a GPU both are host memory: torch computes the slots there, the worker pool the rows. Layout of one
 expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous.
@@ -45,11 +48,13 @@ class ExpertShape:
 class LayerExperts:
     """One layer's experts. ``slot_E`` and ``row_E`` are int32 with -1 for "not here".
 
+    ``expert_C`` is the expert of each row. There may be one slot more than residents.
     ``cpu_experts`` are the rows as the CPU kernels take them; None: there is no row.
     """
 
     slot_E: np.ndarray
     row_E: np.ndarray
+    expert_C: np.ndarray
     cpu_experts: Experts | None
     gpu_w13_SFH: torch.Tensor
     gpu_w2_SHI: torch.Tensor
@@ -67,11 +72,14 @@ class ExpertStore:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        has_spares: bool = False,
     ) -> None:
+        """``has_spares``: a slot more in each layer with experts on both sides, to swap them."""
         assert len(placement.resident) == shape.num_layers
         self.shape = shape
         self.placement = placement
         self.dtype = dtype
+        self._has_spares = has_spares
         self._cold: dict[int, ColdWeights] = {}
         self._layers = {
             layer: self._allocate(placement.resident[layer], layer, device)
@@ -131,6 +139,13 @@ class ExpertStore:
             return at.gpu_w13_SFH[slot], at.gpu_w2_SHI[slot]
         return at.cpu_w13_CFH[row], at.cpu_w2_CHI[row]
 
+    def is_resident_LE(self) -> np.ndarray:
+        """Which experts have a slot now, bool ``[L, E]``."""
+        is_resident_LE = np.zeros((self.shape.num_layers, self.shape.num_experts), dtype=bool)
+        for layer, at in self._layers.items():
+            is_resident_LE[layer] = at.slot_E >= 0
+        return is_resident_LE
+
     def clear(self) -> None:
         """Drop all weights."""
         if self._pinned is not None:
@@ -147,15 +162,17 @@ class ExpertStore:
         slot_E[hot] = np.arange(len(hot), dtype=np.int32)
         row_E[cold] = np.arange(len(cold), dtype=np.int32)
         f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
+        num_slots = len(hot) + (self._has_spares and bool(hot) and bool(cold))
         rows = cold_weights(len(cold), h, i, dtype) if cold else None
         if rows is not None:
             self._cold[layer] = rows
         return LayerExperts(
             slot_E,
             row_E,
+            np.array(cold, dtype=np.int32),
             rows.experts if rows else None,
-            torch.empty(len(hot), f, h, dtype=dtype, device=device),
-            torch.empty(len(hot), h, i, dtype=dtype, device=device),
+            torch.empty(num_slots, f, h, dtype=dtype, device=device),
+            torch.empty(num_slots, h, i, dtype=dtype, device=device),
             rows.w13_CFH if rows else torch.empty(0, f, h, dtype=dtype),
             rows.w2_CHI if rows else torch.empty(0, h, i, dtype=dtype),
         )
@@ -178,5 +195,6 @@ def _one_torch_thread_each() -> Iterator[Callable[[], None]]:
 def _pageable_text(error: PinError, num_refused: int, num_layers: int) -> str:
     return (
         f"the host memory of {num_refused} of {num_layers} layers could not be pinned ({error}): "
-        "prompts are computed more slowly; free some memory, or raise the limit on locked memory"
+        "prompts are computed more slowly, and the GPU takes no part in their cold experts; "
+        "free some memory, or raise the limit on locked memory"
     )

@@ -46,6 +46,8 @@ class Layout:
     num_gpu_experts: int
     gpu_expert_bytes: int
     staging_slots: int  # for experts that pass through
+    spare_slots: int  # for experts that change places
+    spare_bytes: int
     expert_room: int  # VRAM that is left for experts; 0 without a GPU side
     vram_limit: int
     vram_needed: int  # without the experts
@@ -62,7 +64,8 @@ class Layout:
     @property
     def expert_room_missing(self) -> int:
         """Bytes by which an asked number of experts exceeds the room that the GPU side has."""
-        return 0 if self.side is GpuSide.NONE else max(0, self.gpu_expert_bytes - self.expert_room)
+        needed = self.gpu_expert_bytes + self.spare_bytes
+        return 0 if self.side is GpuSide.NONE else max(0, needed - self.expert_room)
 
     @property
     def ram_missing(self) -> int:
@@ -95,7 +98,8 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # Experts get what the reserve leaves, not what its whole pages leave: with that, one more
     # byte of VRAM never costs an expert.
     free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
-    num_experts, num_staging = _slots(footprint, budget, side, free // footprint.expert_bytes)
+    slots = _slots(footprint, budget, side, free // footprint.expert_bytes)
+    num_experts, num_staging, num_spare = slots
     on_gpu = num_experts * footprint.expert_bytes
 
     return Layout(
@@ -108,6 +112,8 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         num_gpu_experts=num_experts,
         gpu_expert_bytes=on_gpu,
         staging_slots=num_staging,
+        spare_slots=num_spare,
+        spare_bytes=num_spare * footprint.expert_bytes,
         expert_room=free,
         vram_limit=vram_limit,
         vram_needed=0 if side is GpuSide.NONE else fixed + kv,
@@ -134,18 +140,20 @@ def _kv_reserve(footprint: Footprint, budget: Budget, room: int) -> int:
     return max(share, least * page_bytes)
 
 
-def _slots(footprint: Footprint, budget: Budget, side: GpuSide, room: int) -> tuple[int, int]:
-    """Slots for residents and for staging, out of ``room`` experts.
+def _slots(footprint: Footprint, budget: Budget, side: GpuSide, room: int) -> tuple[int, int, int]:
+    """Slots for residents, for staging, and spare ones, out of ``room`` experts.
 
     Room for one more expert never makes them fewer.
     """
     total, asked = footprint.total_experts, budget.gpu_experts
     is_staged = side is GpuSide.CUDA and (room < total if asked is None else asked < total)
     if not is_staged:
-        return (min(total, room) if asked is None else asked), 0
+        return (min(total, room) if asked is None else asked), 0, 0
+    num_spare = min(room, budget.spares_per_layer * len(footprint.moe_layers))
+    room -= num_spare
     left = room // DIVISOR if asked is None else max(0, room - asked)
     num_staging = staging_slots(footprint.expert_bytes, footprint.num_experts, left)
-    return (room - num_staging if asked is None else asked), num_staging
+    return (room - num_staging if asked is None else asked), num_staging, num_spare
 
 
 def gpu_side(hardware: Hardware, budget: Budget) -> GpuSide:

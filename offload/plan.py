@@ -47,7 +47,8 @@ class Budget:
     ``vram_bytes`` counts as the driver does, CUDA context included. ``context_tokens`` is what one
     request may hold; the KV pool grows beyond it towards ``max_num_seqs`` such requests as long as
     it takes at most a tenth of what the fixed parts leave. ``gpu_experts`` is how many experts the
-    GPU side has to hold.
+    GPU side has to hold. ``spares_per_layer``: slots that are kept free on a GPU where not all
+    experts fit, for experts that change places.
     """
 
     max_context: int
@@ -57,6 +58,7 @@ class Budget:
     page_size: int = 16
     max_num_seqs: int = 1
     gpu_experts: int | None = None
+    spares_per_layer: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,7 @@ class MemoryBytes:
     dense: int
     kv: int
     workspace: int
-    staging: int  # slots that cold experts pass through when prompts are computed
+    staging: int  # slots that cold experts pass through in prompts, and spare ones
     gpu_experts: int
     cpu_experts: int
     unused: int
@@ -90,8 +92,9 @@ class Plan:
 
     ``expected_hit_rate`` is the share of (token, expert) pairs that meet a resident expert if the
     future is like ``popularity``. ``staging_slots`` are those that cold experts pass through
-    on a GPU. ``vram_budget_bytes`` is 0 without a GPU side; ``ram_needed_bytes`` counts what the
-    GPU side does not hold, which without CUDA is everything.
+    on a GPU, ``spare_slots`` those that are kept free. ``vram_budget_bytes`` is 0 without a GPU
+    side; ``ram_needed_bytes`` counts what the GPU side does not hold, which without CUDA is
+    everything.
     """
 
     gpu_side: GpuSide
@@ -102,6 +105,7 @@ class Plan:
     memory: MemoryBytes
     per_token: TokenBytes
     staging_slots: int
+    spare_slots: int
     vram_budget_bytes: int
     ram_needed_bytes: int
     ram_budget_bytes: int

@@ -61,6 +61,7 @@ def plan(
         memory=_memory(footprint, layout),
         per_token=_token_bytes(footprint, layout, hit_rate),
         staging_slots=layout.staging_slots,
+        spare_slots=layout.spare_slots,
         vram_budget_bytes=layout.vram_limit,
         ram_needed_bytes=layout.ram_needed,
         ram_budget_bytes=layout.ram_limit,
@@ -137,7 +138,7 @@ def resident_shares(placement: Placement, popularity: Popularity) -> list[float]
 
 def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
     gpu_experts = layout.gpu_expert_bytes
-    staging = layout.staging_slots * footprint.expert_bytes
+    staging = layout.staging_slots * footprint.expert_bytes + layout.spare_bytes
     used = layout.vram_needed + staging + gpu_experts
     return MemoryBytes(
         context=layout.context_bytes,

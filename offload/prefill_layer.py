@@ -28,12 +28,12 @@ from offload.expert_stream import ExpertStream
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """A layer's experts by where they lie; the same from step to step."""
+    """A layer's experts by where they lie; experts change places between steps only."""
 
     layer: int
     at: LayerExperts
     residents: ExpertLayer | None
-    cold_C: np.ndarray  # the expert of each row
+    cold_C: np.ndarray  # the expert of each row, as it is now
     pool_layer: Any  # None: nothing is cold
     shares_E: np.ndarray  # how often each expert is expected to be chosen
 
@@ -43,7 +43,7 @@ class LayerParts:
     ) -> "LayerParts":
         weights = DenseWeights(at.gpu_w13_SFH, at.gpu_w2_SHI) if len(at.gpu_w13_SFH) else None
         residents = None if weights is None else ExpertLayer(weights)
-        return cls(layer, at, residents, np.flatnonzero(at.row_E >= 0), pool_layer, shares_E)
+        return cls(layer, at, residents, at.expert_C, pool_layer, shares_E)
 
     def popular_rows(self, count: int) -> list[int]:
         """That many rows that are expected to be used most, ascending."""
@@ -51,7 +51,8 @@ class LayerParts:
         return sorted(by_share_C[:count].tolist())
 
     @property
-    def num_residents(self) -> int:
+    def num_slots(self) -> int:
+        """Of the residents, and one that is free where experts may change places."""
         return 0 if self.residents is None else self.residents.num_slots
 
 
@@ -135,15 +136,14 @@ class LayerWork:
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         """Give the device its kernels and the ring its banks; the device's part, float32."""
-        stream, num_residents = self.side.stream, self.parts.num_residents
+        stream, num_slots = self.side.stream, self.parts.num_slots
         place_E = self.side.upload(self._places())
-        groups = group_pairs(ids_TK, place_E, self.side.num_experts)
+        groups = group_pairs(ids_TK, place_E, num_slots + len(self.parts.cold_C))
         counts_C = self.counts_E[self.parts.cold_C]
         if self.parts.residents is not None:
             hot_pairs = int(self.counts_E.sum() - counts_C.sum())
-            count = num_residents
-            self._products(x_TH, ids_TK, groups, self.parts.residents, 0, count, hot_pairs)
-        first = num_residents
+            self._products(x_TH, ids_TK, groups, self.parts.residents, 0, num_slots, hot_pairs)
+        first = num_slots
         while self.sent:
             assert stream is not None
             item = self.sent.popleft()
@@ -164,7 +164,7 @@ class LayerWork:
         rows = [r for item in self.sent for r in item.rows] + [
             r for some in self._own for r in some
         ]
-        first = self.parts.num_residents
+        first = self.parts.num_slots
         place_E[self.parts.cold_C[rows]] = np.arange(first, first + len(rows), dtype=np.int32)
         return place_E
 

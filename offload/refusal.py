@@ -57,9 +57,10 @@ def refuse_placement(
     footprint: Footprint, hardware: Hardware, budget: Budget, layout: Layout
 ) -> OutOfMemoryError:
     """The GPU side has no room for all experts of a given placement."""
+    needed = layout.gpu_expert_bytes + layout.spare_bytes
     return OutOfMemoryError(
         f"the placement's {layout.num_gpu_experts:,} experts take "
-        f"{size_text(layout.gpu_expert_bytes)} of VRAM, but {size_text(layout.expert_room)} of the "
+        f"{size_text(needed)} of VRAM, but {size_text(layout.expert_room)} of the "
         f"{size_text(layout.vram_limit)} are left for experts",
         hint=nearest_plan(footprint, hardware, budget),
     )

@@ -36,7 +36,7 @@ from gpu_kernels.embedding import embedding
 from gpu_kernels.expert_decode import expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 from gpu_kernels.grouped_gemm import grouped_experts
-from gpu_kernels.hand_over import ColdWork, collect, publish
+from gpu_kernels.hand_over import ColdWork, Pulls, collect, publish
 from gpu_kernels.host_memory import read_host, write_host
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.kv_quant import new_kv_scales
@@ -178,9 +178,12 @@ def hand_over() -> None:
     x, weight = torch.zeros(4, 2048, dtype=BF16), torch.ones(2048, dtype=BF16)
     ids, weights = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(4, 8)
     part, slot, used = torch.zeros(4, 2048), torch.zeros(128, dtype=torch.int32), ids.view(-1)[:1]
-    publish(x, ids, weights, slot, used, ids, ColdWork(part, ids, weights))
+    cold = ColdWork(part, ids, weights)
+    publish(x, ids, weights, slot, used, ids, cold)
+    publish(x, ids, weights, slot, used, ids, cold, pulls=Pulls(slot, ids))
     publish(x, ids, weights, slot, used, ids, None)
     collect(x, (part, part), x, weight, 1e-6)
+    collect(x, (part, part, part), x, weight, 1e-6)
 
 
 def draw() -> None:

@@ -137,5 +137,5 @@ class Driver:
         config = self._loaded.files.config
         tally = Tally(config.num_layers, config.num_experts)
         for step in steps:
-            tally.add(step.ids)
+            tally.add(step.ids, step.is_resident_LE)
         return tally

@@ -59,7 +59,7 @@ def record_of(measured: Measurement, setting: Setting) -> Record:
         "routing": setting.routing,
         "placement": subject.plan.popularity_name,
         "n_gpu_experts": subject.plan.placement.num_resident,
-        "hit_rate": tally.hit_rate(subject.plan.placement),
+        "hit_rate": tally.hit_rate,
         "routing_entropy": tally.entropy_bits,
         **_reached(measured, subject),
         "peak_vram_bytes": measured.peak_vram_bytes,

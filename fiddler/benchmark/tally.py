@@ -1,5 +1,7 @@
 """Which experts some steps used, and how often their weights had to be read.
 
+Experts may have changed places between steps: where each was is noted step by step.
+
 Shapes: L layers, E experts, T tokens, K top-k.
 """
 
@@ -9,30 +11,33 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from offload.placement import Placement
-from offload.popularity import hit_rate
-
 Counts = npt.NDArray[np.int64]
 
 
 class Tally:
     """``counts_LE``: tokens that chose an expert; ``reads_LE``: steps in which any token did.
 
-    However many tokens of a step share an expert, its weights have to be read once.
+    However many tokens of a step share an expert, its weights have to be read once. ``num_hot``
+    and ``num_hot_reads`` are those of experts that were resident then.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.counts_LE: Counts = np.zeros((num_layers, num_experts), dtype=np.int64)
         self.reads_LE: Counts = np.zeros_like(self.counts_LE)
-        self.num_steps = 0
+        self.num_steps = self.num_hot = self.num_hot_reads = 0
 
-    def add(self, ids: Mapping[int, npt.NDArray[Any]]) -> None:
+    def add(
+        self, ids: Mapping[int, npt.NDArray[Any]], is_resident_LE: npt.NDArray[np.bool_]
+    ) -> None:
         """Count one step, whose layers chose ``ids[layer]`` ``[T, K]``."""
         self.num_steps += 1
         for layer, ids_TK in ids.items():
             counts_E = np.bincount(ids_TK.ravel(), minlength=self.counts_LE.shape[1])
             self.counts_LE[layer] += counts_E
             self.reads_LE[layer] += counts_E > 0
+            hot = counts_E[is_resident_LE[layer]]
+            self.num_hot += int(hot.sum())
+            self.num_hot_reads += int((hot > 0).sum())
 
     def __add__(self, other: Self) -> Self:
         """The steps of both."""
@@ -40,6 +45,8 @@ class Tally:
         both.counts_LE = self.counts_LE + other.counts_LE
         both.reads_LE = self.reads_LE + other.reads_LE
         both.num_steps = self.num_steps + other.num_steps
+        both.num_hot = self.num_hot + other.num_hot
+        both.num_hot_reads = self.num_hot_reads + other.num_hot_reads
         return both
 
     @property
@@ -47,19 +54,15 @@ class Tally:
         """Experts read, each once for each step and layer that uses it."""
         return int(self.reads_LE.sum())
 
-    def hot_reads(self, placement: Placement) -> int:
-        """How many of the reads met an expert that is resident under ``placement``."""
-        layers = enumerate(placement.resident)
-        return sum(int(self.reads_LE[layer, sorted(experts)].sum()) for layer, experts in layers)
-
     def best_hot_reads(self, num_resident: int) -> int:
         """The most that any placement of ``num_resident`` experts could reach, in hindsight."""
         reads = np.sort(self.reads_LE, axis=None)
         return int(reads[len(reads) - num_resident :].sum())
 
-    def hit_rate(self, placement: Placement) -> float:
+    @property
+    def hit_rate(self) -> float:
         """Share of (token, expert) pairs that met a resident expert; 0.0 if there were none."""
-        return hit_rate(placement, self.counts_LE)
+        return self.num_hot / max(int(self.counts_LE.sum()), 1)
 
     @property
     def entropy_bits(self) -> float:

@@ -26,8 +26,7 @@ class RunWork:
 
 def done_work(subject: Subject, measured: Measurement) -> RunWork:
     """The mean of the runs, with the experts where they lay."""
-    placement = subject.plan.placement
-    return _run_work(subject, measured, lambda tally: tally.hot_reads(placement))
+    return _run_work(subject, measured, lambda tally: tally.num_hot_reads)
 
 
 def least_work(subject: Subject, measured: Measurement) -> RunWork:

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from fiddler.loading import LoadedModel
     from offload.routing_law import Law
 
-ENGINE_FIELDS = ("vram_gb", "ram_gb", "dtype", "device", "cpu_threads", "profile", "seed")
+ENGINE_FIELDS = (
+    "vram_gb",
+    "ram_gb",
+    "dtype",
+    "device",
+    "cpu_threads",
+    "profile",
+    "placement_policy",
+    "seed",
+)
 
 
 class Counts(click.ParamType[list[int]]):

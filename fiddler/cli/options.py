@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fiddler.config import BUILTIN, DEVICES, DTYPES, LOAD_FORMATS
+from fiddler.config import BUILTIN, DEVICES, DTYPES, LOAD_FORMATS, PLACEMENT_POLICIES
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -56,6 +56,13 @@ ENGINE_OPTIONS = (
     ),
     Shared("--enforce-eager", "enforce_eager", None, None, "Decode without CUDA graphs."),
     Shared("--profile", "profile", click.Path(), "FILE", "Routing profile for the placement."),
+    Shared(
+        "--placement",
+        "placement_policy",
+        click.Choice(PLACEMENT_POLICIES),
+        None,
+        "'adaptive': experts move to the GPU and back as they are used.",
+    ),
     Shared("--revision", "revision", click.STRING, "REV", "Branch, tag or commit on the hub."),
     Shared("--token", "token", click.STRING, "TOKEN", "Access token of the hub."),
     Shared("--offline", "offline", None, None, "Use only what is already downloaded."),

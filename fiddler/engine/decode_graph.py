@@ -41,7 +41,7 @@ _log = logging.getLogger("fiddler.decode")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSetup:
     """What decode steps are made of. ``make_experts`` is called again after workers have failed,
-    and ``renew_workers`` before it.
+    and ``renew_workers`` before it. ``settle`` ends what moves experts, between steps.
     """
 
     decoder: Decoder
@@ -49,6 +49,7 @@ class DecodeSetup:
     kv_caches: list[torch.Tensor]
     make_experts: Callable[[], DecodeExperts]
     renew_workers: Callable[[], None]
+    settle: Callable[[], None]
     page_size: int
     max_num_seqs: int
     pages_per_request: int
@@ -96,6 +97,10 @@ class DecodeSteps:
             self.clear()
             self._setup.renew_workers()
             raise
+
+    def settle(self) -> None:
+        """Before a step that runs another way: every expert is in its one place."""
+        self._setup.settle()
 
     def clear(self) -> None:
         """Drop graphs and buffers; the next step makes new ones."""
@@ -149,6 +154,7 @@ class _Bucket:
     def run(self, chunks: Sequence[Chunk], drawn_LTK: np.ndarray | None) -> None:
         """Return when the step's results are there."""
         experts = self._shared.experts
+        experts.move_experts()
         experts.bind(self._num_rows)
         if not self._is_eager and self._graph is None:
             self._graph = self._capture()

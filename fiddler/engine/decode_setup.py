@@ -8,6 +8,7 @@ from fiddler.engine.runner import Runner
 from fiddler.models.buckets import largest_bucket
 from fiddler.models.decoder import Decoder
 from fiddler.models.kernels import DeviceKernels
+from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts
 from offload.handoff_probe import Way, choose_way, forced_way, probe
 from offload.pool_keeper import PoolKeeper
@@ -25,6 +26,15 @@ def decode_way(*, has_gpu: bool, enforce_eager: bool) -> Way | None:
     return "eager" if enforce_eager else choose_way(probe(), forced_way())
 
 
+def _stay() -> None:
+    """Nothing moves."""
+
+
+def cold_share() -> ShareCosts | None:
+    """How decode steps share cold experts; None: the CPU computes them all."""
+    return ShareCosts()
+
+
 def add_decode_steps(
     runner: Runner,
     decoder: Decoder,
@@ -37,20 +47,24 @@ def add_decode_steps(
     page_size: int,
     max_num_seqs: int,
     context_tokens: int,
+    is_adaptive: bool,
 ) -> None:
     """Give ``runner`` what it decodes with on a GPU; says what that is, once."""
     from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps
     from fiddler.models.triton_kernels import TritonKernels
+    from offload.adaptive_placement import AdaptivePlacement
     from offload.decode_experts import DecodeExperts, why_not
     from offload.handoff import make_hand_off
 
     assert isinstance(kernels, TritonKernels)
     reason = why_not(experts.store, dtype, experts.top_k)
     if reason:
-        _log.warning("decode steps are divided on the host, which is slower: %s", reason)
+        stay = ", and experts stay where they are" if is_adaptive else ""
+        _log.warning("decode steps are divided on the host, which is slower%s: %s", stay, reason)
         return
     kind = "without CUDA graphs" if way == "eager" else "as CUDA graphs"
     _log.info("decode steps run %s, hand-off by %s", kind, way)
+    adaptive = AdaptivePlacement(experts.store, experts.device) if is_adaptive else None
 
     def make_experts() -> DecodeExperts:
         workers = keeper.pool.workers
@@ -60,6 +74,8 @@ def add_decode_steps(
             make_hand_off(way, workers),
             dtype=dtype,
             max_rows=largest_bucket(max_num_seqs),
+            share=cold_share(),
+            adaptive=adaptive,
         )
 
     def renew_workers() -> None:
@@ -72,6 +88,7 @@ def add_decode_steps(
             kv_caches=runner.kv_caches,
             make_experts=make_experts,
             renew_workers=renew_workers,
+            settle=adaptive.settle if adaptive is not None else _stay,
             page_size=page_size,
             max_num_seqs=max_num_seqs,
             pages_per_request=-(-context_tokens // page_size),

@@ -71,6 +71,8 @@ class Runner:
                 drawn_LTK = self.draw_experts(schedule.chunks) if self.draw_experts else None
                 decoded = self.decode_steps.run(schedule.decodes, bucket, drawn_LTK)
                 return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.drawn_ids)
+        if self.decode_steps is not None:
+            self.decode_steps.settle()
         batch = build_batch(
             schedule.chunks,
             len(schedule.decodes),

@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fiddler.config import EngineConfig
 from fiddler.engine.request import LogitReader
 from fiddler.errors import NumericsError
 from fiddler.evaluate.figures import Divergence, Perplexity
@@ -21,13 +20,11 @@ from fiddler.evaluate.scores import divergence, surprise
 from fiddler.evaluate.windows import Window
 
 Progress = Callable[[int, int], None]  # scored tokens: done, total
+TOKENS_AT_ONCE = 4096  # given to the engine together, which divides them into its steps
 
 
 class ScoringModel(Protocol):
     """What is used of :class:`fiddler.llm.LLM`."""
-
-    @property
-    def config(self) -> EngineConfig: ...
 
     def read_logits(self, prompts: list[list[int]], readers: Sequence[LogitReader]) -> None: ...
 
@@ -71,7 +68,7 @@ def score_text(
     Raises :class:`NumericsError` for logits that are no numbers.
     """
     scorer = _Scorer(text, keep_in, compare_with)
-    size = llm.config.max_batched_tokens // len(text.prompt(text.windows[0]))
+    size = TOKENS_AT_ONCE // len(text.prompt(text.windows[0]))
     for batch in _batches(text.windows, max(1, size)):
         readers = [_reader(text, window, scorer.read) for window in batch]
         llm.read_logits([text.prompt(window) for window in batch], readers)

@@ -53,6 +53,7 @@ def _fill_store(ground: Ground, source: WeightSource) -> ExpertStore:
         ground.plan.placement,
         device=ground.device,
         dtype=ground.expert_dtype,
+        has_spares=ground.plan.spare_slots > 0,
     )
     ground.resources.callback(store.clear)
 

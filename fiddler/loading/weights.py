@@ -44,6 +44,7 @@ def load_weights(ground: Ground, source: WeightSource) -> tuple[Runner, HybridEx
             page_size=PAGE_SIZE,
             max_num_seqs=ground.settings.max_num_seqs,
             context_tokens=plan.context_tokens,
+            is_adaptive=plan.spare_slots > 0,
         )
     return runner, experts
 

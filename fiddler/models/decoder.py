@@ -27,7 +27,7 @@ class PendingExperts(Protocol):
     """A layer's routed experts under way."""
 
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """Await all sides; their float32 parts ``[T, H]``, one or two, to be added in this order.
+        """Await all sides; their float32 parts ``[T, H]``, one to three, to be added in this order.
 
         They lie on the device or in mapped host memory, and are good until the next launch.
         """

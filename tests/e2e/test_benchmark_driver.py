@@ -82,7 +82,7 @@ def test_a_measurement_counts_its_runs_and_gives_everything_back(llm: LLM, case:
     routed = 2 * case.n_parallel * 2 * config.top_k  # in two runs and two layers
     assert measured.prompt.counts_LE.sum() == routed * case.n_prompt
     assert measured.decode.counts_LE.sum() == routed * case.n_gen
-    assert 0 < (measured.prompt + measured.decode).hit_rate(llm.plan.placement) < 1
+    assert 0 < (measured.prompt + measured.decode).hit_rate < 1
     assert llm.num_free_pages == llm._running.pages.num_pages
     assert not llm._running.engine.scheduler.has_work
 
@@ -92,7 +92,7 @@ def test_one_request_reads_as_many_cold_bytes_as_the_hit_rate_says(llm: LLM) -> 
     measured = driver(llm).measure(case, repetitions=3)
     subject, config = Subject.of(llm._running), llm.model_config
     work = done_work(subject, measured).decode
-    hit_rate = measured.decode.hit_rate(llm.plan.placement)
+    hit_rate = measured.decode.hit_rate
     routed_bytes = NEW * 2 * config.top_k * config.expert_numel * 4  # float32 experts of 2 layers
     assert work.cold_bytes == pytest.approx(routed_bytes * (1 - hit_rate))
     assert work.hot_bytes == pytest.approx(routed_bytes * hit_rate)

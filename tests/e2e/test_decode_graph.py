@@ -16,9 +16,12 @@ import offload.prefill
 from fiddler import LLM, SamplingParams
 from fiddler.engine.decode_graph import DecodeSteps
 from fiddler.errors import WorkerError
+from offload.adaptive_placement import AdaptivePlacement
+from offload.cold_share import ShareCosts
 from offload.prefill_costs import PrefillCosts
 from tests.forward import random_texts
 from tests.model.test_parity import MODELS, folder_of, split_at_random
+from tests.random_swaps import random_placement
 from tests.tiny_models import MODEL_TYPES
 
 pytestmark = pytest.mark.gpu
@@ -167,6 +170,120 @@ def test_float32_tokens_are_those_of_the_cpu(
         assert [o.outputs[0].token_ids for o in llm.generate(prompts, params)] == wanted
         print(f"{model} share {share}: {describe(llm)}")
         assert steps_of(llm)._buckets[4, False]._graph is not None
+
+
+# Without starts, which are all that counts for tiny experts: the device pulls about half, or all.
+PULLS = {
+    "none": None,
+    "half": ShareCosts(
+        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0
+    ),
+    "all": ShareCosts(
+        cpu_bytes_per_s=1.0, link_bytes_per_s=1e12, cpu_start_s=1.0, link_start_s=0.0
+    ),
+}
+
+
+def pulled_layers(llm: LLM) -> int:
+    shared = steps_of(llm)._shared
+    assert shared is not None
+    pulled = shared.experts.pulled
+    return 0 if pulled is None else len(pulled.layers)
+
+
+@pytest.mark.parametrize("model", MODEL_TYPES)
+def test_float32_tokens_are_those_without_pulled_experts(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for pulls, way in (
+        ("none", "values"),
+        ("half", "values"),
+        ("all", "values"),
+        ("half", "enforce_eager"),
+    ):
+        monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda p=pulls: PULLS[p])
+        with loaded(model, monkeypatch, way, dtype="float32") as llm:
+            found[pulls, way] = [ragged(llm, greedy(n)) for n in (1, 2, 4)]
+            print(f"{model} {pulls} {way}: {pulled_layers(llm)} layers are pulled from")
+            assert (pulled_layers(llm) > 0) == (pulls != "none")
+    for key, tokens in found.items():
+        assert tokens == found["none", "values"], key
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_with_pulled_experts_give_the_tokens_of_eager_steps(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda: PULLS["half"])
+    found = {}
+    for way in ("enforce_eager", "values"):
+        with loaded(model, monkeypatch, way, share=0.3) as llm:
+            found[way] = [ragged(llm, seeded(n)) for n in range(1, 6)]
+            print(f"{model} {way}: {describe(llm)}, {pulled_layers(llm)} layers")
+    assert found["values"] == found["enforce_eager"]
+
+
+@contextmanager
+def moving(
+    model: str, monkeypatch: pytest.MonkeyPatch, way: str, **options: Any
+) -> Iterator[tuple[LLM, AdaptivePlacement]]:
+    """Experts change places at random in every step; what moves them is given too."""
+    made: list[AdaptivePlacement] = []
+
+    def make(*args: Any) -> AdaptivePlacement:
+        made.append(random_placement()(*args))
+        return made[-1]
+
+    monkeypatch.setattr("offload.adaptive_placement.AdaptivePlacement", make)
+    with loaded(model, monkeypatch, way, placement_policy="adaptive", **options) as llm:
+        yield llm, made[-1]
+
+
+@pytest.mark.parametrize("model", MODEL_TYPES)
+def test_float32_tokens_are_the_static_ones_whatever_moves(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loaded(model, monkeypatch, dtype="float32") as llm:
+        wanted = [ragged(llm, greedy(n)) for n in (1, 3, 5)]
+    tokens = [[row[0] for row in rows] for rows in wanted]
+    for way, pulls in (("values", "none"), ("values", "half"), ("enforce_eager", "half")):
+        monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda p=pulls: PULLS[p])
+        with moving(model, monkeypatch, way, dtype="float32") as (llm, placement):
+            found = [ragged(llm, greedy(n)) for n in (1, 3, 5)]
+            print(f"{model} {way} {pulls}: {placement.num_swaps} swaps, {describe(llm)}")
+            assert placement.num_swaps > 20
+            assert [[row[0] for row in rows] for rows in found] == tokens
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
+def test_equal_requests_meet_equal_tables(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is where in which step does not depend on how steps run or how long they take."""
+    found = {}
+    for way in ("enforce_eager", "values"):
+        with moving(model, monkeypatch, way) as (llm, placement):
+            found[way] = [ragged(llm, seeded(n)) for n in (1, 4)]
+            print(f"{model} {way}: {placement.num_swaps} swaps")
+    assert found["values"] == found["enforce_eager"]
+
+
+def test_use_decides_what_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real policy with a large budget; it may find nothing worth a move."""
+    made: list[AdaptivePlacement] = []
+
+    def make(*args: Any) -> AdaptivePlacement:
+        made.append(AdaptivePlacement(*args, copy_share=10.0))
+        return made[-1]
+
+    monkeypatch.setattr("offload.adaptive_placement.AdaptivePlacement", make)
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    prompt = random_texts([9], 264)[0]
+    for policy in ("static", "adaptive"):
+        with loaded("qwen3_moe", monkeypatch, placement_policy=policy) as llm:
+            stats = [llm.generate(prompt, params).stats for _ in range(2)]
+            print(f"{policy}: GPU-resident {[f'{s.gpu_hit_rate:.3f}' for s in stats]}")
+    assert len(made) == 1
+    print(f"{made[0].num_swaps} swaps")
 
 
 def test_requests_join_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:

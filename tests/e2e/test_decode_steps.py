@@ -12,10 +12,14 @@ from fiddler import LLM, SamplingParams
 from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps
 from fiddler.errors import WorkerError
 from fiddler.models.buckets import bucket_for, largest_bucket
+from offload.adaptive_placement import AdaptivePlacement
+from offload.cold_share import ShareCosts
 from offload.decode_experts import DecodeExperts
+from offload.expert_store import ExpertStore
 from offload.handoff import EagerHandOff
 from tests.forward import random_texts
 from tests.model.test_parity import folder_of, split_at_random
+from tests.random_swaps import random_placement
 from tests.tiny_models import MODEL_TYPES
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are compiled")
@@ -48,7 +52,15 @@ def loaded(model: str, share: float, **options: Any) -> Iterator[LLM]:
         yield llm
 
 
-def add_decode_steps(llm: LLM) -> DecodeSteps:
+# sides without a start, which is all that counts for tiny experts: the device pulls about half
+HALF = ShareCosts(cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0)
+
+
+def add_decode_steps(
+    llm: LLM,
+    share: ShareCosts | None = None,
+    adaptive: AdaptivePlacement | None = None,
+) -> DecodeSteps:
     """As a GPU would have them, but for the graph."""
     from fiddler.models.triton_kernels import TritonKernels
 
@@ -72,8 +84,11 @@ def add_decode_steps(llm: LLM) -> DecodeSteps:
                 EagerHandOff(workers, lambda: None),
                 dtype=torch.float32,
                 max_rows=4,
+                share=share,
+                adaptive=adaptive,
             ),
             renew_workers=lambda: None,
+            settle=adaptive.settle if adaptive else lambda: None,
             page_size=16,
             max_num_seqs=4,
             pages_per_request=8,
@@ -142,6 +157,35 @@ def test_draws_are_those_of_plain_steps() -> None:
         steps = add_decode_steps(llm)
         assert texts() == wanted
         assert steps._buckets
+
+
+def test_tokens_are_the_same_where_the_device_pulls_experts() -> None:
+    with loaded("qwen2_moe", 0.5) as llm:
+        wanted = run(llm)
+        steps = add_decode_steps(llm, HALF)
+        llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
+        assert run(llm) == wanted
+        pulled = steps._shared.experts.pulled  # type: ignore[union-attr]
+        assert pulled is not None and all(pulled.pulls(layer, 4) for layer in pulled.layers)
+
+
+@pytest.mark.parametrize("model", ["olmoe", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_tokens_are_the_same_whatever_moves(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with loaded(model, 0.5) as llm:
+        wanted = [tokens for tokens, _, _ in run(llm)]
+
+    def with_spares(*args: Any, **options: Any) -> ExpertStore:
+        return ExpertStore(*args, **{**options, "has_spares": True})
+
+    monkeypatch.setattr("fiddler.loading.experts.ExpertStore", with_spares)
+    with loaded(model, 0.5) as llm:
+        experts = llm._running.experts
+        adaptive = random_placement()(experts.store, experts.device)
+        add_decode_steps(llm, HALF, adaptive)
+        for _ in range(2):  # prompts come in between, with experts elsewhere
+            assert [tokens for tokens, _, _ in run(llm)] == wanted
+            llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
+        assert adaptive.num_swaps > 4 and adaptive.version >= 4
 
 
 def test_a_step_that_does_not_fit_runs_plainly() -> None:

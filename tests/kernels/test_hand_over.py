@@ -54,7 +54,7 @@ def test_publish(num_tokens: int, num_used: int, top_k: int, hidden: int, dtype:
     )
     kept_TK = publish(x_TH, ids_TK, weights_TK, slot_E, used, record_TK, cold)
     synchronize()
-    wanted_TK, cold_TK = publish_reference(ids_TK, slot_E, num_used)
+    wanted_TK, cold_TK, _ = publish_reference(ids_TK, slot_E, num_used)
     assert torch.equal(kept_TK, wanted_TK) and torch.equal(record_TK, wanted_TK.cpu())
     assert torch.equal(cold.ids_TK, cold_TK.cpu())
     assert torch.equal(cold.x_TH[:num_used], x_TH[:num_used].float().cpu())
@@ -88,7 +88,8 @@ def make_parts(num_tokens: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor
 def test_collect(num_tokens: int, hidden: int, has_shared: bool, dtype: torch.dtype) -> None:
     hot, cold, shared, residual, norm_H = make_parts(num_tokens, hidden, dtype)
     extra = shared if has_shared else None
-    for parts in ((hot,), (cold,), (hot, cold)):
+    pulled = torch.full_like(hot, 0.3)
+    for parts in ((hot,), (cold,), (hot, cold), (hot, pulled, cold)):
         normed, summed = collect(residual, parts, extra, norm_H, EPS)
         wanted_normed, wanted_sum = collect_reference(residual, parts, extra, norm_H, EPS)
         assert torch.equal(summed, wanted_sum)  # to the bit

@@ -90,6 +90,7 @@ def budgets(draw: st.DrawFn) -> Budget:
         context_tokens=draw(st.none() | st.integers(1, max_context)),
         page_size=draw(st.sampled_from([1, 16])),
         max_num_seqs=draw(st.integers(1, 4)),
+        spares_per_layer=draw(st.integers(0, 1)),
     )
 
 

@@ -6,15 +6,20 @@ E experts, T rows, K top-k, H hidden.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
+from offload.adaptive import Swap
+from offload.adaptive_placement import AdaptivePlacement
+from offload.cold_share import ShareCosts
 from offload.decode_experts import DecodeExperts, why_not
 from offload.executor import HybridExperts
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.handoff import EagerHandOff
 from offload.placement import Placement
+from tests.offload import swap_store
 
 E, K, H, WIDTH = 6, 2, 16, 32
 MOE_LAYERS = (1, 2)
@@ -36,14 +41,30 @@ def make_store(*resident: set[int], dtype: torch.dtype = torch.float32) -> Exper
     return store
 
 
+# Sides without a start, at these speeds: of n cold experts the device pulls none, some, all.
+SHARES = {
+    "none": None,
+    "half": ShareCosts(
+        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0
+    ),
+    "all": ShareCosts(
+        cpu_bytes_per_s=1.0, link_bytes_per_s=1e12, cpu_start_s=1.0, link_start_s=0.0
+    ),
+}
+
+
 @contextmanager
-def decode_experts(*resident: set[int]) -> Iterator[tuple[HybridExperts, DecodeExperts]]:
+def decode_experts(
+    *resident: set[int], share: ShareCosts | None = None
+) -> Iterator[tuple[HybridExperts, DecodeExperts]]:
     with ExpertPool(1) as pool:
         hybrid = HybridExperts(make_store(*resident), pool, device=CPU, max_tokens=8, top_k=K)
         hand_off = EagerHandOff(pool.workers, lambda: None)
         yield (
             hybrid,
-            DecodeExperts(hybrid, pool.workers, hand_off, dtype=torch.float32, max_rows=4),
+            DecodeExperts(
+                hybrid, pool.workers, hand_off, dtype=torch.float32, max_rows=4, share=share
+            ),
         )
 
 
@@ -66,9 +87,10 @@ def brute_force(
     return out_TH
 
 
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("resident", [(set(), set()), ({0, 3}, set(range(E))), ({1, 5}, {2})])
-def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]]) -> None:
-    with decode_experts(*resident) as (hybrid, experts):
+def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]], share: str) -> None:
+    with decode_experts(*resident, share=SHARES[share]) as (hybrid, experts):
         counts = torch.zeros(4, E, dtype=torch.int64)
         for num_rows, num_used in ((1, 1), (4, 3), (2, 2), (4, 4)):
             used = torch.tensor([num_used], dtype=torch.int32)
@@ -79,7 +101,11 @@ def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]]) -> No
             for layer in MOE_LAYERS:
                 x_TH, ids_TK, weights_TK = make_step(num_rows, seed=10 * num_rows + layer)
                 parts = backend.launch(layer, x_TH, ids_TK, weights_TK).parts()
-                assert 1 <= len(parts) <= 2
+                is_pulled = share != "none" and len(resident[layer - 1]) < E
+                is_cold = len(resident[layer - 1]) < E
+                assert len(parts) == bool(resident[layer - 1]) + is_pulled + is_cold
+                if share == "all" and is_cold:
+                    assert parts[-1].eq(0).all()  # the workers had nothing to do
                 found_TH = sum(part.clone() for part in parts)
                 wanted_TH = brute_force(hybrid.store, layer, x_TH, ids_TK, weights_TK)
                 torch.testing.assert_close(
@@ -109,6 +135,55 @@ def check_routing(
         ).sum(1)
     assert hybrid.routing.hot_T.tolist() == num_hot_T.tolist()
     assert hybrid.routing.cold_T.tolist() == (2 * K - num_hot_T).tolist()
+
+
+@pytest.mark.parametrize("share", ["none", "half"])
+def test_parts_add_up_whatever_moves(share: str) -> None:
+    rng = np.random.default_rng(0)
+    store = swap_store.make_store(CPU, {0, 3}, {1, 2, 4, 5}, {5})
+
+    def choose(heat: object, is_resident: object, layers: list[int], most: int) -> list[Swap]:
+        return swap_store.random_swaps(rng, store, layers)[:most]
+
+    adaptive = AdaptivePlacement(store, CPU, choose=choose, copy_share=1e9)
+    used = torch.tensor([3], dtype=torch.int32)
+    with ExpertPool(1) as pool:
+        hybrid = HybridExperts(store, pool, device=CPU, max_tokens=8, top_k=K)
+        experts = DecodeExperts(
+            hybrid,
+            pool.workers,
+            EagerHandOff(pool.workers, lambda: None),
+            dtype=torch.float32,
+            max_rows=4,
+            share=SHARES[share],
+            adaptive=adaptive,
+        )
+        for step in range(7):
+            if step % 4 == 3:
+                adaptive.settle()
+                swap_store.check(store, is_settled=True)
+            experts.move_experts()
+            swap_store.check(store)
+            experts.bind(4)
+            hybrid.begin_step(3)
+            for layer in swap_store.MOE_LAYERS:
+                x_TH, ids_TK, weights_TK = make_step(4, seed=10 * step + layer)
+                parts = experts.step(4, used).launch(layer, x_TH, ids_TK, weights_TK).parts()
+                found_TH = sum(part.clone() for part in parts)
+                wanted_TH = brute_force(store, layer, x_TH, ids_TK, weights_TK)
+                torch.testing.assert_close(
+                    found_TH[:3].double(), wanted_TH[:3], rtol=1e-4, atol=1e-5
+                )
+            num_hot = sum(
+                int((store[layer].slot_E[ids[:3]] >= 0).sum())
+                for layer, ids in (
+                    (layer, make_step(4, seed=10 * step + layer)[1].numpy())
+                    for layer in swap_store.MOE_LAYERS
+                )
+            )
+            experts.finish(3)
+            assert hybrid.routing.hot_T.sum() == num_hot
+    assert adaptive.num_swaps > 4
 
 
 def test_what_the_device_cannot_divide_is_said() -> None:

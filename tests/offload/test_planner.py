@@ -159,7 +159,11 @@ def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budg
     if budget.ram_bytes is not None:
         assert made.ram_needed_bytes <= budget.ram_bytes
     used = fixed + memory.kv + memory.gpu_experts + memory.staging
-    assert memory.staging == made.staging_slots * footprint.expert_bytes
+    kept_free = made.staging_slots + made.spare_slots
+    assert memory.staging == kept_free * footprint.expert_bytes
+    assert made.spare_slots <= budget.spares_per_layer * len(footprint.moe_layers)
+    if made.placement.num_resident and made.spare_slots:
+        assert made.spare_slots == len(footprint.moe_layers)
     if made.gpu_side is not GpuSide.CUDA or memory.cpu_experts == 0:
         assert memory.staging == 0
     if made.gpu_side is GpuSide.NONE:
@@ -245,6 +249,22 @@ def test_what_passes_through_takes_a_small_part_of_the_room() -> None:
     residents, staged = slots(24)
     assert staged == 4 and 70 < residents < 80
     assert slots(60) == (128, 0)
+
+
+def test_spare_slots_are_paid_for_where_something_is_cold() -> None:
+    def slots(vram_gib: int, spares: int) -> tuple[int, int, int]:
+        budget = Budget(max_context=16, vram_bytes=vram_gib * GIB, spares_per_layer=spares)
+        made = planned(model(), machine(), budget)
+        return made.placement.num_resident, made.staging_slots, made.spare_slots
+
+    residents, staged, spare = slots(8, 1)
+    assert spare == 4 and sum(slots(8, 0)) == residents + staged + spare
+    assert slots(20, 1) == (32, 0, 0)  # everything fits
+    placement = Placement.of([range(4)] * 4)
+    with pytest.raises(OutOfMemoryError, match="the placement's 16 experts take"):
+        budget = Budget(max_context=16, vram_bytes=8 * GIB, spares_per_layer=1)
+        planned(model(), machine(), budget, placement)
+    planned(model(), machine(), Budget(max_context=16, vram_bytes=8 * GIB), placement)
 
 
 # --- refusals ---

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
+from offload.adaptive import Swap
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.placement import Placement
@@ -21,18 +22,21 @@ from offload.popularity import Popularity
 from offload.prefill import PrefillExperts
 from offload.prefill_costs import PrefillCosts
 from offload.prefill_layer import LayerWork
+from offload.swaps import Swaps
 
 E, K, H, WIDTH, T = 10, 3, 32, 16, 37
 LAYERS = (0, 2)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def store_of(resident: set[int], dtype: torch.dtype = torch.float32) -> ExpertStore:
+def store_of(
+    resident: set[int], dtype: torch.dtype = torch.float32, *, has_spares: bool = False
+) -> ExpertStore:
     shape = ExpertShape(
         num_layers=3, moe_layers=LAYERS, num_experts=E, hidden_size=H, expert_size=WIDTH
     )
     placement = Placement.of([resident, (), resident])
-    store = ExpertStore(shape, placement, device=DEVICE, dtype=dtype)
+    store = ExpertStore(shape, placement, device=DEVICE, dtype=dtype, has_spares=has_spares)
 
     def fill(layer: int, expert: int, w13: torch.Tensor, w2: torch.Tensor) -> None:
         generator = torch.Generator().manual_seed(100 * layer + expert)
@@ -182,6 +186,22 @@ def test_banks_of_several_slots() -> None:
         stream = experts._side.stream
         assert stream is not None and stream.bank_size == 2
         check(store, experts, seed=2)
+
+
+@pytest.mark.parametrize(("num_slots", "cpu_s"), [(3, 2.0), (16, 1.0), (0, 1)])
+def test_experts_that_have_changed_places(num_slots: int, cpu_s: float) -> None:
+    """Rows are in no order then, and one slot of the residents is free."""
+    store = store_of({1, 4, 9}, has_spares=True)
+    swaps = Swaps(store, DEVICE)
+    with prefill(store, num_slots, cpu_s=cpu_s) as experts:
+        wanted = run(experts, 1)
+        for comes, leaves in ((8, 1), (2, 9), (1, 4)):
+            swaps.start(Swap(layer, comes, leaves) for layer in LAYERS)
+            swaps.settle()
+            check(store, experts, seed=1)
+        assert np.flatnonzero(store[2].slot_E >= 0).tolist() == [1, 2, 8]
+        for mine, theirs in zip(run(experts, 1), wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_weights_of_float32_tokens() -> None:

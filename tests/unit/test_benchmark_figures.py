@@ -77,9 +77,11 @@ Steps = list[dict[int, list[list[int]]]]
 
 
 def tally_of(steps: Steps) -> Tally:
+    is_resident_LE = np.array([[e in experts for e in range(4)] for experts in PLACEMENT.resident])
     tally = Tally(2, 4)
     for step in steps:
-        tally.add({layer: np.array(rows, np.int16)[:, :2] for layer, rows in step.items()})
+        ids = {layer: np.array(rows, np.int16)[:, :2] for layer, rows in step.items()}
+        tally.add(ids, is_resident_LE)
     return tally
 
 
@@ -96,9 +98,9 @@ def test_the_tally_counts_as_brute_force_does(steps: Steps) -> None:
             cold += len(set(chosen) - resident)
             hot_pairs += sum(expert in resident for expert in chosen)
             pairs += len(chosen)
-    assert (tally.hot_reads(PLACEMENT), tally.num_reads) == (hot, hot + cold)
+    assert (tally.num_hot_reads, tally.num_reads) == (hot, hot + cold)
     assert tally.num_steps == len(steps)
-    assert tally.hit_rate(PLACEMENT) == pytest.approx(hot_pairs / pairs if pairs else 0.0)
+    assert tally.hit_rate == pytest.approx(hot_pairs / pairs if pairs else 0.0)
 
 
 @given(STEPS, st.integers(0, 8))
@@ -106,7 +108,7 @@ def test_no_placement_of_as_many_experts_meets_more_reads(steps: Steps, num_resi
     tally = tally_of(steps)
     experts = [(layer, expert) for layer in range(2) for expert in range(4)]
     assert tally.best_hot_reads(num_resident) == max(
-        tally.hot_reads(Placement.of([[e for la, e in chosen if la == layer] for layer in (0, 1)]))
+        sum(int(tally.reads_LE[at]) for at in chosen)
         for chosen in itertools.combinations(experts, num_resident)
     )
 
@@ -117,12 +119,14 @@ def test_tallies_add_up(first: Steps, second: Steps) -> None:
     np.testing.assert_array_equal(total.counts_LE, expected.counts_LE)
     np.testing.assert_array_equal(total.reads_LE, expected.reads_LE)
     assert total.num_steps == expected.num_steps
+    assert (total.num_hot, total.num_hot_reads) == (expected.num_hot, expected.num_hot_reads)
 
 
 def test_entropy_is_the_mean_over_layers_with_experts() -> None:
     tally = Tally(3, 4)
     assert tally.entropy_bits == 0.0
-    tally.add({0: np.array([[0, 1], [2, 3]]), 2: np.array([[1], [1]])})
+    ids = {0: np.array([[0, 1], [2, 3]]), 2: np.array([[1], [1]])}
+    tally.add(ids, np.zeros((3, 4), dtype=bool))
     assert tally.entropy_bits == pytest.approx((2.0 + 0.0) / 2)
 
 
