@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
+from cpu_kernels.packed_layout import PackedShape
 from fiddler.models.config import ModelConfig, QKNorm
 
 
@@ -55,6 +56,12 @@ def expert_parts(config: ModelConfig, layer: int, expert: int) -> tuple[Part, Pa
         Part(names.expert_up.format(l=layer, e=expert), (width, hidden)),
         Part(names.expert_down.format(l=layer, e=expert), (hidden, width)),
     )
+
+
+def packed_part(config: ModelConfig, layer: int, expert: int, shape: PackedShape) -> Part:
+    """Return the bytes that hold gate, up and down of one routed expert in a packed checkpoint."""
+    stem = config.names.expert_gate.format(l=layer, e=expert).removesuffix(".weight")
+    return Part(f"{stem.rpartition('.')[0]}.packed", (shape.expert_bytes,))
 
 
 def all_parts(config: ModelConfig) -> Iterator[Part]:

@@ -9,6 +9,7 @@ from fiddler.models.checkpoint import stored_dtype
 from fiddler.models.config import ModelConfig
 from fiddler.models.fields import RawConfig, integers
 from fiddler.models.json_file import read_json
+from fiddler.models.quantized import packed_kind
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
@@ -33,7 +34,7 @@ def load_generation_config(folder: Path | str) -> dict[str, Any]:
 
 def parse_config(raw: RawConfig) -> ModelConfig:
     """Return the record of a parsed ``config.json``; what we do not compute is an error."""
-    _refuse_quantised(raw)
+    packed_kind(raw)
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         raise CheckpointError(
@@ -42,13 +43,3 @@ def parse_config(raw: RawConfig) -> ModelConfig:
     architecture = importlib.import_module(f"fiddler.models.{model_type}")
     config: ModelConfig = architecture.config(raw)
     return config
-
-
-def _refuse_quantised(raw: RawConfig) -> None:
-    scheme = raw.get("quantization_config")
-    if scheme:
-        method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
-        raise CheckpointError(
-            f"the weights are quantised ({method or 'unnamed scheme'}), which fiddler cannot read",
-            hint="take the repository with the float32, bfloat16 or float16 weights",
-        )

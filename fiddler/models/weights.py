@@ -80,13 +80,24 @@ def load_dense(
 ) -> DenseWeights:
     """Load all but the routed experts; costs :func:`manifest.dense_bytes` and one tensor."""
 
-    def place(fields: dict[str, Parts]) -> dict[str, Tensor]:
-        return {f: _stack(source, parts, device, dtype) for f, parts in fields.items()}
-
-    whole = place(model_parts(config))
-    layers = [LayerWeights(**place(layer_parts(config, i))) for i in range(config.num_layers)]
+    whole = _place(source, model_parts(config), device, dtype)
+    layers = [
+        load_layer(source, config, i, device=device, dtype=dtype) for i in range(config.num_layers)
+    ]
     whole.setdefault("lm_head_VH", whole["embed_VH"])
     return DenseWeights(layers=tuple(layers), **whole)
+
+
+def load_layer(
+    source: WeightSource,
+    config: ModelConfig,
+    layer: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> LayerWeights:
+    """Load one layer without its routed experts."""
+    return LayerWeights(**_place(source, layer_parts(config, layer), device, dtype))
 
 
 def load_expert_into(
@@ -103,6 +114,15 @@ def load_expert_into(
     source.fill_(w13_FH[:width], gate.name)
     source.fill_(w13_FH[width:], up.name)
     source.fill_(w2_HI, down.name)
+
+
+def _place(
+    source: WeightSource,
+    fields: dict[str, Parts],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    return {field: _stack(source, parts, device, dtype) for field, parts in fields.items()}
 
 
 def _stack(

@@ -73,7 +73,8 @@ def repairs(hessian_KK: Tensor) -> Tensor:
         if not failed:
             root_KK = lower_KK.flip(0, 1)
             one_KK = torch.eye(len(root_KK), dtype=torch.float64)
-            return torch.linalg.solve_triangular(root_KK, one_KK, upper=True).float()
+            repair_KK: Tensor = torch.linalg.solve_triangular(root_KK, one_KK, upper=True)
+            return repair_KK.float()
     raise ValueError("the inputs of the weights hold NaN or Inf")
 
 

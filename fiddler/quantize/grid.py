@@ -92,9 +92,11 @@ def _error(w_NGL: F32, grid: Grid, kind: WeightKind, importance_GL: F32 | None, 
     codes_NGL *= grid.scales_NG[:, :, None]
     codes_NGL -= w_NGL
     if importance_GL is None:
-        return np.einsum("ngl,ngl->ng", codes_NGL, codes_NGL)
-    np.square(codes_NGL, out=codes_NGL)
-    return np.einsum("ngl,gl->ng", codes_NGL, importance_GL)
+        error_NG: F32 = np.einsum("ngl,ngl->ng", codes_NGL, codes_NGL)
+    else:
+        np.square(codes_NGL, out=codes_NGL)
+        error_NG = np.einsum("ngl,gl->ng", codes_NGL, importance_GL)
+    return error_NG
 
 
 def _stored(ideal_NG: F64, scales: Scales) -> F32:

@@ -1,4 +1,4 @@
-"""GPTQ against its definition in float64, with an inverse for every column, and against rounding."""
+"""GPTQ against its definition (float64, an inverse for every column) and against rounding."""
 
 import numpy as np
 import pytest
