@@ -3,6 +3,7 @@
 Everything that can be refused is refused before the first weight is read.
 """
 
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -30,12 +31,19 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
 from fiddler.models.dtypes import Dtypes
 from fiddler.models.dummy import DummySource
+from fiddler.models.footprint import expert_bytes
 from fiddler.models.kernels import DeviceKernels
 from fiddler.models.registry import load_config, load_generation_config
 from fiddler.models.rope import rope_tables
 from fiddler.models.shapes import SHAPES, load_shape
 from fiddler.models.torch_kernels import TorchKernels
-from fiddler.models.weights import CheckpointSource, WeightSource, load_dense, load_expert_into
+from fiddler.models.weights import (
+    CheckpointSource,
+    WeightSource,
+    load_dense,
+    load_expert_into,
+    load_packed_into,
+)
 from fiddler.planning import plan_model
 from fiddler.text.chat_template import ChatTemplate
 from fiddler.text.tokenizer import Tokenizer
@@ -99,6 +107,11 @@ def load_model(
     with ExitStack() as reading, ExitStack() as resources:
         source = open_source(settings, files, reading)
         hardware = probe(settings.device)
+        if files.config.packed is not None and hardware.has_gpu:
+            raise ConfigError(
+                f"{files.name} has packed experts, which the GPU does not compute yet",
+                hint="add --device cpu",
+            )
         plan, dtypes = plan_model(
             settings, files.config, hardware, name=files.name, folder=files.folder
         )
@@ -191,6 +204,11 @@ def _find_folder(settings: EngineConfig, on_progress: Progress | None) -> ModelF
 def open_source(settings: EngineConfig, files: ModelFiles, reading: ExitStack) -> WeightSource:
     """Open the weights and check that all are there; a checkpoint stays mapped while loading."""
     if settings.load_format == "dummy":
+        if files.config.packed is not None:
+            raise ConfigError(
+                f"{files.name} has packed experts, and seeded weights are plain numbers",
+                hint="take the model that it was made from",
+            )
         return DummySource(files.config, settings.seed)
     assert files.folder is not None
     checkpoint = reading.enter_context(Checkpoint.open(files.folder))
@@ -238,14 +256,13 @@ def _start_pool(
             f"{settings.cpu_threads} CPU threads were asked for, but there are {cores} cores",
             hint="waiting threads spin: more than cores only slow each other down",
         )
-    expert_dtype: torch.dtype = getattr(torch, dtypes.expert)
+    kind = dtypes.expert_kind
     has_cold = plan.memory.cpu_experts > 0
     # what hidden states are rounded to: in steps of few tokens, and of many beside a GPU
-    kernels: list[tuple[Any, ...]] = [(expert_dtype,)] if has_cold else []
+    kernels: list[tuple[Any, ...]] = [(kind,)] if has_cold else []
     if has_cold and plan.gpu_side is GpuSide.CUDA:
-        kernels.append(
-            (expert_dtype, prefill_activations(getattr(torch, dtypes.compute), expert_dtype))
-        )
+        compute: torch.dtype = getattr(torch, dtypes.compute)
+        kernels.append((kind, prefill_activations(compute, _store_dtype(dtypes))))
     compiles = needs_compile() or any(needs_warm_up(*which) for which in kernels)
     report = on_progress if on_progress is not None and compiles else _no_progress
     report("compiling CPU kernels, once", 0, 1)
@@ -345,21 +362,27 @@ def _fill_store(
         ),
         plan.placement,
         device=device,
-        dtype=getattr(torch, dtypes.expert),
+        dtype=_store_dtype(dtypes),
+        packed=config.packed,
     )
     resources.callback(store.clear)
 
-    def fill_expert(layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> None:
-        load_expert_into(source, config, layer, expert, w13_FH, w2_HI)
-
-    expert_bytes = 3 * config.hidden_size * config.expert_size * store.dtype.itemsize
+    load: Callable[..., None] = load_expert_into if config.packed is None else load_packed_into
+    size = expert_bytes(config, dtypes.expert)
 
     def report(done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress("experts", done * expert_bytes, total * expert_bytes)
+            on_progress("experts", done * size, total * size)
 
+    fill_expert = functools.partial(load, source, config)
     store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
     return store
+
+
+def _store_dtype(dtypes: Dtypes) -> torch.dtype:
+    """Of the memory that experts lie in."""
+    dtype: torch.dtype = getattr(torch, "uint8" if dtypes.expert_kind.is_packed else dtypes.expert)
+    return dtype
 
 
 def _kernels(config: ModelConfig, plan: Plan, device: torch.device) -> DeviceKernels:

@@ -25,7 +25,9 @@ def plan_model(
     folder: Path | None,
 ) -> tuple[Plan, Dtypes]:
     """Return where everything will live, or raise as the planner and the profile do."""
-    dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=hardware.has_gpu)
+    dtypes = resolve_dtypes(
+        settings.dtype, model.dtype, has_gpu=hardware.has_gpu, packed=model.packed
+    )
     needs = footprint(
         model,
         dtype=dtypes.compute,

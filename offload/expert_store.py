@@ -2,13 +2,15 @@
 
 The GPU side has slots in device memory; the CPU side has rows in host memory. On a machine without
 a GPU both are host memory: torch computes the slots there, the worker pool the rows. Layout of one
-expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous.
+expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous; or, of
+packed experts, their bytes (docs/packed-experts.md), w13's and then w2's.
 
 Ordering: reader threads fill, and thereby create the pages of, one layer after the other; a layer's
 host memory is pinned by other threads as soon as it is full, while the next ones are read. It is
 unpinned before it is let go.
 
-Shapes: S slots, C rows on the CPU side, F = 2I, H hidden, I expert width.
+Shapes: S slots, C rows on the CPU side, F = 2I, H hidden, I expert width, B bytes of a packed
+expert.
 """
 
 import warnings
@@ -21,12 +23,16 @@ import numpy as np
 import torch
 
 from cpu_kernels.experts import Experts
-from offload.cold_weights import ColdWeights, cold_weights
+from cpu_kernels.packed_layout import PackedShape
+from cpu_kernels.weight_kind import WeightKind
+from offload.cold_weights import ColdWeights, cold_packed, cold_weights
+from offload.packed_expert import dequantised
 from offload.pinning import PinError, PinnedMemory
 from offload.placement import Placement
 
-# fill(layer, expert, w13_FH, w2_HI): write one expert's weights into the given tensors
-FillExpert = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+# fill(layer, expert, w13_FH, w2_HI), or of packed experts fill(layer, expert, blob_B): write one
+# expert's weights into the given tensors
+FillExpert = Callable[..., None]
 PIN_THREADS = 4
 
 
@@ -45,7 +51,8 @@ class ExpertShape:
 class LayerExperts:
     """One layer's experts. ``slot_E`` and ``row_E`` are int32 with -1 for "not here".
 
-    ``cpu_experts`` are the rows as the CPU kernels take them; None: there is no row.
+    ``cpu_experts`` are the rows as the CPU kernels take them; None: there is no row. Of ``packed``
+    experts the blobs hold the bytes, and ``*_w13`` and ``*_w2`` are views of their two parts.
     """
 
     slot_E: np.ndarray
@@ -55,6 +62,23 @@ class LayerExperts:
     gpu_w2_SHI: torch.Tensor
     cpu_w13_CFH: torch.Tensor
     cpu_w2_CHI: torch.Tensor
+    packed: PackedShape | None = None
+    gpu_blob_SB: torch.Tensor | None = None
+    cpu_blob_CB: torch.Tensor | None = None
+
+    def gpu_weights(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(w13_FH, w2_HI)`` of a slot as numbers; those of a packed one are computed."""
+        if self.packed is None:
+            return self.gpu_w13_SFH[slot], self.gpu_w2_SHI[slot]
+        assert self.gpu_blob_SB is not None
+        return dequantised(self.gpu_blob_SB[slot], self.packed)
+
+    def cpu_weights(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of a row."""
+        if self.packed is None:
+            return self.cpu_w13_CFH[row], self.cpu_w2_CHI[row]
+        assert self.cpu_blob_CB is not None
+        return dequantised(self.cpu_blob_CB[row], self.packed)
 
 
 class ExpertStore:
@@ -67,11 +91,17 @@ class ExpertStore:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        packed: WeightKind | None = None,
     ) -> None:
+        """``dtype`` of packed experts is uint8."""
+        assert (packed is not None) == (dtype == torch.uint8)
         assert len(placement.resident) == shape.num_layers
         self.shape = shape
         self.placement = placement
         self.dtype = dtype
+        self.packed = (
+            None if packed is None else PackedShape(packed, shape.hidden_size, shape.expert_size)
+        )
         self._cold: dict[int, ColdWeights] = {}
         self._layers = {
             layer: self._allocate(placement.resident[layer], layer, device)
@@ -98,7 +128,7 @@ class ExpertStore:
         work = [(layer, e) for layer in self._layers for e in range(self.shape.num_experts)]
 
         def fill_one(item: tuple[int, int]) -> tuple[int, int]:
-            fill_expert(*item, *self.weights(*item))
+            fill_expert(*item, *self._places(*item))
             return item
 
         pins: list[Future[None]] = []
@@ -124,12 +154,20 @@ class ExpertStore:
             self._pinned.pin(self._cold[layer].address, self._cold[layer].num_bytes)
 
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of one expert's ``(w13_FH, w2_HI)`` where they lie."""
+        """Return views of one expert's ``(w13_FH, w2_HI)`` where they lie; copies if packed."""
         at = self._layers[layer]
         slot, row = int(at.slot_E[expert]), int(at.row_E[expert])
-        if slot >= 0:
-            return at.gpu_w13_SFH[slot], at.gpu_w2_SHI[slot]
-        return at.cpu_w13_CFH[row], at.cpu_w2_CHI[row]
+        return at.gpu_weights(slot) if slot >= 0 else at.cpu_weights(row)
+
+    def _places(self, layer: int, expert: int) -> tuple[torch.Tensor, ...]:
+        """Where one expert's weights belong: ``(w13_FH, w2_HI)`` or ``(blob_B,)``."""
+        if self.packed is None:
+            return self.weights(layer, expert)
+        at = self._layers[layer]
+        slot, row = int(at.slot_E[expert]), int(at.row_E[expert])
+        blob = at.gpu_blob_SB if slot >= 0 else at.cpu_blob_CB
+        assert blob is not None
+        return (blob[slot if slot >= 0 else row],)
 
     def clear(self) -> None:
         """Drop all weights."""
@@ -146,6 +184,8 @@ class ExpertStore:
         cold = [e for e in range(shape.num_experts) if e not in resident]
         slot_E[hot] = np.arange(len(hot), dtype=np.int32)
         row_E[cold] = np.arange(len(cold), dtype=np.int32)
+        if self.packed is not None:
+            return self._allocate_packed(slot_E, row_E, layer, device, self.packed)
         f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
         rows = cold_weights(len(cold), h, i, dtype) if cold else None
         if rows is not None:
@@ -158,6 +198,34 @@ class ExpertStore:
             torch.empty(len(hot), h, i, dtype=dtype, device=device),
             rows.w13_CFH if rows else torch.empty(0, f, h, dtype=dtype),
             rows.w2_CHI if rows else torch.empty(0, h, i, dtype=dtype),
+        )
+
+    def _allocate_packed(
+        self,
+        slot_E: np.ndarray,
+        row_E: np.ndarray,
+        layer: int,
+        device: torch.device,
+        packed: PackedShape,
+    ) -> LayerExperts:
+        num_slots, num_rows = (int((table_E >= 0).sum()) for table_E in (slot_E, row_E))
+        slots_SB = torch.empty(num_slots, packed.expert_bytes, dtype=torch.uint8, device=device)
+        rows = cold_packed(num_rows, packed) if num_rows else None
+        if rows is not None:
+            self._cold[layer] = rows
+        blob_CB = rows.blob_CB if rows else None
+        rows_CB = slots_SB.new_empty(0, packed.expert_bytes) if blob_CB is None else blob_CB
+        return LayerExperts(
+            slot_E,
+            row_E,
+            rows.experts if rows else None,
+            slots_SB[:, : packed.w2_offset],
+            slots_SB[:, packed.w2_offset :],
+            rows_CB[:, : packed.w2_offset],
+            rows_CB[:, packed.w2_offset :],
+            packed,
+            slots_SB,
+            rows_CB,
         )
 
 

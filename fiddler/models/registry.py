@@ -1,6 +1,7 @@
 """From a model folder to its ``ModelConfig``: file name == ``model_type``. Imports no torch."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def load_generation_config(folder: Path | str) -> dict[str, Any]:
 
 def parse_config(raw: RawConfig) -> ModelConfig:
     """Return the record of a parsed ``config.json``; what we do not compute is an error."""
-    packed_kind(raw)
+    packed = packed_kind(raw)
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         raise CheckpointError(
@@ -42,4 +43,4 @@ def parse_config(raw: RawConfig) -> ModelConfig:
         )
     architecture = importlib.import_module(f"fiddler.models.{model_type}")
     config: ModelConfig = architecture.config(raw)
-    return config
+    return config if packed is None else replace(config, packed=packed)

@@ -68,8 +68,8 @@ class Calibration:
         """Embed the windows' tokens; ``windows`` as :func:`cut_windows` gives them."""
         self._source, self._config = source, config
         self._window = windows.shape[1]
-        name, shape = model_parts(config)["embed_VH"][0]
-        embed_VH = source.tensor(name, shape)
+        (embed,) = model_parts(config)["embed_VH"]
+        embed_VH = source.tensor(embed.name, embed.shape)
         self._x_TH = F.embedding(windows.flatten(), embed_VH).float()
         self._recorder = _Recorder(*self._x_TH.shape)
         self._kernels = TorchKernels(

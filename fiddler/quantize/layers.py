@@ -24,11 +24,12 @@ from cpu_kernels.packed_layout import U8
 from cpu_kernels.weight_kind import WeightKind
 from fiddler.errors import QuantizeError
 from fiddler.models.config import ModelConfig
+from fiddler.models.manifest import packed_shape
 from fiddler.models.safetensors_header import read_header
 from fiddler.models.weights import WeightSource, load_expert_into
 from fiddler.quantize.calibration import Calibration, ExpertInputs
 from fiddler.quantize.expert import Method, PackedExpert, apply_expert, quantise_expert
-from fiddler.quantize.plan import PlannedTensor, Shard, packed_shape
+from fiddler.quantize.plan import PlannedTensor, Shard
 from fiddler.quantize.target import Target
 from fiddler.quantize.threads import in_order, num_workers, quantizing_threads
 from fiddler.quantize.writing import write_shard

@@ -6,11 +6,10 @@ The layout is described in docs/quantized-checkpoints.md.
 from dataclasses import dataclass
 from math import prod
 
-from cpu_kernels.packed_layout import PackedShape
 from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
 from fiddler.errors import QuantizeError
 from fiddler.models.config import ModelConfig
-from fiddler.models.manifest import Part, layer_parts, model_parts, packed_part
+from fiddler.models.manifest import Parts, layer_parts, model_parts, packed_part
 
 SHARD_BYTES = 5_000_000_000
 
@@ -50,15 +49,14 @@ class Shard:
         return [tensor.expert for tensor in self.tensors if tensor.expert is not None]
 
 
-def packed_shape(config: ModelConfig, kind: WeightKind) -> PackedShape:
-    """Sizes of one routed expert; a group that does not divide is a :class:`QuantizeError`."""
+def check_groups(config: ModelConfig, kind: WeightKind) -> None:
+    """Raise :class:`QuantizeError` for groups that do not divide the experts' sides."""
     sizes = {"hidden size": config.hidden_size, "expert width": config.expert_size}
     for what, size in sizes.items():
         if size % kind.group:
             raise QuantizeError(
                 f"groups of {kind.group} do not divide the {what} of {size}", hint=_fitting(config)
             )
-    return PackedShape(kind, config.hidden_size, config.expert_size)
 
 
 def plan_shards(
@@ -66,15 +64,15 @@ def plan_shards(
 ) -> tuple[Shard, ...]:
     """Files of at most ``shard_bytes``, or one tensor; each layer begins one.
 
-    So an interrupted run repeats one layer at most.
+    So an interrupted run repeats one layer at most. Raises as :func:`check_groups`.
     """
-    shape = packed_shape(config, kind)
+    check_groups(config, kind)
     groups: list[tuple[int | None, list[PlannedTensor]]] = [(None, _copied(model_parts(config)))]
     for layer in range(config.num_layers):
         tensors = _copied(layer_parts(config, layer))
         if config.is_moe_layer(layer):
             # first: their sizes are multiples of 64 bytes, so all of them are aligned
-            tensors = [*_experts(config, layer, shape), *tensors]
+            tensors = [*_experts(config, kind, layer), *tensors]
         groups.append((layer, tensors))
     cut = [(layer, part) for layer, tensors in groups for part in _cut(tensors, shard_bytes)]
     return tuple(
@@ -83,13 +81,13 @@ def plan_shards(
     )
 
 
-def _experts(config: ModelConfig, layer: int, shape: PackedShape) -> list[PlannedTensor]:
-    parts = (packed_part(config, layer, e, shape) for e in range(config.num_experts))
-    return [PlannedTensor(*part, expert=e) for e, part in enumerate(parts)]
+def _experts(config: ModelConfig, kind: WeightKind, layer: int) -> list[PlannedTensor]:
+    parts = (packed_part(config, kind, layer, e) for e in range(config.num_experts))
+    return [PlannedTensor(part.name, part.shape, expert=e) for e, part in enumerate(parts)]
 
 
-def _copied(fields: dict[str, tuple[Part, ...]]) -> list[PlannedTensor]:
-    return [PlannedTensor(*part) for parts in fields.values() for part in parts]
+def _copied(fields: dict[str, Parts]) -> list[PlannedTensor]:
+    return [PlannedTensor(part.name, part.shape) for parts in fields.values() for part in parts]
 
 
 def _cut(tensors: list[PlannedTensor], most: int) -> list[list[PlannedTensor]]:

@@ -23,7 +23,8 @@ def moe(source: CheckpointSource, folder: Path, layer: int, inputs: ExpertInputs
     out_TH = torch.zeros_like(inputs.x_TH)
     for expert in range(config.num_experts):
         gate_IH, up_IH, down_HI = (
-            source.tensor(*part).float() for part in expert_parts(config, layer, expert)
+            source.tensor(part.name, part.shape).float()
+            for part in expert_parts(config, layer, expert)
         )
         token_M, weight_M = inputs.of(expert)
         x_MH = inputs.x_TH[token_M]
