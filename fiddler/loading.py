@@ -107,11 +107,6 @@ def load_model(
     with ExitStack() as reading, ExitStack() as resources:
         source = open_source(settings, files, reading)
         hardware = probe(settings.device)
-        if files.config.packed is not None and hardware.has_gpu:
-            raise ConfigError(
-                f"{files.name} has packed experts, which the GPU does not compute yet",
-                hint="add --device cpu",
-            )
         plan, dtypes = plan_model(
             settings, files.config, hardware, name=files.name, folder=files.folder
         )

@@ -20,12 +20,13 @@ import torch
 
 from cpu_kernels.threads import WorkerPool
 from gpu_kernels.expert_decode import MAX_TOKENS, MAX_TOP_K, DecodeWorkspace, expert_decode
-from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
+from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
 from offload.executor import HybridExperts, StepRouting
 from offload.expert_store import ExpertStore
 from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
 from offload.host_buffers import HostBuffers, HostRows
+from offload.slot_weights import slot_weights
 
 MAX_ROWS = MAX_TOKENS
 
@@ -39,7 +40,7 @@ def why_not(store: ExpertStore, dtype: torch.dtype, top_k: int) -> str:
         for layer in store.shape.moe_layers
         if len(store[layer].gpu_w2_SHI)
     }
-    if kinds - {dtype}:
+    if store.packed is None and kinds - {dtype}:
         return f"experts on the GPU are stored in another type than {dtype}"
     return ""
 
@@ -72,7 +73,7 @@ class DecodeExperts:
         self._slot_LE = _slots(store)
         self.slot_LE = torch.from_numpy(self._slot_LE).to(device)
         self.layers = {
-            layer: ExpertLayer(DenseWeights(store[layer].gpu_w13_SFH, store[layer].gpu_w2_SHI))
+            layer: ExpertLayer(slot_weights(store[layer].gpu_parts, store.packed))
             for layer in shape.moe_layers
             if len(store[layer].gpu_w2_SHI)
         }

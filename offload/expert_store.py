@@ -66,19 +66,39 @@ class LayerExperts:
     gpu_blob_SB: torch.Tensor | None = None
     cpu_blob_CB: torch.Tensor | None = None
 
+    @property
+    def gpu_parts(self) -> tuple[torch.Tensor, ...]:
+        """What holds the slots: ``(w13, w2)``, or ``(blob,)`` if packed."""
+        if self.gpu_blob_SB is not None:
+            return (self.gpu_blob_SB,)
+        return self.gpu_w13_SFH, self.gpu_w2_SHI
+
+    @property
+    def cpu_parts(self) -> tuple[torch.Tensor, ...]:
+        """The same of the rows."""
+        if self.cpu_blob_CB is not None:
+            return (self.cpu_blob_CB,)
+        return self.cpu_w13_CFH, self.cpu_w2_CHI
+
+    def place(self, expert: int) -> tuple[torch.Tensor, ...]:
+        """Views of one expert's parts."""
+        slot, row = int(self.slot_E[expert]), int(self.row_E[expert])
+        parts, at = (self.gpu_parts, slot) if slot >= 0 else (self.cpu_parts, row)
+        return tuple(part[at] for part in parts)
+
     def gpu_weights(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``(w13_FH, w2_HI)`` of a slot as numbers; those of a packed one are computed."""
-        if self.packed is None:
-            return self.gpu_w13_SFH[slot], self.gpu_w2_SHI[slot]
-        assert self.gpu_blob_SB is not None
-        return dequantised(self.gpu_blob_SB[slot], self.packed)
+        return self._numbers(tuple(part[slot] for part in self.gpu_parts))
 
-    def cpu_weights(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of a row."""
-        if self.packed is None:
-            return self.cpu_w13_CFH[row], self.cpu_w2_CHI[row]
-        assert self.cpu_blob_CB is not None
-        return dequantised(self.cpu_blob_CB[row], self.packed)
+    def weights(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of an expert, wherever it lies."""
+        return self._numbers(self.place(expert))
+
+    def _numbers(self, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.packed is not None:
+            return dequantised(parts[0], self.packed)
+        w13_FH, w2_HI = parts
+        return w13_FH, w2_HI
 
 
 class ExpertStore:
@@ -128,7 +148,7 @@ class ExpertStore:
         work = [(layer, e) for layer in self._layers for e in range(self.shape.num_experts)]
 
         def fill_one(item: tuple[int, int]) -> tuple[int, int]:
-            fill_expert(*item, *self._places(*item))
+            fill_expert(*item, *self._layers[item[0]].place(item[1]))
             return item
 
         pins: list[Future[None]] = []
@@ -155,19 +175,7 @@ class ExpertStore:
 
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of one expert's ``(w13_FH, w2_HI)`` where they lie; copies if packed."""
-        at = self._layers[layer]
-        slot, row = int(at.slot_E[expert]), int(at.row_E[expert])
-        return at.gpu_weights(slot) if slot >= 0 else at.cpu_weights(row)
-
-    def _places(self, layer: int, expert: int) -> tuple[torch.Tensor, ...]:
-        """Where one expert's weights belong: ``(w13_FH, w2_HI)`` or ``(blob_B,)``."""
-        if self.packed is None:
-            return self.weights(layer, expert)
-        at = self._layers[layer]
-        slot, row = int(at.slot_E[expert]), int(at.row_E[expert])
-        blob = at.gpu_blob_SB if slot >= 0 else at.cpu_blob_CB
-        assert blob is not None
-        return (blob[slot if slot >= 0 else row],)
+        return self._layers[layer].weights(expert)
 
     def clear(self) -> None:
         """Drop all weights."""
@@ -214,7 +222,8 @@ class ExpertStore:
         if rows is not None:
             self._cold[layer] = rows
         blob_CB = rows.blob_CB if rows else None
-        rows_CB = slots_SB.new_empty(0, packed.expert_bytes) if blob_CB is None else blob_CB
+        no_rows = torch.empty(0, packed.expert_bytes, dtype=torch.uint8)
+        rows_CB = no_rows if blob_CB is None else blob_CB
         return LayerExperts(
             slot_E,
             row_E,

@@ -173,3 +173,33 @@ def test_what_this_release_cannot_read_is_named(
 def test_seeded_weights_are_not_packed(folders: Folders) -> None:
     with pytest.raises(ConfigError, match="packed experts, and seeded weights are plain"):
         loaded(folders()[0], load_format="dummy")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_a_gpu_gives_the_same_logits(folders: Folders, share: float, enforce_eager: bool) -> None:
+    """Prompts through the ring, decode steps with the workers: all of one set of bytes."""
+    packed, _ = folders(kind="w4g64-bf16")
+    texts = random_texts([n + 8 for n in PROMPTS], 256)
+    found = []
+    for device, part in (("cpu", 0.0), ("cuda", share)):
+        eager = {"enforce_eager": enforce_eager, "vram_gb": 8} if device == "cuda" else {}
+        with loaded(packed, part, device=device, **eager) as llm:
+            found.append(Forward(llm).logits(texts, PROMPTS))
+    error = relative_error(found[1], found[0])
+    print(f"share {share}, eager {enforce_eager}: relative error {error:.1e}")
+    assert error < 1e-4
+
+
+@pytest.mark.gpu
+def test_a_gpu_in_bfloat16_answers_like_plain_weights(folders: Folders) -> None:
+    packed, numbers = folders(kind="w4g64-bf16")
+    texts = random_texts([40, 60], 256)
+    found = []
+    for folder in (packed, numbers):
+        with loaded(folder, 0.5, device="cuda", dtype="bfloat16", vram_gb=8) as llm:
+            found.append(Forward(llm).logits(texts, [33, 52]))
+    error = relative_error(*found)
+    print(f"packed against plain weights, both bfloat16: {error:.1e}")
+    assert error < 0.05
