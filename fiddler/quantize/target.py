@@ -50,8 +50,9 @@ class Target:
         or this one's and ``resume`` was not asked for.
         """
         folder = folder.absolute()
-        _check_replaceable(folder)
-        partial = folder.with_name(f"{folder.name}.partial")
+        partial = _beside(folder, "partial")
+        for made in (folder, _beside(folder, "replaced")):
+            _check_replaceable(made)
         if partial.exists() and not (partial / JOURNAL).exists():
             raise QuantizeError(f"{partial} is in the way", hint="remove it, or choose another -o")
         finished = _finished(partial, job, resume=resume) if partial.exists() else {}
@@ -98,12 +99,15 @@ class Target:
         _copy_small_files(source, self.partial)
         _write_json(self.partial / INDEX, index)
         _write_json(self.partial / "config.json", config)
-        (self.partial / JOURNAL).unlink()
-        old = self.folder.with_name(f"{self.folder.name}.old")
-        if self.folder.exists():
+        old = _beside(self.folder, "replaced")
+        is_replaced = self.folder.exists()
+        if is_replaced:
+            if old.exists():  # an earlier run ended before it was removed
+                shutil.rmtree(old)
             self.folder.rename(old)
         self.partial.rename(self.folder)
-        if old.exists():
+        (self.folder / JOURNAL).unlink()
+        if is_replaced:
             shutil.rmtree(old)
 
     def _missing(self, shards: Sequence[Shard]) -> int:
@@ -111,6 +115,10 @@ class Target:
 
     def _write_journal(self) -> None:
         _write_json(self.partial / JOURNAL, {"job": self.job, "finished": self.finished})
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f"{folder.name}.{what}")
 
 
 def _finished(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, Notes]:

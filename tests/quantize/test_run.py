@@ -183,6 +183,36 @@ def test_what_fiddler_did_not_quantise_is_never_replaced(
         run(output=tmp_path / "other", resume=True)
 
 
+def test_an_end_between_two_names_is_gone_on_with(
+    run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("w8g64")
+    rename = Path.rename
+
+    def dies(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise Stop
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(Stop):
+        run("w4g32")
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out.replaced"}
+    monkeypatch.setattr("fiddler.quantize.calibration.WINDOW", 32)
+    assert "w4g32" in (run("w4g32", resume=True).folder / "config.json").read_text()
+    run("w8g64")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_the_users_beside_it_is_not_touched(run: Quantize, tmp_path: Path) -> None:
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced" / "mine").touch()
+    with pytest.raises(QuantizeError, match=r"out\.replaced exists and is no model"):
+        run()
+    assert (tmp_path / "out.replaced" / "mine").exists()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [f"{EXPERT}.up_proj.weight", "model.norm.weight"])
 def test_weights_that_are_no_numbers_are_named(
