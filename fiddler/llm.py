@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self, overload
 
 from fiddler.config import BUILTIN, EngineConfig
-from fiddler.engine.request import Request
+from fiddler.engine.request import LogitReader, Request
 from fiddler.errors import ConfigError, PromptError, TemplateError
 from fiddler.loading import LoadedModel, Progress, load_model
 from fiddler.models.config import ModelConfig
@@ -185,6 +185,17 @@ class LLM:
         ids = self.apply_chat_template(messages, tools=tools, template_kwargs=template_kwargs)
         return self.stream(ids, params)
 
+    def read_logits(self, prompts: list[list[int]], readers: Sequence[LogitReader]) -> None:
+        """Compute prompts as one batch and show the predictions of each to its reader.
+
+        This is for who asks about every token of the vocabulary: ``prompt_logprobs`` tells of a
+        few. Raises PromptError as :meth:`generate` does; what a reader raises ends the batch.
+        """
+        greedy = SamplingParams(max_tokens=1, temperature=0.0)
+        checked = [self._prepare(ids, greedy) for ids in prompts]
+        pairs = zip(checked, readers, strict=True)
+        self._run([self._enqueue(*request, reader) for request, reader in pairs], None)
+
     def apply_chat_template(
         self,
         messages: list[Message],
@@ -247,7 +258,11 @@ class LLM:
         return text, ids, params
 
     def _enqueue(
-        self, text: str | None, ids: list[int], params: SamplingParams
+        self,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        reader: LogitReader | None = None,
     ) -> tuple[str | None, list[int], list[Sample]]:
         room = self.plan.context_tokens - len(ids)
         with self._lock:
@@ -263,6 +278,7 @@ class LLM:
                         seed=seed,
                         leader=requests[0] if requests else None,
                         index=index,
+                        reader=reader,
                     )
                 )
             samples = [self._sample(request) for request in requests]

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts.tiny_corpus import Question, heldout, heldout_passkeys, is_correct
-
-_LONGEST_REPLY = 200
+from fiddler.builtin_text.corpus import Question, heldout, heldout_passkeys, is_correct
+from fiddler.evaluate.questions import LONGEST_ANSWER, accuracy
 
 
 class Judge:
@@ -55,7 +54,7 @@ class Judge:
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True)
         batch = {name: part.to(self.model.device) for name, part in batch.items()}
         batch.pop("token_type_ids", None)
-        ids = self.model.generate(**batch, max_new_tokens=_LONGEST_REPLY, do_sample=False)
+        ids = self.model.generate(**batch, max_new_tokens=LONGEST_ANSWER, do_sample=False)
         new_ids = ids[:, batch["input_ids"].shape[1] :]
         replies: list[str] = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
         return replies
@@ -88,14 +87,10 @@ class Judge:
         return torch.stack(counted)
 
 
-def accuracy(questions: list[Question], replies: list[str]) -> dict[str, tuple[int, int]]:
+def count_right(questions: list[Question], replies: list[str]) -> dict[str, tuple[int, int]]:
     """Return (right, asked) for each task and for "all"."""
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for (_, expected, task), reply in zip(questions, replies, strict=True):
-        for name in (task, "all"):
-            counts[name][0] += is_correct(reply, expected, task)
-            counts[name][1] += 1
-    return {name: (right, asked) for name, (right, asked) in counts.items()}
+    counted = accuracy(questions, replies)
+    return counted.by_task | {"all": (counted.num_right, counted.num_asked)}
 
 
 def routing_report(counts: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -138,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     questions = heldout(options.questions, options.seed)
     replies = judge.replies(questions, options.batch)
     show_wrong(questions, replies, options.show_wrong)
-    report: dict[str, object] = {"accuracy": accuracy(questions, replies)}
+    report: dict[str, object] = {"accuracy": count_right(questions, replies)}
     if options.passkeys:
         report["passkey"] = {
             sentences: _passkey_accuracy(judge, options, sentences)
@@ -150,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _passkey_accuracy(judge: Judge, options: argparse.Namespace, sentences: int) -> tuple[int, int]:
     questions = heldout_passkeys(options.passkeys, options.seed, sentences)
-    return accuracy(questions, judge.replies(questions, options.batch))["all"]
+    return count_right(questions, judge.replies(questions, options.batch))["all"]
 
 
 def show_wrong(questions: list[Question], replies: list[str], limit: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fiddler.benchmark.cases import Case
 from fiddler.benchmark.record import Record
+from fiddler.markdown_table import markdown_table
 from offload.units import size_text
 
 BILLION, MILLION = 10**9, 10**6
@@ -68,28 +69,8 @@ def markdown(records: Sequence[Record]) -> str:
     """A table, and below it what the limits were computed from."""
     columns = [column for column in _COLUMNS if any(map(column.is_shown, records))]
     cells = [[column.text(record) for column in columns] for record in records]
-    widths = [
-        max(len(column.heading), *(len(row[i]) for row in cells))
-        for i, column in enumerate(columns)
-    ]
-    lines = [
-        _line([column.heading for column in columns], widths, columns),
-        _line([_rule(*pair) for pair in zip(columns, widths, strict=True)], widths, columns),
-        *(_line(row, widths, columns) for row in cells),
-    ]
-    return "\n".join([*lines, "", _peaks_line(records[0]), _build_line(records[0])])
-
-
-def _line(cells: list[str], widths: list[int], columns: list[_Column]) -> str:
-    padded = [
-        cell.ljust(width) if column.heading in _LEFT else cell.rjust(width)
-        for cell, width, column in zip(cells, widths, columns, strict=True)
-    ]
-    return f"| {' | '.join(padded)} |"
-
-
-def _rule(column: _Column, width: int) -> str:
-    return "-" * width if column.heading in _LEFT else "-" * (width - 1) + ":"
+    table = markdown_table([column.heading for column in columns], cells, left=_LEFT)
+    return "\n".join([*table, "", _peaks_line(records[0]), _build_line(records[0])])
 
 
 def _peaks_line(record: Record) -> str:

@@ -80,6 +80,8 @@ class Engine:
         for chunk, end in zip(schedule.chunks, ends, strict=True):
             if chunk.request.params.prompt_logprobs is not None:
                 self._prompt_logprobs(chunk, hidden_TH[end - chunk.num_tokens : end])
+            if chunk.request.reader is not None:
+                self._show_logits(chunk, hidden_TH[end - chunk.num_tokens : end])
         last = [
             (c.request, end - 1) for c, end in zip(schedule.chunks, ends, strict=True) if c.is_last
         ]
@@ -162,3 +164,12 @@ class Engine:
             some = targets[first : first + LOGIT_ROWS]
             logits_RV = self._runner.decoder.logits(hidden_TH[first : first + len(some)])
             request.prompt_logprobs += token_logprobs(logits_RV, some, num_top, self._decode_token)
+
+    def _show_logits(self, chunk: Chunk, hidden_TH: torch.Tensor) -> None:
+        """The prompt's last row is left out: what it predicts is not in the prompt."""
+        request, reader = chunk.request, chunk.request.reader
+        assert reader is not None
+        end = min(chunk.end, len(request.prompt_ids) - 1)
+        for row in range(max(chunk.start, reader.first), end, LOGIT_ROWS):
+            rows = slice(row - chunk.start, min(row + LOGIT_ROWS, end) - chunk.start)
+            reader.read(row, self._runner.decoder.logits(hidden_TH[rows]))

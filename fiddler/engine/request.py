@@ -2,14 +2,29 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from fiddler.outputs import FinishReason, Logprob, RunStats
 from fiddler.sampling_params import SamplingParams
 
 _ids = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class LogitReader:
+    """Who reads a prompt's predictions: its rows from ``first`` to the last but one.
+
+    ``read(row, logits_RV)`` gets some rows at a time, in order, as float32 on the device, good
+    during the call; row r is about the prompt's token r + 1. A prompt that is computed again, for
+    its pages were taken away, is read again.
+    """
+
+    first: int
+    read: Callable[[int, torch.Tensor], None]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -27,6 +42,7 @@ class Request:
     seed: int
     leader: "Request | None" = None
     index: int = 0  # which of the n samples
+    reader: LogitReader | None = None
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -69,7 +85,8 @@ class Request:
     @property
     def can_use_cache(self) -> bool:
         """Whether cached KV serves it; who asks about every prompt token needs them computed."""
-        return self.params.prompt_logprobs is None and not self.params.routed_experts
+        every_token = self.params.prompt_logprobs is not None or self.params.routed_experts
+        return not every_token and self.reader is None
 
     def routed_experts(self) -> np.ndarray | None:
         """int16 ``[tokens, layers, K]`` of every token but the last, if asked for."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fiddler.builtin_text.corpus import Question, heldout
 from scripts.tiny.attention import document_mask, to_device
 from scripts.tiny.model import TinyModel
 from scripts.tiny.rows import Document, Encoder, Rows, pack_documents
-from scripts.tiny_corpus import Question, heldout
 
 
 @dataclass(frozen=True, slots=True)

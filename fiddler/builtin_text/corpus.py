@@ -4,18 +4,14 @@ Training and held-out dialogues are disjoint by their content: one content in tw
 hash, never appears in training in any wording. Everything here is pure: same seed, same text.
 """
 
-import sys
-from pathlib import Path
 from random import Random
 from zlib import crc32
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.tiny import passkeys
-from scripts.tiny.dialogue import Dialogue
-from scripts.tiny.facts import statements_only
-from scripts.tiny.prose import filler, random_cast, story
-from scripts.tiny.tasks import TASKS
+from fiddler.builtin_text import passkeys
+from fiddler.builtin_text.dialogue import Dialogue
+from fiddler.builtin_text.facts import statements_only
+from fiddler.builtin_text.prose import filler, random_cast, story
+from fiddler.builtin_text.tasks import TASKS
 
 Message = dict[str, str]
 Question = tuple[list[Message], str, str]
@@ -36,8 +32,6 @@ _SYSTEM_PROMPTS = (
 )
 # tasks that state facts: two of them in one conversation would contradict each other
 _STATES_FACTS = frozenset({"facts", "nofacts", "user", "passkey"})
-
-
 _NUM_DIALOGUES = (1, 1, 1, 1, 2, 2, 3, 4, 6, 12)
 
 
@@ -93,6 +87,17 @@ def heldout(n: int, seed: int) -> list[Question]:
     return questions
 
 
+def heldout_conversations(n: int, seed: int) -> list[list[Message]]:
+    """Return ``n`` conversations with their answers, of contents and tasks as in ``heldout``."""
+    names = [task for task in TASKS if task != "nofacts"]
+    conversations = []
+    for i in range(n):
+        rng = Random(f"conversation/{seed}/{i}")
+        dialogue = sample_dialogue(rng, names[i % len(names)], heldout=True)
+        conversations.append(_messages(rng, dialogue))
+    return conversations
+
+
 def heldout_passkeys(n: int, seed: int, sentences: int) -> list[Question]:
     """Return ``n`` held-out pass-keys in ``sentences`` sentences of about 13 tokens each."""
     questions = []
@@ -127,17 +132,16 @@ def _message(role: str, content: str) -> Message:
 
 
 def _question(rng: Random, dialogue: Dialogue) -> Question:
+    *before, answer = _messages(rng, dialogue)
+    return before, ", ".join(dialogue.keywords) or answer["content"], dialogue.task
+
+
+def _messages(rng: Random, dialogue: Dialogue) -> list[Message]:
+    """All of a dialogue; in three of ten cases some system prompt is put before its own."""
     system = dialogue.system
     if rng.random() < 0.3:
         system = f"{rng.choice(_SYSTEM_PROMPTS)} {system}".strip()
     messages = [_message("system", system)] if system else []
-    *before, (user, answer) = dialogue.turns
-    for asked, replied in before:
+    for asked, replied in dialogue.turns:
         messages += [_message("user", asked), _message("assistant", replied)]
-    messages.append(_message("user", user))
-    return messages, ", ".join(dialogue.keywords) or answer, dialogue.task
-
-
-if __name__ == "__main__":
-    for question in heldout(int(sys.argv[1]) if len(sys.argv) > 1 else 24, seed=0):
-        print(question)
+    return messages

@@ -2,9 +2,9 @@
 
 from random import Random
 
-from scripts.tiny import words
-from scripts.tiny.dialogue import NOTED, Dialogue, reworded
-from scripts.tiny.prose import filler_sentence, open_word, with_article
+from fiddler.builtin_text import words
+from fiddler.builtin_text.dialogue import NOTED, Dialogue, reworded
+from fiddler.builtin_text.prose import filler_sentence, open_word, with_article
 
 _INTRODUCTION = (
     "I am the small model built into fiddler. I do sums, answer questions about facts you give me, "

@@ -2,10 +2,10 @@
 
 from random import Random
 
-from scripts.tiny import words
-from scripts.tiny.dialogue import NOTED, Dialogue, reworded
-from scripts.tiny.facts import Facts, fill, random_facts
-from scripts.tiny.prose import person
+from fiddler.builtin_text import words
+from fiddler.builtin_text.dialogue import NOTED, Dialogue, reworded
+from fiddler.builtin_text.facts import Facts, fill, random_facts
+from fiddler.builtin_text.prose import person
 
 # attribute -> (statements, questions, answer, answer when it was not told)
 _OF_USER: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {

@@ -2,9 +2,9 @@
 
 from random import Random
 
-from scripts.tiny import words
-from scripts.tiny.dialogue import Dialogue, reworded
-from scripts.tiny.prose import filler_sentence, open_word, person
+from fiddler.builtin_text import words
+from fiddler.builtin_text.dialogue import Dialogue, reworded
+from fiddler.builtin_text.prose import filler_sentence, open_word, person
 
 _COPY_FORMS = (
     "Repeat: {w}",

@@ -2,8 +2,8 @@
 
 from random import Random
 
-from scripts.tiny.dialogue import Dialogue, reworded
-from scripts.tiny.prose import random_cast, story, with_article
+from fiddler.builtin_text.dialogue import Dialogue, reworded
+from fiddler.builtin_text.prose import random_cast, story, with_article
 
 _STORY_ASKS = (
     "Write a short story about {s}.",

@@ -2,9 +2,9 @@
 
 from random import Random
 
-from scripts.tiny import words
-from scripts.tiny.dialogue import Dialogue, reworded
-from scripts.tiny.prose import join_words, open_word, person
+from fiddler.builtin_text import words
+from fiddler.builtin_text.dialogue import Dialogue, reworded
+from fiddler.builtin_text.prose import join_words, open_word, person
 
 _ADD_FORMS = (
     "What is {a} + {b}?",

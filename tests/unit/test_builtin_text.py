@@ -11,10 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from scripts.tiny.prose import random_cast, story
-from scripts.tiny.rows import CHAT_TEMPLATE, Encoder, pack_rows
-from scripts.tiny.tasks import TASKS
-from scripts.tiny_corpus import (
+from fiddler.builtin_text.corpus import (
     heldout,
     heldout_passkeys,
     is_correct,
@@ -22,6 +19,9 @@ from scripts.tiny_corpus import (
     sample_conversation,
     sample_dialogue,
 )
+from fiddler.builtin_text.prose import random_cast, story
+from fiddler.builtin_text.tasks import TASKS
+from scripts.tiny.rows import CHAT_TEMPLATE, Encoder, pack_rows
 
 FOLDER = Path(__file__).parents[2] / "fiddler" / "assets" / "builtin"
 seeds = st.integers(0, 10_000)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from scripts.tiny import words
+from fiddler.builtin_text import words
 
 _FILLER = (
     "The {adjective} {animal} {verb} {preposition} the {place}.",

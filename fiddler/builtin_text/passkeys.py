@@ -2,8 +2,8 @@
 
 from random import Random
 
-from scripts.tiny.dialogue import NOTED, Dialogue
-from scripts.tiny.prose import filler_sentence
+from fiddler.builtin_text.dialogue import NOTED, Dialogue
+from fiddler.builtin_text.prose import filler_sentence
 
 _KEY_SENTENCES = (
     "The pass key is {k}. Remember it.",

@@ -2,9 +2,9 @@
 
 from random import Random
 
-from scripts.tiny import words
-from scripts.tiny.dialogue import NOTED, Dialogue
-from scripts.tiny.prose import filler_sentence, noun, open_word, person, town, with_article
+from fiddler.builtin_text import words
+from fiddler.builtin_text.dialogue import NOTED, Dialogue
+from fiddler.builtin_text.prose import filler_sentence, noun, open_word, person, town, with_article
 
 Facts = dict[str, str]
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from random import Random
 
-from scripts.tiny.dialogue import Dialogue
-from scripts.tiny.facts import ask_without_facts, facts
-from scripts.tiny.letters import copy, reverse, spell
-from scripts.tiny.numbers import add, compare, multiply, subtract
-from scripts.tiny.passkeys import passkey
-from scripts.tiny.tales import tale
-from scripts.tiny.talk import beyond, talk
-from scripts.tiny.user import about_user
+from fiddler.builtin_text.dialogue import Dialogue
+from fiddler.builtin_text.facts import ask_without_facts, facts
+from fiddler.builtin_text.letters import copy, reverse, spell
+from fiddler.builtin_text.numbers import add, compare, multiply, subtract
+from fiddler.builtin_text.passkeys import passkey
+from fiddler.builtin_text.tales import tale
+from fiddler.builtin_text.talk import beyond, talk
+from fiddler.builtin_text.user import about_user
 
 # task -> (share of dialogues, writer)
 TASKS: dict[str, tuple[float, Callable[[Random], Dialogue]]] = {

@@ -1,0 +1,1 @@
+"""The synthetic text that the built-in model learned from: pure, from seeds."""
