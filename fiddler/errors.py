@@ -52,6 +52,10 @@ class ProfileError(FiddlerError):
     """A routing profile that is damaged or belongs to another model."""
 
 
+class QuantizeError(FiddlerError):
+    """Weights that cannot be quantised as asked, or a result that cannot be written."""
+
+
 class NumericsError(FiddlerError):
     """NaN or Inf where a finite number is needed."""
 

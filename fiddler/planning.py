@@ -38,7 +38,9 @@ def plan_model(
             "experts change places on a GPU only, and there is none",
             hint="use the static placement",
         )
-    dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=hardware.has_gpu)
+    dtypes = resolve_dtypes(
+        settings.dtype, model.dtype, has_gpu=hardware.has_gpu, packed=model.packed
+    )
     needs = footprint(
         model,
         dtype=dtypes.compute,

@@ -30,11 +30,10 @@ class AdaptivePlacement:
     ) -> None:
         """``store`` has spare slots. ``copy_share``: the part of a step's time for copies."""
         shape = store.shape
-        expert_bytes = 3 * shape.hidden_size * shape.expert_size * store.dtype.itemsize
         self._store, self._choose = store, choose
         self._swaps = Swaps(store, device)
         self._heat = Heat(shape.num_layers, shape.num_experts)
-        self._budget = CopyBudget(expert_bytes, copy_share * LINK_SHARE)
+        self._budget = CopyBudget(store.expert_bytes, copy_share * LINK_SHARE)
         self.num_swaps = 0
 
     @property

@@ -1,6 +1,6 @@
 """Memory for the experts that the CPU computes, as its kernels and as torch see it.
 
-Shapes: C experts, F = 2I, H hidden, I expert width.
+Shapes: C experts, F = 2I, H hidden, I expert width, B bytes of a packed expert.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from cpu_kernels.arena import Arena
-from cpu_kernels.experts import Experts, dense_experts
+from cpu_kernels.experts import Experts, dense_experts, packed_experts
+from cpu_kernels.packed_layout import PackedShape
 
 NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.bfloat16: np.dtype(np.uint16),
@@ -23,7 +24,8 @@ LINE = 64  # bytes of a cache line
 class ColdWeights:
     """Weights of one layer: the tensors are views of what ``experts`` points to.
 
-    All of it lies in ``num_bytes`` from ``address`` on, which begins a page.
+    All of it lies in ``num_bytes`` from ``address`` on, which begins a page. Packed experts are one
+    row of ``blob_CB`` each; their ``w13`` and ``w2`` are the bytes of either.
     """
 
     experts: Experts
@@ -31,6 +33,7 @@ class ColdWeights:
     w2_CHI: torch.Tensor
     address: int
     num_bytes: int
+    blob_CB: torch.Tensor | None = None
 
 
 def cold_weights(
@@ -53,6 +56,21 @@ def cold_weights(
         _tensor(w2_CHI),
         arena.address,
         arena.nbytes,
+    )
+
+
+def cold_packed(num_experts: int, shape: PackedShape) -> ColdWeights:
+    """The same for packed experts."""
+    arena = Arena(num_experts * shape.expert_bytes)
+    blob_CB = arena.array(np.uint8, (num_experts, shape.expert_bytes))
+    blob = torch.from_numpy(blob_CB)
+    return ColdWeights(
+        packed_experts(blob_CB, shape),
+        blob[:, : shape.w2_offset],
+        blob[:, shape.w2_offset :],
+        arena.address,
+        arena.nbytes,
+        blob,
     )
 
 

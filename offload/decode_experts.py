@@ -24,7 +24,7 @@ import torch
 
 from cpu_kernels.threads import WorkerPool
 from gpu_kernels.expert_decode import MAX_TOKENS, MAX_TOP_K, DecodeWorkspace, expert_decode
-from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
+from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
@@ -34,6 +34,7 @@ from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
 from offload.host_buffers import HostBuffers, HostRows
 from offload.place_table import PlaceTable
 from offload.pulled_experts import PulledExperts
+from offload.slot_weights import slot_weights
 
 MAX_ROWS = MAX_TOKENS
 
@@ -47,7 +48,7 @@ def why_not(store: ExpertStore, dtype: torch.dtype, top_k: int) -> str:
         for layer in store.shape.moe_layers
         if len(store[layer].gpu_w2_SHI)
     }
-    if kinds - {dtype}:
+    if store.packed is None and kinds - {dtype}:
         return f"experts on the GPU are stored in another type than {dtype}"
     return ""
 
@@ -88,7 +89,7 @@ class DecodeExperts:
         self._adaptive = adaptive
         self._version = 0 if adaptive is None else adaptive.version
         self.layers = {
-            layer: ExpertLayer(DenseWeights(store[layer].gpu_w13_SFH, store[layer].gpu_w2_SHI))
+            layer: ExpertLayer(slot_weights(store[layer].gpu_parts, store.packed))
             for layer in shape.moe_layers
             if len(store[layer].gpu_w2_SHI)
         }

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from cpu_kernels.expert_pool import ExpertPool, needs_compile
-from cpu_kernels.experts import DENSE, Experts
+from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import Activations
-from offload.cold_weights import NUMPY_DTYPES, cold_weights
+from cpu_kernels.packed_layout import PackedShape
+from cpu_kernels.weight_kind import WeightKind
+from offload.cold_weights import cold_packed, cold_weights
 from offload.expert_store import ExpertStore, LayerExperts
 from offload.host_buffers import HostBuffers, HostRows
 from offload.prefill_split import LEAST_TOKENS
@@ -65,18 +67,24 @@ class WorkerPool(Protocol):
     def wait(self) -> None: ...
 
 
-def needs_warm_up(dtype: torch.dtype, activations: Activations = "f32") -> bool:
+def needs_warm_up(kind: WeightKind, activations: Activations = "f32") -> bool:
     """Whether :func:`warm_up` will have to compile, as far as can be told."""
-    return needs_compile(DENSE[NUMPY_DTYPES[dtype]], activations)
+    return needs_compile(kind, activations)
 
 
-def warm_up(pool: WorkerPool, dtype: torch.dtype, activations: Activations = "f32") -> None:
-    """Compile the kernels for experts of ``dtype``, by adding a layer of one small expert.
+def warm_up(pool: WorkerPool, kind: WeightKind, activations: Activations = "f32") -> None:
+    """Compile the kernels for experts of ``kind``, by adding a layer of one small expert.
 
     With activations other than "f32", also those around the products that are handed over.
     """
-    experts, hand_over = cold_weights(1, 1, 1, dtype).experts, None if activations == "f32" else 1
+    experts, hand_over = _small(kind), None if activations == "f32" else 1
     pool.remove_layer(pool.add_layer(experts, activations=activations, hand_over=hand_over))
+
+
+def _small(kind: WeightKind) -> Experts:
+    if kind.is_packed:
+        return cold_packed(1, PackedShape(kind, 1, 1)).experts
+    return cold_weights(1, 1, 1, torch.float32 if kind.codes == "f32" else torch.bfloat16).experts
 
 
 @dataclass(slots=True)
@@ -264,9 +272,7 @@ class HybridExperts:
         for slot, a, b in zip(slots, starts, [*starts[1:], len(pair_P)], strict=True):
             # the rows of one expert are distinct tokens, so the sum's order is that of the slots
             token_M = token_dev_P[a:b]
-            y_MH = _gated_mlp(
-                x_TH.index_select(0, token_M), experts.gpu_w13_SFH[slot], experts.gpu_w2_SHI[slot]
-            )
+            y_MH = _gated_mlp(x_TH.index_select(0, token_M), *experts.gpu_weights(slot))
             out_TH.index_add_(0, token_M, y_MH * weight_dev_P1[a:b])
         return out_TH
 

@@ -5,13 +5,15 @@ arrays that hold weights and tables stay the same ones.
 
 The GPU side has slots in device memory; the CPU side has rows in host memory. On a machine without
 a GPU both are host memory: torch computes the slots there, the worker pool the rows. Layout of one
-expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous.
+expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous; or, of
+packed experts, their bytes (docs/packed-experts.md), w13's and then w2's.
 
 Ordering: reader threads fill, and thereby create the pages of, one layer after the other; a layer's
 host memory is pinned by other threads as soon as it is full, while the next ones are read. It is
 unpinned before it is let go.
 
-Shapes: S slots, C rows on the CPU side, F = 2I, H hidden, I expert width.
+Shapes: S slots, C rows on the CPU side, F = 2I, H hidden, I expert width, B bytes of a packed
+expert.
 """
 
 import warnings
@@ -24,12 +26,16 @@ import numpy as np
 import torch
 
 from cpu_kernels.experts import Experts
-from offload.cold_weights import ColdWeights, cold_weights
+from cpu_kernels.packed_layout import PackedShape
+from cpu_kernels.weight_kind import WeightKind
+from offload.cold_weights import ColdWeights, cold_packed, cold_weights
+from offload.packed_expert import dequantised
 from offload.pinning import PinError, PinnedMemory
 from offload.placement import Placement
 
-# fill(layer, expert, w13_FH, w2_HI): write one expert's weights into the given tensors
-FillExpert = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+# fill(layer, expert, w13_FH, w2_HI), or of packed experts fill(layer, expert, blob_B): write one
+# expert's weights into the given tensors
+FillExpert = Callable[..., None]
 PIN_THREADS = 4
 
 
@@ -49,7 +55,8 @@ class LayerExperts:
     """One layer's experts. ``slot_E`` and ``row_E`` are int32 with -1 for "not here".
 
     ``expert_C`` is the expert of each row. There may be one slot more than residents.
-    ``cpu_experts`` are the rows as the CPU kernels take them; None: there is no row.
+    ``cpu_experts`` are the rows as the CPU kernels take them; None: there is no row. Of ``packed``
+    experts the blobs hold the bytes, and ``*_w13`` and ``*_w2`` are views of their two parts.
     """
 
     slot_E: np.ndarray
@@ -60,6 +67,43 @@ class LayerExperts:
     gpu_w2_SHI: torch.Tensor
     cpu_w13_CFH: torch.Tensor
     cpu_w2_CHI: torch.Tensor
+    packed: PackedShape | None = None
+    gpu_blob_SB: torch.Tensor | None = None
+    cpu_blob_CB: torch.Tensor | None = None
+
+    @property
+    def gpu_parts(self) -> tuple[torch.Tensor, ...]:
+        """What holds the slots: ``(w13, w2)``, or ``(blob,)`` if packed."""
+        if self.gpu_blob_SB is not None:
+            return (self.gpu_blob_SB,)
+        return self.gpu_w13_SFH, self.gpu_w2_SHI
+
+    @property
+    def cpu_parts(self) -> tuple[torch.Tensor, ...]:
+        """The same of the rows."""
+        if self.cpu_blob_CB is not None:
+            return (self.cpu_blob_CB,)
+        return self.cpu_w13_CFH, self.cpu_w2_CHI
+
+    def place(self, expert: int) -> tuple[torch.Tensor, ...]:
+        """Views of one expert's parts."""
+        slot, row = int(self.slot_E[expert]), int(self.row_E[expert])
+        parts, at = (self.gpu_parts, slot) if slot >= 0 else (self.cpu_parts, row)
+        return tuple(part[at] for part in parts)
+
+    def gpu_weights(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(w13_FH, w2_HI)`` of a slot as numbers; those of a packed one are computed."""
+        return self._numbers(tuple(part[slot] for part in self.gpu_parts))
+
+    def weights(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of an expert, wherever it lies."""
+        return self._numbers(self.place(expert))
+
+    def _numbers(self, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.packed is not None:
+            return dequantised(parts[0], self.packed)
+        w13_FH, w2_HI = parts
+        return w13_FH, w2_HI
 
 
 class ExpertStore:
@@ -72,14 +116,22 @@ class ExpertStore:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        packed: WeightKind | None = None,
         has_spares: bool = False,
     ) -> None:
-        """``has_spares``: a slot more in each layer with experts on both sides, to swap them."""
+        """``dtype`` of packed experts is uint8.
+
+        ``has_spares``: a slot more in each layer with experts on both sides, to swap them.
+        """
+        assert (packed is not None) == (dtype == torch.uint8)
         assert len(placement.resident) == shape.num_layers
         self.shape = shape
         self.placement = placement
         self.dtype = dtype
         self._has_spares = has_spares
+        self.packed = (
+            None if packed is None else PackedShape(packed, shape.hidden_size, shape.expert_size)
+        )
         self._cold: dict[int, ColdWeights] = {}
         self._layers = {
             layer: self._allocate(placement.resident[layer], layer, device)
@@ -106,7 +158,7 @@ class ExpertStore:
         work = [(layer, e) for layer in self._layers for e in range(self.shape.num_experts)]
 
         def fill_one(item: tuple[int, int]) -> tuple[int, int]:
-            fill_expert(*item, *self.weights(*item))
+            fill_expert(*item, *self._layers[item[0]].place(item[1]))
             return item
 
         pins: list[Future[None]] = []
@@ -132,12 +184,15 @@ class ExpertStore:
             self._pinned.pin(self._cold[layer].address, self._cold[layer].num_bytes)
 
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of one expert's ``(w13_FH, w2_HI)`` where they lie."""
-        at = self._layers[layer]
-        slot, row = int(at.slot_E[expert]), int(at.row_E[expert])
-        if slot >= 0:
-            return at.gpu_w13_SFH[slot], at.gpu_w2_SHI[slot]
-        return at.cpu_w13_CFH[row], at.cpu_w2_CHI[row]
+        """Return views of one expert's ``(w13_FH, w2_HI)`` where they lie; copies if packed."""
+        return self._layers[layer].weights(expert)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert, in memory."""
+        if self.packed is not None:
+            return self.packed.expert_bytes
+        return 3 * self.shape.hidden_size * self.shape.expert_size * self.dtype.itemsize
 
     def is_resident_LE(self) -> np.ndarray:
         """Which experts have a slot now, bool ``[L, E]``."""
@@ -161,20 +216,52 @@ class ExpertStore:
         cold = [e for e in range(shape.num_experts) if e not in resident]
         slot_E[hot] = np.arange(len(hot), dtype=np.int32)
         row_E[cold] = np.arange(len(cold), dtype=np.int32)
-        f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
+        expert_C = np.array(cold, dtype=np.int32)
         num_slots = len(hot) + (self._has_spares and bool(hot) and bool(cold))
+        if self.packed is not None:
+            tables = slot_E, row_E, expert_C
+            return self._allocate_packed(tables, num_slots, layer, device, self.packed)
+        f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
         rows = cold_weights(len(cold), h, i, dtype) if cold else None
         if rows is not None:
             self._cold[layer] = rows
         return LayerExperts(
             slot_E,
             row_E,
-            np.array(cold, dtype=np.int32),
+            expert_C,
             rows.experts if rows else None,
             torch.empty(num_slots, f, h, dtype=dtype, device=device),
             torch.empty(num_slots, h, i, dtype=dtype, device=device),
             rows.w13_CFH if rows else torch.empty(0, f, h, dtype=dtype),
             rows.w2_CHI if rows else torch.empty(0, h, i, dtype=dtype),
+        )
+
+    def _allocate_packed(
+        self,
+        tables: tuple[np.ndarray, np.ndarray, np.ndarray],
+        num_slots: int,
+        layer: int,
+        device: torch.device,
+        packed: PackedShape,
+    ) -> LayerExperts:
+        expert_C = tables[2]
+        slots_SB = torch.empty(num_slots, packed.expert_bytes, dtype=torch.uint8, device=device)
+        rows = cold_packed(len(expert_C), packed) if len(expert_C) else None
+        if rows is not None:
+            self._cold[layer] = rows
+        blob_CB = rows.blob_CB if rows else None
+        no_rows = torch.empty(0, packed.expert_bytes, dtype=torch.uint8)
+        rows_CB = no_rows if blob_CB is None else blob_CB
+        return LayerExperts(
+            *tables,
+            rows.experts if rows else None,
+            slots_SB[:, : packed.w2_offset],
+            slots_SB[:, packed.w2_offset :],
+            rows_CB[:, : packed.w2_offset],
+            rows_CB[:, packed.w2_offset :],
+            packed,
+            slots_SB,
+            rows_CB,
         )
 
 

@@ -11,7 +11,7 @@ event is recorded before somebody is made to wait for it. Copies are made in the
 so a bank is asked for when its copies should start, not when they are needed. The sources are not
 written to while the model is loaded.
 
-Shapes: S slots of the ring, C rows of a layer on the host, F = 2I, H hidden, I expert width.
+Shapes: S slots of the ring.
 """
 
 import threading
@@ -22,8 +22,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
+from gpu_kernels.expert_weights import ExpertLayer
 from offload.expert_store import ExpertStore
+from offload.slot_weights import empty_parts, slot_weights
 from offload.staging import bank_slots
 
 
@@ -34,18 +35,16 @@ class ExpertStream:
     """
 
     def __init__(self, store: ExpertStore, num_slots: int, device: torch.device) -> None:
-        shape, size = store.shape, bank_slots(num_slots)
+        size = bank_slots(num_slots)
         num_banks = num_slots // size
-        slots, f = num_banks * size, 2 * shape.expert_size
-        options = {"dtype": store.dtype, "device": device}
-        self._w13_SFH = torch.empty(slots, f, shape.hidden_size, **options)  # type: ignore[call-overload]
-        self._w2_SHI = torch.empty(slots, shape.hidden_size, shape.expert_size, **options)  # type: ignore[call-overload]
+        slots = num_banks * size
+        self._parts = empty_parts(store, slots, device)
         self._store = store
         self._is_cuda = device.type == "cuda"
         self.bank_size = size
         self.num_slots = slots
         self._banks = [
-            ExpertLayer(DenseWeights(self._w13_SFH[a : a + size], self._w2_SHI[a : a + size]))
+            ExpertLayer(slot_weights([part[a : a + size] for part in self._parts], store.packed))
             for a in range(0, slots, size)
         ]
         self._free = deque(range(num_banks))
@@ -64,15 +63,14 @@ class ExpertStream:
         """Start to fill the next bank with rows (at most ``bank_size``, ascending); its number."""
         assert 0 < len(rows) <= self.bank_size
         bank = self._free.popleft()
-        here, there = self._banks[bank].weights, self._store[layer]
-        assert isinstance(here, DenseWeights)
+        there, start = self._store[layer].cpu_parts, bank * self.bank_size
         with torch.cuda.stream(self._copies) if self._is_cuda else nullcontext():
             if self._is_cuda:
                 self._copies.wait_event(self._released[bank])
             for at, first, last in _runs(rows):  # rows side by side go in one copy
-                slots = slice(at, at + last - first)
-                here.w13_SFH[slots].copy_(there.cpu_w13_CFH[first:last], non_blocking=True)
-                here.w2_SHI[slots].copy_(there.cpu_w2_CHI[first:last], non_blocking=True)
+                slots = slice(start + at, start + at + last - first)
+                for part, rows_there in zip(self._parts, there, strict=True):
+                    part[slots].copy_(rows_there[first:last], non_blocking=True)
             if self._is_cuda:
                 self._arrived[bank].record(self._copies)
         return bank

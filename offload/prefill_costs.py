@@ -69,7 +69,8 @@ def known_costs(
     The CPU is measured while the link is busy, as it will be: both read the same memory. Without a
     ring nothing is ever sent.
     """
-    expert_bytes = experts.w13_stride + experts.w2_stride
+    # one stride spans both parts of a packed expert
+    expert_bytes = experts.w13_stride + (0 if experts.kind.is_packed else experts.w2_stride)
     routed = max(1, min(MOST_ROUTED, CALL_BYTES // expert_bytes))
 
     def measure_table() -> TimeTable:

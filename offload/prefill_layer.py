@@ -18,12 +18,13 @@ import torch
 
 from gpu_kernels.expert_config import prefill_config
 from gpu_kernels.expert_grouping import Grouping, group_pairs
-from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
+from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.grouped_gemm import GroupedWorkspace, grouped_products
 from gpu_kernels.host_memory import read_host
 from gpu_kernels.sum_choices import sum_choices_of_tokens
 from offload.expert_store import LayerExperts
 from offload.expert_stream import ExpertStream
+from offload.slot_weights import slot_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class LayerParts:
     def of(
         cls, layer: int, at: LayerExperts, pool_layer: Any, shares_E: np.ndarray
     ) -> "LayerParts":
-        weights = DenseWeights(at.gpu_w13_SFH, at.gpu_w2_SHI) if len(at.gpu_w13_SFH) else None
+        weights = slot_weights(at.gpu_parts, at.packed) if len(at.gpu_w13_SFH) else None
         residents = None if weights is None else ExpertLayer(weights)
         return cls(layer, at, residents, at.expert_C, pool_layer, shares_E)
 

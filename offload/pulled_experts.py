@@ -9,11 +9,12 @@ Shapes: L layers, B rows of a step at most, K top-k, E experts, N counts of expe
 
 import torch
 
-from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
+from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import Pulls
 from offload.cold_share import ShareCosts, pull_counts
 from offload.expert_store import ExpertStore, LayerExperts
 from offload.place_table import PlaceTable
+from offload.slot_weights import slot_weights
 
 
 class PulledExperts:
@@ -34,18 +35,15 @@ class PulledExperts:
     ) -> None:
         """``device`` with its index, if it is a GPU; ``dtype`` is that of the hidden states."""
         shape = store.shape
-        expert_bytes = 3 * shape.hidden_size * shape.expert_size * store.dtype.itemsize
         most = min(max_rows * top_k, shape.num_experts)
         self._store = store
-        self._host_counts_N = pull_counts(most, expert_bytes, costs)
+        self._host_counts_N = pull_counts(most, store.expert_bytes, costs)
         self._counts_N = torch.from_numpy(self._host_counts_N).to(device)
         self._ids_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
         self.rows = PlaceTable(store, "row_E", device)
-        kernels_take_it = dtype in (store.dtype, torch.float32)
+        kernels_take_it = store.packed is not None or dtype in (store.dtype, torch.float32)
         self.layers = {
-            layer: ExpertLayer(
-                DenseWeights(store[layer].cpu_w13_CFH, store[layer].cpu_w2_CHI), reader=device
-            )
+            layer: ExpertLayer(slot_weights(store[layer].cpu_parts, store.packed), reader=device)
             for layer in shape.moe_layers
             if kernels_take_it and _can_read(device, store[layer])
         }
@@ -60,7 +58,6 @@ class PulledExperts:
 
 
 def _can_read(device: torch.device, at: LayerExperts) -> bool:
-    rows = at.cpu_w13_CFH, at.cpu_w2_CHI
     if not len(at.cpu_w2_CHI):
         return False
-    return device.type != "cuda" or all(weights.is_pinned() for weights in rows)
+    return device.type != "cuda" or all(part.is_pinned() for part in at.cpu_parts)

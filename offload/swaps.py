@@ -62,8 +62,8 @@ class Swaps:
                 at = self._store[swap.layer]
                 slot, row = self._spare.pop(swap.layer), int(at.row_E[swap.comes])
                 assert row >= 0 and at.slot_E[swap.leaves] >= 0, swap
-                at.gpu_w13_SFH[slot].copy_(at.cpu_w13_CFH[row], non_blocking=True)
-                at.gpu_w2_SHI[slot].copy_(at.cpu_w2_CHI[row], non_blocking=True)
+                for here, there in zip(at.gpu_parts, at.cpu_parts, strict=True):
+                    here[slot].copy_(there[row], non_blocking=True)
                 self._coming.append(_Move(swap, slot, row))
 
     def advance(self) -> None:
@@ -82,8 +82,8 @@ class Swaps:
             for move in arrived:
                 at = self._store[move.swap.layer]
                 slot = int(at.slot_E[move.swap.leaves])
-                at.cpu_w13_CFH[move.row].copy_(at.gpu_w13_SFH[slot], non_blocking=True)
-                at.cpu_w2_CHI[move.row].copy_(at.gpu_w2_SHI[slot], non_blocking=True)
+                for here, there in zip(at.gpu_parts, at.cpu_parts, strict=True):
+                    there[move.row].copy_(here[slot], non_blocking=True)
                 self._leaving.append(move)
         self.version += 1
 

@@ -6,7 +6,7 @@ from typing import Self
 from fiddler.loading import LoadedModel
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
-from fiddler.models.footprint import DTYPE_BYTES
+from fiddler.models.footprint import DTYPE_BYTES, expert_bytes
 from fiddler.models.manifest import dense_bytes
 from offload.hardware import Hardware
 from offload.plan import Plan
@@ -38,7 +38,7 @@ class Subject:
     @property
     def expert_bytes(self) -> int:
         """Of one routed expert, in memory."""
-        return self.config.expert_numel * DTYPE_BYTES[self.dtypes.expert]
+        return expert_bytes(self.config, self.dtypes.expert)
 
     @property
     def kv_bytes(self) -> int:

@@ -1,12 +1,12 @@
 """Every expert to its one place, and what computes them there."""
 
+import functools
 import os
-
-import torch
+from collections.abc import Callable
 
 from fiddler._version import __version__
 from fiddler.loading.ground import Ground
-from fiddler.models.weights import WeightSource, load_expert_into
+from fiddler.models.weights import WeightSource, load_expert_into, load_packed_into
 from offload.calibration import Calibration, default_folder, machine_facts
 from offload.executor import HybridExperts
 from offload.expert_store import ExpertShape, ExpertStore
@@ -53,18 +53,18 @@ def _fill_store(ground: Ground, source: WeightSource) -> ExpertStore:
         ground.plan.placement,
         device=ground.device,
         dtype=ground.expert_dtype,
+        packed=config.packed,
         has_spares=ground.plan.spare_slots > 0,
     )
     ground.resources.callback(store.clear)
 
-    def fill_expert(layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> None:
-        load_expert_into(source, config, layer, expert, w13_FH, w2_HI)
-
-    expert_bytes = 3 * config.hidden_size * config.expert_size * store.dtype.itemsize
+    load: Callable[..., None] = load_expert_into if config.packed is None else load_packed_into
+    size = store.expert_bytes
 
     def report(done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress("experts", done * expert_bytes, total * expert_bytes)
+            on_progress("experts", done * size, total * size)
 
+    fill_expert = functools.partial(load, source, config)
     store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
     return store

@@ -38,5 +38,5 @@ class Ground:
 
     @property
     def expert_dtype(self) -> torch.dtype:
-        """Of routed experts."""
-        return getattr(torch, self.dtypes.expert)  # type: ignore[no-any-return]
+        """Of the memory that routed experts lie in."""
+        return getattr(torch, self.dtypes.expert_memory)  # type: ignore[no-any-return]

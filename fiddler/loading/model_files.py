@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddler.config import EngineConfig
+from fiddler.errors import ConfigError
 from fiddler.hub import ModelFolder, fetch_metadata, resolve_model
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
@@ -80,6 +81,11 @@ def _find_folder(settings: EngineConfig, on_progress: Progress | None) -> ModelF
 def open_source(settings: EngineConfig, files: ModelFiles, reading: ExitStack) -> WeightSource:
     """Open the weights and check that all are there; a checkpoint stays mapped while loading."""
     if settings.load_format == "dummy":
+        if files.config.packed is not None:
+            raise ConfigError(
+                f"{files.name} has packed experts, and seeded weights are plain numbers",
+                hint="take the model that it was made from",
+            )
         return DummySource(files.config, settings.seed)
     assert files.folder is not None
     checkpoint = reading.enter_context(Checkpoint.open(files.folder))

@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EXPERT = ".experts."  # in the name of every routed expert's tensor
 _TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PACKED = {"U8": "uint8"}
 
 
 class Checkpoint:
@@ -55,19 +56,16 @@ class Checkpoint:
 
     def check(self, config: ModelConfig) -> None:
         """Verify that every tensor of ``config`` is here with its shape and a readable dtype."""
-        for name, shape in all_parts(config):
-            self._entry(name, shape)
+        for part in all_parts(config):
+            self._entry(part.name, part.shape, _PACKED if part.is_packed else _TORCH_NAMES)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> "torch.Tensor":
         """Return a view of the mapped file, as stored. Do not write to it."""
-        import torch
+        return self._view(name, shape, _TORCH_NAMES)
 
-        path, entry = self._entry(name, shape)
-        dtype: torch.dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
-        flat = torch.frombuffer(
-            self._maps[path], dtype=dtype, count=prod(shape), offset=entry.begin
-        )
-        return flat.view(shape)
+    def packed(self, name: str, size: int) -> "torch.Tensor":
+        """Return a view of the ``size`` bytes of a packed expert. Do not write to it."""
+        return self._view(name, (size,), _PACKED)
 
     def forget(self, name: str) -> None:
         """Drop the resident pages of a tensor; a later read takes them from the file again."""
@@ -75,7 +73,19 @@ class Checkpoint:
         begin = entry.begin - entry.begin % mmap.PAGESIZE
         self._maps[path].madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
 
-    def _entry(self, name: str, shape: tuple[int, ...]) -> tuple[Path, Entry]:
+    def _view(self, name: str, shape: tuple[int, ...], dtypes: dict[str, str]) -> "torch.Tensor":
+        import torch
+
+        path, entry = self._entry(name, shape, dtypes)
+        dtype: torch.dtype = getattr(torch, dtypes[entry.dtype])
+        flat = torch.frombuffer(
+            self._maps[path], dtype=dtype, count=prod(shape), offset=entry.begin
+        )
+        return flat.view(shape)
+
+    def _entry(
+        self, name: str, shape: tuple[int, ...], dtypes: dict[str, str]
+    ) -> tuple[Path, Entry]:
         if name not in self._entries:
             raise CheckpointError(f"{self.folder} has no tensor {name}", hint="is it complete?")
         path, entry = self._entries[name]
@@ -84,10 +94,9 @@ class Checkpoint:
                 f"{path}: tensor {name} has shape {list(entry.shape)}, not {list(shape)} as the"
                 " config.json says"
             )
-        if entry.dtype not in _TORCH_NAMES:
+        if entry.dtype not in dtypes:
             raise CheckpointError(
-                f"{path}: tensor {name} has dtype {entry.dtype}; fiddler reads"
-                f" {', '.join(_TORCH_NAMES)}"
+                f"{path}: tensor {name} has dtype {entry.dtype}; fiddler reads {', '.join(dtypes)}"
             )
         return path, entry
 

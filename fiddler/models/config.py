@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from cpu_kernels.weight_kind import WeightKind
+
 
 class QKNorm(StrEnum):
     """Where RMSNorm is applied to queries and keys before RoPE."""
@@ -80,6 +82,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     max_position: int = 4096
     dtype: str = "bfloat16"  # as stored
+    packed: WeightKind | None = None  # of routed experts that are stored as packed bytes
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 

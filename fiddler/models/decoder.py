@@ -70,11 +70,30 @@ class Decoder:
         y_TH = kernels.rms_norm(x_TH, layers[0].input_norm_H)
         next_norms = [*(layer.input_norm_H for layer in layers[1:]), self._weights.final_norm_H]
         for index, layer in enumerate(layers):
-            y_TH = self._attention(index, layer, y_TH, kv_caches[index])
-            y_TH, x_TH = kernels.add_rms_norm(y_TH, x_TH, layer.post_attention_norm_H)
             drawn_TK = None if batch.drawn_LTK is None else batch.drawn_LTK[index]
-            y_TH, x_TH = self._ffn(index, layer, y_TH, x_TH, next_norms[index], drawn_TK)
+            y_TH, x_TH = self.block(
+                *(index, layer, y_TH, x_TH, kv_caches[index], next_norms[index], drawn_TK)
+            )
         return y_TH
+
+    @torch.inference_mode()
+    def block(
+        self,
+        index: int,
+        layer: LayerWeights,
+        y_TH: torch.Tensor,
+        x_TH: torch.Tensor,
+        kv_cache: torch.Tensor,
+        next_norm_H: torch.Tensor,
+        drawn_TK: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer of a planned batch, from the normed ``y_TH`` and the residual stream ``x_TH``.
+
+        Returns the same two for the next layer.
+        """
+        y_TH = self._attention(index, layer, y_TH, kv_cache)
+        y_TH, x_TH = self._kernels.add_rms_norm(y_TH, x_TH, layer.post_attention_norm_H)
+        return self._ffn(index, layer, y_TH, x_TH, next_norm_H, drawn_TK)
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,10 @@
 Shapes in the formulas: T tokens of the largest step, H hidden, D head dim, V vocabulary.
 """
 
+from cpu_kernels.weight_kind import parse_kind
 from fiddler.models.buckets import bucket_number
 from fiddler.models.config import ModelConfig
-from fiddler.models.manifest import dense_bytes
+from fiddler.models.manifest import dense_bytes, packed_shape
 from offload.layout import MOST_CONTEXT
 from offload.plan import Footprint
 
@@ -32,10 +33,10 @@ def footprint(
 ) -> Footprint:
     """Return what ``config`` needs with weights, KV and activations in ``dtype``.
 
-    ``dtype`` and ``expert_dtype`` are ``float32`` or ``bfloat16``; a step has at most
-    ``max_batched_tokens`` tokens of ``max_num_seqs`` requests. ``max_model_len`` bounds the rotary
-    tables (None: the longest context that is chosen unasked). ``graph_rows``: of the largest step
-    that is kept as a CUDA graph; 0: none is.
+    ``dtype`` is ``float32`` or ``bfloat16``, ``expert_dtype`` may be a packed kind too; a step has
+    at most ``max_batched_tokens`` tokens of ``max_num_seqs`` requests. ``max_model_len`` bounds the
+    rotary tables (None: the longest context that is chosen unasked). ``graph_rows``: of the largest
+    step that is kept as a CUDA graph; 0: none is.
     """
     width = DTYPE_BYTES[dtype]
     embedding = config.vocab_size * config.hidden_size * width
@@ -46,7 +47,7 @@ def footprint(
         num_experts=config.num_experts,
         top_k=config.top_k,
         moe_layers=tuple(i for i in range(config.num_layers) if config.is_moe_layer(i)),
-        expert_bytes=config.expert_numel * DTYPE_BYTES[expert_dtype],
+        expert_bytes=expert_bytes(config, expert_dtype),
         dense_bytes=dense,
         dense_read_bytes=dense if config.tie_embeddings else dense - embedding,
         kv_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * width,
@@ -57,6 +58,13 @@ def footprint(
         + (config.expert_numel * width if expert_dtype != dtype else 0)  # one expert, widened
         + (_graph_bytes(config, width, graph_rows) if graph_rows else 0),
     )
+
+
+def expert_bytes(config: ModelConfig, expert_dtype: str) -> int:
+    """Of one routed expert in memory, in ``float32``, ``bfloat16`` or a packed kind."""
+    if expert_dtype in DTYPE_BYTES:
+        return config.expert_numel * DTYPE_BYTES[expert_dtype]
+    return packed_shape(config, parse_kind(expert_dtype)).expert_bytes
 
 
 def workspace_bytes(

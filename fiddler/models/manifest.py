@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
+from cpu_kernels.packed_layout import PackedShape
+from cpu_kernels.weight_kind import WeightKind
 from fiddler.models.config import ModelConfig, QKNorm
 
 
 class Part(NamedTuple):
-    """One stored tensor."""
+    """One stored tensor: numbers, or the bytes of a packed expert."""
 
     name: str
     shape: tuple[int, ...]
+    is_packed: bool = False
 
 
 Parts = tuple[Part, ...]  # stacked along the first dimension into one tensor
@@ -57,15 +60,33 @@ def expert_parts(config: ModelConfig, layer: int, expert: int) -> tuple[Part, Pa
     )
 
 
+def packed_shape(config: ModelConfig, kind: WeightKind) -> PackedShape:
+    """Return the sizes of one routed expert in packed bytes."""
+    return PackedShape(kind, config.hidden_size, config.expert_size)
+
+
+def packed_part(config: ModelConfig, kind: WeightKind, layer: int, expert: int) -> Part:
+    """Return the bytes that hold gate, up and down of one routed expert in a packed checkpoint."""
+    stem = config.names.expert_gate.format(l=layer, e=expert).removesuffix(".weight")
+    size = packed_shape(config, kind).expert_bytes
+    return Part(f"{stem.rpartition('.')[0]}.packed", (size,), is_packed=True)
+
+
 def all_parts(config: ModelConfig) -> Iterator[Part]:
     """Yield every tensor that a complete checkpoint holds."""
     groups = list(model_parts(config).values())
     for layer in range(config.num_layers):
         groups += layer_parts(config, layer).values()
         if config.is_moe_layer(layer):
-            groups += [expert_parts(config, layer, e) for e in range(config.num_experts)]
+            groups += [_stored_parts(config, layer, e) for e in range(config.num_experts)]
     for group in groups:
         yield from group
+
+
+def _stored_parts(config: ModelConfig, layer: int, expert: int) -> Parts:
+    if config.packed is None:
+        return expert_parts(config, layer, expert)
+    return (packed_part(config, config.packed, layer, expert),)
 
 
 def dense_bytes(config: ModelConfig, dtype_bytes: int) -> int:

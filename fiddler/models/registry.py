@@ -1,6 +1,7 @@
 """From a model folder to its ``ModelConfig``: file name == ``model_type``. Imports no torch."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from fiddler.models.checkpoint import stored_dtype
 from fiddler.models.config import ModelConfig
 from fiddler.models.fields import RawConfig, integers
 from fiddler.models.json_file import read_json
+from fiddler.models.quantized import packed_kind
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
@@ -33,7 +35,7 @@ def load_generation_config(folder: Path | str) -> dict[str, Any]:
 
 def parse_config(raw: RawConfig) -> ModelConfig:
     """Return the record of a parsed ``config.json``; what we do not compute is an error."""
-    _refuse_quantised(raw)
+    packed = packed_kind(raw)
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         raise CheckpointError(
@@ -41,14 +43,4 @@ def parse_config(raw: RawConfig) -> ModelConfig:
         )
     architecture = importlib.import_module(f"fiddler.models.{model_type}")
     config: ModelConfig = architecture.config(raw)
-    return config
-
-
-def _refuse_quantised(raw: RawConfig) -> None:
-    scheme = raw.get("quantization_config")
-    if scheme:
-        method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
-        raise CheckpointError(
-            f"the weights are quantised ({method or 'unnamed scheme'}), which fiddler cannot read",
-            hint="take the repository with the float32, bfloat16 or float16 weights",
-        )
+    return config if packed is None else replace(config, packed=packed)

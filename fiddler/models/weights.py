@@ -6,13 +6,23 @@ Legend: V vocab, H hidden, E experts, I expert width, F rows of fused projection
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cpu_kernels.bf16 import U16
+from cpu_kernels.packed_layout import U8, MatrixShape, PackedShape
 from fiddler.errors import NumericsError
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
-from fiddler.models.manifest import Parts, expert_parts, layer_parts, model_parts
+from fiddler.models.manifest import (
+    Parts,
+    expert_parts,
+    layer_parts,
+    model_parts,
+    packed_part,
+    packed_shape,
+)
 
 
 class WeightSource(Protocol):
@@ -23,6 +33,13 @@ class WeightSource(Protocol):
 
     def fill_(self, out: Tensor, name: str) -> None:
         """Write a tensor of ``out``'s shape into ``out``, in its dtype and on its device."""
+
+
+class PackedSource(Protocol):
+    """Where packed experts come from."""
+
+    def fill_packed_(self, out_B: Tensor, name: str, shape: PackedShape) -> None:
+        """Write the bytes of an expert into ``out_B``, on its device."""
 
 
 class CheckpointSource:
@@ -43,6 +60,29 @@ class CheckpointSource:
         low, high = torch.aminmax(out)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise NumericsError(f"tensor {name} of {self._checkpoint.folder} holds NaN or Inf")
+
+    def fill_packed_(self, out_B: Tensor, name: str, shape: PackedShape) -> None:
+        """Copy and check: scales that are NaN or Inf are a :class:`NumericsError`."""
+        stored_B = self._checkpoint.packed(name, shape.expert_bytes)
+        out_B.copy_(stored_B)
+        is_finite = has_finite_scales(stored_B.numpy(), shape)
+        self._checkpoint.forget(name)
+        if not is_finite:
+            raise NumericsError(f"tensor {name} of {self._checkpoint.folder} holds NaN or Inf")
+
+
+def has_finite_scales(packed: U8, shape: PackedShape) -> bool:
+    """Whether all weights of a packed expert are numbers; reads the scales alone, 3 % of w4g128."""
+    exponent = np.uint16(0x7C00 if shape.kind.scales == "f16" else 0x7F80)
+    halves = (packed[: shape.w2_offset], shape.gate), (packed[shape.w2_offset :], shape.down)
+    return all(
+        ((_scale_bits(part, matrix) & exponent) != exponent).all() for part, matrix in halves
+    )
+
+
+def _scale_bits(blocks: U8, shape: MatrixShape) -> U16:
+    scales = blocks.reshape(-1, shape.block_bytes)[:, shape.scale_offset : shape.zero_offset]
+    return np.ascontiguousarray(scales).view(np.uint16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +120,24 @@ def load_dense(
 ) -> DenseWeights:
     """Load all but the routed experts; costs :func:`manifest.dense_bytes` and one tensor."""
 
-    def place(fields: dict[str, Parts]) -> dict[str, Tensor]:
-        return {f: _stack(source, parts, device, dtype) for f, parts in fields.items()}
-
-    whole = place(model_parts(config))
-    layers = [LayerWeights(**place(layer_parts(config, i))) for i in range(config.num_layers)]
+    whole = _place(source, model_parts(config), device, dtype)
+    layers = [
+        load_layer(source, config, i, device=device, dtype=dtype) for i in range(config.num_layers)
+    ]
     whole.setdefault("lm_head_VH", whole["embed_VH"])
     return DenseWeights(layers=tuple(layers), **whole)
+
+
+def load_layer(
+    source: WeightSource,
+    config: ModelConfig,
+    layer: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> LayerWeights:
+    """Load one layer without its routed experts."""
+    return LayerWeights(**_place(source, layer_parts(config, layer), device, dtype))
 
 
 def load_expert_into(
@@ -103,6 +154,24 @@ def load_expert_into(
     source.fill_(w13_FH[:width], gate.name)
     source.fill_(w13_FH[width:], up.name)
     source.fill_(w2_HI, down.name)
+
+
+def load_packed_into(
+    source: PackedSource, config: ModelConfig, layer: int, expert: int, out_B: Tensor
+) -> None:
+    """Write a packed expert into ``out_B``, as it is."""
+    assert config.packed is not None
+    part = packed_part(config, config.packed, layer, expert)
+    source.fill_packed_(out_B, part.name, packed_shape(config, config.packed))
+
+
+def _place(
+    source: WeightSource,
+    fields: dict[str, Parts],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    return {field: _stack(source, parts, device, dtype) for field, parts in fields.items()}
 
 
 def _stack(

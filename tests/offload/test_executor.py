@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpu_kernels.expert_pool import ExpertPool
-from cpu_kernels.experts import Experts
+from cpu_kernels.experts import DENSE, Experts
+from offload.cold_weights import NUMPY_DTYPES
 from offload.executor import HybridExperts, WorkerPool, warm_up
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.host_buffers import MAX_KEPT, HostBuffers
@@ -153,7 +154,7 @@ def test_a_layer_without_cold_experts_is_none_of_the_pools() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_real_pool_agrees(dtype: torch.dtype) -> None:
     with ExpertPool(1) as pool:
-        warm_up(pool, dtype)
+        warm_up(pool, DENSE[NUMPY_DTYPES[dtype]])
         experts = hybrid({0, 3}, pool, dtype)
         for num_tokens in (1, MAX_TOKENS, 1):
             found_TH = run(experts, num_tokens, seed=num_tokens)

@@ -1,0 +1,112 @@
+"""``fiddler quantize``: make a checkpoint whose experts take a quarter or half of the memory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fiddler.cli.console import note
+from fiddler.cli.options import some_engine_options
+from fiddler.cli.progress import progress_bars
+
+if TYPE_CHECKING:
+    from cpu_kernels.weight_kind import WeightKind
+    from fiddler.quantize.expert import Method
+    from fiddler.quantize.run import QuantizedModel
+
+EXAMPLES = 5  # experts named of those that saw too little
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--scheme",
+    default="w4g128z",
+    show_default=True,
+    metavar="w4g128|w4g64|w4g32|w8g128|...",
+    help="Bits and group; a z at the end: with zero points; -bf16: bfloat16 scales.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "gptq"]),
+    help="Round each weight, or fit to a text.  [default: gptq with --calibration]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A UTF-8 text like those that the model will read.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the new model goes.",
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@some_engine_options("revision", "token", "offline")
+def command(
+    model: str,
+    scheme: str,
+    method: "Method | None",
+    calibration: Path | None,
+    output: Path,
+    resume: bool,
+    engine: dict[str, Any],
+) -> None:
+    """Write MODEL to DIR with its routed experts in 4 or 8 bits, the rest in bfloat16.
+
+    An earlier model in DIR is replaced when the new one is whole. Needs no GPU, and memory for one
+    layer.
+    """
+    from fiddler.hub import resolve_model
+    from fiddler.quantize.run import QuantizeJob, quantize
+
+    with progress_bars() as bar:
+        job = QuantizeJob(
+            source=resolve_model(model, progress=bar, **engine).path,
+            output=output,
+            kind=_kind(scheme),
+            method=method or ("rtn" if calibration is None else "gptq"),
+            calibration=calibration,
+            resume=resume,
+        )
+        try:
+            made = quantize(job, bar)
+        except KeyboardInterrupt:
+            note("interrupted; the same command with --resume goes on")
+            raise
+    _print(made)
+
+
+def _kind(scheme: str) -> "WeightKind":
+    from cpu_kernels.weight_kind import PACKED_KINDS
+    from fiddler.errors import ConfigError, nearest
+
+    kinds = {kind.name: kind for kind in PACKED_KINDS}
+    if scheme not in kinds:
+        raise ConfigError(
+            f"there is no scheme {scheme!r}{nearest(scheme, kinds)}",
+            hint=f"schemes: {', '.join(kinds)}",
+        )
+    return kinds[scheme]
+
+
+def _print(made: "QuantizedModel") -> None:
+    from fiddler.hub.cache import gigabytes
+
+    share = made.expert_bytes / made.bf16_expert_bytes
+    note(
+        f"{made.num_experts:,} experts in {gigabytes(made.expert_bytes)}, {share:.1%} of bfloat16;"
+        f" {gigabytes(made.nbytes)} in all"
+    )
+    if made.unfitted:
+        shown = ", ".join(f"{layer}.{expert}" for layer, expert in made.unfitted[:EXAMPLES])
+        more = ", ..." if len(made.unfitted) > EXAMPLES else ""
+        note(
+            f"{len(made.unfitted):,} of them saw fewer than {made.least_tokens:,} tokens of the"
+            f" text and are rounded without it (layer.expert {shown}{more})"
+        )
+    click.echo(made.folder)

@@ -1,0 +1,58 @@
+"""What ``config.json`` says of quantised weights. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
+from fiddler.errors import CheckpointError
+
+QUANT_METHOD = "fiddler"
+VERSION = 1  # of the layout in docs/quantized-checkpoints.md
+BFLOAT16 = ("embeddings", "attention", "norms", "routers", "shared experts", "dense layers")
+
+
+def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` of a ``config.json``, empty if there is none."""
+    scheme = raw.get("quantization_config")
+    if scheme is None:
+        return {}
+    return scheme if isinstance(scheme, dict) else {"quant_method": scheme}
+
+
+def packed_kind(raw: Mapping[str, Any]) -> WeightKind | None:
+    """The kind of the routed experts, None for plain weights.
+
+    Raises :class:`CheckpointError` for what other programs wrote, or a later version of this one.
+    """
+    scheme = quantization_of(raw)
+    if not scheme:
+        return None
+    method = scheme.get("quant_method")
+    if method != QUANT_METHOD:
+        raise CheckpointError(
+            f"the weights are quantised ({method or 'unnamed scheme'}), which fiddler cannot read",
+            hint="take the repository with the float32, bfloat16 or float16 weights",
+        )
+    if scheme.get("version") != VERSION:
+        raise CheckpointError(
+            f"the weights are quantised in version {scheme.get('version')!r} of fiddler's layout,"
+            f" this release reads {VERSION}",
+            hint="upgrade fiddler, or quantise the model again",
+        )
+    experts = scheme.get("experts")
+    name = experts.get("kind") if isinstance(experts, dict) else None
+    found = next((kind for kind in PACKED_KINDS if kind.name == name), None)
+    if found is None:
+        raise CheckpointError(f"the config.json names no known kind of packed experts: {name!r}")
+    return found
+
+
+def quantization_config(kind: WeightKind, made: dict[str, Any]) -> dict[str, Any]:
+    """The record that :func:`packed_kind` reads; ``made`` tells how, for people."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "experts": {"kind": kind.name},
+        "bfloat16": list(BFLOAT16),
+        "made": made,
+    }

@@ -1,0 +1,163 @@
+"""Quantises layer by layer, expert by expert, and writes what the plan says.
+
+With a calibration the hidden states that reach a layer are those of the quantised layers before it.
+A file that is finished already is read instead of made, where later layers depend on its experts.
+
+Ordering: several threads quantise a layer's experts. Their results are taken in the order of the
+experts, by this thread alone, so sums and files do not depend on timing.
+
+T tokens of the calibration, M tokens of one expert, H hidden, I width, F = 2I.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cpu_kernels.packed_layout import U8
+from cpu_kernels.weight_kind import WeightKind
+from fiddler.errors import QuantizeError
+from fiddler.models.config import ModelConfig
+from fiddler.models.manifest import packed_shape
+from fiddler.models.safetensors_header import read_header
+from fiddler.models.weights import WeightSource, load_expert_into
+from fiddler.quantize.calibration import Calibration, ExpertInputs
+from fiddler.quantize.expert import Method, PackedExpert, apply_expert, quantise_expert
+from fiddler.quantize.plan import PlannedTensor, Shard
+from fiddler.quantize.target import Target
+from fiddler.quantize.threads import in_order, num_workers, quantizing_threads
+from fiddler.quantize.writing import write_shard
+
+Contents = Iterator[npt.NDArray[Any]]
+
+
+class Layers:
+    """One run's way through the planned files."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        kind: WeightKind,
+        method: Method,
+        calibration: Calibration | None,
+        on_expert: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._kind = kind
+        self._method: Method = method
+        self._shape = packed_shape(config, kind)
+        self._calibration = calibration
+        self._on_expert = on_expert
+
+    def run(self, shards: tuple[Shard, ...], target: Target) -> None:
+        """Make the files that ``target`` lacks, in order."""
+        with quantizing_threads(num_workers(self._config, self._method)) as pool:
+            for layer, files in groupby(shards, key=lambda shard: shard.layer):
+                seen = self._enter(layer)
+                for shard in files:
+                    if shard.name in target.finished:
+                        self._replay(target.partial / shard.name, shard, seen, pool)
+                    else:
+                        self._write(target, shard, seen, pool)
+                if self._calibration is not None and seen is not None:
+                    self._calibration.leave(seen.out_TH)
+
+    def _enter(self, layer: int | None) -> "_Seen | None":
+        if self._calibration is None or layer is None:
+            return None
+        inputs = self._calibration.enter(layer)
+        return None if inputs is None else _Seen(inputs)
+
+    def _write(
+        self, target: Target, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor
+    ) -> None:
+        unfitted: list[int] = []
+        contents = self._contents(shard, seen, pool, unfitted)
+        write_shard(target.partial / shard.name, shard.tensors, contents)
+        target.finish(shard, {"layer": shard.layer, "unfitted": unfitted})
+
+    def _contents(
+        self, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor, unfitted: list[int]
+    ) -> Contents:
+        """Each tensor of the plan: experts, then what is copied."""
+
+        def make(expert: int) -> tuple[PackedExpert, Tensor | None]:
+            assert shard.layer is not None
+            return self._expert(shard.layer, expert, seen)
+
+        experts = shard.experts
+        for expert, (made, y_MH) in zip(experts, in_order(pool, make, experts), strict=True):
+            if seen is not None and y_MH is not None:
+                seen.add(expert, y_MH)
+                if not made.is_fitted:
+                    unfitted.append(expert)
+            yield made.packed
+            self._on_expert()
+        for tensor in shard.tensors:
+            if tensor.expert is None:
+                yield self._copied(tensor)
+
+    @torch.inference_mode()
+    def _expert(
+        self, layer: int, expert: int, seen: "_Seen | None"
+    ) -> tuple[PackedExpert, Tensor | None]:
+        hidden, width = self._config.hidden_size, self._config.expert_size
+        w13_FH, w2_HI = torch.empty(2 * width, hidden), torch.empty(hidden, width)
+        load_expert_into(self._source, self._config, layer, expert, w13_FH, w2_HI)
+        x_MH = None if seen is None else seen.inputs_of(expert)
+        try:
+            made = quantise_expert(w13_FH, w2_HI, self._kind, self._method, x_MH)
+        except ValueError as error:
+            raise QuantizeError(f"expert {expert} of layer {layer}: {error}") from error
+        return made, None if x_MH is None else apply_expert(made.packed, self._shape, x_MH)
+
+    def _replay(
+        self, path: Path, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor
+    ) -> None:
+        """Add what the packed experts of a finished file give."""
+        entries = {} if seen is None else read_header(path)
+        names = {tensor.expert: tensor.name for tensor in shard.tensors}
+
+        @torch.inference_mode()
+        def apply(expert: int) -> Tensor | None:
+            if seen is None:
+                return None
+            entry = entries[names[expert]]
+            packed: U8 = np.fromfile(path, np.uint8, entry.end - entry.begin, offset=entry.begin)
+            return apply_expert(packed, self._shape, seen.inputs_of(expert))
+
+        experts = shard.experts
+        for expert, y_MH in zip(experts, in_order(pool, apply, experts), strict=True):
+            if seen is not None and y_MH is not None:
+                seen.add(expert, y_MH)
+            self._on_expert()
+
+    def _copied(self, tensor: PlannedTensor) -> npt.NDArray[Any]:
+        """The bits of bfloat16."""
+        out = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        self._source.fill_(out, tensor.name)
+        bits: npt.NDArray[Any] = out.view(torch.int16).numpy()
+        return bits
+
+
+class _Seen:
+    """What a layer's experts see of the calibration, and the sum of what they answer."""
+
+    def __init__(self, inputs: ExpertInputs) -> None:
+        self._inputs = inputs
+        self.out_TH = torch.zeros_like(inputs.x_TH)
+
+    def inputs_of(self, expert: int) -> Tensor:
+        return self._inputs.x_TH[self._inputs.of(expert)[0]]
+
+    def add(self, expert: int, y_MH: Tensor) -> None:
+        token_M, weight_M = self._inputs.of(expert)
+        self.out_TH.index_add_(0, token_M, y_MH * weight_M[:, None])

@@ -1,0 +1,169 @@
+"""Quantises a model folder into another: what is refused, what is made, what is told of it."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpu_kernels.weight_kind import WeightKind
+from fiddler.corpus import read_text_corpus
+from fiddler.errors import QuantizeError
+from fiddler.models.checkpoint import Checkpoint
+from fiddler.models.config import ModelConfig
+from fiddler.models.json_file import read_json
+from fiddler.models.quantized import VERSION, quantization_config, quantization_of
+from fiddler.models.registry import load_config
+from fiddler.models.weights import CheckpointSource
+from fiddler.quantize.calibration import Calibration, cut_windows
+from fiddler.quantize.expert import Method, least_tokens
+from fiddler.quantize.layers import Layers
+from fiddler.quantize.plan import Shard, plan_shards
+from fiddler.quantize.target import Target
+from fiddler.text.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeJob:
+    """``kind`` experts of the model in ``source``, as the folder ``output``.
+
+    ``calibration`` is a text file; "gptq" needs one. ``resume``: go on with an interrupted run.
+    """
+
+    source: Path
+    output: Path
+    kind: WeightKind
+    method: Method
+    calibration: Path | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedModel:
+    """What was made. ``unfitted``: (layer, expert) of those that saw too little of the text."""
+
+    folder: Path
+    nbytes: int
+    expert_bytes: int
+    bf16_expert_bytes: int
+    num_experts: int
+    calibration_tokens: int
+    least_tokens: int
+    unfitted: tuple[tuple[int, int], ...]
+
+
+def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> QuantizedModel:
+    """Make the folder; what can be refused is refused before the first weight is read.
+
+    Raises :class:`QuantizeError`, :class:`fiddler.errors.NumericsError` for weights that are no
+    numbers, and what reading a model and a text raise. ``on_progress`` counts experts.
+    """
+    raw = _check(job)
+    config = load_config(job.source)
+    shards = plan_shards(config, job.kind)
+    with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
+        checkpoint.check(config)
+        windows, text_sha256 = _windows(job, config)
+        target = Target.open(job.output, _identity(job, text_sha256), resume=job.resume)
+        target.check_space(shards)
+        source = CheckpointSource(checkpoint)
+        calibration = None if windows is None else Calibration(source, config, windows)
+        count = _counter(sum(len(shard.experts) for shard in shards), on_progress)
+        layers = Layers(config, source, job.kind, job.method, calibration, count)
+        with target.writing(shards):
+            layers.run(shards, target)
+            made = _made(job, config, target, shards, 0 if windows is None else windows.numel())
+            target.complete(job.source, shards, _config_json(raw, job, made, text_sha256))
+    return made
+
+
+def _check(job: QuantizeJob) -> dict[str, Any]:
+    """The source's ``config.json``, of a job that can be done."""
+    raw = read_json(job.source / "config.json")
+    if quantization_of(raw):
+        raise QuantizeError(
+            f"{job.source} is quantised already", hint="take the model that it was made from"
+        )
+    if job.method == "gptq" and job.calibration is None:
+        raise QuantizeError(
+            "gptq fits the weights to a text, and none was given", hint="add --calibration FILE"
+        )
+    return raw
+
+
+def _windows(job: QuantizeJob, config: ModelConfig) -> tuple[Tensor | None, str | None]:
+    """The calibration's windows and the hash of its file."""
+    if job.calibration is None:
+        return None, None
+    corpus = read_text_corpus(job.calibration)
+    (text,) = corpus.documents
+    assert isinstance(text, str)
+    token_ids = Tokenizer.from_folder(job.source).encode(text)
+    return cut_windows(token_ids, max_position=config.max_position), corpus.sha256
+
+
+def _identity(job: QuantizeJob, text_sha256: str | None) -> dict[str, Any]:
+    """What an interrupted run and the one that goes on with it must have in common."""
+    config = (job.source / "config.json").read_bytes()
+    weights = sorted(job.source.glob("*.safetensors"))
+    return {
+        "model": {
+            "config.json": hashlib.sha256(config).hexdigest(),
+            **{path.name: path.stat().st_size for path in weights},
+        },
+        "scheme": job.kind.name,
+        "method": job.method,
+        "calibration": text_sha256,
+        "version": VERSION,
+    }
+
+
+def _counter(total: int, on_progress: Progress | None) -> Callable[[], None]:
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress("quantizing experts", done, total)
+
+    return count
+
+
+def _made(
+    job: QuantizeJob,
+    config: ModelConfig,
+    target: Target,
+    shards: tuple[Shard, ...],
+    calibration_tokens: int,
+) -> QuantizedModel:
+    experts = [t for shard in shards for t in shard.tensors if t.expert is not None]
+    notes = [target.finished[shard.name] for shard in shards]
+    return QuantizedModel(
+        folder=target.folder,
+        nbytes=sum(shard.nbytes for shard in shards),
+        expert_bytes=sum(tensor.nbytes for tensor in experts),
+        bf16_expert_bytes=2 * config.expert_numel * len(experts),
+        num_experts=len(experts),
+        calibration_tokens=calibration_tokens,
+        least_tokens=least_tokens(config.hidden_size, config.expert_size),
+        unfitted=tuple((note["layer"], e) for note in notes for e in note["unfitted"]),
+    )
+
+
+def _config_json(
+    raw: dict[str, Any], job: QuantizeJob, made: QuantizedModel, text_sha256: str | None
+) -> dict[str, Any]:
+    record = {
+        "method": job.method,
+        "calibration_tokens": made.calibration_tokens,
+        "calibration_sha256": text_sha256,
+        "unfitted_experts": len(made.unfitted),
+    }
+    raw = {key: value for key, value in raw.items() if key != "torch_dtype"}
+    return raw | {"dtype": "bfloat16", "quantization_config": quantization_config(job.kind, record)}

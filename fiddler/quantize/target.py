@@ -1,0 +1,180 @@
+"""The folder that is made: beside its place until it is whole, with a journal of finished files.
+
+Ordering: a file is on the disk before the journal names it, and all of them before the folder takes
+its name. So whatever interrupts the run, the folder with the name is an old one or a whole one, and
+what the journal names need not be made again.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from fiddler.errors import CheckpointError, QuantizeError
+from fiddler.hub.cache import free_bytes, gigabytes
+from fiddler.models.checkpoint import INDEX
+from fiddler.models.quantized import QUANT_METHOD, quantization_of
+from fiddler.quantize.plan import Shard
+from fiddler.text.model_files import read_json_object
+
+JOURNAL = "quantize.json"
+SMALL_BYTES = 64 << 20  # for the copied files and headers
+COPIED = (
+    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.jinja", "additional_chat_templates", "generation_config.json", "LICENSE*"),
+)
+
+Notes = dict[str, Any]  # what is told of a finished file
+
+
+@dataclass(slots=True)
+class Target:
+    """``folder`` in the making, as ``partial``. ``job`` says what is made of what, in JSON."""
+
+    folder: Path
+    partial: Path
+    job: dict[str, Any]
+    finished: dict[str, Notes]
+
+    @classmethod
+    def open(cls, folder: Path, job: dict[str, Any], *, resume: bool) -> "Target":
+        """Begin, or go on where an interrupted run of the same job stopped.
+
+        :class:`QuantizeError` if there is something that must not be replaced, another job's part,
+        or this one's and ``resume`` was not asked for.
+        """
+        folder = folder.absolute()
+        partial = _beside(folder, "partial")
+        for made in (folder, _beside(folder, "replaced")):
+            _check_replaceable(made)
+        if partial.exists() and not (partial / JOURNAL).exists():
+            raise QuantizeError(f"{partial} is in the way", hint="remove it, or choose another -o")
+        finished = _finished(partial, job, resume=resume) if partial.exists() else {}
+        target = cls(folder, partial, job, finished)
+        partial.mkdir(parents=True, exist_ok=True)
+        target._write_journal()
+        return target
+
+    def check_space(self, shards: Sequence[Shard]) -> None:
+        """Raise :class:`QuantizeError` if what is still missing does not fit on the disk."""
+        missing = self._missing(shards) + SMALL_BYTES
+        free = free_bytes(self.partial)
+        if missing > free:
+            raise QuantizeError(
+                f"{self.folder} needs {gigabytes(missing)} more on the disk, which has"
+                f" {gigabytes(free)} free",
+                hint=f"free {gigabytes(missing - free)}, or choose another -o",
+            )
+
+    @contextmanager
+    def writing(self, shards: Sequence[Shard]) -> Iterator[None]:
+        """Turn a disk that is full into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            missing = gigabytes(self._missing(shards))
+            raise QuantizeError(
+                f"the disk of {self.partial} is full, {missing} are still missing",
+                hint=f"free {missing} and run the same command with --resume",
+            ) from error
+
+    def finish(self, shard: Shard, notes: Notes) -> None:
+        """Note a file that is whole and on the disk."""
+        self.finished[shard.name] = {"bytes": (self.partial / shard.name).stat().st_size, **notes}
+        self._write_journal()
+
+    def complete(self, source: Path, shards: Sequence[Shard], config: dict[str, Any]) -> None:
+        """Add the small files and give the folder its name; an old one goes."""
+        weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+        total = sum(shard.nbytes for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _copy_small_files(source, self.partial)
+        _write_json(self.partial / INDEX, index)
+        _write_json(self.partial / "config.json", config)
+        old = _beside(self.folder, "replaced")
+        is_replaced = self.folder.exists()
+        if is_replaced:
+            if old.exists():  # an earlier run ended before it was removed
+                shutil.rmtree(old)
+            self.folder.rename(old)
+        self.partial.rename(self.folder)
+        (self.folder / JOURNAL).unlink()
+        if is_replaced:
+            shutil.rmtree(old)
+
+    def _missing(self, shards: Sequence[Shard]) -> int:
+        return sum(shard.nbytes for shard in shards if shard.name not in self.finished)
+
+    def _write_journal(self) -> None:
+        _write_json(self.partial / JOURNAL, {"job": self.job, "finished": self.finished})
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f"{folder.name}.{what}")
+
+
+def _finished(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, Notes]:
+    """Files of an interrupted run that are as its journal says."""
+    try:
+        journal = read_json_object(partial / JOURNAL)
+    except CheckpointError:
+        journal = {}
+    theirs = journal.get("job", {})
+    if theirs != job:
+        differing = sorted(key for key in {*theirs, *job} if theirs.get(key) != job.get(key))
+        raise QuantizeError(
+            f"{partial} was begun with another {' and '.join(differing)}",
+            hint="use the same options and files, remove it, or choose another -o",
+        )
+    if not resume:
+        raise QuantizeError(
+            f"{partial} is what an interrupted run left",
+            hint="add --resume to go on with it, or remove it",
+        )
+    return {
+        name: notes
+        for name, notes in journal.get("finished", {}).items()
+        if (partial / name).is_file() and (partial / name).stat().st_size == notes["bytes"]
+    }
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only what an earlier run made may be replaced, or nothing."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if folder.is_dir() and (folder / "config.json").is_file():
+        scheme = quantization_of(read_json_object(folder / "config.json"))
+        if scheme.get("quant_method") == QUANT_METHOD:
+            return
+    raise QuantizeError(
+        f"{folder} exists and is no model that fiddler quantised", hint="choose another -o"
+    )
+
+
+def _copy_small_files(source: Path, target: Path) -> None:
+    """Tokenizer, templates and licence; of a name on the hub the files are links."""
+    for path in sorted(source.iterdir()):
+        if not any(fnmatchcase(path.name, pattern) for pattern in COPIED):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace the file at once, when the new one is on the disk."""
+    part = path.with_name(f"{path.name}.new")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
