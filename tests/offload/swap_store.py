@@ -6,6 +6,9 @@ E experts of each of LAYERS layers, H hidden.
 import numpy as np
 import torch
 
+from cpu_kernels.packed_layout import pack_expert
+from cpu_kernels.quantise import round_to_nearest
+from cpu_kernels.weight_kind import WeightKind
 from offload.adaptive import Swap
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.placement import Placement
@@ -23,28 +26,41 @@ def weights_of(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     return w13_FH, torch.randn(H, WIDTH, generator=generator) * WIDTH**-0.5
 
 
-def make_store(device: torch.device, *resident: set[int]) -> ExpertStore:
+def parts_of(layer: int, expert: int, kind: WeightKind | None) -> tuple[torch.Tensor, ...]:
+    """What the store holds of an expert; ``kind``: of packed ones."""
+    w13_FH, w2_HI = weights_of(layer, expert)
+    if kind is None:
+        return w13_FH, w2_HI
+    matrices = (round_to_nearest(w.numpy(), kind) for w in (*w13_FH.chunk(2), w2_HI))
+    return (torch.from_numpy(pack_expert(kind, *matrices)),)
+
+
+def make_store(
+    device: torch.device, *resident: set[int], kind: WeightKind | None = None
+) -> ExpertStore:
     store = ExpertStore(
         SHAPE,
         Placement.of([(), *resident]),
         device=device,
-        dtype=torch.float32,
+        dtype=torch.float32 if kind is None else torch.uint8,
+        packed=kind,
         has_spares=True,
     )
 
-    def fill(layer: int, expert: int, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> None:
-        for mine, theirs in zip((w13_FH, w2_HI), weights_of(layer, expert), strict=True):
+    def fill(layer: int, expert: int, *parts: torch.Tensor) -> None:
+        for mine, theirs in zip(parts, parts_of(layer, expert, kind), strict=True):
             mine.copy_(theirs)
 
     store.fill(fill, num_threads=1)
     for layer in MOE_LAYERS:
-        for weights in (store[layer].gpu_w13_SFH, store[layer].gpu_w2_SHI):
-            weights[len(set(range(E)) & resident[layer - 1]) :] = float("nan")  # the spare
+        for part in store[layer].gpu_parts:  # the spare
+            part[len(resident[layer - 1]) :] = float("nan") if kind is None else 255
     return store
 
 
 def check(store: ExpertStore, *, is_settled: bool = False) -> None:
     """Every expert is where the tables say, once; in a settled store no row is free."""
+    kind = None if store.packed is None else store.packed.kind
     for layer in MOE_LAYERS:
         at = store[layer]
         places = np.stack([at.slot_E, at.row_E])
@@ -53,8 +69,7 @@ def check(store: ExpertStore, *, is_settled: bool = False) -> None:
             used = used_E[used_E >= 0].tolist()
             assert len(set(used)) == len(used)
         for expert in range(E):
-            found = store.weights(layer, expert)
-            for mine, theirs in zip(found, weights_of(layer, expert), strict=True):
+            for mine, theirs in zip(at.place(expert), parts_of(layer, expert, kind), strict=True):
                 assert torch.equal(mine.cpu(), theirs), (layer, expert)
             if at.row_E[expert] >= 0:
                 assert at.expert_C[at.row_E[expert]] == expert

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.weight_kind import WeightKind, parse_kind
 from offload.adaptive import Swap
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
@@ -138,9 +139,10 @@ def check_routing(
 
 
 @pytest.mark.parametrize("share", ["none", "half"])
-def test_parts_add_up_whatever_moves(share: str) -> None:
+@pytest.mark.parametrize("kind", [None, parse_kind("w4g32z")])
+def test_parts_add_up_whatever_moves(share: str, kind: WeightKind | None) -> None:
     rng = np.random.default_rng(0)
-    store = swap_store.make_store(CPU, {0, 3}, {1, 2, 4, 5}, {5})
+    store = swap_store.make_store(CPU, {0, 3}, {1, 2, 4, 5}, {5}, kind=kind)
 
     def choose(heat: object, is_resident: object, layers: list[int], most: int) -> list[Swap]:
         return swap_store.random_swaps(rng, store, layers)[:most]
@@ -158,6 +160,8 @@ def test_parts_add_up_whatever_moves(share: str) -> None:
             share=SHARES[share],
             adaptive=adaptive,
         )
+        pulled = {} if experts.pulled is None else experts.pulled.layers
+        assert sorted(pulled) == ([] if share == "none" else [1, 2, 3])
         for step in range(7):
             if step % 4 == 3:
                 adaptive.settle()

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from cpu_kernels.weight_kind import WeightKind, parse_kind
 from offload.adaptive import Swap
 from offload.swaps import Swaps
 from tests.offload.swap_store import MOE_LAYERS, E, check, make_store, random_swaps
 
+KINDS = [None, parse_kind("w4g32z")]
 CPU = torch.device("cpu")
 RESIDENT = ({0, 3}, {1, 2, 4, 5}, {5})
 
@@ -41,10 +43,11 @@ def test_a_layer_on_one_side_has_no_spare() -> None:
     assert Swaps(store, CPU).idle_layers == [3]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_moves_every_expert_is_somewhere(seed: int) -> None:
+def test_whatever_moves_every_expert_is_somewhere(seed: int, kind: WeightKind | None) -> None:
     rng = np.random.default_rng(seed)
-    store = make_store(CPU, *RESIDENT)
+    store = make_store(CPU, *RESIDENT, kind=kind)
     counts = [int((store[layer].slot_E >= 0).sum()) for layer in MOE_LAYERS]
     swaps = Swaps(store, CPU)
     for step in range(30):
@@ -60,11 +63,12 @@ def test_whatever_moves_every_expert_is_somewhere(seed: int) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_beside_other_work() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_beside_other_work(kind: WeightKind | None) -> None:
     """Copies run on their own stream while the current one is busy with products."""
     device = torch.device("cuda")
     rng = np.random.default_rng(0)
-    store = make_store(device, *RESIDENT)
+    store = make_store(device, *RESIDENT, kind=kind)
     swaps = Swaps(store, device)
     square = torch.randn(2048, 2048, device=device)
     for _ in range(50):
