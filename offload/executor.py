@@ -22,8 +22,9 @@ from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.packed_layout import PackedShape
 from cpu_kernels.weight_kind import WeightKind
 from offload.cold_weights import cold_packed, cold_weights
-from offload.expert_store import ExpertStore, LayerExperts
+from offload.expert_store import ExpertStore
 from offload.host_buffers import HostBuffers, HostRows
+from offload.layer_experts import LayerExperts
 from offload.prefill_split import LEAST_TOKENS
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.grouped_gemm import GroupedWorkspace, grouped_products
 from gpu_kernels.host_memory import read_host
 from gpu_kernels.sum_choices import sum_choices_of_tokens
-from offload.expert_store import LayerExperts
 from offload.expert_stream import ExpertStream
+from offload.layer_experts import LayerExperts
 from offload.slot_weights import slot_weights
 
 

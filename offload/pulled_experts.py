@@ -12,7 +12,8 @@ import torch
 from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import Pulls
 from offload.cold_share import ShareCosts, pull_counts
-from offload.expert_store import ExpertStore, LayerExperts
+from offload.expert_store import ExpertStore
+from offload.layer_experts import LayerExperts
 from offload.place_table import PlaceTable
 from offload.slot_weights import slot_weights
 
