@@ -12,6 +12,7 @@ import torch
 from fiddler import LLM
 from fiddler.builtin_text.corpus import heldout
 from fiddler.errors import NumericsError
+from fiddler.evaluate import text_run
 from fiddler.evaluate.logit_file import LogitFile
 from fiddler.evaluate.questions import answer_questions
 from fiddler.evaluate.text_run import TokenText, score_text
@@ -54,11 +55,12 @@ def test_perplexity_is_the_oracles(
     assert found.value == pytest.approx(math.exp(oracle_surprise(model_type, text)), rel=1e-4)
 
 
-@pytest.mark.parametrize(("max_batched_tokens", "num_batches"), [(16, 8), (120, 4)])
+@pytest.mark.parametrize(("tokens", "num_batches"), [(16, 8), (120, 4)])
 def test_windows_in_several_steps_and_several_in_one(
-    model: OpenModel, max_batched_tokens: int, num_batches: int
+    model: OpenModel, tokens: int, num_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm, told = model(max_batched_tokens=max_batched_tokens), []
+    monkeypatch.setattr(text_run, "TOKENS_AT_ONCE", tokens)
+    llm, told = model(max_batched_tokens=tokens), []
     text = make_text()
     found = score_text(llm, text, on_progress=lambda *counts: told.append(counts)).perplexity
     assert found.nll.mean == pytest.approx(oracle_surprise("mixtral", text), rel=1e-4)
