@@ -109,7 +109,6 @@ VARIANTS = {
 }
 
 
-@pytest.mark.usefixtures("merged")
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("split_tokens", [None, 64])
 def test_variants_and_log_sum_exp(name: str, split_tokens: int | None) -> None:
