@@ -9,6 +9,11 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
+import triton.language as tl
+
+# Inline PTX saves instructions where it is used; Triton's interpreter has none.
+HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 
 OLDEST = (8, 0)
 FAMILIES = {

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The interpreter has no PTX.
-_HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+from gpu_kernels.device import HAS_PTX
 
 # Four int8 to float16, 5 instructions. The bits 0x6400 | n are 1024 + n, 0x6480 is 1152: flipping
 # the sign bit adds 128, and the subtraction is exact. (bfloat16 has no bit left for an offset: 8.)
@@ -42,7 +41,7 @@ def widen(x, DTYPE: tl.constexpr, IN_PLACE: tl.constexpr):
     """
     is_int8: tl.constexpr = x.dtype == tl.int8
     if is_int8 or x.dtype == tl.uint8:
-        if _HAS_PTX and tl.float16 == DTYPE:
+        if HAS_PTX and tl.float16 == DTYPE:
             # what is not "pure" is not moved behind a change of layout
             return tl.inline_asm_elementwise(
                 _INT8_TO_F16 if is_int8 else _E4M3_TO_F16,

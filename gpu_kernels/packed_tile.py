@@ -12,8 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Inline PTX halves the instructions of a code; the interpreter has none.
-_HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+from gpu_kernels.device import HAS_PTX
 
 
 @triton.jit
@@ -107,7 +106,7 @@ def _code(words_MS, zero, SHIFT: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.con
 @triton.jit
 def _pair(words_MS, zero, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     """The int4 codes at bits ``SHIFT`` and ``SHIFT + 16``, minus the zero point, ``[M, S, 2]``."""
-    if _HAS_PTX and tl.float32 != DTYPE:
+    if HAS_PTX and tl.float32 != DTYPE:
         # 0x4300 | code is 128 + code in bf16, 0x6400 | code is 1024 + code in f16: two codes take
         # one lop3 and one exact fma instead of two shifts, masks, subtractions and conversions
         IS_BF16: tl.constexpr = tl.bfloat16 == DTYPE

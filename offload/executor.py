@@ -120,6 +120,8 @@ class HybridExperts:
         self._device = device
         self._top_k = top_k
         is_gpu = device.type == "cuda"
+        if prefill is not None:  # which has buffers of its own for larger steps
+            max_tokens = min(max_tokens, LEAST_TOKENS - 1)
         self._host = HostBuffers(max_tokens, store.shape.hidden_size, top_k, pin=is_gpu)
         self._copied = torch.cuda.Event() if is_gpu else None  # type: ignore[no-untyped-call]
         self._use_pool(pool)

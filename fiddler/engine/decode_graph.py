@@ -74,10 +74,13 @@ class DecodeSteps:
         self._shared: _Shared | None = None
         self._buckets: dict[tuple[int, bool], _Bucket] = {}
 
-    def bucket(self, chunks: Sequence[Chunk]) -> int | None:
-        """The bucket of a step, or None if it has to run another way."""
+    def bucket(self, chunks: Sequence[Chunk], is_drawn: bool = False) -> int | None:
+        """The bucket of a step, or None if it has to run another way.
+
+        ``is_drawn``: its expert ids will be given to :meth:`run`.
+        """
         num_rows = bucket_for(len(chunks), self._largest)
-        if num_rows is None or not self._bucket(num_rows).staging.fits(chunks):
+        if num_rows is None or not self._bucket(num_rows, is_drawn).staging.fits(chunks):
             return None
         return num_rows
 
@@ -107,7 +110,7 @@ class DecodeSteps:
         self._buckets.clear()
         self._shared = None
 
-    def _bucket(self, num_rows: int, is_drawn: bool = False) -> "_Bucket":
+    def _bucket(self, num_rows: int, is_drawn: bool) -> "_Bucket":
         key = num_rows, is_drawn
         if key not in self._buckets:
             self._shared = self._shared or _Shared(self._setup, self._largest)

@@ -65,10 +65,10 @@ class Runner:
         for source, target in schedule.page_copies:
             for kv_cache in self.kv_caches:
                 kv_cache[target].copy_(kv_cache[source])
+        drawn_LTK = self.draw_experts(schedule.chunks) if self.draw_experts else None
         if self.decode_steps is not None and not schedule.prefills:
-            bucket = self.decode_steps.bucket(schedule.decodes)
+            bucket = self.decode_steps.bucket(schedule.decodes, drawn_LTK is not None)
             if bucket is not None:
-                drawn_LTK = self.draw_experts(schedule.chunks) if self.draw_experts else None
                 decoded = self.decode_steps.run(schedule.decodes, bucket, drawn_LTK)
                 return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.drawn_ids)
         if self.decode_steps is not None:
@@ -78,7 +78,7 @@ class Runner:
             len(schedule.decodes),
             self._page_size,
             self._device,
-            self.draw_experts,
+            drawn_LTK,
         )
         return Forwarded(self.decoder.forward(batch, self.kv_caches))
 
@@ -98,7 +98,7 @@ def build_batch(
     num_decodes: int,
     page_size: int,
     device: torch.device,
-    draw_experts: DrawExperts | None = None,
+    drawn_LTK: np.ndarray | None = None,
 ) -> StepBatch:
     """Lay the chunks side by side; one host-to-device copy per array."""
     tokens, positions, slots, indices, last_page_len = [], [], [], [], []
@@ -132,5 +132,5 @@ def build_batch(
         qo_lens=tuple(qo_lens),
         kv_lens=tuple(chunk.end for chunk in chunks),
         num_decodes=num_decodes,
-        drawn_LTK=to_device(draw_experts(chunks), torch.int32) if draw_experts else None,
+        drawn_LTK=None if drawn_LTK is None else to_device(drawn_LTK, torch.int32),
     )

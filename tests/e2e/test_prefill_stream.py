@@ -3,26 +3,24 @@
 Without a GPU one small case runs in Triton's interpreter; the rest needs CUDA.
 """
 
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
-from fiddler import LLM, Placement, SamplingParams
+from fiddler import LLM, SamplingParams
 from fiddler.engine.request import Request
-from fiddler.models.registry import load_config
 from offload import layout
 from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.prefill import PrefillExperts
 from offload.prefill_costs import PrefillCosts
 from tests.forward import Forward, random_texts, relative_error
+from tests.model.test_parity import split_at_random
 from tests.tiny_models import shared_tiny
 
 MODELS = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -31,21 +29,13 @@ PARAMS = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 MIB = 1 << 20
 
 
-def placed(folder: Path, share: float) -> Placement:
-    config, rng = load_config(folder), random.Random(1)
-    return Placement.of(
-        [e for e in range(config.num_experts) if rng.random() < share]
-        if config.is_moe_layer(layer)
-        else []
-        for layer in range(config.num_layers)
-    )
-
-
 @contextmanager
 def loaded(model: str, share: float, *, stored: str = "float32", **options: Any) -> Iterator[LLM]:
     folder = shared_tiny(model, dtype=stored)
     settings = {"device": "cuda", "vram_gb": 8, "dtype": "float32", "max_model_len": 256}
-    with LLM(str(folder), placement=placed(folder, share), **settings | options) as llm:
+    with LLM(
+        str(folder), placement=split_at_random(folder, seed=1, share=share), **settings | options
+    ) as llm:
         yield llm
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from fiddler.engine.request import Request
 from fiddler.engine.sampler import sample
@@ -22,6 +21,7 @@ from tests.sampling_reference import (
     distribution,
     margin,
 )
+from tests.sampling_strategies import some_logits, some_params, some_tokens
 
 EOS = frozenset({3})
 NUM_DRAWS = 1200
@@ -49,22 +49,6 @@ def draw_many(logits: list[float], params: SamplingParams, num: int, **texts: An
 
 
 # --- what can be drawn ---
-
-some_logits = st.lists(st.floats(-8, 8, width=32), min_size=6, max_size=10, unique=True)
-some_params = st.builds(
-    SamplingParams,
-    temperature=st.floats(0.2, 3),
-    top_k=st.integers(-1, 12),
-    top_p=st.floats(0.05, 1),
-    min_p=st.floats(0, 0.9),
-    repetition_penalty=st.floats(0.5, 2),
-    presence_penalty=st.floats(-2, 2),
-    frequency_penalty=st.floats(-2, 2),
-    logit_bias=st.dictionaries(st.integers(0, 5), st.floats(-5, 5), max_size=3),
-    min_tokens=st.integers(0, 4),
-    stop_token_ids=st.lists(st.integers(0, 2), max_size=2),
-)
-some_tokens = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
 
 @settings(max_examples=60)

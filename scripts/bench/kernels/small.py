@@ -17,7 +17,7 @@ from torch import Tensor
 from gpu_kernels.embedding import embedding
 from gpu_kernels.router import route
 from gpu_kernels.sampling import Penalties, SamplingScratch, SamplingSettings, sample
-from scripts.bench.kernels.timing import measure_peaks, median_ms
+from scripts.bench.kernels.timing import graph_ms, measure_peaks
 from scripts.bench.rows import Row, at_least, table
 
 DEVICE = "cuda"
@@ -42,23 +42,13 @@ class Limits:
         self._read_gbps = measure_peaks().read_gbps
         one = torch.zeros(1, device=DEVICE)
         alone, twice = (
-            median_ms(captured(lambda count=count: [one.add_(1) for _ in range(count)]))
-            for count in (1, 2)
+            graph_ms(lambda count=count: [one.add_(1) for _ in range(count)]) for count in (1, 2)
         )
         self._launches_ms = {1: alone, 2: twice}
 
     def gbps(self, num_bytes: int, launches: int) -> float:
         milliseconds = self._launches_ms[launches] + num_bytes / self._read_gbps / 1e6
         return num_bytes / milliseconds / 1e6
-
-
-def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """``run`` as the replay of a graph; kernels are compiled before."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def rows() -> list[Row]:
@@ -117,7 +107,7 @@ def row(
     launches: int = 1,
 ) -> Row:
     limit = limits.gbps(num_bytes, launches)
-    value = num_bytes / median_ms(captured(run)) / 1e6
+    value = num_bytes / graph_ms(run) / 1e6
     return at_least(name, value, "GB/s", limit, value / limit, target)
 
 

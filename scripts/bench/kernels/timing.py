@@ -71,11 +71,16 @@ def print_row(name: str, run: Callable[[], object], num_bytes: int, peaks: Peaks
     print(f"{name:<46}{milliseconds * 1e3:>10.1f}{gbps:>8.0f}{ratios}")
 
 
-def graph_ms(run: Callable[[], object]) -> float:
-    """``median_ms`` of ``run`` captured in a CUDA graph: its launches cost the host nothing."""
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """``run`` as the replay of a CUDA graph: its launches cost the host nothing."""
     run()  # compiles, which a capture must not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return median_ms(graph.replay)
+    return graph.replay
+
+
+def graph_ms(run: Callable[[], object]) -> float:
+    """``median_ms`` of ``run`` in a CUDA graph."""
+    return median_ms(captured(run))
