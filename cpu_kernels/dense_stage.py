@@ -1,7 +1,7 @@
 """The stage of an expert layer with row-major weights (bf16 or float32): two phases, or three.
 
 Routes and act = f(gate, up), by tiles of rows; out = sum of weight * down. With bf16 activations
-there is a phase before these that rounds x. Shares are as in :mod:`cpu_kernels.packed_stage`.
+there is a phase before these that rounds x. Pieces are as in :mod:`cpu_kernels.packed_stage`.
 """
 
 from typing import Any
@@ -33,6 +33,14 @@ from cpu_kernels.expert_parts import (
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS, KernelPath
+from cpu_kernels.pieces import (
+    DOWN,
+    GATE_UP,
+    forget_pieces,
+    next_piece,
+    num_rounds,
+    piece_range,
+)
 from cpu_kernels.routes import (
     make_routes,
     routed_experts,
@@ -157,14 +165,12 @@ def gate_up_panel(path, part, form, job, row_bytes, panel, tokens, room, sums):
 
 
 @jit
-def gate_up(path, part, form, row_bytes, job, worker, num_workers):
+def gate_up_piece(path, part, form, row_bytes, job, worker, begin, end):
+    """The tiles whose cost lies in [begin, end)."""
     room, sums = room_of(job, worker), sums_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
-    tiles = (job.width + ROWS - 1) // ROWS
-    cost = total_cost(starts, tiles)
-    begin, end = cost * worker // num_workers, cost * (worker + 1) // num_workers
-    before = 0
+    tiles, before = (job.width + ROWS - 1) // ROWS, 0
     for n in range(len(places)):
         first_tile, last_tile, before = share_of(starts, n, tiles, before, begin, end)
         last_row = min(last_tile * ROWS, job.width)
@@ -174,6 +180,19 @@ def gate_up(path, part, form, row_bytes, job, worker, num_workers):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], row, num_rows, first, last)
                 gate_up_panel(path, part, form, job, row_bytes, panel, tokens, room, sums)
+
+
+@jit
+def gate_up(path, part, form, row_bytes, job, worker, num_workers):
+    places, starts = routed_experts(job, worker)
+    cost = total_cost(starts, (job.width + ROWS - 1) // ROWS)
+    rounds = num_rounds(len(places) * 2 * job.width * row_bytes, num_workers)
+    forget_pieces(job, DOWN, worker)
+    piece = worker
+    while piece < num_workers * (rounds + 1):
+        begin, end = piece_range(cost, piece, rounds, num_workers)
+        gate_up_piece(path, part, form, row_bytes, job, worker, begin, end)
+        piece = next_piece(job, GATE_UP, rounds, num_workers)
 
 
 @jit
@@ -192,13 +211,11 @@ def down_panel(path, part, job, row_bytes, panel, pairs, room, sums):
 
 
 @jit
-def down(path, part, row_bytes, job, worker, num_workers):
+def down_piece(path, part, row_bytes, job, worker, begin, end):
+    """Rows [begin, end) of every expert, so that one worker adds up an output."""
     room, sums = room_of(job, worker), sums_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
-    tiles = (job.hidden + ROWS - 1) // ROWS
-    begin = tiles * worker // num_workers * ROWS
-    end = min(tiles * (worker + 1) // num_workers * ROWS, job.hidden)
     clear_out(job, begin, end)
     for n in range(len(places)):
         for row in range(begin, end, PANEL_ROWS):
@@ -207,6 +224,20 @@ def down(path, part, row_bytes, job, worker, num_workers):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], row, num_rows, first, last)
                 down_panel(path, part, job, row_bytes, panel, pairs, room, sums)
+
+
+@jit
+def down(path, part, row_bytes, job, worker, num_workers):
+    places, _ = routed_experts(job, worker)
+    tiles = (job.hidden + ROWS - 1) // ROWS
+    rounds = num_rounds(len(places) * job.hidden * row_bytes, num_workers)
+    forget_pieces(job, GATE_UP, worker)
+    piece = worker
+    while piece < num_workers * (rounds + 1):
+        begin, end = piece_range(tiles, piece, rounds, num_workers)
+        begin, end = begin * ROWS, min(end * ROWS, job.hidden)
+        down_piece(path, part, row_bytes, job, worker, begin, end)
+        piece = next_piece(job, DOWN, rounds, num_workers)
 
 
 def num_phases(kernel: KernelPath) -> int:

@@ -18,6 +18,7 @@ ADDRESSES = (
     # own: a Room, then its routes.
     *("x_rows", "act_rows", "act", "workers", "worker_stride"),
     "error",  # where to complain
+    "taken",  # words that count the pieces that workers have taken
 )
 SIZES = (
     *("num_tokens", "top_k", "num_ids", "num_experts", "hidden", "width"),

@@ -14,6 +14,7 @@ from cpu_kernels.expert_job import JOB
 from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import PATHS, Activations, path_number
 from cpu_kernels.weight_kind import WeightKind
+from cpu_kernels.worker import ERROR, TAKEN
 
 if TYPE_CHECKING:
     from cpu_kernels.onednn import HandOver
@@ -25,7 +26,11 @@ class ExpertLayer:
     """Made by :meth:`cpu_kernels.expert_pool.ExpertPool.add_layer`, which has the arguments."""
 
     def __init__(
-        self, experts: Experts, activations: Activations, place_of: I32 | None, error_address: int
+        self,
+        experts: Experts,
+        activations: Activations,
+        place_of: I32 | None,
+        words: npt.NDArray[np.int64],
     ) -> None:
         number = path_number(experts.kind, activations)
         self.experts = experts
@@ -38,7 +43,7 @@ class ExpertLayer:
         self.scratch: dict[str, npt.NDArray[np.uint8]] = {}  # alive while the record points to it
         self.hand_over: HandOver | None = None
         self.record = np.zeros(1, JOB)
-        self._fill(self.record[0], number, error_address)
+        self._fill(self.record[0], number, words)
 
     @property
     def num_ids(self) -> int:
@@ -57,7 +62,7 @@ class ExpertLayer:
             return x_groups * group * 4, act_groups * group * 4, act_groups * group
         return x_groups * (group + 8), act_groups * (group + 8), experts.width
 
-    def _fill(self, record: np.void, number: int, error_address: int) -> None:
+    def _fill(self, record: np.void, number: int, words: npt.NDArray[np.int64]) -> None:
         """Write what does not change from step to step."""
         experts, mlp = self.experts, self.experts.mlp
         stages = packed_stage if experts.kind.is_packed else dense_stage
@@ -74,7 +79,7 @@ class ExpertLayer:
         record["num_ids"] = self.num_ids
         record["activation"] = ACTIVATIONS.index(mlp.activation)
         record["limit"], record["alpha"] = mlp.limit, mlp.alpha
-        record["error"] = error_address
+        record["error"], record["taken"] = words[ERROR:].ctypes.data, words[TAKEN:].ctypes.data
         record["x_row_bytes"], record["act_row_bytes"], record["act_cols"] = self.row_sizes()
 
 

@@ -59,7 +59,7 @@ class ExpertPool:
         ValueError if the weights cannot be had with these activations, or not be handed over.
         """
         self.wait()
-        layer = ExpertLayer(experts, activations, place_of, self.workers.error_address)
+        layer = ExpertLayer(experts, activations, place_of, self.workers.words)
         if hand_over is not None:
             from cpu_kernels.onednn import HandOver  # takes seconds to import
 

@@ -3,8 +3,9 @@
 0. routes and prepared rows of x; 1. act = f(gate, up), by blocks of 16 rows; 2. prepared rows of
 act (int8 only); 3. out = sum of weight * down, by blocks of rows of w2.
 
-In phase 1 the routed experts' blocks lie one behind the other and each worker takes one piece; in
-phase 3 each worker has the same blocks of every expert, so that it alone adds up its outputs.
+In phase 1 the routed experts' blocks lie one behind the other and are dealt out in pieces
+(:mod:`cpu_kernels.pieces`); in phase 3 a piece has the same blocks of every expert, so that one
+worker adds up an output.
 """
 
 from typing import Any
@@ -26,6 +27,14 @@ from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS, KernelPath
 from cpu_kernels.packed_rows import prepare_rows
 from cpu_kernels.packed_tile import FULL_TOKENS, PART_TOKENS, ROWS, packed_tile
+from cpu_kernels.pieces import (
+    DOWN,
+    GATE_UP,
+    forget_pieces,
+    next_piece,
+    num_rounds,
+    piece_range,
+)
 from cpu_kernels.routes import (
     make_routes,
     routed_experts,
@@ -75,21 +84,32 @@ def gate_up_block(path, job, sizes, panel, tokens, room):
 
 
 @jit
-def gate_up(path, job, sizes, worker, num_workers):
+def gate_up_piece(path, job, sizes, worker, begin, end):
+    """The blocks whose cost lies in [begin, end)."""
     room = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
-    blocks = (job.width + ROWS - 1) // ROWS
-    cost = total_cost(starts, blocks)
-    begin, end = cost * worker // num_workers, cost * (worker + 1) // num_workers
-    before = 0
+    blocks, before = (job.width + ROWS - 1) // ROWS, 0
     for n in range(len(places)):
         first_block, last_block, before = share_of(starts, n, blocks, before, begin, end)
         for block in range(first_block, last_block):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
-                panel = (places[n], block, first, last)
-                gate_up_block(path, job, sizes, panel, tokens, room)
+                gate_up_block(path, job, sizes, (places[n], block, first, last), tokens, room)
+
+
+@jit
+def gate_up(path, job, sizes, worker, num_workers):
+    places, starts = routed_experts(job, worker)
+    blocks = (job.width + ROWS - 1) // ROWS
+    cost = total_cost(starts, blocks)
+    rounds = num_rounds(len(places) * 2 * blocks * sizes[1], num_workers)
+    forget_pieces(job, DOWN, worker)
+    piece = worker
+    while piece < num_workers * (rounds + 1):
+        begin, end = piece_range(cost, piece, rounds, num_workers)
+        gate_up_piece(path, job, sizes, worker, begin, end)
+        piece = next_piece(job, GATE_UP, rounds, num_workers)
 
 
 @jit
@@ -108,12 +128,11 @@ def down_block(path, job, sizes, panel, pairs, xs, products):
 
 
 @jit
-def down(path, job, sizes, worker, num_workers):
+def down_piece(path, job, sizes, worker, begin, end):
+    """Blocks [begin, end) of every expert, so that one worker adds up an output."""
     products, _, xs, _ = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
-    blocks = (job.hidden + ROWS - 1) // ROWS
-    begin, end = blocks * worker // num_workers, blocks * (worker + 1) // num_workers
     clear_out(job, begin * ROWS, min(end * ROWS, job.hidden))
     for n in range(len(places)):
         for block in range(begin, end):
@@ -121,6 +140,19 @@ def down(path, job, sizes, worker, num_workers):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], block, first, last)
                 down_block(path, job, sizes, panel, pairs, xs, products)
+
+
+@jit
+def down(path, job, sizes, worker, num_workers):
+    places, _ = routed_experts(job, worker)
+    blocks = (job.hidden + ROWS - 1) // ROWS
+    rounds = num_rounds(len(places) * blocks * sizes[1], num_workers)
+    forget_pieces(job, GATE_UP, worker)
+    piece = worker
+    while piece < num_workers * (rounds + 1):
+        begin, end = piece_range(blocks, piece, rounds, num_workers)
+        down_piece(path, job, sizes, worker, begin, end)
+        piece = next_piece(job, DOWN, rounds, num_workers)
 
 
 @jit

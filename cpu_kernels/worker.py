@@ -54,8 +54,10 @@ LINE = 16  # int64
     ASLEEP,  # 1: the caller sleeps until the job is done, or is about to
     SPINS,  # looks at a bell before a worker parks or the caller sleeps
     PATIENCE,  # looks with a pause in between; later ones offer the core to other threads
+    TAKEN,  # pieces of a phase that workers have taken, and in the next line those of another phase
+    _,
     ARRIVED,  # and LINE further on for each worker: the generation that it waits for
-) = (LINE * k for k in range(10))
+) = (LINE * k for k in range(12))
 MAX_WORKERS = 256
 NUM_WORDS = ARRIVED + LINE * MAX_WORKERS
 

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from cpu_kernels.activation_reference import ACTIVATIONS
 from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.pieces import num_rounds
 
 SIZES = [(1, 1), (1, 130), (130, 1), (3, 31), (31, 3), (33, 100), (100, 33), (128, 64), (259, 130)]
 TOKENS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 512]
@@ -42,6 +43,21 @@ def agrees(name: str, out_TH: F32, expected_TH: F64, at_least: float = 0.0) -> b
     wrong_T = np.linalg.norm(out_TH - expected_TH, axis=1)
     size = max(float(np.linalg.norm(expected_TH)), at_least) / max(len(out_TH), 1) ** 0.5
     return error < 2e-3 and np.sum(wrong_T > 1e-5 * size) <= 1 + 0.05 * len(out_TH)
+
+
+@pytest.mark.parametrize("name", FEW_PATHS)
+def test_layers_that_are_dealt_out_in_pieces(rng: Rng, name: str) -> None:
+    """So large that workers take pieces from each other, two of them in turn, and other steps."""
+    weights = [random_weights(rng, name, num_experts=4, hidden=700, width=w) for w in (501, 333)]
+    steps = [random_step(rng, num_tokens=t, hidden=700, num_experts=4) for t in (1, 19)]
+    expected = [[reference(w, step) for step in steps] for w in weights]
+    for num_threads in (1, 2, 5):
+        with ExpertPool(num_threads) as pool:
+            layers = [add_layer(pool, w) for w in weights]
+            for n in range(20):
+                out_TH = run_step(pool, layers[n % 2], steps[n // 2 % 2])
+                assert agrees(name, out_TH, expected[n % 2][n // 2 % 2])
+    assert num_rounds.py_func(4 * 700 * 333 // 2, 5) >= 1
 
 
 @pytest.mark.parametrize("name", TESTED_PATHS)
