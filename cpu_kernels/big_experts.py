@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from cpu_kernels.bf16 import F32
 from cpu_kernels.kernel_paths import KernelPath
+from cpu_kernels.pieces import piece_range
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -21,6 +22,7 @@ LEAST_ROWS = 16  # tokens are padded to these: a tile of AMX
 STEP = 32
 # What a row of weights costs beside its products, in tokens: read, and laid out anew by oneDNN.
 READ_COST = 32
+ROUNDS = 2  # of dealing out: a product is a call under Python's lock, not worth a tiny piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,24 +100,25 @@ def take_big(
 
 
 def share_rows(starts: list[int], num_rows: int, num_workers: int) -> list[list[Piece]]:
-    """Each worker's pieces: all matrices of ``num_rows`` rows, one behind the other, cut by cost.
+    """All matrices of ``num_rows`` rows, one behind the other, in shares of falling cost.
 
+    As many as :mod:`cpu_kernels.pieces` makes of ROUNDS: the first for one worker each.
     Every row is in one piece; a matrix has as few pieces as that allows, since each one's calls
     hold Python's lock.
     """
     steps = -(-num_rows // STEP)
     costs = [READ_COST + end - start for start, end in itertools.pairwise(starts)]
-    total, before, worker = steps * sum(costs), 0, 0
-    shares: list[list[Piece]] = [[] for _ in range(num_workers)]
+    total, before, share = steps * sum(costs), 0, 0
+    shares: list[list[Piece]] = [[] for _ in range(num_workers * (ROUNDS + 1))]
+    ends = [piece_range.py_func(total, n, ROUNDS, num_workers)[1] for n in range(len(shares))]
     for n, cost in enumerate(costs):
         first = 0
         while first < steps:
-            end = total * (worker + 1) // num_workers
-            last = min(-((before - end) // cost), steps)
+            last = min(-((before - ends[share]) // cost), steps)
             if first < last:
-                shares[worker].append(Piece(n, first * STEP, min(last * STEP, num_rows)))
+                shares[share].append(Piece(n, first * STEP, min(last * STEP, num_rows)))
                 first = last
             if last < steps:
-                worker += 1
+                share += 1
         before += steps * cost
     return shares

@@ -187,12 +187,12 @@ def gate_up(path, part, form, row_bytes, job, worker, num_workers):
     places, starts = routed_experts(job, worker)
     cost = total_cost(starts, (job.width + ROWS - 1) // ROWS)
     rounds = num_rounds(len(places) * 2 * job.width * row_bytes, num_workers)
-    forget_pieces(job, DOWN, worker)
+    forget_pieces(job.taken, DOWN, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(cost, piece, rounds, num_workers)
         gate_up_piece(path, part, form, row_bytes, job, worker, begin, end)
-        piece = next_piece(job, GATE_UP, rounds, num_workers)
+        piece = next_piece(job.taken, GATE_UP, rounds, num_workers)
 
 
 @jit
@@ -231,13 +231,13 @@ def down(path, part, row_bytes, job, worker, num_workers):
     places, _ = routed_experts(job, worker)
     tiles = (job.hidden + ROWS - 1) // ROWS
     rounds = num_rounds(len(places) * job.hidden * row_bytes, num_workers)
-    forget_pieces(job, GATE_UP, worker)
+    forget_pieces(job.taken, GATE_UP, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(tiles, piece, rounds, num_workers)
         begin, end = begin * ROWS, min(end * ROWS, job.hidden)
         down_piece(path, part, row_bytes, job, worker, begin, end)
-        piece = next_piece(job, DOWN, rounds, num_workers)
+        piece = next_piece(job.taken, DOWN, rounds, num_workers)
 
 
 def num_phases(kernel: KernelPath) -> int:

@@ -19,6 +19,7 @@ T tokens, S choices of a token, Q rows of the pairs taken, H hidden, I expert wi
 """
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -93,6 +94,8 @@ class HandOver:
         self._bind_scratch(big, room)
         self._gate_up = share_rows(big.starts, layer.experts.width, self._num_workers)
         self._down = share_rows(big.starts, layer.experts.hidden, self._num_workers)
+        self._gate_up_turns = itertools.count(self._num_workers)
+        self._down_turns = itertools.count(self._num_workers)
         return self.number
 
     def _bind_scratch(self, big: BigExperts, room: Room) -> None:
@@ -151,11 +154,19 @@ class HandOver:
         elif phase == self._first_phase + 3:
             self._add_up(worker, num_workers)
         elif phase == self._first_phase + 1:
-            for piece in self._gate_up[worker]:
+            for piece in self._pieces(self._gate_up, worker, self._gate_up_turns):
                 self._gate_up_piece(piece, worker)
         else:
-            for piece in self._down[worker]:
+            for piece in self._pieces(self._down, worker, self._down_turns):
                 self._down_piece(piece)
+
+    def _pieces(
+        self, shares: list[list[Piece]], worker: int, turns: Iterator[int]
+    ) -> Iterator[Piece]:
+        """A worker's own share, then those that nobody has taken."""
+        while worker < len(shares):
+            yield from shares[worker]
+            worker = next(turns)  # under Python's lock: no two workers get one number
 
     def _gather(self, worker: int, num_workers: int) -> None:
         token_Q, hidden = self._big.token_Q, self._layer.experts.hidden

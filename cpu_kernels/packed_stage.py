@@ -104,12 +104,12 @@ def gate_up(path, job, sizes, worker, num_workers):
     blocks = (job.width + ROWS - 1) // ROWS
     cost = total_cost(starts, blocks)
     rounds = num_rounds(len(places) * 2 * blocks * sizes[1], num_workers)
-    forget_pieces(job, DOWN, worker)
+    forget_pieces(job.taken, DOWN, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(cost, piece, rounds, num_workers)
         gate_up_piece(path, job, sizes, worker, begin, end)
-        piece = next_piece(job, GATE_UP, rounds, num_workers)
+        piece = next_piece(job.taken, GATE_UP, rounds, num_workers)
 
 
 @jit
@@ -147,12 +147,12 @@ def down(path, job, sizes, worker, num_workers):
     places, _ = routed_experts(job, worker)
     blocks = (job.hidden + ROWS - 1) // ROWS
     rounds = num_rounds(len(places) * blocks * sizes[1], num_workers)
-    forget_pieces(job, GATE_UP, worker)
+    forget_pieces(job.taken, GATE_UP, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(blocks, piece, rounds, num_workers)
         down_piece(path, job, sizes, worker, begin, end)
-        piece = next_piece(job, DOWN, rounds, num_workers)
+        piece = next_piece(job.taken, DOWN, rounds, num_workers)
 
 
 @jit

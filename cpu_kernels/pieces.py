@@ -38,16 +38,19 @@ def piece_range(total, piece, rounds, num_workers):
 
 
 @jit
-def next_piece(job, phase, rounds, num_workers):
-    """The first piece that nobody has taken; one past the last if there is none."""
+def next_piece(taken, phase, rounds, num_workers):
+    """The first piece that nobody has taken; one past the last if there is none.
+
+    ``taken``: address of the pool's words TAKEN.
+    """
     if rounds == 0:
         return num_workers
-    taken = atomic_add(i64_array(job.taken, 2 * LINE), phase * LINE, 1)
-    return min(num_workers + taken, num_workers * (rounds + 1))
+    number = num_workers + atomic_add(i64_array(taken, 2 * LINE), phase * LINE, 1)
+    return min(number, num_workers * (rounds + 1))
 
 
 @jit
-def forget_pieces(job, phase, worker):
+def forget_pieces(taken, phase, worker):
     """Let a phase that does not run now be dealt out anew."""
     if worker == 0:
-        atomic_store(i64_array(job.taken, 2 * LINE), phase * LINE, 0)
+        atomic_store(i64_array(taken, 2 * LINE), phase * LINE, 0)

@@ -8,14 +8,14 @@ import numpy.typing as npt
 from cpu_kernels.addresses import i64_array
 from cpu_kernels.compiled import stage_address
 from cpu_kernels.intrinsics import jit
+from cpu_kernels.pieces import GATE_UP, forget_pieces, next_piece, num_rounds, piece_range
 from cpu_kernels.threads import WorkerPool
-from cpu_kernels.worker import JOB_HEADER
+from cpu_kernels.worker import JOB_HEADER, TAKEN
 
 HEADER_BYTES = np.dtype(JOB_HEADER).itemsize
 # A range of read_words int64 at read, for the first num_readers workers; a result of each at out.
-READ_JOB = np.dtype(
-    [*JOB_HEADER, *((name, np.int64) for name in ("num_readers", "read", "read_words", "out"))]
-)
+FIELDS = ("num_readers", "read", "read_words", "out", "taken")
+READ_JOB = np.dtype([*JOB_HEADER, *((name, np.int64) for name in FIELDS)])
 
 STREAMS = 4  # parts read side by side, as the kernels do: one alone is slower by a quarter
 STREAM_WORDS = 512  # a part, 4 KB: one after the other they are one range, read once
@@ -42,18 +42,22 @@ def xor_words(address, num_words):
 
 
 def make_read_stage():
-    """A worker's part of the range; workers beyond ``num_readers`` read nothing.
+    """The range in pieces, then a phase without work; workers beyond ``num_readers`` read nothing.
 
-    Puts the exclusive or of its words at ``out``'s place ``worker``.
+    Puts the exclusive or of a worker's words at ``out``'s place ``worker``.
     """
 
     def read_stage(job_address, phase, worker, num_workers):
-        num_readers, address, num_words, out = i64_array(job_address + HEADER_BYTES, 4)
-        total = 0
-        if worker < num_readers:
-            begin = num_words * worker // num_readers
-            end = num_words * (worker + 1) // num_readers
-            total = xor_words(address + 8 * begin, end - begin)
+        num_readers, address, num_words, out, taken = i64_array(job_address + HEADER_BYTES, 5)
+        if phase > 0:
+            forget_pieces(taken, GATE_UP, worker)
+            return
+        total, piece = 0, worker
+        rounds = num_rounds(8 * num_words, num_readers)
+        while worker < num_readers and piece < num_readers * (rounds + 1):
+            begin, end = piece_range(num_words, piece, rounds, num_readers)
+            total ^= xor_words(address + 8 * begin, end - begin)
+            piece = next_piece(taken, GATE_UP, rounds, num_readers)
         i64_array(out, num_workers)[worker] = total
 
     return read_stage
@@ -71,7 +75,8 @@ def read(pool: WorkerPool, arena: npt.NDArray[Any], num_readers: int) -> int:
         raise ValueError(f"num_readers must be 1 to {pool.num_threads}, not {num_readers}")
     found = np.zeros(pool.num_threads, np.int64)
     sizes = (num_readers, arena.ctypes.data, arena.nbytes // 8, found.ctypes.data)
-    number = pool.add_job(np.array([(stage_address(make_read_stage), 1, *sizes)], READ_JOB))
+    job = (stage_address(make_read_stage), 2, *sizes, pool.words[TAKEN:].ctypes.data)
+    number = pool.add_job(np.array([job], READ_JOB))
     try:
         pool.ring(number)
         pool.wait()
