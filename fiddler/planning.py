@@ -9,8 +9,8 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, resolve_dtypes
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
 from offload.hardware import Hardware
-from offload.layout import vram_limit_bytes
-from offload.plan import Budget, Plan
+from offload.layout import has_ring, lay_out, vram_limit_bytes
+from offload.plan import Budget, Footprint, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
 from offload.units import gib_to_bytes
@@ -38,18 +38,8 @@ def plan_model(
             "experts change places on a GPU only, and there is none",
             hint="use the static placement",
         )
-    dtypes = resolve_dtypes(
-        settings.dtype, model.dtype, has_gpu=hardware.has_gpu, packed=model.packed
-    )
-    needs = footprint(
-        model,
-        dtype=dtypes.compute,
-        expert_dtype=dtypes.expert,
-        max_batched_tokens=step_tokens(settings, model, hardware),
-        max_num_seqs=settings.max_num_seqs,
-        max_model_len=settings.max_model_len,
-        graph_rows=largest_bucket(settings.max_num_seqs) if hardware.has_gpu else 0,
-    )
+    dtypes = _dtypes(settings, model, hardware)
+    needs = _needs(settings, model, hardware, step_tokens(settings, model, hardware))
     popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
     plan = make_plan(
         needs,
@@ -63,25 +53,50 @@ def plan_model(
 
 
 def step_tokens(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> int:
-    """The most tokens of one step: as asked, or what memory allows."""
+    """The most tokens of one step: as asked, or what memory allows.
+
+    Fewer, rather than without the ring that brings cold experts: each step would be the CPU's.
+    """
     if settings.max_batched_tokens is not None:
         return settings.max_batched_tokens
     if not hardware.has_gpu:
         return STEP_TOKENS
-    dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=True)
-    allowed = vram_limit_bytes(hardware, _budget(settings, model)) // WORKSPACE_DIVISOR
+    width = DTYPE_BYTES[_dtypes(settings, model, hardware).compute]
+    budget = _budget(settings, model)
+    allowed = vram_limit_bytes(hardware, budget) // WORKSPACE_DIVISOR
 
-    def workspace(tokens: int) -> int:
-        width = DTYPE_BYTES[dtypes.compute]
-        return workspace_bytes(
-            model, width, max_batched_tokens=tokens, max_num_seqs=settings.max_num_seqs
-        )
+    def is_good(tokens: int) -> bool:
+        seqs = settings.max_num_seqs
+        taken = workspace_bytes(model, width, max_batched_tokens=tokens, max_num_seqs=seqs)
+        needs = _needs(settings, model, hardware, tokens)
+        return taken <= allowed and has_ring(needs, lay_out(needs, hardware, budget))
 
-    fitting = (tokens for tokens in GPU_STEP_TOKENS if workspace(tokens) <= allowed)
-    return next(fitting, GPU_STEP_TOKENS[-1])
+    return next(filter(is_good, GPU_STEP_TOKENS), GPU_STEP_TOKENS[-1])
+
+
+def _dtypes(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> Dtypes:
+    has_gpu = hardware.has_gpu
+    return resolve_dtypes(settings.dtype, model.dtype, has_gpu=has_gpu, packed=model.packed)
+
+
+def _needs(
+    settings: EngineConfig, model: ModelConfig, hardware: Hardware, tokens: int
+) -> Footprint:
+    """Bytes of the model, with steps of up to ``tokens``."""
+    dtypes = _dtypes(settings, model, hardware)
+    return footprint(
+        model,
+        dtype=dtypes.compute,
+        expert_dtype=dtypes.expert,
+        max_batched_tokens=tokens,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        graph_rows=largest_bucket(settings.max_num_seqs) if hardware.has_gpu else 0,
+    )
 
 
 def _budget(settings: EngineConfig, model: ModelConfig) -> Budget:
+    given = settings.placement
     return Budget(
         max_context=model.max_position,
         vram_bytes=_bytes(settings.vram_gb),
@@ -89,6 +104,7 @@ def _budget(settings: EngineConfig, model: ModelConfig) -> Budget:
         context_tokens=settings.max_model_len,
         page_size=PAGE_SIZE,
         max_num_seqs=settings.max_num_seqs,
+        gpu_experts=None if given is None else given.num_resident,
         spares_per_layer=int(settings.placement_policy == "adaptive"),
     )
 

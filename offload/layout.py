@@ -1,7 +1,7 @@
 """How a budget is spent: KV pages and number of experts on the GPU side, with what is missing.
 
 The order is: CUDA context, margin, dense weights, workspace, KV pages, then experts; where not all
-of them fit on a GPU, some of the last room is for those that pass through it. Nothing here raises;
+of them fit on a GPU, the first of that room is for those that pass through it. Nothing here raises;
 :mod:`offload.planner` refuses a layout that is short of memory.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from offload.hardware import Hardware
 from offload.plan import Budget, Footprint, GpuSide
-from offload.staging import DIVISOR, staging_slots
+from offload.staging import DIVISOR, LEAST_SLOTS, least_slots, staging_slots
 from offload.units import MIB
 
 LEAST_CONTEXT = 2048  # tokens that an unasked context has at least
@@ -124,6 +124,12 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     )
 
 
+def has_ring(footprint: Footprint, layout: Layout) -> bool:
+    """Whether cold experts find the least slots to pass through, or nothing is cold."""
+    is_cold = layout.num_gpu_experts < footprint.total_experts
+    return not is_cold or layout.staging_slots >= min(LEAST_SLOTS, footprint.num_experts)
+
+
 def context_range(budget: Budget) -> tuple[int, int]:
     """Least and most tokens that one request may hold."""
     if budget.context_tokens is not None:
@@ -149,9 +155,10 @@ def _slots(footprint: Footprint, budget: Budget, side: GpuSide, room: int) -> tu
     is_staged = side is GpuSide.CUDA and (room < total if asked is None else asked < total)
     if not is_staged:
         return (min(total, room) if asked is None else asked), 0, 0
-    num_spare = min(room, budget.spares_per_layer * len(footprint.moe_layers))
+    kept = 0 if asked else least_slots(footprint.num_experts, room)
+    num_spare = min(room - kept, budget.spares_per_layer * len(footprint.moe_layers))
     room -= num_spare
-    left = room // DIVISOR if asked is None else max(0, room - asked)
+    left = max(kept, room // DIVISOR) if asked is None else max(0, room - asked)
     num_staging = staging_slots(footprint.expert_bytes, footprint.num_experts, left)
     return (room - num_staging if asked is None else asked), num_staging, num_spare
 

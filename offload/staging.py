@@ -6,7 +6,7 @@ STAGING_BYTES = 512 * MIB  # 10 ms of PCIe 5: longer than a layer's attention an
 LEAST_SLOTS = 4  # of large experts: one in use, one or two under way, one ahead
 MOST_SLOTS = 64
 NUM_BANKS = 8  # slots are filled and used some at a time; more banks only cost launches
-# Of the room for experts, at most this part: what it takes, residents lose.
+# Of the room for experts, at most this part beyond the least: what it takes, residents lose.
 DIVISOR = 8
 
 
@@ -14,6 +14,11 @@ def staging_slots(expert_bytes: int, num_experts: int, room: int) -> int:
     """Slots of the ring for a model whose layers have ``num_experts``, out of ``room`` experts."""
     wanted = max(LEAST_SLOTS, min(MOST_SLOTS, STAGING_BYTES // expert_bytes))
     return min(wanted, num_experts, room)
+
+
+def least_slots(num_experts: int, room: int) -> int:
+    """Slots that come before any resident: without a ring the CPU computes whole prompts."""
+    return min(LEAST_SLOTS, num_experts, room)
 
 
 def bank_slots(num_slots: int) -> int:

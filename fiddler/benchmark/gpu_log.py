@@ -39,7 +39,8 @@ class GpuLog:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)
+        # there is one cycle; without acc_events the profiler warns that it would forget others
+        self._profile = profile(activities=activities, acc_events=True)
         self._marks_ns: dict[str, float] = {}
         self.events: list[dict[str, Any]] = []
 

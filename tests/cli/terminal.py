@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pexpect
+import pytest
+
+pexpect = pytest.importorskip("pexpect")
 
 HERE = Path(__file__).parent
 FAKE_FIDDLER = [sys.executable, str(HERE / "fiddler_with_fake_llm.py")]

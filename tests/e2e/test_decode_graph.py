@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import offload.prefill
 from fiddler import LLM, SamplingParams
 from fiddler.engine.decode_graph import DecodeSteps
 from fiddler.errors import WorkerError
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
-from offload.prefill_costs import PrefillCosts
 from tests.forward import random_texts
 from tests.model.test_parity import MODELS, folder_of, split_at_random
 from tests.random_swaps import random_placement
@@ -26,13 +24,6 @@ from tests.tiny_models import MODEL_TYPES
 
 pytestmark = pytest.mark.gpu
 WAYS = ("values", "hostfunc")
-
-
-@pytest.fixture(autouse=True)
-def same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are divided alike at every load, so that they are rounded alike."""
-    costs = PrefillCosts(copy_s=1e-4, expert_s=lambda tokens: 1e-4 + 1e-6 * tokens, hand_over=None)
-    monkeypatch.setattr(offload.prefill, "measure_costs", lambda *args, **options: costs)
 
 
 @contextmanager

@@ -232,23 +232,26 @@ def test_the_most_experts_that_fit_beside_an_asked_context(
         assert made.placement.num_resident == max(fitting)
 
 
-def test_what_passes_through_takes_a_small_part_of_the_room() -> None:
-    """300 MiB experts: four slots, where they are at most an eighth of the room for experts."""
+def test_what_passes_through_comes_first_and_takes_a_small_part_of_a_large_room() -> None:
+    """300 MiB experts: four slots; small ones have more, up to an eighth of the room."""
     nothing_else = {"dense_bytes": 1, "dense_read_bytes": 1, "workspace_bytes": 0}
     footprint = model(num_layers=16, moe_layers=tuple(range(16)), **nothing_else)
     wide = machine(vram_free_bytes=100 * GIB, ram_available_bytes=100 * GIB)
 
-    def slots(vram_gib: int) -> tuple[int, int]:
-        budget = Budget(max_context=16, vram_bytes=vram_gib * GIB)
-        made = planned(footprint, wide, budget)
+    def slots(vram_gib: int, spares: int = 0, size: int = 300) -> tuple[int, int]:
+        budget = Budget(max_context=16, vram_bytes=vram_gib * GIB, spares_per_layer=spares)
+        made = planned(replace(footprint, expert_bytes=size * MIB), wide, budget)
         return made.placement.num_resident, made.staging_slots
 
-    assert slots(3)[1] == 0
-    residents, staged = slots(6)
-    assert staged == 2 and residents == 15
+    assert slots(1) == (0, 0)
+    assert slots(3) == (3, 4)
+    assert slots(3, spares=1) == (0, 4)
+    assert slots(6) == (13, 4)
     residents, staged = slots(24)
     assert staged == 4 and 70 < residents < 80
     assert slots(60) == (128, 0)
+    assert slots(2, size=100) == (8, 4)
+    assert slots(6, size=100) == (48, 5)
 
 
 def test_spare_slots_are_paid_for_where_something_is_cold() -> None:
@@ -420,7 +423,7 @@ def test_bytes_per_token_follow_the_hit_rate() -> None:
     made = plan(
         model(),
         machine(),
-        Budget(max_context=4096, vram_bytes=6 * GIB),
+        Budget(max_context=4096, vram_bytes=7 * GIB),
         Popularity(counts_LE),
         popularity_name="a profile",
     )
