@@ -49,6 +49,11 @@ def plan_model(
         popularity_name=popularity_name,
         placement=settings.placement,
     )
+    if plan.cached is not None and settings.placement_policy == "adaptive":
+        raise ConfigError(
+            "experts change places between GPU and RAM only, and some are on disk",
+            hint="use the static placement, or a larger --vram-gb or --ram-gb",
+        )
     return plan, dtypes
 
 

@@ -41,6 +41,8 @@ MAX_ROWS = MAX_TOKENS
 
 def why_not(store: ExpertStore, dtype: torch.dtype, top_k: int) -> str:
     """Why the device cannot divide these experts with activations of ``dtype``, or nothing."""
+    if store.cache is not None:
+        return "experts on disk are read when the host knows what a step needs"
     if top_k > MAX_TOP_K:
         return f"{top_k} experts per token are more than {MAX_TOP_K}"
     kinds = {

@@ -3,14 +3,15 @@
 Ordering: ``launch`` copies the layer's input to host buffers on the current stream and waits for
 that copy; then the worker pool reads the buffers while the device computes its own experts.
 ``result`` waits for the pool and enqueues the copy of its output back. The next ``launch`` waits on
-the same stream before it overwrites a buffer, so at most one layer is ever under way.
+the same stream before it overwrites a buffer, so at most one layer is ever under way. Experts that
+come from disk are read while the device is given its own.
 
 Shapes: T tokens, K top-k, H hidden, E experts, P (token, expert) pairs, M tokens of one expert.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,50 +23,15 @@ from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.packed_layout import PackedShape
 from cpu_kernels.weight_kind import WeightKind
 from offload.cold_weights import cold_packed, cold_weights
+from offload.disk_job import DiskJob
 from offload.expert_store import ExpertStore
 from offload.host_buffers import HostBuffers, HostRows
 from offload.layer_experts import LayerExperts
 from offload.prefill_split import LEAST_TOKENS
+from offload.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from offload.prefill import PendingPrefill, PrefillExperts  # triton, for GPUs only
-
-
-class WorkerPool(Protocol):
-    """The part of :class:`cpu_kernels.expert_pool.ExpertPool` that is used here."""
-
-    def add_layer(
-        self,
-        experts: Experts,
-        *,
-        activations: Activations = "f32",
-        place_of: np.ndarray | None = None,
-        hand_over: int | None = None,
-    ) -> Any: ...
-
-    def bind(
-        self,
-        layer: Any,
-        x_TH: np.ndarray,
-        ids_TK: np.ndarray,
-        weights_TK: np.ndarray,
-        out_TH: np.ndarray,
-        /,
-    ) -> None: ...
-
-    def remove_layer(self, layer: Any) -> None: ...
-
-    def submit(
-        self,
-        layer: Any,
-        x_TH: np.ndarray,
-        ids_TK: np.ndarray,
-        weights_TK: np.ndarray,
-        out_TH: np.ndarray,
-        /,
-    ) -> None: ...
-
-    def wait(self) -> None: ...
 
 
 def needs_warm_up(kind: WeightKind, activations: Activations = "f32") -> bool:
@@ -209,13 +175,18 @@ class HybridExperts:
         rows = self._to_host(x_TH, ids_TK, weights_TK)
         _, ids, _, _ = rows.arrays
         experts = self._store[layer]
-        cold_TK = experts.row_E[ids] >= 0
+        cold_TK = experts.slot_E[ids] < 0
         self._record(layer, ids, cold_TK)
         has_cold = bool(cold_TK.any())
-        if has_cold:
+        from_disk = None
+        if has_cold and self._store.cache is not None:
+            from_disk = DiskJob(self._store.cache, layer, rows.arrays, cold_TK)
+        elif has_cold:
             self._pool.submit(self._pool_layers[layer], *rows.arrays)
         is_all_cold = has_cold and bool(cold_TK.all())
         hot_TH = None if is_all_cold else self._resident(experts, x_TH, ids, ~cold_TK, weights_TK)
+        if from_disk is not None:
+            from_disk.submit(self._pool, self._pool_layers[layer])
         return PendingLayer(self, hot_TH, rows.out_TH if has_cold else None)
 
     def collect(self, out_TH: torch.Tensor) -> torch.Tensor:
@@ -245,7 +216,7 @@ class HybridExperts:
         return rows
 
     def _record_ids(self, layer: int, ids: np.ndarray) -> None:
-        self._record(layer, ids, self._store[layer].row_E[ids] >= 0)
+        self._record(layer, ids, self._store[layer].slot_E[ids] < 0)
 
     def _record(self, layer: int, ids: np.ndarray, cold_TK: np.ndarray) -> None:
         num_cold_T = cold_TK.sum(axis=1)

@@ -6,7 +6,8 @@ arrays that hold weights and tables stay the same ones.
 The GPU side has slots in device memory; the CPU side has rows in host memory. On a machine without
 a GPU both are host memory: torch computes the slots there, the worker pool the rows. Layout of one
 expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous; or, of
-packed experts, their bytes (docs/packed-experts.md), w13's and then w2's.
+packed experts, their bytes (docs/packed-experts.md), w13's and then w2's. Where host memory cannot
+hold all rows, only some have pages (:mod:`offload.row_cache`).
 
 Ordering: reader threads fill, and thereby create the pages of, one layer after the other; a layer's
 host memory is pinned by other threads as soon as it is full, while the next ones are read. It is
@@ -17,9 +18,9 @@ expert.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,8 @@ from offload.cold_weights import ColdWeights, cold_packed, cold_weights
 from offload.layer_experts import LayerExperts
 from offload.pinning import PinError, PinnedMemory
 from offload.placement import Placement
+from offload.reader_threads import reader_threads
+from offload.row_cache import Key, RowCache, give_back_pages
 
 # fill(layer, expert, w13_FH, w2_HI), or of packed experts fill(layer, expert, blob_B): write one
 # expert's weights into the given tensors
@@ -61,10 +64,13 @@ class ExpertStore:
         dtype: torch.dtype,
         packed: WeightKind | None = None,
         has_spares: bool = False,
+        cached: Placement | None = None,
     ) -> None:
         """``dtype`` of packed experts is uint8.
 
         ``has_spares``: a slot more in each layer with experts on both sides, to swap them.
+        ``cached``: host memory holds as many cold experts at a time, and begins with these; None:
+        it holds them all.
         """
         assert (packed is not None) == (dtype == torch.uint8)
         assert len(placement.resident) == shape.num_layers
@@ -80,7 +86,9 @@ class ExpertStore:
             layer: self._allocate(placement.resident[layer], layer, device)
             for layer in shape.moe_layers
         }
-        is_gpu = device.type == "cuda" and bool(self._cold)
+        self.cache = None if cached is None else RowCache(_keys(cached), self._let_go)
+        # pages that are given back must not be pinned
+        is_gpu = device.type == "cuda" and bool(self._cold) and self.cache is None
         self._pinned = PinnedMemory(self) if is_gpu else None
 
     def __getitem__(self, layer: int) -> LayerExperts:
@@ -96,19 +104,27 @@ class ExpertStore:
         """Write every expert to its place, ``num_threads`` at a time; pin what a GPU is to read.
 
         ``on_progress(done, total)`` counts experts. The first error ends the filling. Where the
-        driver pins no more, a RuntimeWarning says so: copies from the rest are then slower.
+        driver pins no more, a RuntimeWarning says so: copies from the rest are then slower. Where
+        experts stay on disk, ``fill_expert`` is called again whenever one is needed.
         """
-        work = [(layer, e) for layer in self._layers for e in range(self.shape.num_experts)]
+        work = [
+            (layer, e)
+            for layer in self._layers
+            for e in range(self.shape.num_experts)
+            if self._begins_in_memory(layer, e)
+        ]
 
         def fill_one(item: tuple[int, int]) -> tuple[int, int]:
             fill_expert(*item, *self._layers[item[0]].place(item[1]))
             return item
 
         pins: list[Future[None]] = []
+        readers = reader_threads(num_threads)
+        if self.cache is not None:
+            self.cache.read_with(lambda *item: fill_one(item), readers)
         with (
-            _one_torch_thread_each() as one_thread,
             ThreadPoolExecutor(PIN_THREADS, thread_name_prefix="fiddler-pin") as pinners,
-            ThreadPoolExecutor(num_threads, "fiddler-load", initializer=one_thread) as readers,
+            readers if self.cache is None else nullcontext(),
         ):
             for done, (layer, expert) in enumerate(readers.map(fill_one, work), start=1):
                 if expert == self.shape.num_experts - 1:  # in order: the layer is full
@@ -121,6 +137,14 @@ class ExpertStore:
                 raise error
             text = _pageable_text(error, len(refused), len(self._cold))
             warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _begins_in_memory(self, layer: int, expert: int) -> bool:
+        is_resident = self._layers[layer].slot_E[expert] >= 0
+        return is_resident or self.cache is None or (layer, expert) in self.cache
+
+    def _let_go(self, layer: int, expert: int) -> None:
+        for row in self._layers[layer].place(expert):
+            give_back_pages(row)
 
     def _pin(self, layer: int) -> None:
         if self._pinned is not None and layer in self._cold:
@@ -146,6 +170,8 @@ class ExpertStore:
 
     def clear(self) -> None:
         """Drop all weights."""
+        if self.cache is not None:
+            self.cache.close()
         if self._pinned is not None:
             self._pinned.release()
         self._layers.clear()
@@ -208,18 +234,8 @@ class ExpertStore:
         )
 
 
-@contextmanager
-def _one_torch_thread_each() -> Iterator[Callable[[], None]]:
-    """What reader threads start with: 16 of them with 16 threads of torch's each only fight.
-
-    torch gives the last number that any thread has set to threads that come later: so the caller
-    sets its own once more.
-    """
-    before = torch.get_num_threads()
-    try:
-        yield lambda: torch.set_num_threads(1)
-    finally:
-        torch.set_num_threads(before)
+def _keys(placement: Placement) -> list[Key]:
+    return [(layer, e) for layer, some in enumerate(placement.resident) for e in sorted(some)]
 
 
 def _pageable_text(error: PinError, num_refused: int, num_layers: int) -> str:

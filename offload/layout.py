@@ -1,8 +1,10 @@
 """How a budget is spent: KV pages and number of experts on the GPU side, with what is missing.
 
 The order is: CUDA context, margin, dense weights, workspace, KV pages, then experts; where not all
-of them fit on a GPU, the first of that room is for those that pass through it. Nothing here raises;
-:mod:`offload.planner` refuses a layout that is short of memory.
+of them fit on a GPU, the first of that room is for those that pass through it. RAM holds the other
+experts, or as many as it can at a time; then the rest is on disk until a step needs it, and nothing
+passes through the GPU. Nothing here raises; :mod:`offload.planner` refuses a layout that is short
+of memory.
 """
 
 import math
@@ -48,6 +50,8 @@ class Layout:
     staging_slots: int  # for experts that pass through
     spare_slots: int  # for experts that change places
     spare_bytes: int
+    num_ram_experts: int  # that RAM holds at a time
+    num_disk_experts: int  # that it has no room for
     expert_room: int  # VRAM that is left for experts; 0 without a GPU side
     vram_limit: int
     vram_needed: int  # without the experts
@@ -86,7 +90,8 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     context = hardware.cuda_context_bytes if side is GpuSide.CUDA else 0
     margin = margin_bytes(footprint) if side is GpuSide.CUDA else 0
     fixed = context + margin + footprint.dense_bytes + footprint.workspace_bytes
-    all_experts = footprint.total_experts * footprint.expert_bytes
+    size = footprint.expert_bytes
+    all_experts = footprint.total_experts * size
     ram_limit = ram_limit_bytes(hardware, budget)
     vram_limit = vram_limit_bytes(hardware, budget)
 
@@ -98,9 +103,17 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # Experts get what the reserve leaves, not what its whole pages leave: with that, one more
     # byte of VRAM never costs an expert.
     free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
-    slots = _slots(footprint, budget, side, free // footprint.expert_bytes)
-    num_experts, num_staging, num_spare = slots
-    on_gpu = num_experts * footprint.expert_bytes
+    num_experts, num_staging, num_spare = _slots(footprint, budget, side, free // size)
+    needed = 0 if side is GpuSide.CUDA else fixed + kv  # of RAM, before any expert
+    if side is GpuSide.EMULATED:
+        needed += num_experts * size
+    ram_room = max(0, ram_limit - needed) // size
+    if num_staging + num_spare and ram_room < footprint.total_experts - num_experts:
+        num_experts = free // size if budget.gpu_experts is None else budget.gpu_experts
+        num_staging = num_spare = 0
+    num_cold = footprint.total_experts - num_experts
+    num_in_ram = min(num_cold, max(ram_room, least_in_ram(footprint)))
+    on_gpu = num_experts * size
 
     return Layout(
         side=side,
@@ -113,15 +126,22 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         gpu_expert_bytes=on_gpu,
         staging_slots=num_staging,
         spare_slots=num_spare,
-        spare_bytes=num_spare * footprint.expert_bytes,
+        spare_bytes=num_spare * size,
+        num_ram_experts=num_in_ram,
+        num_disk_experts=num_cold - num_in_ram,
         expert_room=free,
         vram_limit=vram_limit,
         vram_needed=0 if side is GpuSide.NONE else fixed + kv,
         is_vram_overdrawn=side is GpuSide.CUDA and vram_limit > usable_vram_bytes(hardware),
         ram_limit=ram_limit,
-        ram_needed=all_experts - on_gpu if side is GpuSide.CUDA else fixed + kv + all_experts,
+        ram_needed=needed + num_in_ram * size,
         is_ram_overdrawn=(budget.ram_bytes or 0) > hardware.ram_total_bytes,
     )
+
+
+def least_in_ram(footprint: Footprint) -> int:
+    """Experts that RAM has to hold at a time: those of one token in one layer."""
+    return min(footprint.top_k, footprint.num_experts)
 
 
 def has_ring(footprint: Footprint, layout: Layout) -> bool:

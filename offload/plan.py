@@ -63,7 +63,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBytes:
-    """What takes how much. All but ``cpu_experts`` is the GPU side's, and sums to its budget."""
+    """What takes how much. All but the last two is the GPU side's, and sums to its budget."""
 
     context: int  # the CUDA context
     margin: int  # kept free for late kernels and allocator holes
@@ -72,8 +72,9 @@ class MemoryBytes:
     workspace: int
     staging: int  # slots that cold experts pass through in prompts, and spare ones
     gpu_experts: int
-    cpu_experts: int
     unused: int
+    cpu_experts: int  # that RAM holds at a time
+    disk_experts: int  # that it has no room for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,7 @@ class TokenBytes:
 
     hot_experts: int  # on the GPU side
     cold_experts: int  # on the CPU side
+    disk_experts: int  # those of them that come from disk first, if RAM keeps the most used ones
     dense: int
     kv: int
 
@@ -90,6 +92,8 @@ class TokenBytes:
 class Plan:
     """Where everything lives. ``num_pages`` KV pages hold ``page_size`` tokens each.
 
+    ``cached`` are the experts that RAM begins with where it does not hold all cold ones at a time;
+    the others are on disk until a step needs them. None: it holds them all.
     ``expected_hit_rate`` is the share of (token, expert) pairs that meet a resident expert if the
     future is like ``popularity``. ``staging_slots`` are those that cold experts pass through
     on a GPU, ``spare_slots`` those that are kept free. ``vram_budget_bytes`` is 0 without a GPU
@@ -99,6 +103,7 @@ class Plan:
 
     gpu_side: GpuSide
     placement: Placement
+    cached: Placement | None
     num_pages: int
     page_size: int
     context_tokens: int
@@ -115,8 +120,9 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as JSON types; ``placement`` becomes sorted expert ids per layer."""
+        """Everything as JSON types; placements become sorted expert ids per layer."""
         fields = asdict(self)
         del fields["popularity"]
-        fields["placement"] = [sorted(layer) for layer in self.placement.resident]
+        for name, placed in (("placement", self.placement), ("cached", self.cached)):
+            fields[name] = placed and [sorted(layer) for layer in placed.resident]
         return {**fields, "gpu_side": self.gpu_side.value, "notes": list(self.notes)}

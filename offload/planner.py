@@ -50,16 +50,20 @@ def plan(
     layout = checked_layout(footprint, hardware, budget)
     if placement is None:
         placement = place(popularity, footprint.moe_layers, layout.num_gpu_experts)
+    cached = _cached(footprint, layout, placement, popularity)
     hits_L = resident_shares(placement, popularity)
-    hit_rate = sum(hits_L[layer] for layer in footprint.moe_layers) / len(footprint.moe_layers)
+    hit_rate = _mean(hits_L, footprint)
     return Plan(
         gpu_side=layout.side,
         placement=placement,
+        cached=cached,
         num_pages=layout.num_pages,
         page_size=budget.page_size,
         context_tokens=layout.context_tokens,
         memory=_memory(footprint, layout),
-        per_token=_token_bytes(footprint, layout, hit_rate),
+        per_token=_token_bytes(
+            footprint, layout, hit_rate, _disk_rate(footprint, placement, cached, popularity)
+        ),
         staging_slots=layout.staging_slots,
         spare_slots=layout.spare_slots,
         vram_budget_bytes=layout.vram_limit,
@@ -115,16 +119,22 @@ def place(popularity: Popularity, moe_layers: Sequence[int], num_resident: int) 
 
     Spread, because a layer is fastest when both sides have work in it.
     """
+    resident: list[set[int]] = [set() for _ in popularity.counts_LE]
+    for layer, expert in ranked(popularity, moe_layers)[:num_resident]:
+        resident[layer].add(expert)
+    return Placement.of(resident)
+
+
+def ranked(popularity: Popularity, moe_layers: Sequence[int]) -> list[tuple[int, int]]:
+    """All (layer, expert), the most used first."""
     shares_ME = popularity.shares()[list(moe_layers)]  # M: layers with experts
     order_ME = np.argsort(-shares_ME, axis=1, kind="stable")
     ranked_ME = np.take_along_axis(shares_ME, order_ME, axis=1)
     rank_ME = np.broadcast_to(np.arange(order_ME.shape[1]), order_ME.shape)
     # by share, ties by rank within the layer, further ties by layer (lexsort is stable)
-    best = np.lexsort((rank_ME.ravel(), -ranked_ME.ravel()))[:num_resident]
-    resident: list[set[int]] = [set() for _ in popularity.counts_LE]
-    for row, rank in zip(*np.unravel_index(best, order_ME.shape), strict=True):
-        resident[moe_layers[row]].add(int(order_ME[row, rank]))
-    return Placement.of(resident)
+    best = np.lexsort((rank_ME.ravel(), -ranked_ME.ravel()))
+    places = zip(*np.unravel_index(best, order_ME.shape), strict=True)
+    return [(moe_layers[row], int(order_ME[row, rank])) for row, rank in places]
 
 
 def resident_shares(placement: Placement, popularity: Popularity) -> list[float]:
@@ -134,6 +144,35 @@ def resident_shares(placement: Placement, popularity: Popularity) -> list[float]
         float(shares_LE[layer, sorted(experts)].sum()) if experts else 0.0
         for layer, experts in enumerate(placement.resident)
     ]
+
+
+def _cached(
+    footprint: Footprint, layout: Layout, placement: Placement, popularity: Popularity
+) -> Placement | None:
+    """The cold experts that RAM begins with, the most used ones; None: it holds them all."""
+    if not layout.num_disk_experts:
+        return None
+    cached: list[set[int]] = [set() for _ in placement.resident]
+    order = ranked(popularity, footprint.moe_layers)
+    cold = [(layer, e) for layer, e in order if e not in placement.resident[layer]]
+    for layer, expert in cold[: layout.num_ram_experts]:
+        cached[layer].add(expert)
+    return Placement.of(cached)
+
+
+def _mean(shares_L: Sequence[float], footprint: Footprint) -> float:
+    return sum(shares_L[layer] for layer in footprint.moe_layers) / len(footprint.moe_layers)
+
+
+def _disk_rate(
+    footprint: Footprint, placement: Placement, cached: Placement | None, popularity: Popularity
+) -> float:
+    """The expected share of routed tokens that meet an expert neither resident nor cached."""
+    if cached is None:
+        return 0.0
+    both = zip(placement.resident, cached.resident, strict=True)
+    held = Placement.of(some | others for some, others in both)
+    return 1.0 - _mean(resident_shares(held, popularity), footprint)
 
 
 def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
@@ -148,17 +187,21 @@ def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
         workspace=footprint.workspace_bytes,
         staging=staging,
         gpu_experts=gpu_experts,
-        cpu_experts=footprint.total_experts * footprint.expert_bytes - gpu_experts,
+        cpu_experts=layout.num_ram_experts * footprint.expert_bytes,
+        disk_experts=layout.num_disk_experts * footprint.expert_bytes,
         unused=0 if layout.side is GpuSide.NONE else layout.vram_limit - used,
     )
 
 
-def _token_bytes(footprint: Footprint, layout: Layout, hit_rate: float) -> TokenBytes:
+def _token_bytes(
+    footprint: Footprint, layout: Layout, hit_rate: float, disk_rate: float
+) -> TokenBytes:
     routed = len(footprint.moe_layers) * footprint.top_k * footprint.expert_bytes
     hot = round(routed * hit_rate)
     return TokenBytes(
         hot_experts=hot,
         cold_experts=routed - hot,
+        disk_experts=round(routed * disk_rate),
         dense=footprint.dense_read_bytes,
         kv=layout.context_tokens * footprint.kv_bytes_per_token,
     )
@@ -174,13 +217,25 @@ def _notes(
     if layout.side is GpuSide.EMULATED:
         notes.append("no GPU here: the CPU also computes the GPU side, which lives in RAM")
     if layout.side is GpuSide.NONE:
-        notes.append("no GPU here and no VRAM budget: everything is in RAM")
+        where = "on the CPU side" if layout.num_disk_experts else "in RAM"
+        notes.append(f"no GPU here and no VRAM budget: everything is {where}")
     elif layout.num_gpu_experts == footprint.total_experts:
         notes.append("every expert fits on the GPU side")
     elif layout.num_gpu_experts == 0 and budget.gpu_experts is None:
         notes.append("no expert fits on the GPU side: the CPU computes them all")
     elif not is_known:
         notes.append("no profile: every expert counts the same")
+    if layout.num_disk_experts:
+        notes.append(
+            f"RAM holds {layout.num_ram_experts:,} experts at a time; others are read from disk "
+            "when a step needs them"
+        )
+        if layout.num_ram_experts < footprint.num_experts:
+            notes.append("RAM does not hold a whole layer: prompts read experts again and again")
+        if layout.side is GpuSide.CUDA:
+            notes.append(
+                "with experts on disk, steps run without CUDA graphs and prompts on the CPU"
+            )
     if budget.context_tokens is None and layout.context_tokens < budget.max_context:
         more = size_text(footprint.kv_bytes_per_token * 1024)
         notes.append(

@@ -69,11 +69,16 @@ def refuse_placement(
 def refuse_ram(
     footprint: Footprint, hardware: Hardware, budget: Budget, layout: Layout
 ) -> OutOfMemoryError:
-    """The host cannot hold its part."""
-    num_cpu_experts = footprint.total_experts - layout.num_gpu_experts
-    what = f"{num_cpu_experts:,} experts of {size_text(footprint.expert_bytes)} need"
+    """The host cannot hold what a step needs at a time."""
+    what = (
+        f"{layout.num_ram_experts:,} experts of {size_text(footprint.expert_bytes)}, one token's,"
+    )
+    what = f"{what} need"
     if layout.side is not GpuSide.CUDA:
-        what = f"the whole model with {layout.context_tokens:,} tokens of context needs"
+        what = (
+            f"the model with {layout.context_tokens:,} tokens of context and one token's experts "
+            "needs"
+        )
     usable = f"{size_text(layout.ram_limit)} may be used"
     if budget.ram_bytes is not None and budget.ram_bytes > layout.ram_limit:
         usable = (

@@ -50,7 +50,7 @@ class Subject:
     def weight_bytes(self) -> int:
         """Of all weights, in memory."""
         memory = self.plan.memory
-        return memory.dense + memory.gpu_experts + memory.cpu_experts
+        return memory.dense + memory.gpu_experts + memory.cpu_experts + memory.disk_experts
 
     @property
     def num_params(self) -> int:

@@ -82,18 +82,22 @@ def _memory_table(facts: PlanFacts) -> "Table":
     experts = f"experts, {resident:,} + {num_experts - resident:,}"
     if plan.gpu_side is GpuSide.NONE:
         experts = f"experts, {num_experts:,}"
-    _add(table, plan, experts, memory.gpu_experts, memory.cpu_experts)
+    if plan.cached is not None:
+        on_disk = num_experts - resident - plan.cached.num_resident
+        experts = f"experts, {resident:,} + {plan.cached.num_resident:,} + {on_disk:,}"
+    _add(table, plan, experts, memory.gpu_experts, memory.cpu_experts, memory.disk_experts)
     if memory.unused:
         _add(table, plan, "unused", memory.unused, 0)
     on_gpu = sum(size for _, size in rows) + memory.gpu_experts + memory.unused
-    _add(table, plan, "total", on_gpu, memory.cpu_experts)
+    _add(table, plan, "total", on_gpu, memory.cpu_experts, memory.disk_experts)
     return table
 
 
 def _token_table(plan: Plan) -> "Table":
     read = plan.per_token
     table = _table("What one token reads", plan)
-    _add(table, plan, "experts, as expected", read.hot_experts, read.cold_experts)
+    cold = read.cold_experts - read.disk_experts
+    _add(table, plan, "experts, as expected", read.hot_experts, cold, read.disk_experts)
     _add(table, plan, "dense weights", read.dense, 0)
     _add(table, plan, f"KV cache at {plan.context_tokens:,} tokens", read.kv, 0)
     return table
@@ -134,15 +138,17 @@ def _table(title: str, plan: Plan) -> "Table":
     table.add_column(GPU_HEADING[plan.gpu_side], justify="right", min_width=9)
     if plan.gpu_side is not GpuSide.NONE:
         table.add_column("CPU", justify="right", min_width=9)
+    if plan.cached is not None:
+        table.add_column("disk", justify="right", min_width=9)
     return table
 
 
-def _add(table: "Table", plan: Plan, name: str, on_gpu: int, on_cpu: int) -> None:
-    """Add a row; without a GPU side both sizes are RAM's."""
-    if plan.gpu_side is GpuSide.NONE:
-        table.add_row(name, size_text(on_gpu + on_cpu))
-    else:
-        table.add_row(name, *(size_text(size) if size else "" for size in (on_gpu, on_cpu)))
+def _add(table: "Table", plan: Plan, name: str, on_gpu: int, on_cpu: int, on_disk: int = 0) -> None:
+    """Add a row; without a GPU side the first two sizes are RAM's."""
+    sizes = [on_gpu + on_cpu] if plan.gpu_side is GpuSide.NONE else [on_gpu, on_cpu]
+    if plan.cached is not None:
+        sizes.append(on_disk)
+    table.add_row(name, *(size_text(size) if size else "" for size in sizes))
 
 
 def _num_moe_layers(config: ModelConfig) -> int:

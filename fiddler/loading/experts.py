@@ -1,6 +1,7 @@
 """Every expert to its one place, and what computes them there."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 
@@ -11,16 +12,24 @@ from offload.calibration import Calibration, default_folder, machine_facts
 from offload.executor import HybridExperts
 from offload.expert_store import ExpertShape, ExpertStore
 
+_log = logging.getLogger("fiddler.loading")
+
 # Readers copy from mapped files or draw numbers, without Python's lock: one a core.
 LOAD_THREADS = max(4, os.cpu_count() or 1)
 
 
 def load_experts(ground: Ground, source: WeightSource) -> HybridExperts:
-    """Read them all, then learn or remember what they cost."""
+    """Read them all, or what memory holds, then learn or remember what they cost."""
     store = _fill_store(ground, source)
+    if store.cache is not None:
+        _log.warning(
+            "%d of %d experts have no room in memory and are read from disk when a step needs them",
+            ground.plan.memory.disk_experts // store.expert_bytes,
+            len(store.shape.moe_layers) * store.shape.num_experts,
+        )
     sizes = {"max_tokens": ground.step_tokens, "top_k": ground.config.top_k}
     prefill = None
-    if ground.device.type == "cuda":
+    if ground.device.type == "cuda" and store.cache is None:
         from offload.prefill_setup import make_prefill  # triton wants a GPU
 
         prefill = make_prefill(
@@ -55,6 +64,7 @@ def _fill_store(ground: Ground, source: WeightSource) -> ExpertStore:
         dtype=ground.expert_dtype,
         packed=config.packed,
         has_spares=ground.plan.spare_slots > 0,
+        cached=ground.plan.cached,
     )
     ground.resources.callback(store.clear)
 

@@ -67,6 +67,8 @@ def load_model(
         num_tokens = step_tokens(settings, files.config, hardware)
         if check_plan is not None:
             check_plan(plan)
+        if plan.cached is not None:  # the files are read for as long as the model runs
+            resources.enter_context(reading.pop_all())
         device = torch.device("cuda" if hardware.has_gpu else "cpu")
         resources.callback(give_back_memory, device)
         limit_vram(plan, hardware, resources)

@@ -79,7 +79,7 @@ def _find_folder(settings: EngineConfig, on_progress: Progress | None) -> ModelF
 
 
 def open_source(settings: EngineConfig, files: ModelFiles, reading: ExitStack) -> WeightSource:
-    """Open the weights and check that all are there; a checkpoint stays mapped while loading."""
+    """Open the weights and check that all are there; ``reading`` closes them."""
     if settings.load_format == "dummy":
         if files.config.packed is not None:
             raise ConfigError(

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.experts import DENSE, Experts
 from offload.cold_weights import NUMPY_DTYPES
-from offload.executor import HybridExperts, WorkerPool, warm_up
+from offload.executor import HybridExperts, warm_up
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.host_buffers import MAX_KEPT, HostBuffers
 from offload.placement import Placement
+from offload.worker_pool import WorkerPool
 
 E, K, H, WIDTH = 6, 2, 8, 4
 MAX_TOKENS = 5

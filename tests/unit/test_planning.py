@@ -1,5 +1,7 @@
 """The largest step: as asked, or as many tokens as leave the VRAM to the experts."""
 
+from dataclasses import replace
+
 import pytest
 
 from fiddler.config import EngineConfig
@@ -86,3 +88,13 @@ def test_the_plan_counts_the_activations_of_the_step() -> None:
 def test_a_target_is_a_time(value: float) -> None:
     with pytest.raises(ConfigError, match="tbt_target_ms must be more than 0"):
         EngineConfig(tbt_target_ms=value)
+
+
+def test_experts_on_disk_cannot_change_places() -> None:
+    settings = EngineConfig(vram_gb=16, ram_gb=20, placement_policy="adaptive")
+    with pytest.raises(ConfigError, match="some are on disk") as caught:
+        plan_model(settings, load_shape("qwen3-30b-a3b"), machine(), name="q", folder=None)
+    assert "--ram-gb" in caught.value.hint
+    settings = replace(settings, placement_policy="static")
+    plan, _ = plan_model(settings, load_shape("qwen3-30b-a3b"), machine(), name="q", folder=None)
+    assert plan.cached is not None and plan.staging_slots == plan.spare_slots == 0
