@@ -1,7 +1,9 @@
 """The stage of an expert layer with row-major weights (bf16 or float32): two phases, or three.
 
 Routes and act = f(gate, up), by tiles of rows; out = sum of weight * down. With bf16 activations
-there is a phase before these that rounds x. Pieces are as in :mod:`cpu_kernels.packed_stage`.
+there is a phase before these that rounds x. Pieces are as in :mod:`cpu_kernels.packed_stage`. Of
+each expert the first ``computed_width`` rows of gate and up are computed, and as many columns of
+w2, whose rows are ``job.width`` long whatever is computed.
 """
 
 from typing import Any
@@ -42,6 +44,7 @@ from cpu_kernels.pieces import (
     piece_range,
 )
 from cpu_kernels.routes import (
+    computed_width,
     make_routes,
     routed_experts,
     routed_pairs,
@@ -165,15 +168,15 @@ def gate_up_panel(path, part, form, job, row_bytes, panel, tokens, room, sums):
 
 
 @jit
-def gate_up_piece(path, part, form, row_bytes, job, worker, begin, end):
+def gate_up_piece(path, part, form, row_bytes, job, width, worker, begin, end):
     """The tiles whose cost lies in [begin, end)."""
     room, sums = room_of(job, worker), sums_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
-    tiles, before = (job.width + ROWS - 1) // ROWS, 0
+    tiles, before = (width + ROWS - 1) // ROWS, 0
     for n in range(len(places)):
         first_tile, last_tile, before = share_of(starts, n, tiles, before, begin, end)
-        last_row = min(last_tile * ROWS, job.width)
+        last_row = min(last_tile * ROWS, width)
         for row in range(first_tile * ROWS, last_row, PANEL_ROWS):
             num_rows = min(PANEL_ROWS, last_row - row)
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
@@ -185,19 +188,20 @@ def gate_up_piece(path, part, form, row_bytes, job, worker, begin, end):
 @jit
 def gate_up(path, part, form, row_bytes, job, worker, num_workers):
     places, starts = routed_experts(job, worker)
-    cost = total_cost(starts, (job.width + ROWS - 1) // ROWS)
-    rounds = num_rounds(len(places) * 2 * job.width * row_bytes, num_workers)
+    width = computed_width(job, worker)
+    cost = total_cost(starts, (width + ROWS - 1) // ROWS)
+    rounds = num_rounds(len(places) * 2 * width * row_bytes, num_workers)
     forget_pieces(job.taken, DOWN, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(cost, piece, rounds, num_workers)
-        gate_up_piece(path, part, form, row_bytes, job, worker, begin, end)
+        gate_up_piece(path, part, form, row_bytes, job, width, worker, begin, end)
         piece = next_piece(job.taken, GATE_UP, rounds, num_workers)
 
 
 @jit
-def down_panel(path, part, job, row_bytes, panel, pairs, room, sums):
-    """out[tokens of the pairs, rows] += weight * (rows of one expert) . act."""
+def down_panel(path, part, job, row_bytes, width, panel, pairs, room, sums):
+    """out[tokens of the pairs, rows] += weight * (rows of one expert) . act[:width]."""
     place, row, num_rows, first, last = panel
     products, _, xs, rows = room
     num_pairs = last - first
@@ -205,13 +209,13 @@ def down_panel(path, part, job, row_bytes, panel, pairs, room, sums):
     fill_addresses(rows, num_rows + ROWS - 1, base, row, row + num_rows - 1, row_bytes)
     fill_addresses(xs, padded(num_pairs), job.act_rows, first, last - 1, job.act_row_bytes)
     out = products[0].ctypes.data
-    multiply_panel(path, part, rows, num_rows, xs, num_pairs, job.width, out, sums)
+    multiply_panel(path, part, rows, num_rows, xs, num_pairs, width, out, sums)
     add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
     add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])
 
 
 @jit
-def down_piece(path, part, row_bytes, job, worker, begin, end):
+def down_piece(path, part, row_bytes, job, width, worker, begin, end):
     """Rows [begin, end) of every expert, so that one worker adds up an output."""
     room, sums = room_of(job, worker), sums_of(job, worker)
     places, starts = routed_experts(job, worker)
@@ -223,20 +227,21 @@ def down_piece(path, part, row_bytes, job, worker, begin, end):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
                 panel = (places[n], row, num_rows, first, last)
-                down_panel(path, part, job, row_bytes, panel, pairs, room, sums)
+                down_panel(path, part, job, row_bytes, width, panel, pairs, room, sums)
 
 
 @jit
-def down(path, part, row_bytes, job, worker, num_workers):
+def down(path, part, weight_bytes, job, worker, num_workers):
     places, _ = routed_experts(job, worker)
+    width, row_bytes = computed_width(job, worker), job.width * weight_bytes
     tiles = (job.hidden + ROWS - 1) // ROWS
-    rounds = num_rounds(len(places) * job.hidden * row_bytes, num_workers)
+    rounds = num_rounds(len(places) * job.hidden * width * weight_bytes, num_workers)
     forget_pieces(job.taken, GATE_UP, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(tiles, piece, rounds, num_workers)
         begin, end = begin * ROWS, min(end * ROWS, job.hidden)
-        down_piece(path, part, row_bytes, job, worker, begin, end)
+        down_piece(path, part, row_bytes, job, width, worker, begin, end)
         piece = next_piece(job.taken, DOWN, rounds, num_workers)
 
 
@@ -263,6 +268,6 @@ def make_dense_stage(path: int) -> Any:
         elif phase == gate_up_phase:
             gate_up(path, part, form, job.hidden * weight_bytes, job, worker, num_workers)
         else:
-            down(path, part, job.width * weight_bytes, job, worker, num_workers)
+            down(path, part, weight_bytes, job, worker, num_workers)
 
     return stage

@@ -162,15 +162,22 @@ def _sum_vectors(
     """The accumulators [T, R] over all whole vectors of the rows, and where those end.
 
     Rows of a matrix follow each other, so the bytes after a tile's rows are the next tile's: what
-    is PREFETCH ahead of the end of a row lies R - 1 rows further on.
+    is PREFETCH ahead of the end of a row lies R - 1 rows further on. Where only the first elements
+    of rows are read, the next tile's begin R rows further on than these.
     """
     zero = v.constant(F32, LANES, 0)
     slots = [cgutils.alloca_once_value(builder, zero) for _ in range(len(rows) * len(xs))]
     row_bytes = builder.mul(length, I64(e.weight_bytes))
-    next_tile = builder.add(builder.mul(row_bytes, I64(len(rows) - 1)), I64(PREFETCH))
     in_row = builder.sub(length, I64(PREFETCH // e.weight_bytes))
     is_short = builder.icmp_signed("<", in_row, I64(0))
     in_row = builder.select(is_short, I64(0), in_row)
+    stride = builder.sub(rows[1], rows[0])
+    is_part = builder.icmp_signed(">", stride, row_bytes)
+    # of a row shorter than that the same element: what follows its end would not be read
+    ahead = builder.select(builder.and_(is_short, is_part), row_bytes, I64(PREFETCH))
+    stride = builder.select(is_part, stride, row_bytes)
+    next_tile = builder.sub(builder.mul(stride, I64(len(rows))), row_bytes)
+    next_tile = builder.add(next_tile, ahead)
     begin = I64(0)
     for end, unroll, ahead in (
         (in_row, UNROLL, I64(PREFETCH)),

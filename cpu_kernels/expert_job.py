@@ -17,6 +17,9 @@ ADDRESSES = (
     # Scratch: prepared rows of x and of act, act itself float32 [P, act_cols]; and each worker's
     # own: a Room, then its routes.
     *("x_rows", "act_rows", "act", "workers", "worker_stride"),
+    # int32 [E + 1] or 0: with n routed experts only the first kept[n] rows of gate and up (columns
+    # of w2) of each are computed, since somebody else adds the others; the layout stays that of I.
+    "kept",
     "error",  # where to complain
     "taken",  # words that count the pieces that workers have taken
 )

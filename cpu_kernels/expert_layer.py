@@ -40,6 +40,7 @@ class ExpertLayer:
         self.place_of = place_of
         self.number = 0  # of its job
         self.step: tuple[npt.NDArray[Any], ...] = ()  # x, ids, weights and out of the last step
+        self.kept: I32 | None = None  # of that step; see ExpertPool.bind
         self.scratch: dict[str, npt.NDArray[np.uint8]] = {}  # alive while the record points to it
         self.hand_over: HandOver | None = None
         self.record = np.zeros(1, JOB)

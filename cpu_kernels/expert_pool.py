@@ -77,21 +77,36 @@ class ExpertPool:
                 self.workers.remove_job(layer.hand_over.number)
 
     def bind(
-        self, layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out_TH: F32
+        self,
+        layer: ExpertLayer,
+        x_TH: F32,
+        ids_TS: I32,
+        weights_TS: F32,
+        out_TH: F32,
+        kept_N: I32 | None = None,
     ) -> None:
         """Give a layer that does not run its arrays; see :meth:`submit`.
 
-        Who rings ``layer.number`` without submit hands no expert over.
+        Who rings ``layer.number`` without submit hands no expert over. Of n distinct experts of a
+        step only the first ``kept_N[n]`` rows of gate and up and columns of w2 are computed, the
+        biases of w2 included; N = E + 1, all or a multiple of a packed kind's group. None: all. The
+        array is read at each step. ValueError if something does not fit.
         """
         step = (x_TH, ids_TS, weights_TS, out_TH)
-        if len(layer.step) == 4 and all(a is b for a, b in zip(step, layer.step, strict=True)):
+        is_bound = len(layer.step) == 4 and all(
+            a is b for a, b in zip(step, layer.step, strict=True)
+        )
+        if is_bound and kept_N is layer.kept:
             return
         _check_step(layer, *step)
-        layer.step = step
+        if kept_N is not None:
+            _check_kept(layer, kept_N)
+        layer.step, layer.kept = step, kept_N
         num_tokens, top_k = ids_TS.shape
         record = layer.record[0]
         record["x"], record["ids"], record["weights"], record["out"] = map(_address, step)
         record["num_tokens"], record["top_k"] = num_tokens, top_k
+        record["kept"] = 0 if kept_N is None else _address(kept_N)
         self._bind_scratch(layer, num_tokens, num_tokens * top_k)
 
     def submit(
@@ -199,3 +214,12 @@ def _check_step(layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out
         raise ValueError("out must be writable")
     if np.may_share_memory(x_TH, out_TH):  # parts of out are written while others still read x
         raise ValueError("out must not share memory with x")
+
+
+def _check_kept(layer: ExpertLayer, kept_N: I32) -> None:
+    check_array("kept", kept_N, (layer.experts.num_experts + 1,), ID)
+    kind, width = layer.experts.kind, layer.experts.width
+    group = kind.group if kind.is_packed else 1
+    is_group_N = (kept_N >= 0) & (kept_N < width) & (kept_N % group == 0)
+    if not (is_group_N | (kept_N == width)).all():
+        raise ValueError(f"kept must be {width} or a smaller multiple of {group}")

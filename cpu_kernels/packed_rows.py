@@ -18,11 +18,6 @@ ROUNDER = np.float32(1.5 * 2**23)  # added and taken away it rounds half to even
 
 
 @jit
-def row_bytes(is_int8, num_groups, group):
-    return num_groups * (group + 8) if is_int8 else num_groups * group * 4
-
-
-@jit
 def copy_group(x, row, g, group):
     """The float32 of group ``g``, which may be shorter than the others in ``x``."""
     out = f32_array(row + 4 * g * group, group)
@@ -58,16 +53,20 @@ def quantise_group(x, row, g, group, num_groups):
 
 
 @jit
-def prepare_rows(source, stride, cols, num_rows, rows, is_int8, group, worker, num_workers):
-    """One worker's groups of all rows: float32 at ``source`` to prepared rows at ``rows``."""
+def prepare_rows(
+    source, stride, cols, num_rows, rows, row_bytes, is_int8, group, worker, num_workers
+):
+    """One worker's groups of all rows: float32 at ``source`` to prepared rows at ``rows``.
+
+    From row to row there are ``stride`` floats, and ``row_bytes`` bytes of what is prepared.
+    """
     num_groups = (cols + group - 1) // group
-    one_row = row_bytes(is_int8, num_groups, group)
     total = num_rows * num_groups
     for unit in range(total * worker // num_workers, total * (worker + 1) // num_workers):
         r, g = unit // num_groups, unit % num_groups
         length = min(group, cols - g * group)
         x = f32_array(source + 4 * (r * stride + g * group), length)
         if is_int8:
-            quantise_group(x, rows + r * one_row, g, group, num_groups)
+            quantise_group(x, rows + r * row_bytes, g, group, num_groups)
         else:
-            copy_group(x, rows + r * one_row, g, group)
+            copy_group(x, rows + r * row_bytes, g, group)

@@ -5,7 +5,8 @@ act (int8 only); 3. out = sum of weight * down, by blocks of rows of w2.
 
 In phase 1 the routed experts' blocks lie one behind the other and are dealt out in pieces
 (:mod:`cpu_kernels.pieces`); in phase 3 a piece has the same blocks of every expert, so that one
-worker adds up an output.
+worker adds up an output. Of each expert the first ``computed_width`` rows of gate and up are
+computed, all or whole groups of them, and as many columns of w2.
 """
 
 from typing import Any
@@ -36,6 +37,7 @@ from cpu_kernels.pieces import (
     piece_range,
 )
 from cpu_kernels.routes import (
+    computed_width,
     make_routes,
     routed_experts,
     routed_pairs,
@@ -45,16 +47,19 @@ from cpu_kernels.routes import (
 
 
 @jit
-def multiply_block(path, block, xs, num_xs, num_groups, out):
-    """out[t, r] = row r of the block . x of token t; ``xs`` is padded to whole tiles."""
+def multiply_block(path, block, xs, num_xs, num_groups, row_groups, out):
+    """out[t, r] = row r of the block . x of token t; ``xs`` is padded to whole tiles.
+
+    Of the ``row_groups`` groups of a row the first ``num_groups`` count.
+    """
     for t in range(0, num_xs, FULL_TOKENS):
         at = out + t * PANEL_ROWS * 4
         if num_xs - t == 1:
-            packed_tile(path, 1, block, xs, t, num_groups, at, PANEL_ROWS)
+            packed_tile(path, 1, block, xs, t, num_groups, row_groups, at, PANEL_ROWS)
         elif num_xs - t <= PART_TOKENS:
-            packed_tile(path, PART_TOKENS, block, xs, t, num_groups, at, PANEL_ROWS)
+            packed_tile(path, PART_TOKENS, block, xs, t, num_groups, row_groups, at, PANEL_ROWS)
         else:
-            packed_tile(path, FULL_TOKENS, block, xs, t, num_groups, at, PANEL_ROWS)
+            packed_tile(path, FULL_TOKENS, block, xs, t, num_groups, row_groups, at, PANEL_ROWS)
 
 
 @jit
@@ -70,7 +75,8 @@ def gate_up_block(path, job, sizes, panel, tokens, room):
     base = job.w13 + place * job.w13_stride + 2 * block * block_bytes
     for half in range(2):
         out = products[half].ctypes.data
-        multiply_block(path, base + half * block_bytes, xs, num_pairs, num_groups, out)
+        at = base + half * block_bytes
+        multiply_block(path, at, xs, num_pairs, num_groups, num_groups, out)
         bias_row = half * job.width + row
         add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
     for t in range(num_pairs):
@@ -84,12 +90,12 @@ def gate_up_block(path, job, sizes, panel, tokens, room):
 
 
 @jit
-def gate_up_piece(path, job, sizes, worker, begin, end):
+def gate_up_piece(path, job, sizes, width, worker, begin, end):
     """The blocks whose cost lies in [begin, end)."""
     room = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
-    blocks, before = (job.width + ROWS - 1) // ROWS, 0
+    blocks, before = (width + ROWS - 1) // ROWS, 0
     for n in range(len(places)):
         first_block, last_block, before = share_of(starts, n, blocks, before, begin, end)
         for block in range(first_block, last_block):
@@ -101,28 +107,30 @@ def gate_up_piece(path, job, sizes, worker, begin, end):
 @jit
 def gate_up(path, job, sizes, worker, num_workers):
     places, starts = routed_experts(job, worker)
-    blocks = (job.width + ROWS - 1) // ROWS
+    width = computed_width(job, worker)
+    blocks = (width + ROWS - 1) // ROWS
     cost = total_cost(starts, blocks)
     rounds = num_rounds(len(places) * 2 * blocks * sizes[1], num_workers)
     forget_pieces(job.taken, DOWN, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(cost, piece, rounds, num_workers)
-        gate_up_piece(path, job, sizes, worker, begin, end)
+        gate_up_piece(path, job, sizes, width, worker, begin, end)
         piece = next_piece(job.taken, GATE_UP, rounds, num_workers)
 
 
 @jit
 def down_block(path, job, sizes, panel, pairs, xs, products):
     """out[tokens of the pairs, rows of the block] += weight * down of one expert."""
-    num_groups, block_bytes = sizes
+    num_groups, row_groups, block_bytes = sizes
     place, block, first, last = panel
     row, num_pairs = block * ROWS, last - first
     num_rows = min(ROWS, job.hidden - row)
     for t in range(padded(num_pairs)):
         xs[t] = job.act_rows + min(first + t, last - 1) * job.act_row_bytes
     base = job.w2 + place * job.w2_stride + block * block_bytes
-    multiply_block(path, base, xs, num_pairs, num_groups, products[0].ctypes.data)
+    out = products[0].ctypes.data
+    multiply_block(path, base, xs, num_pairs, num_groups, row_groups, out)
     add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
     add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])
 
@@ -143,10 +151,13 @@ def down_piece(path, job, sizes, worker, begin, end):
 
 
 @jit
-def down(path, job, sizes, worker, num_workers):
+def down(path, job, group, group_bytes, worker, num_workers):
     places, _ = routed_experts(job, worker)
+    num_groups = (computed_width(job, worker) + group - 1) // group
+    row_groups, block_bytes = block_sizes(job.width, group, group_bytes)
+    sizes = (num_groups, row_groups, block_bytes)
     blocks = (job.hidden + ROWS - 1) // ROWS
-    rounds = num_rounds(len(places) * blocks * sizes[1], num_workers)
+    rounds = num_rounds(len(places) * blocks * num_groups * group_bytes, num_workers)
     forget_pieces(job.taken, GATE_UP, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
@@ -185,16 +196,16 @@ def make_packed_stage(path: int) -> Any:
         if phase == 0:
             if not make_routes(job, worker):
                 complain(job)
-            args = (job.x, job.hidden, job.hidden, job.num_tokens, job.x_rows)
+            args = (job.x, job.hidden, job.hidden, job.num_tokens, job.x_rows, job.x_row_bytes)
             prepare_rows(*args, is_int8, group, worker, num_workers)
         elif phase == 1:
             sizes = block_sizes(job.hidden, group, group_bytes)
             gate_up(path, job, sizes, worker, num_workers)
         elif is_int8 and phase == 2:
-            args = (job.act, job.act_cols, job.width, num_routed_pairs(job, worker), job.act_rows)
+            width, num_pairs = computed_width(job, worker), num_routed_pairs(job, worker)
+            args = (job.act, job.act_cols, width, num_pairs, job.act_rows, job.act_row_bytes)
             prepare_rows(*args, True, group, worker, num_workers)
         else:
-            sizes = block_sizes(job.width, group, group_bytes)
-            down(path, job, sizes, worker, num_workers)
+            down(path, job, group, group_bytes, worker, num_workers)
 
     return stage

@@ -35,14 +35,48 @@ CHAINS_AT_ONCE = {16: 16, 8: 8, 4: 8}[LANES]  # accumulators that leave room for
 class _Tile:
     """Emits the code of one tile; the fields are values of the function being built."""
 
-    def __init__(self, builder: Any, path: KernelPath, block: Any, xs: list[Any], groups: Any):
+    def __init__(
+        self,
+        builder: Any,
+        path: KernelPath,
+        block: Any,
+        xs: list[Any],
+        groups: Any,
+        row_groups: Any,
+    ):
         self.builder, self.path, self.block, self.xs, self.groups = builder, path, block, xs, groups
         kind = path.kind
         self.step_elements = STEP_BYTES * 8 // kind.bits // ROWS
         self.group_steps = kind.group // self.step_elements
         code_bytes = self.group_steps * STEP_BYTES
-        self.scales = builder.add(block, builder.mul(groups, I64(code_bytes)))
-        self.zeros = builder.add(self.scales, builder.mul(groups, I64(2 * ROWS)))
+        self.scales = builder.add(block, builder.mul(row_groups, I64(code_bytes)))
+        self.zeros = builder.add(self.scales, builder.mul(row_groups, I64(2 * ROWS)))
+        self.ahead = self._ahead(row_groups)
+
+    def _ahead(self, row_groups: Any) -> tuple[Any, Any, Any]:
+        """(steps, near, far): what a step below ``steps`` asks for is ``near`` bytes ahead.
+
+        Of a later step it is ``far``. In whole rows both are PREFETCH: blocks are one stream. Where
+        only the first groups are read, those of a block and of the next one are.
+        """
+        builder, kind = self.builder, self.path.kind
+        code_bytes = self.group_steps * STEP_BYTES
+        group_bytes = code_bytes + ROWS * (2 + kind.has_zeros)
+        is_whole = builder.icmp_signed("==", self.groups, row_groups)
+        block = builder.add(builder.mul(row_groups, I64(group_bytes)), I64(63))
+        block = builder.and_(block, I64(-64))
+        read = builder.mul(self.groups, I64(code_bytes))
+        read = builder.select(builder.icmp_signed("==", read, I64(0)), I64(1), read)
+        blocks, rest = builder.sdiv(I64(PREFETCH), read), builder.srem(I64(PREFETCH), read)
+        near = builder.add(builder.mul(blocks, block), rest)
+        far = builder.add(near, builder.sub(block, read))
+        steps = builder.sdiv(builder.sub(read, rest), I64(STEP_BYTES))
+        linear = I64(PREFETCH)
+        return (
+            steps,
+            builder.select(is_whole, linear, near),
+            builder.select(is_whole, linear, far),
+        )
 
     def slots(self, kind: Any, *counts: int) -> Any:
         """Places for vectors, nested lists of ``counts``; the optimiser makes registers of them."""
@@ -85,15 +119,18 @@ class _Tile:
 
     def for_steps(self, group: Any, body: Any, *, prefetches: bool = True) -> None:
         """``body(step, k)`` for the steps of a group, UNROLL a round; asks for codes ahead."""
-        first = self.builder.mul(group, I64(self.group_steps))
-        with cgutils.for_range(self.builder, I64(self.group_steps // UNROLL), intp=I64) as loop:
+        builder = self.builder
+        first = builder.mul(group, I64(self.group_steps))
+        steps, near, far = self.ahead
+        with cgutils.for_range(builder, I64(self.group_steps // UNROLL), intp=I64) as loop:
+            first_of_round = builder.add(first, builder.mul(loop.index, I64(UNROLL)))
+            # a group is whole rounds, and so is PREFETCH: one answer for the steps of a round
+            ahead = builder.select(builder.icmp_signed("<", first_of_round, steps), near, far)
             for k in range(UNROLL):
-                step = self.builder.add(first, self.builder.mul(loop.index, I64(UNROLL)))
-                step = v.offset(self.builder, step, k)
-                address = self.builder.add(self.block, self.builder.mul(step, I64(STEP_BYTES)))
+                step = v.offset(builder, first_of_round, k)
+                address = builder.add(self.block, builder.mul(step, I64(STEP_BYTES)))
                 if prefetches:
-                    ahead = v.offset(self.builder, address, PREFETCH)
-                    v.prefetch(self.builder, ahead, to_level_1=False)
+                    v.prefetch(builder, builder.add(address, ahead), to_level_1=False)
                 body(step, k)
 
     def token_float(self, token: int, index: Any, first_byte: Any) -> Any:
@@ -190,12 +227,13 @@ def _add_floats(tile: _Tile, totals: Any) -> None:
 
 
 @intrinsic
-def packed_tile(typingctx, path, num_tokens, block, xs, x, num_groups, out, stride):
+def packed_tile(typingctx, path, num_tokens, block, xs, x, num_groups, row_groups, out, stride):
     """out[t * stride + r] = row r of ``block`` . x of token t, for 16 rows and ``num_tokens``.
 
-    ``path`` and ``num_tokens`` are literals. ``xs[x + t]`` is the address of a token's prepared
-    row: float32, or int8 codes [K], scales [G] and sums of codes [G] as float32; ``out`` is the
-    address of float32.
+    ``path`` and ``num_tokens`` are literals. The block's rows have ``row_groups`` groups, of which
+    the first ``num_groups`` are multiplied. ``xs[x + t]`` is the address of a token's prepared row
+    of so many: float32, or int8 codes [K], scales [G] and sums of codes [G] as float32; ``out`` is
+    the address of float32.
     """
     if not isinstance(path, types.IntegerLiteral):
         return None
@@ -203,10 +241,10 @@ def packed_tile(typingctx, path, num_tokens, block, xs, x, num_groups, out, stri
     add_products = _add_bytes if kernel.activations == "int8" else _add_floats
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, _, block, array, first, num_groups, out, stride = args
+        _, _, block, array, first, num_groups, row_groups, out, stride = args
         data = context.make_array(v.ADDRESSES)(context, builder, array).data
         xs = [builder.load(builder.gep(data, [builder.add(first, I64(t))])) for t in range(count)]
-        tile = _Tile(builder, kernel, block, xs, num_groups)
+        tile = _Tile(builder, kernel, block, xs, num_groups, row_groups)
         totals = tile.slots(F32, count, PARTS)
         tile.clear(totals, F32)
         add_products(tile, totals)
@@ -219,4 +257,4 @@ def packed_tile(typingctx, path, num_tokens, block, xs, x, num_groups, out, stri
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(path, num_tokens, i64, v.ADDRESSES, i64, i64, i64, i64), codegen
+    return types.void(path, num_tokens, i64, v.ADDRESSES, i64, i64, i64, i64, i64), codegen

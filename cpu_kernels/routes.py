@@ -4,6 +4,8 @@ Every worker makes its own copy before its first phase: it costs less than one w
 worker would (8 choices of 128 experts: 0.3 us).
 """
 
+import numpy as np
+
 from cpu_kernels.addresses import f32_array, i32_array, i64_array
 from cpu_kernels.expert_job import ROOM
 from cpu_kernels.intrinsics import jit
@@ -78,6 +80,15 @@ def routed_experts(job, worker):
     num_routed = i64_array(base, 1)[0]
     expert = i64_array(base + 8 * COUNTS, num_routed)
     return expert, i64_array(base + 8 * (COUNTS + job.num_experts), num_routed + 1)
+
+
+@jit
+def computed_width(job, worker):
+    """Rows of gate and up that are computed of every routed expert; columns of w2."""
+    if job.kept == 0:
+        return job.width
+    num_routed = i64_array(routes_address(job, worker), 1)[0]
+    return np.int64(i32_array(job.kept, job.num_experts + 1)[num_routed])
 
 
 @jit

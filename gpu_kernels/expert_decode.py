@@ -3,7 +3,9 @@
 A program belongs to a (token, choice) pair and some weight rows. The first pair of an expert
 computes for all tokens that chose it, the other pairs' programs return at once. The second launch
 writes a pair's row in one or more partial sums; the last program to finish some rows adds a token's
-choices up in their order. So a token's result depends on nothing but that token, to the bit.
+choices up in their order. So a token's result depends on nothing but that token, to the bit. Of
+each expert only the last rows of gate and up, and columns of w2, may be computed, from one on that
+is data: programs whose rows would be others return at once.
 Shapes: T tokens, K choices of a token, P = T * K pairs, E experts, S slots, H hidden, I width;
 in kernels M weight rows of a tile, N columns (tokens, padded), C choices (padded).
 """
@@ -20,12 +22,40 @@ from torch import Tensor
 from gpu_kernels.expert_config import ExpertConfig, decode_config
 from gpu_kernels.expert_reference import experts_reference
 from gpu_kernels.expert_tile import expert_tile
-from gpu_kernels.expert_weights import ExpertLayer, check_routing, matrix_views
+from gpu_kernels.expert_weights import (
+    DenseWeights,
+    ExpertLayer,
+    check_routing,
+    matrix_views,
+)
 from gpu_kernels.sum_choices import sum_choices
 from gpu_kernels.tile_spec import tile_spec
 
 MAX_TOKENS = 32
 MAX_TOP_K = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LastRows:
+    """A part of every expert: rows of gate and up, and columns of w2, from ``first`` to the last.
+
+    ``first`` is int32 ``[1]`` on the device, a multiple of ``unit`` or the width, and never less
+    than the width minus ``most``. ``unit``: a power of two, 16 or more, and whole groups if packed.
+    """
+
+    first: Tensor
+    most: int
+    unit: int
+
+    def check(self, layer: ExpertLayer) -> None:
+        """Assert that it suits the layer, which has no biases: the other part's owner adds them."""
+        assert self.first.shape == (1,) and self.first.dtype == torch.int32
+        assert self.first.device == layer.device
+        assert 0 < self.most <= layer.width
+        assert self.unit >= 16 and self.unit & (self.unit - 1) == 0
+        if not isinstance(layer.weights, DenseWeights):
+            assert self.unit % layer.weights.layout.group == 0
+        assert layer.b13_SF is None and layer.b2_SH is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +106,7 @@ def expert_decode(
     slot_E: Tensor,
     layer: ExpertLayer,
     *,
+    last_rows: LastRows | None = None,
     out: Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     config: ExpertConfig | None = None,
@@ -84,9 +115,12 @@ def expert_decode(
 
     ``ids_TK`` int32, -1 or an index into ``slot_E`` (int32: the expert's slot, -1 where it is not
     resident); no expert twice in a token; ``weights_TK`` float32. A token without resident experts
-    gets zeros. T is 32 at most, K 16. Safe in a CUDA graph; one workspace per stream.
+    gets zeros. T is 32 at most, K 16. ``last_rows``: the sums over this part of every expert; None:
+    over all of it. Safe in a CUDA graph; one workspace per stream.
     """
     check_routing(layer, x_TH, ids_TK, weights_TK, slot_E)
+    if last_rows is not None:
+        last_rows.check(layer)
     num_tokens, top_k = ids_TK.shape
     assert num_tokens <= MAX_TOKENS and top_k <= MAX_TOP_K, (num_tokens, top_k)
     if out is None:
@@ -100,15 +134,21 @@ def expert_decode(
         workspace = DecodeWorkspace.make(layer, num_tokens * top_k, x_TH.dtype, config)
     workspace.check(layer, num_tokens * top_k, x_TH.dtype, config)
     assert num_tokens <= min(config.gate_up.columns, config.down.columns)
-    _launch(x_TH, ids_TK, weights_TK, slot_E, layer, out, workspace, config)
+    _launch(x_TH, ids_TK, weights_TK, slot_E, layer, last_rows, out, workspace, config)
     return out
 
 
 def expert_decode_reference(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, slot_E: Tensor, layer: ExpertLayer
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    slot_E: Tensor,
+    layer: ExpertLayer,
+    *,
+    first_row: int = 0,
 ) -> Tensor:
-    """The same in plain torch, computed and returned in float32."""
-    return experts_reference(x_TH, ids_TK, weights_TK, slot_E, layer)
+    """The same in plain torch, computed and returned in float32; the rows from one on."""
+    return experts_reference(x_TH, ids_TK, weights_TK, slot_E, layer, first_row=first_row)
 
 
 def _launch(
@@ -117,19 +157,24 @@ def _launch(
     weights_TK: Tensor,
     slot_E: Tensor,
     layer: ExpertLayer,
+    last_rows: LastRows | None,
     out: Tensor,
     workspace: DecodeWorkspace,
     config: ExpertConfig,
 ) -> None:
     num_tokens, top_k = ids_TK.shape
     w13, w2 = matrix_views(layer.weights)
-    spec = tile_spec(layer, "w13", config.gate_up)
-    _gate_up_kernel[(spec.num_tiles, ids_TK.numel())](
+    first, most, unit = None, layer.width, 0
+    if last_rows is not None:
+        first, most, unit = last_rows.first, last_rows.most, last_rows.unit
+    spec = tile_spec(layer, "w13", config.gate_up, unit)
+    _gate_up_kernel[(spec.num_tiles(most), ids_TK.numel())](
         x_TH,
         ids_TK,
         slot_E,
         w13,
         layer.b13_SF,
+        first,
         workspace.act_PI,
         x_TH.stride(0),
         w13.stride(0),
@@ -138,14 +183,15 @@ def _launch(
         SPEC=spec,
         **config.gate_up.launch,
     )
-    spec = tile_spec(layer, "w2", config.down)
-    _down_kernel[(spec.num_tiles, ids_TK.numel() * spec.splits)](
+    spec = tile_spec(layer, "w2", config.down, unit)
+    _down_kernel[(spec.num_tiles(spec.rows), ids_TK.numel() * spec.splits)](
         workspace.act_PI,
         ids_TK,
         weights_TK,
         slot_E,
         w2,
         layer.b2_SH,
+        first,
         workspace.part_PSH,
         workspace.done,
         out,
@@ -178,6 +224,17 @@ def _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K: tl.constexpr, N: t
     return tl.where(first == pair, slot, -1), pair_N
 
 
+@triton.jit
+def _load_first(first_ptr, SPEC: tl.constexpr):
+    """The first row that is computed; None: all are."""
+    if first_ptr is None:
+        return None
+    else:
+        # a product with a known factor tells the compiler how addresses are aligned; rounded up,
+        # since a width that is no multiple of it stands for no rows at all
+        return (tl.load(first_ptr) + SPEC.unit - 1) // SPEC.unit * SPEC.unit
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _gate_up_kernel(
     x_ptr,
@@ -185,6 +242,7 @@ def _gate_up_kernel(
     slot_ptr,
     w_ptr,
     bias_ptr,
+    first_ptr,
     act_ptr,
     stride_x,
     stride_slot,
@@ -196,6 +254,10 @@ def _gate_up_kernel(
     slot, pair_N = _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K, SPEC.columns)
     if slot < 0:
         return
+    first = _load_first(first_ptr, SPEC)
+    if first is not None:
+        if first + tl.program_id(0) * SPEC.tile_rows >= SPEC.rows:
+            return
     expert_tile(
         w_ptr + slot.to(tl.int64) * stride_slot,
         bias_ptr + slot * (2 * SPEC.rows) if bias_ptr is not None else None,
@@ -203,6 +265,7 @@ def _gate_up_kernel(
         act_ptr,
         tl.program_id(0),
         0,
+        first,
         tl.arange(0, SPEC.columns).to(tl.int64) * stride_x,
         pair_N.to(tl.int64) * SPEC.rows,
         pair_N >= 0,
@@ -218,6 +281,7 @@ def _down_kernel(
     slot_ptr,
     w_ptr,
     bias_ptr,
+    first_ptr,
     part_ptr,
     done_ptr,
     out_ptr,
@@ -240,6 +304,7 @@ def _down_kernel(
             part_ptr,
             tile,
             split,
+            _load_first(first_ptr, SPEC),
             pair_N.to(tl.int64) * SPEC.depth,
             (pair_N.to(tl.int64) * SPLITS + split) * SPEC.rows,
             pair_N >= 0,

@@ -20,25 +20,35 @@ from gpu_kernels.gated_activation import activate_reference
 
 
 def experts_reference(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, slot_E: Tensor, layer: ExpertLayer
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    slot_E: Tensor,
+    layer: ExpertLayer,
+    *,
+    first_row: int = 0,
 ) -> Tensor:
-    """Sum over a token's resident experts of weight * expert(x), float32 ``[T, H]``."""
+    """Sum over a token's resident experts of weight * expert(x), float32 ``[T, H]``.
+
+    Of gate and up only the rows from ``first_row`` on are computed, of w2 these columns.
+    """
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     slot_TK = slot_E[ids_TK.clamp(min=0).long()].masked_fill(ids_TK < 0, -1)
     for slot in slot_TK[slot_TK >= 0].unique().tolist():
         token_R, choice_R = (slot_TK == slot).nonzero(as_tuple=True)
-        expert_RH = _expert(x_TH[token_R].float(), slot, layer)
+        expert_RH = _expert(x_TH[token_R].float(), slot, layer, first_row)
         out_TH.index_add_(0, token_R, weights_TK[token_R, choice_R, None] * expert_RH)
     return out_TH
 
 
-def _expert(x_RH: Tensor, slot: int, layer: ExpertLayer) -> Tensor:
+def _expert(x_RH: Tensor, slot: int, layer: ExpertLayer, first_row: int) -> Tensor:
     w13_FH, w2_HI = slot_matrices(layer.weights, slot)
     both_RF = x_RH @ w13_FH.T
     if layer.b13_SF is not None:
         both_RF = both_RF + layer.b13_SF[slot]
     gate_RI, up_RI = both_RF.chunk(2, dim=1)
-    out_RH = activate_reference(gate_RI, up_RI, layer.activation) @ w2_HI.T
+    act_RI = activate_reference(gate_RI, up_RI, layer.activation)
+    out_RH = act_RI[:, first_row:] @ w2_HI[:, first_row:].T
     return out_RH if layer.b2_SH is None else out_RH + layer.b2_SH[slot]
 
 

@@ -2,7 +2,8 @@
 
 The weights are the left operand, so that few tokens fill a product, and both tiles share one read
 of the columns. What is compiled is said by a ``TileSpec``. Rows and blocks beyond a matrix are read
-as its last ones and never stored, so that no loop needs a mask for them.
+as its last ones and never stored, so that no loop needs a mask for them. With ``SPEC.unit`` only
+the last rows of w13 and columns of w2 are read: ``first`` is then the first of them, else None.
 Shapes: M rows of each tile, N columns, D depth of a step, B blocks of 16 rows.
 """
 
@@ -23,6 +24,7 @@ def expert_tile(
     out_ptr,
     tile,
     split,
+    first,
     x_offset_N,
     out_offset_N,
     is_used_N,
@@ -40,11 +42,18 @@ def expert_tile(
     PAIRED: tl.constexpr = SPEC.paired
     ACTIVATION: tl.constexpr = SPEC.activation
     first_row = tile * (M if PAIRED else 2 * M)
+    if PAIRED and SPEC.unit != 0:
+        first_row += first
+    begin = None if PAIRED or SPEC.unit == 0 else first
     if SPEC.bits == 0:
-        a_MN, b_MN = _dense_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC)
+        a_MN, b_MN = _dense_products(
+            w_ptr, first_row, split, begin, x_ptr, x_offset_N, is_used_N, SPEC
+        )
         a_row_M = first_row + tl.arange(0, M)
     else:
-        a_MN, b_MN = _packed_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC)
+        a_MN, b_MN = _packed_products(
+            w_ptr, first_row, split, begin, x_ptr, x_offset_N, is_used_N, SPEC
+        )
         a_row_M = first_row + tile_row(tl.arange(0, M), SPEC)
     b_row_M = a_row_M if PAIRED else a_row_M + M
     a_mask_M = a_row_M < ROWS
@@ -70,17 +79,21 @@ def expert_tile(
 def _load_columns(x_ptr, x_offset_N, is_used_N, first, SIZE: tl.constexpr, SPEC: tl.constexpr):
     """Depth ``first .. first + SIZE`` of each column, ``[N, SIZE]``; 0 beyond the matrix."""
     DEPTH: tl.constexpr = SPEC.depth
-    STEP: tl.constexpr = SPEC.step
     d_D = first + tl.arange(0, SIZE)
     mask_ND = is_used_N[:, None]
-    if DEPTH % STEP != 0:
+    if SPEC.is_ragged:
         mask_ND = mask_ND & (d_D < DEPTH)[None, :]
     return tl.load(x_ptr + x_offset_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
 
 
 @triton.jit
-def _dense_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr):
-    """Both tiles times the columns, float32 ``[M, N]`` each, of row-major weights."""
+def _dense_products(
+    w_ptr, first_row, split, begin, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr
+):
+    """Both tiles times the columns, float32 ``[M, N]`` each, of row-major weights.
+
+    The depth starts at ``begin``; None: at 0.
+    """
     M: tl.constexpr = SPEC.tile_rows
     N: tl.constexpr = SPEC.columns
     STEP: tl.constexpr = SPEC.step
@@ -95,16 +108,22 @@ def _dense_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC:
     b_ptr_MD = w_ptr + b_row_M[:, None] * DEPTH + d_D[None, :]
     a_MN = tl.zeros([M, N], tl.float32)
     b_MN = tl.zeros([M, N], tl.float32)
-    SHARE: tl.constexpr = (DEPTH + STEP * SPEC.splits - 1) // (STEP * SPEC.splits) * STEP
-    for first in range(split * SHARE, tl.minimum(split * SHARE + SHARE, DEPTH), STEP):
+    SPLIT_STEP: tl.constexpr = STEP * SPEC.splits
+    if begin is None:
+        share = (DEPTH + SPLIT_STEP - 1) // SPLIT_STEP * STEP
+        start = split * share
+    else:
+        share = (DEPTH - begin + SPLIT_STEP - 1) // SPLIT_STEP * STEP
+        start = begin + split * share
+    for first in range(start, tl.minimum(start + share, DEPTH), STEP):
         x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, first, STEP, SPEC)
-        if DEPTH % STEP == 0:
-            a_MD = tl.load(a_ptr_MD + first)
-            b_MD = tl.load(b_ptr_MD + first)
-        else:
+        if SPEC.is_ragged:
             mask_1D = (first + d_D < DEPTH)[None, :]
             a_MD = tl.load(a_ptr_MD + first, mask=mask_1D, other=0.0)
             b_MD = tl.load(b_ptr_MD + first, mask=mask_1D, other=0.0)
+        else:
+            a_MD = tl.load(a_ptr_MD + first)
+            b_MD = tl.load(b_ptr_MD + first)
         # bf16 weights of float32 columns are widened, which is exact
         a_MN = tl.dot(a_MD.to(x_ND.dtype), tl.trans(x_ND), a_MN, input_precision="ieee")
         b_MN = tl.dot(b_MD.to(x_ND.dtype), tl.trans(x_ND), b_MN, input_precision="ieee")
@@ -112,10 +131,13 @@ def _dense_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC:
 
 
 @triton.jit
-def _packed_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr):
+def _packed_products(
+    w_ptr, first_row, split, begin, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr
+):
     """Both tiles times the columns, float32 ``[M, N]`` each, of packed weights.
 
     A unit is the depth that one scale covers, or a step if that is less; a step is some units.
+    The depth starts at ``begin``, where a unit does; None: at 0.
     """
     M: tl.constexpr = SPEC.tile_rows
     N: tl.constexpr = SPEC.columns
@@ -125,9 +147,13 @@ def _packed_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC
     UNIT: tl.constexpr = STEP if STEP < GROUP else GROUP
     NUM_UNITS: tl.constexpr = (DEPTH + UNIT - 1) // UNIT
     WORDS: tl.constexpr = UNIT * SPEC.bits // 32
-    STEPS: tl.constexpr = (DEPTH + STEP * SPEC.splits - 1) // (STEP * SPEC.splits)
-    SHARE: tl.constexpr = STEPS * (STEP // UNIT)
-    first_unit = split * SHARE
+    SPLIT_STEP: tl.constexpr = STEP * SPEC.splits
+    if begin is None:
+        share = (DEPTH + SPLIT_STEP - 1) // SPLIT_STEP * (STEP // UNIT)
+        first_unit = split * share
+    else:
+        share = (DEPTH - begin + SPLIT_STEP - 1) // SPLIT_STEP * (STEP // UNIT)
+        first_unit = begin // UNIT + split * share
     row_M = tile_row(tl.arange(0, M), SPEC)
     first_block = first_row // 16
     a_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 0, SPEC)
@@ -139,7 +165,7 @@ def _packed_products(w_ptr, first_row, split, x_ptr, x_offset_N, is_used_N, SPEC
     b_scale_M, b_zero_M = load_group(b_ptr_M, row_M, first_group, SPEC)
     a_MN = tl.zeros([M, N], tl.float32)
     b_MN = tl.zeros([M, N], tl.float32)
-    for first in range(first_unit, tl.minimum(first_unit + SHARE, NUM_UNITS), STEP // UNIT):
+    for first in range(first_unit, tl.minimum(first_unit + share, NUM_UNITS), STEP // UNIT):
         for part in tl.static_range(STEP // UNIT):
             # beyond the last unit the columns are 0: any weights will do
             unit = tl.minimum(first + part, NUM_UNITS - 1)

@@ -143,11 +143,12 @@ def _launch(
 ) -> None:
     """One product for all pairs: rows of x are tokens for w13 and pairs for w2."""
     spec = tile_spec(layer, matrix, config)
+    num_tiles = spec.num_tiles(spec.rows)
     w13, w2 = matrix_views(layer.weights)
     weights, bias = (w13, layer.b13_SF) if spec.paired else (w2, layer.b2_SH)
     # a slot's last tile may be partly empty: one more tile each is always enough
     num_groups = triton.cdiv(slots.max_pairs, config.columns) + slots.count
-    _grouped_kernel[(num_groups * spec.num_tiles,)](
+    _grouped_kernel[(num_groups * num_tiles,)](
         x,
         groups.pair_P,
         groups.first_S1,
@@ -161,7 +162,7 @@ def _launch(
         num_groups,
         BINS=max(16, triton.next_power_of_2(slots.count)),
         TOP_K=ids_TK.shape[1],
-        NUM_TILES=spec.num_tiles,
+        NUM_TILES=num_tiles,
         NEAR=config.near,
         SPEC=spec,
         # an expert's last tile: with 128 pairs each on average, half of them have a few more
@@ -254,6 +255,7 @@ def _compute(
         out_ptr,
         tile,
         0,
+        None,
         x_row_N.to(tl.int64) * stride_x,
         pair_N.to(tl.int64) * SPEC.rows,
         is_used_N,

@@ -2,8 +2,8 @@
 
 ``publish`` writes into mapped host memory, which a kernel reaches like its own; ``collect`` reads
 the CPU's part from there, adds up and norms. Rows from the number in use on are padding: they are
-no expert's and nobody reads them. Some cold experts the device may pull instead, which is to read
-them from host memory by itself (:mod:`gpu_kernels.pulled_choices` says which).
+no expert's and nobody reads them. Of every cold expert the device may pull the last rows, which is
+to read them from host memory by itself; how many depends on nothing but how many the step has.
 
 Order of the sums in ``collect``, each float32 and none fused with a product: the parts as given,
 then the shared expert's; that sum is rounded to the activations' type, the residual is added and
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.cold_count import count_cold, count_cold_reference, piece_of
 from gpu_kernels.paged_tile import FLOAT_DTYPES
-from gpu_kernels.pulled_choices import is_pulled, piece_of, pulled_reference
 
 MAX_TOP_K = 16
 MAX_PARTS = 3
@@ -41,13 +41,15 @@ class ColdWork:
 
 @dataclass(frozen=True, slots=True)
 class Pulls:
-    """What the device pulls, on the device: of n distinct cold experts the last ``counts_N[n]``.
+    """What the device pulls, on the device: the rows from ``kept_N[n]`` on of n distinct experts.
 
-    ``publish`` writes their choices to ``ids_TK`` and -1 elsewhere.
+    ``publish`` writes the cold choices to ``ids_TK``, -1 elsewhere, and ``kept_N[n]`` to
+    ``first_row``.
     """
 
-    counts_N: Tensor  # int32; for every n that a step may have, and 0 <= counts_N[n] <= n
+    kept_N: Tensor  # int32, for every n that a step may have
     ids_TK: Tensor  # int32
+    first_row: Tensor  # int32 [1]
 
 
 def publish(
@@ -67,8 +69,7 @@ def publish(
     ``ids_TK`` int32 in ``slot_E`` (int32; below 0: not on the device), ``num_used`` int32 ``[1]``
     on the device. ``record_TK`` (int32, mapped host memory) gets the ids too. ``cold`` gets x as
     float32, the weights, and the ids with -1 for padding and for experts on the device; None: no
-    expert of the layer is elsewhere. Those that ``pulls`` takes are not among the cold ones then.
-    Safe in a CUDA graph.
+    expert of the layer is elsewhere. ``pulls`` gets the same ids. Safe in a CUDA graph.
     """
     num_tokens, hidden = x_TH.shape
     top_k = ids_TK.shape[1]
@@ -88,9 +89,11 @@ def publish(
         assert cold.x_TH.dtype == cold.weights_TK.dtype == torch.float32
         assert cold.x_TH.is_contiguous() and cold.weights_TK.is_contiguous()
     if pulls is not None:
-        assert cold is not None and pulls.ids_TK.device == pulls.counts_N.device == x_TH.device
-        assert pulls.counts_N.dtype == torch.int32 and pulls.counts_N.is_contiguous()
-        assert pulls.counts_N.numel() > min(ids_TK.numel(), slot_E.numel())
+        assert cold is not None and pulls.ids_TK.device == pulls.kept_N.device == x_TH.device
+        assert pulls.kept_N.dtype == torch.int32 and pulls.kept_N.is_contiguous()
+        assert pulls.kept_N.numel() > min(ids_TK.numel(), slot_E.numel())
+        assert pulls.first_row.shape == (1,) and pulls.first_row.dtype == torch.int32
+        assert pulls.first_row.device == x_TH.device
     if num_tokens == 0:
         return out
     num_blocks = 1 if cold is None else triton.cdiv(hidden, BLOCK_H)
@@ -102,7 +105,7 @@ def publish(
         num_used,
         record_TK,
         *((None,) * 3 if cold is None else (cold.x_TH, cold.ids_TK, cold.weights_TK)),
-        *((None,) * 2 if pulls is None else (pulls.counts_N, pulls.ids_TK)),
+        *((None,) * 3 if pulls is None else (pulls.kept_N, pulls.ids_TK, pulls.first_row)),
         out,
         x_TH.stride(0),
         hidden,
@@ -118,16 +121,16 @@ def publish(
 
 
 def publish_reference(
-    ids_TK: Tensor, slot_E: Tensor, num_used: int, counts_N: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The ids that ``publish`` records and returns, those for the CPU, the pulled ones; int32."""
-    kept_TK = ids_TK.clone()
-    kept_TK[num_used:] = -1
-    pulled_TK = torch.full_like(ids_TK, -1)
-    if counts_N is not None:
-        pulled_TK = pulled_reference(ids_TK, slot_E, counts_N, num_used)
+    ids_TK: Tensor, slot_E: Tensor, num_used: int, kept_N: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """The ids that ``publish`` records and returns, the cold ones, and the pulls' first row."""
+    used_TK = ids_TK.clone()
+    used_TK[num_used:] = -1
     is_here_TK = slot_E[ids_TK.long()] >= 0
-    return kept_TK, kept_TK.masked_fill(is_here_TK | (pulled_TK >= 0), -1), pulled_TK
+    first_row = 0
+    if kept_N is not None:
+        first_row = int(kept_N[count_cold_reference(ids_TK, slot_E, num_used)])
+    return used_TK, used_TK.masked_fill(is_here_TK, -1), first_row
 
 
 def collect(
@@ -215,8 +218,9 @@ def _publish_kernel(
     cold_x_ptr,
     cold_ids_ptr,
     cold_weights_ptr,
-    pulls_ptr,
+    kept_ptr,
     pulled_ptr,
+    first_row_ptr,
     out_ptr,
     stride_x,
     hidden,
@@ -247,16 +251,17 @@ def _publish_kernel(
         if HAS_COLD:
             slot_K = tl.load(slot_ptr + ids_K, mask=ids_K >= 0, other=-1)
             weights_K = tl.load(weights_ptr + at_K, mask=is_choice_K, other=0.0)
-            is_others_K = slot_K >= 0
-            if pulls_ptr is not None:
-                num_pairs = tl.minimum(num_used, tl.num_programs(0)) * TOP_K
-                is_pulled_K = is_pulled(
-                    ids_K, ids_ptr, slot_ptr, pulls_ptr, num_pairs, num_experts, BLOCK_E, BLOCK_P
-                )
-                is_others_K = is_others_K | is_pulled_K
-                tl.store(pulled_ptr + at_K, tl.where(is_pulled_K, ids_K, -1), mask=is_choice_K)
-            tl.store(cold_ids_ptr + at_K, tl.where(is_others_K, -1, ids_K), mask=is_choice_K)
+            cold_K = tl.where(slot_K >= 0, -1, ids_K)
+            tl.store(cold_ids_ptr + at_K, cold_K, mask=is_choice_K)
             tl.store(cold_weights_ptr + at_K, weights_K, mask=is_choice_K)
+            if pulled_ptr is not None:
+                tl.store(pulled_ptr + at_K, cold_K, mask=is_choice_K)
+                if token == 0:
+                    num_pairs = tl.minimum(num_used, tl.num_programs(0)) * TOP_K
+                    num_cold = count_cold(
+                        ids_ptr, slot_ptr, num_pairs, num_experts, BLOCK_E, BLOCK_P
+                    )
+                    tl.store(first_row_ptr, tl.load(kept_ptr + num_cold))
 
 
 @triton.jit

@@ -51,6 +51,8 @@ class TileSpec:
 
     ``paired`` is w13: the two tiles are gate rows and the same rows of up. ``rows`` are those of
     gate, or of w2. ``bits`` is 0 for dense weights, and what belongs to packed ones is then 0 too.
+    ``unit``: 0, or only the last rows of w13 (columns of w2) are computed, from one on that is
+    known when the kernel runs, a multiple of ``unit``.
     """
 
     paired: bool
@@ -62,6 +64,7 @@ class TileSpec:
     in_registers: bool
     activation: Activation
     splits: int = 1
+    unit: int = 0
     bits: int = 0
     group: int = 0
     has_zeros: bool = False
@@ -71,12 +74,16 @@ class TileSpec:
     zero_offset: int = 0
 
     @property
-    def num_tiles(self) -> int:
-        rows = self.tile_rows if self.paired else 2 * self.tile_rows
-        return -(-self.rows // rows)
+    def is_ragged(self) -> bool:
+        """Whether the last step of the depth may end beyond the matrix."""
+        return self.depth % self.step != 0 or (self.unit != 0 and not self.paired)
+
+    def num_tiles(self, rows: int) -> int:
+        """Programs for so many rows of each expert."""
+        return -(-rows // (self.tile_rows if self.paired else 2 * self.tile_rows))
 
 
-def tile_spec(layer: ExpertLayer, matrix: Matrix, config: TileConfig) -> TileSpec:
+def tile_spec(layer: ExpertLayer, matrix: Matrix, config: TileConfig, unit: int = 0) -> TileSpec:
     """The spec of one matrix of the layer; the same arguments give equal specs."""
     weights = layer.weights
     paired = matrix == "w13"
@@ -104,5 +111,6 @@ def tile_spec(layer: ExpertLayer, matrix: Matrix, config: TileConfig) -> TileSpe
         in_registers=config.in_registers,
         activation=layer.activation,
         splits=config.splits,
+        unit=unit,
         **packed,
     )

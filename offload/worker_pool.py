@@ -27,6 +27,7 @@ class WorkerPool(Protocol):
         ids_TK: np.ndarray,
         weights_TK: np.ndarray,
         out_TH: np.ndarray,
+        kept_N: np.ndarray | None = None,
         /,
     ) -> None: ...
 

@@ -33,7 +33,7 @@ from gpu_kernels.attention_decode import attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
 from gpu_kernels.embedding import embedding
-from gpu_kernels.expert_decode import expert_decode
+from gpu_kernels.expert_decode import LastRows, expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 from gpu_kernels.grouped_gemm import grouped_experts
 from gpu_kernels.hand_over import ColdWork, Pulls, collect, publish
@@ -180,7 +180,7 @@ def hand_over() -> None:
     part, slot, used = torch.zeros(4, 2048), torch.zeros(128, dtype=torch.int32), ids.view(-1)[:1]
     cold = ColdWork(part, ids, weights)
     publish(x, ids, weights, slot, used, ids, cold)
-    publish(x, ids, weights, slot, used, ids, cold, pulls=Pulls(slot, ids))
+    publish(x, ids, weights, slot, used, ids, cold, pulls=Pulls(slot, ids, used))
     publish(x, ids, weights, slot, used, ids, None)
     collect(x, (part, part), x, weight, 1e-6)
     collect(x, (part, part, part), x, weight, 1e-6)
@@ -210,8 +210,12 @@ def experts(bits: int, num_tokens: int, dtype: torch.dtype = BF16) -> None:
         layer = ExpertLayer(PackedWeights(blob, layout))
     x = torch.zeros(num_tokens, hidden, dtype=dtype)
     ids = torch.zeros(num_tokens, top_k, dtype=torch.int32)
-    run = expert_decode if num_tokens <= 32 else grouped_experts
-    run(x, ids, torch.zeros(num_tokens, top_k), torch.zeros(8, dtype=torch.int32), layer)
+    step = x, ids, torch.zeros(num_tokens, top_k), torch.zeros(8, dtype=torch.int32), layer
+    if num_tokens > 32:
+        grouped_experts(*step)
+        return
+    expert_decode(*step)
+    expert_decode(*step, last_rows=LastRows(ids.view(-1)[:1], 256, 128))
 
 
 def cases(sm: int) -> dict[str, Callable[[], object]]:
