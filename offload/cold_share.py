@@ -1,10 +1,12 @@
-"""How a decode step's cold experts are shared: the workers read some, the device pulls the others.
+"""How a decode step's cold experts are shared: of each, the workers and the device compute rows.
 
 Both read host memory at the same time, the device over PCIe, so the step waits for the slower side
-only. The shares follow from figures that do not come from a measurement of this start: one that
-differs from start to start would divide equal steps differently, and they would round differently.
+only. The first rows of gate and up (columns of w2) of every cold expert are the workers', the last
+ones the device's; where they meet depends on nothing but how many experts there are. The shares
+follow from figures that do not come from a measurement of this start: one that differs from start
+to start would divide equal steps differently, and they would round differently.
 
-Shapes: N counts of distinct cold experts, 0, 1, ...
+Shapes: N counts of distinct cold experts, 0, 1, ...; C ways to divide an expert.
 """
 
 from dataclasses import dataclass
@@ -19,29 +21,39 @@ GIGA = 1e9
 class ShareCosts:
     """Bytes a second of either side while the other one reads too, and what comes before them.
 
-    The preset is a usual server: 100 GB/s to 14 workers and 50 GB/s over PCIe 5 (one H200 with 16
-    cores: 80 to 150, and 51 to 55). ``link_start_s``: two launches and the link's latency.
+    The preset is one H200 on a server with 16 cores: 14 workers read 110 GB/s and the device 45
+    over PCIe 5 at the same time (126 and 50 alone). ``link_start_s``: two launches and the link's
+    latency. ``unit``: rows that a share is a multiple of, a power of two; of a row of w2 in bf16 64
+    are the 128 bytes that the device reads at once.
     """
 
-    cpu_bytes_per_s: float = 100 * GIGA
-    link_bytes_per_s: float = 50 * GIGA
+    cpu_bytes_per_s: float = 110 * GIGA
+    link_bytes_per_s: float = 45 * GIGA
     cpu_start_s: float = 10e-6
     link_start_s: float = 15e-6
+    unit: int = 64
 
 
-def pull_counts(largest: int, expert_bytes: int, costs: ShareCosts) -> npt.NDArray[np.int32]:
-    """Of n distinct cold experts of a layer, how many the device pulls; int32 ``[largest + 1]``.
+def kept_rows(
+    largest: int, width: int, expert_bytes: int, costs: ShareCosts, group: int = 1
+) -> npt.NDArray[np.int32]:
+    """Of n distinct cold experts of a layer, the rows of each that stay with the workers.
 
-    That number makes the slower side fastest; of equally good ones the least. Tokens of an expert
-    beyond its first cost neither side much and are not counted.
+    int32 ``[largest + 1]``: ``width`` (the device takes no part) or a smaller multiple of the unit
+    and of ``group``, powers of two; that number which makes the slower side fastest, of equally
+    good ones the largest. Tokens of an expert beyond its first cost neither side much and are not
+    counted.
     """
-    cpu_s = _seconds(largest, expert_bytes / costs.cpu_bytes_per_s, costs.cpu_start_s)
-    link_s = _seconds(largest, expert_bytes / costs.link_bytes_per_s, costs.link_start_s)
-    slower_s = [np.maximum(link_s[: n + 1], cpu_s[n::-1]) for n in range(largest + 1)]
-    return np.array([np.argmin(seconds) for seconds in slower_s], dtype=np.int32)
+    kept_C = np.array([width, *reversed(range(0, width, max(costs.unit, group)))])
+    count_N1 = np.arange(largest + 1)[:, None]
+    row_bytes = expert_bytes / width
+    cpu_NC = _seconds(count_N1 * kept_C, row_bytes / costs.cpu_bytes_per_s, costs.cpu_start_s)
+    link_NC = _seconds(
+        count_N1 * (width - kept_C), row_bytes / costs.link_bytes_per_s, costs.link_start_s
+    )
+    return kept_C[np.maximum(cpu_NC, link_NC).argmin(axis=1)].astype(np.int32)
 
 
-def _seconds(largest: int, each_s: float, start_s: float) -> npt.NDArray[np.float64]:
-    """Of 0 to ``largest`` experts on one side; none cost nothing."""
-    count = np.arange(largest + 1)
-    return count * each_s + start_s * (count > 0)
+def _seconds(rows: npt.NDArray[np.int64], each_s: float, start_s: float) -> npt.NDArray[np.float64]:
+    """Of so many rows on one side; none cost nothing."""
+    return rows * each_s + start_s * (rows > 0)

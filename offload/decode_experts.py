@@ -1,11 +1,11 @@
 """Routed experts of a few tokens, divided by the device: nothing here asks what the router chose.
 
 Where an expert lives is data: ``slot_LE`` on the device says what the device computes, and the
-workers are given the ids of the rest, but for some that the device pulls: it reads them from host
-memory itself, while the workers read theirs (:mod:`offload.cold_share`). So the same operations
-serve every step, and a CUDA graph may hold them; what was chosen is read from a record after the
-step. Who computes a cold expert depends on how many the step has: with other requests beside it a
-token's sums may be rounded elsewhere.
+workers are given the ids of the rest. Of each of these the device pulls the last rows: it reads
+them from host memory itself, while the workers read the others (:mod:`offload.cold_share`). So the
+same operations serve every step, and a CUDA graph may hold them; what was chosen is read from a
+record after the step. How many rows are pulled depends on how many cold experts the step has: with
+other requests beside it a token's sums may be rounded elsewhere.
 
 Ordering: per layer the stream publishes what the workers need and rings them, computes its own
 experts, then those that it pulls, and waits. All layers share the buffers in mapped memory: only
@@ -23,7 +23,13 @@ import numpy as np
 import torch
 
 from cpu_kernels.threads import WorkerPool
-from gpu_kernels.expert_decode import MAX_TOKENS, MAX_TOP_K, DecodeWorkspace, expert_decode
+from gpu_kernels.expert_decode import (
+    MAX_TOKENS,
+    MAX_TOP_K,
+    DecodeWorkspace,
+    LastRows,
+    expert_decode,
+)
 from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
 from offload.adaptive_placement import AdaptivePlacement
@@ -72,7 +78,7 @@ class DecodeExperts:
     ) -> None:
         """``workers`` are those of the pool that ``experts`` use.
 
-        ``share`` says how many cold experts the device pulls; None: the workers compute them all.
+        ``share`` says what the device pulls of cold experts; None: the workers compute them all.
         ``adaptive`` moves experts between steps; None: they stay.
         """
         assert max_rows <= MAX_ROWS
@@ -133,8 +139,9 @@ class DecodeExperts:
     def bind(self, num_rows: int) -> None:
         """Make the workers' next jobs be about so many rows; before a step, at once if they are."""
         arrays = self._host.rows(num_rows).arrays
-        for layer in self.pool_layers.values():
-            self.pool.bind(layer, *arrays)
+        for layer, pool_layer in self.pool_layers.items():
+            kept_N = None if self.pulled is None else self.pulled.kept_rows(layer)
+            self.pool.bind(pool_layer, *arrays, kept_N)
 
     def run_stream(self, work: Callable[[], None], is_done: Callable[[], bool]) -> None:
         """Call ``work``, which puts steps on a stream, and return when ``is_done`` says they are.
@@ -186,22 +193,29 @@ class StepExperts:
         cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK) if pool_layer else None
         record_TK = shared.record_LTK[layer, : len(ids_TK)]
         pulled = shared.pulled
-        pulls = None if pulled is None else pulled.pulls(layer, len(ids_TK))
-        kept_TK = publish(
+        pulling = None if pulled is None else pulled.pulls(layer, len(ids_TK))
+        pulls, last_rows = pulling or (None, None)
+        used_TK = publish(
             x_TH, ids_TK, weights_TK, slot_E, self._num_used, record_TK, cold, pulls=pulls
         )
         number = 0
         if pool_layer is not None:
             number = pool_layer.number
             shared.hand_off.ring(number)
-        own = []  # what the device computes: ids, where these experts lie, and their weights
+        # what the device computes: ids, where these experts lie, their weights, which rows of them
+        own: list[tuple[torch.Tensor, torch.Tensor, ExpertLayer, LastRows | None]] = []
         if layer in shared.layers:
-            own.append((kept_TK, slot_E, shared.layers[layer]))
+            own.append((used_TK, slot_E, shared.layers[layer], None))
         if pulled is not None and pulls is not None:
-            own.append((pulls.ids_TK, pulled.rows.device_LE[layer], pulled.layers[layer]))
+            places_E = pulled.rows.device_LE[layer]
+            own.append((pulls.ids_TK, places_E, pulled.layers[layer], last_rows))
         parts = tuple(
-            expert_decode(x_TH, ids, weights_TK, places_E, weights, workspace=shared.workspace)
-            for ids, places_E, weights in own
+            expert_decode(
+                *(x_TH, ids, weights_TK, places_E, weights),
+                last_rows=last,
+                workspace=shared.workspace,
+            )
+            for ids, places_E, weights, last in own
         )
         return PendingStep(shared.hand_off, number, parts, rows.out_TH)
 

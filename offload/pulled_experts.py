@@ -1,17 +1,20 @@
-"""Cold experts of decode steps that the device reads from host memory by itself, over PCIe.
+"""Rows of cold experts that the device reads from host memory by itself in decode steps, over PCIe.
 
-Pinned memory is mapped: kernels take the rows on the host like slots on the device. How many of a
-step's cold experts they take is a table (:mod:`offload.cold_share`), which ones is found on the
-device (:mod:`gpu_kernels.pulled_choices`).
+Pinned memory is mapped: kernels take the rows on the host like slots on the device. Of every cold
+expert the first rows stay with the workers and the others are pulled; how many is a table by the
+number of cold experts in the step (:mod:`offload.cold_share`), which the device and every worker
+look up for themselves.
 
-Shapes: L layers, B rows of a step at most, K top-k, E experts, N counts of experts.
+Shapes: L layers, B rows of a step at most, K top-k, N counts of experts.
 """
 
+import numpy as np
 import torch
 
+from gpu_kernels.expert_decode import LastRows
 from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import Pulls
-from offload.cold_share import ShareCosts, pull_counts
+from offload.cold_share import ShareCosts, kept_rows
 from offload.expert_store import ExpertStore
 from offload.layer_experts import LayerExperts
 from offload.place_table import PlaceTable
@@ -36,11 +39,15 @@ class PulledExperts:
     ) -> None:
         """``device`` with its index, if it is a GPU; ``dtype`` is that of the hidden states."""
         shape = store.shape
-        most = min(max_rows * top_k, shape.num_experts)
-        self._store = store
-        self._host_counts_N = pull_counts(most, store.expert_bytes, costs)
-        self._counts_N = torch.from_numpy(self._host_counts_N).to(device)
+        group = store.packed.kind.group if store.packed is not None else 1
+        self._unit = max(costs.unit, group)
+        self._width = shape.expert_size
+        self._host_kept_N = kept_rows(
+            shape.num_experts, shape.expert_size, store.expert_bytes, costs, group
+        )
+        self._kept_N = torch.from_numpy(self._host_kept_N).to(device)
         self._ids_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
+        self._first_row = torch.empty(1, dtype=torch.int32, device=device)
         self.rows = PlaceTable(store, "row_E", device)
         kernels_take_it = store.packed is not None or dtype in (store.dtype, torch.float32)
         self.layers = {
@@ -48,14 +55,25 @@ class PulledExperts:
             for layer in shape.moe_layers
             if kernels_take_it and _can_read(device, store[layer])
         }
+        # the workers' views of the table, always the same ones: a layer has as many rows as it had
+        self._kept_of = {
+            layer: self._host_kept_N[: len(store[layer].cpu_w2_CHI) + 1] for layer in self.layers
+        }
 
-    def pulls(self, layer: int, num_rows: int) -> Pulls | None:
-        """Where the device leaves what it pulls; None: a step of so many rows never does."""
+    def kept_rows(self, layer: int) -> np.ndarray | None:
+        """Rows of each expert that the workers compute, by the number of them; None: all."""
+        return self._kept_of.get(layer)
+
+    def pulls(self, layer: int, num_rows: int) -> tuple[Pulls, LastRows] | None:
+        """Where the device leaves what it pulls, and which rows of it; None: it never does."""
         if layer not in self.layers:
             return None
         ids_TK = self._ids_BK[:num_rows]
-        most = min(ids_TK.numel(), len(self._store[layer].cpu_w2_CHI))
-        return Pulls(self._counts_N, ids_TK) if self._host_counts_N[: most + 1].any() else None
+        least = int(self._kept_of[layer][: ids_TK.numel() + 1].min())
+        if least == self._width:
+            return None
+        pulls = Pulls(self._kept_N, ids_TK, self._first_row)
+        return pulls, LastRows(self._first_row, self._width - least, self._unit)
 
 
 def _can_read(device: torch.device, at: LayerExperts) -> bool:

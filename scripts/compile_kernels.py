@@ -215,7 +215,7 @@ def experts(bits: int, num_tokens: int, dtype: torch.dtype = BF16) -> None:
         grouped_experts(*step)
         return
     expert_decode(*step)
-    expert_decode(*step, last_rows=LastRows(ids.view(-1)[:1], 256, 128))
+    expert_decode(*step, last_rows=LastRows(ids.view(-1)[:1], 256, 64 if bits == 16 else 128))
 
 
 def cases(sm: int) -> dict[str, Callable[[], object]]:

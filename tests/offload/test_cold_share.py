@@ -5,18 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.cold_share import GIGA, ShareCosts, pull_counts
+from offload.cold_share import GIGA, ShareCosts, kept_rows
 
-QWEN_BYTES, MIXTRAL_BYTES = 3 * 2048 * 768 * 2, 3 * 4096 * 14336 * 2
+QWEN = (768, 3 * 2048 * 768 * 2)  # width and bytes of an expert
+MIXTRAL = (14336, 3 * 4096 * 14336 * 2)
+PACKED = (768, 2_433_024)
 
 
-def slower_s(costs: ShareCosts, expert_bytes: int, on_cpu: int, pulled: int) -> float:
-    sides = []
-    for count, speed, start_s in (
-        (on_cpu, costs.cpu_bytes_per_s, costs.cpu_start_s),
-        (pulled, costs.link_bytes_per_s, costs.link_start_s),
+def slower_s(
+    costs: ShareCosts, num_experts: int, width: int, expert_bytes: int, kept: int
+) -> float:
+    sides = [0.0]
+    for rows, speed, start_s in (
+        (kept, costs.cpu_bytes_per_s, costs.cpu_start_s),
+        (width - kept, costs.link_bytes_per_s, costs.link_start_s),
     ):
-        sides.append(start_s + count * expert_bytes / speed if count else 0.0)
+        if rows and num_experts:
+            sides.append(start_s + num_experts * expert_bytes * rows / width / speed)
     return max(sides)
 
 
@@ -25,30 +30,49 @@ def slower_s(costs: ShareCosts, expert_bytes: int, on_cpu: int, pulled: int) -> 
     st.floats(1, 500),
     st.floats(0, 1e-3),
     st.floats(0, 1e-3),
-    st.sampled_from([QWEN_BYTES, MIXTRAL_BYTES, 1000]),
+    st.sampled_from([QWEN, MIXTRAL, PACKED, (100, 1000), (16, 1000)]),
+    st.sampled_from([1, 32, 128]),
+    st.sampled_from([16, 64]),
 )
 def test_no_other_share_is_better(
-    cpu: float, link: float, cpu_start: float, link_start: float, expert_bytes: int
+    cpu: float,
+    link: float,
+    cpu_start: float,
+    link_start: float,
+    sizes: tuple[int, int],
+    group: int,
+    unit: int,
 ) -> None:
     costs = ShareCosts(
         cpu_bytes_per_s=cpu * GIGA,
         link_bytes_per_s=link * GIGA,
         cpu_start_s=cpu_start,
         link_start_s=link_start,
+        unit=unit,
     )
-    counts_N = pull_counts(12, expert_bytes, costs)
-    assert counts_N.dtype == np.int32 and counts_N.shape == (13,) and counts_N[0] == 0
-    for n, count in enumerate(counts_N.tolist()):
-        assert 0 <= count <= n
-        found = slower_s(costs, expert_bytes, n - count, count)
-        others = [slower_s(costs, expert_bytes, n - m, m) for m in range(n + 1)]
-        assert found == pytest.approx(min(others), rel=1e-12)
+    width, _ = sizes
+    kept_N = kept_rows(12, *sizes, costs, group)
+    assert kept_N.dtype == np.int32 and kept_N.shape == (13,) and kept_N[0] == width
+    for n, kept in enumerate(kept_N.tolist()):
+        others = [*range(0, width, max(unit, group)), width]
+        assert kept in others
+        found = slower_s(costs, n, *sizes, kept)
+        assert found == pytest.approx(
+            min(slower_s(costs, n, *sizes, m) for m in others), rel=1e-12
+        )
 
 
-def test_the_preset_gives_the_link_a_third() -> None:
-    assert pull_counts(8, QWEN_BYTES, ShareCosts()).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert pull_counts(300, QWEN_BYTES, ShareCosts())[300] == 100
+def shares(sizes: tuple[int, int], *counts: int, group: int = 1) -> list[int]:
+    """Rows that the device takes, by the preset."""
+    kept_N = kept_rows(max(counts), *sizes, ShareCosts(), group)
+    return [sizes[0] - int(kept_N[n]) for n in counts]
 
 
-def test_two_wide_experts_are_too_few_to_share() -> None:
-    assert pull_counts(4, MIXTRAL_BYTES, ShareCosts()).tolist() == [0, 0, 0, 1, 1]
+def test_the_preset_gives_the_link_a_quarter_and_more() -> None:
+    assert shares(QWEN, 0, 1, 2, 5, 8, 128) == [0, 192, 192, 192, 192, 192]
+    assert shares(MIXTRAL, 0, 1, 2, 4, 64) == [0, 4160, 4160, 4160, 4160]
+
+
+def test_shares_are_whole_groups_and_worth_a_start() -> None:
+    assert shares(PACKED, 0, 1, 2, 8, group=128) == [0, 128, 128, 256]
+    assert shares((640, 100_000), 1, 2, 8) == [0, 0, 0]
