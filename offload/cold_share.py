@@ -51,7 +51,8 @@ def kept_rows(
     link_NC = _seconds(
         count_N1 * (width - kept_C), row_bytes / costs.link_bytes_per_s, costs.link_start_s
     )
-    return kept_C[np.maximum(cpu_NC, link_NC).argmin(axis=1)].astype(np.int32)
+    kept_N: npt.NDArray[np.int32] = kept_C[np.maximum(cpu_NC, link_NC).argmin(axis=1)].astype("i4")
+    return kept_N
 
 
 def _seconds(rows: npt.NDArray[np.int64], each_s: float, start_s: float) -> npt.NDArray[np.float64]:

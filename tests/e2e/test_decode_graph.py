@@ -163,11 +163,12 @@ def test_float32_tokens_are_those_of_the_cpu(
         assert steps_of(llm)._buckets[4, False]._graph is not None
 
 
-# Without starts, which are all that counts for tiny experts: the device pulls about half, or all.
+# Without starts, which are all that counts for tiny experts: the device pulls about half of each
+# expert, or all.
 PULLS = {
     "none": None,
     "half": ShareCosts(
-        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0
+        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0, unit=16
     ),
     "all": ShareCosts(
         cpu_bytes_per_s=1.0, link_bytes_per_s=1e12, cpu_start_s=1.0, link_start_s=0.0

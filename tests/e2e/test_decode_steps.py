@@ -53,7 +53,10 @@ def loaded(model: str, share: float, **options: Any) -> Iterator[LLM]:
 
 
 # sides without a start, which is all that counts for tiny experts: the device pulls about half
-HALF = ShareCosts(cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0)
+# of each expert
+HALF = ShareCosts(
+    cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0, unit=16
+)
 
 
 def add_decode_steps(
@@ -166,7 +169,9 @@ def test_tokens_are_the_same_where_the_device_pulls_experts() -> None:
         llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
         assert run(llm) == wanted
         pulled = steps._shared.experts.pulled  # type: ignore[union-attr]
-        assert pulled is not None and all(pulled.pulls(layer, 4) for layer in pulled.layers)
+        assert pulled is not None and pulled.layers
+        for layer in pulled.layers:
+            assert pulled.pulls(layer, 4) and pulled.kept_rows(layer)[1:].tolist() == [16] * 4
 
 
 @pytest.mark.parametrize("model", ["olmoe", pytest.param("qwen3_moe", marks=pytest.mark.slow)])

@@ -18,11 +18,10 @@ from gpu_kernels.expert_decode import (
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedWeights
 from gpu_kernels.tile_spec import TileConfig
 
-TILE = TileConfig(32, 8, 128, num_warps=4, num_stages=2, in_registers=True)
-FEW_TILES = ExpertConfig(TILE, TILE)
+TILE = TileConfig(64, 8, 128, num_warps=4, num_stages=2, in_registers=True)
+FEW_TILES = ExpertConfig(TILE, TILE)  # the interpreter pays for each program and step
 TILE = TileConfig(16, 8, 64, num_warps=1, num_stages=2, in_registers=True)
 MANY_TILES = ExpertConfig(TILE, replace(TILE, splits=3))
-WIDTH = 300  # the last unit is not full
 UNITS = {"dense": 16, "w4g32z": 32, "w4g128": 128, "w8g64": 64, "w8g128z-bf16": 128}
 
 
@@ -44,16 +43,21 @@ def expected(case: Case, first: int) -> Tensor:
     return replace(case, w13_SFH=w13_SFH, w2_SHI=w2_SHI).expected()
 
 
-@pytest.mark.parametrize("config", [FEW_TILES, MANY_TILES], ids=["few tiles", "splits"])
-@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [*((kind, FEW_TILES) for kind in UNITS), ("dense", MANY_TILES), ("w4g32z", MANY_TILES)],
+)
 def test_the_last_rows_equal_float64(kind: str, config: ExpertConfig) -> None:
-    case, unit = make_case(kind, hidden=72, width=WIDTH, num_tokens=2), UNITS[kind]
-    for first in firsts(WIDTH, unit):
+    unit = UNITS[kind]
+    width = 2 * unit + 44  # the last unit is not full
+    case = make_case(kind, hidden=40, width=width, num_tokens=2, num_experts=3)
+    for first in firsts(width, unit):
         workspace = DecodeWorkspace.make(case.layer, 4, torch.float32, config)
         workspace.act_PI.fill_(float("nan"))  # the other rows are neither written nor read
         workspace.part_PSH.fill_(float("nan"))
         options = {"config": config, "workspace": workspace}
-        found = case.run(expert_decode, last_rows=last_rows(first, WIDTH - first or 1, unit), **options)
+        rows = last_rows(first, max(width - first, 1), unit)
+        found = case.run(expert_decode, last_rows=rows, **options)
         assert max_error(found, expected(case, first)) <= 1e-5, first
         assert workspace.done.eq(0).all()
         reference = case.run(expert_decode_reference, first_row=first)
@@ -65,13 +69,13 @@ def test_the_last_rows_equal_float64(kind: str, config: ExpertConfig) -> None:
 @pytest.mark.parametrize("kind", ["dense", "w4g32z"])
 def test_spare_programs_change_no_bit(kind: str) -> None:
     """The grid is that of the most rows, whatever the first is."""
-    case, unit = make_case(kind, hidden=40, width=200, num_tokens=4), UNITS[kind]
-    for first in firsts(200, unit):
-        wanted = case.run(expert_decode, last_rows=last_rows(first, 200 - first or 1, unit))
-        found = case.run(expert_decode, last_rows=last_rows(first, 200, unit))
-        assert torch.equal(found, wanted)
-        alone = case.tokens([2]).run(expert_decode, last_rows=last_rows(first, 200, unit))
-        assert torch.equal(alone, found[[2]])
+    case, unit = make_case(kind, hidden=24, width=80, num_tokens=3), UNITS[kind]
+    for first in (unit, 80):
+        wanted, found, alone = (
+            step.run(expert_decode, config=FEW_TILES, last_rows=last_rows(first, most, unit))
+            for step, most in ((case, max(80 - first, 1)), (case, 80), (case.tokens([2]), 80))
+        )
+        assert torch.equal(found, wanted) and torch.equal(alone, found[[2]])
 
 
 def test_bad_arguments_are_refused() -> None:

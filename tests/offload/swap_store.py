@@ -13,7 +13,7 @@ from offload.adaptive import Swap
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.placement import Placement
 
-E, H, WIDTH, LAYERS = 6, 16, 32, 4
+E, H, WIDTH, LAYERS = 6, 16, 64, 4
 MOE_LAYERS = (1, 2, 3)
 SHAPE = ExpertShape(
     num_layers=LAYERS, moe_layers=MOE_LAYERS, num_experts=E, hidden_size=H, expert_size=WIDTH

@@ -42,11 +42,11 @@ def make_store(*resident: set[int], dtype: torch.dtype = torch.float32) -> Exper
     return store
 
 
-# Sides without a start, at these speeds: of n cold experts the device pulls none, some, all.
+# Sides without a start, at these speeds: of cold experts the device pulls nothing, half, all.
 SHARES = {
     "none": None,
     "half": ShareCosts(
-        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0
+        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0, unit=16
     ),
     "all": ShareCosts(
         cpu_bytes_per_s=1.0, link_bytes_per_s=1e12, cpu_start_s=1.0, link_start_s=0.0
@@ -162,6 +162,8 @@ def test_parts_add_up_whatever_moves(share: str, kind: WeightKind | None) -> Non
         )
         pulled = {} if experts.pulled is None else experts.pulled.layers
         assert sorted(pulled) == ([] if share == "none" else [1, 2, 3])
+        if experts.pulled is not None:
+            assert experts.pulled.kept_rows(1)[1:].tolist() == [swap_store.WIDTH // 2] * 4
         for step in range(7):
             if step % 4 == 3:
                 adaptive.settle()
