@@ -252,12 +252,11 @@ def _gate_up_kernel(
 ):
     pair = tl.program_id(1)
     slot, pair_N = _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K, SPEC.columns)
-    if slot < 0:
-        return
     first = _load_first(first_ptr, SPEC)
     if first is not None:
-        if first + tl.program_id(0) * SPEC.tile_rows >= SPEC.rows:
-            return
+        slot = tl.where(first + tl.program_id(0) * SPEC.tile_rows < SPEC.rows, slot, -1)
+    if slot < 0:
+        return
     expert_tile(
         w_ptr + slot.to(tl.int64) * stride_slot,
         bias_ptr + slot * (2 * SPEC.rows) if bias_ptr is not None else None,
