@@ -6,7 +6,7 @@ from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.errors import ConfigError
 from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
-from fiddler.models.dtypes import Dtypes, resolve_dtypes
+from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
 from offload.hardware import Hardware
 from offload.layout import vram_limit_bytes
@@ -39,12 +39,18 @@ def plan_model(
             hint="use the static placement",
         )
     dtypes = resolve_dtypes(
-        settings.dtype, model.dtype, has_gpu=hardware.has_gpu, packed=model.packed
+        settings.dtype,
+        model.dtype,
+        has_gpu=hardware.has_gpu,
+        packed=model.packed,
+        kv=settings.kv_cache_dtype,
     )
+    check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
     needs = footprint(
         model,
         dtype=dtypes.compute,
         expert_dtype=dtypes.expert,
+        kv_dtype=dtypes.kv,
         max_batched_tokens=step_tokens(settings, model, hardware),
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,

@@ -29,7 +29,7 @@ def load_weights(ground: Ground, source: WeightSource) -> tuple[Runner, HybridEx
         num_pages=plan.num_pages,
         page_size=PAGE_SIZE,
         device=device,
-        dtype=ground.dtype,
+        kv_dtype=ground.dtypes.kv,
     )
     ground.resources.callback(runner.clear)
     if ground.way is not None:
