@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+from cpu_kernels.weight_kind import PACKED_KINDS
 from fiddler.errors import ConfigError, named_arguments
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 16  # tokens per KV page
 BUILTIN = "builtin"
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", *(kind.name for kind in PACKED_KINDS))
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "int8")
 DEVICES = ("auto", "cuda", "cpu")
 LOAD_FORMATS = ("auto", "dummy")
@@ -35,7 +36,7 @@ class EngineConfig:
     token: str | None = None
     offline: bool = False
     load_format: str = "auto"
-    dtype: str = "auto"
+    dtype: str = "auto"  # a kind of packed experts: rounded while loading, the rest as by auto
     kv_cache_dtype: str = "auto"  # auto: that of the activations
     device: str = "auto"
     vram_gb: float | None = None

@@ -8,6 +8,7 @@ from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
+from fiddler.models.quantized import check_groups
 from offload.hardware import Hardware
 from offload.layout import vram_limit_bytes
 from offload.plan import Budget, Plan
@@ -45,6 +46,8 @@ def plan_model(
         packed=model.packed,
         kv=settings.kv_cache_dtype,
     )
+    if model.packed is None and dtypes.expert_kind.is_packed:
+        check_groups(model, dtypes.expert_kind, "--dtype")
     check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
     needs = footprint(
         model,
@@ -74,7 +77,7 @@ def step_tokens(settings: EngineConfig, model: ModelConfig, hardware: Hardware) 
         return settings.max_batched_tokens
     if not hardware.has_gpu:
         return STEP_TOKENS
-    dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=True)
+    dtypes = resolve_dtypes(settings.dtype, model.dtype, has_gpu=True, packed=model.packed)
     allowed = vram_limit_bytes(hardware, _budget(settings, model)) // WORKSPACE_DIVISOR
 
     def workspace(tokens: int) -> int:

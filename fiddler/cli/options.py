@@ -50,7 +50,13 @@ class Shared:
 ENGINE_OPTIONS = (
     Shared("--vram-gb", "vram_gb", GIB, "GIB", "GPU memory to use in all, CUDA context included."),
     Shared("--ram-gb", "ram_gb", GIB, "GIB", "Host memory to use for weights."),
-    Shared("--dtype", "dtype", click.Choice(DTYPES), None, "Type of the weights in memory."),
+    Shared(
+        "--dtype",
+        "dtype",
+        click.Choice(DTYPES),
+        "TYPE",
+        "Weights in memory: float32, bfloat16, or experts in w4g128, w8g128 and the like.",
+    ),
     Shared(
         "--kv-dtype",
         "kv_cache_dtype",

@@ -115,7 +115,8 @@ def prepare_reference(
             hint="--against takes a model with the same tokenizer, or bf16",
         )
     has_gpu = probe(settings.device).has_gpu
-    dtypes = resolve_dtypes(settings.dtype, other.config.dtype, has_gpu=has_gpu)
+    config = other.config
+    dtypes = resolve_dtypes(settings.dtype, config.dtype, has_gpu=has_gpu, packed=config.packed)
     return Reference(options=chosen, vocab_size=other.config.vocab_size, dtype=dtypes.compute)
 
 

@@ -45,17 +45,25 @@ def resolve_dtypes(
     packed: WeightKind | None = None,
     kv: str = "auto",
 ) -> Dtypes:
-    """Choose for ``asked`` in auto, float32, bfloat16 and a checkpoint stored as ``stored``.
+    """Choose for ``asked`` and a checkpoint whose experts are ``packed``, or stored as ``stored``.
+
+    ``asked`` is auto, float32, bfloat16, or a kind of packed experts beside auto for the rest.
 
     Auto is bfloat16 on a GPU and float32 without one, where bfloat16 activations gain nothing.
     Experts stored in bfloat16 stay so even under float32: widening is exact, and half the bytes.
-    ``packed`` experts stay as they are. ``kv`` is what is asked of the cache; auto is the
-    activations' type.
+    Packed experts stay as they are: another kind of them is refused. ``kv`` is what is asked of the
+    cache; auto is the activations' type.
     """
-    compute = asked if asked != "auto" else ("bfloat16" if has_gpu else "float32")
+    is_kind = asked not in ("auto", *FLOATS)
+    compute = ("bfloat16" if has_gpu else "float32") if is_kind or asked == "auto" else asked
     kv = compute if kv == "auto" else kv
-    if packed is not None:
-        return Dtypes(compute, packed.name, kv)
+    if is_kind and packed is not None and asked != packed.name:
+        raise ConfigError(
+            f"the experts are stored as {packed.name}, from which no {asked} can be made",
+            hint="leave out --dtype, or take the model that they were made from",
+        )
+    if packed is not None or is_kind:
+        return Dtypes(compute, packed.name if packed is not None else asked, kv)
     if compute == "bfloat16" or stored == "bfloat16":
         return Dtypes(compute, "bfloat16", kv)
     return Dtypes(compute, "float32", kv)
