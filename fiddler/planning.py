@@ -6,8 +6,9 @@ from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.errors import ConfigError
 from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
-from fiddler.models.dtypes import Dtypes, resolve_dtypes
+from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
+from fiddler.models.quantized import check_groups
 from offload.hardware import Hardware
 from offload.layout import has_ring, lay_out, vram_limit_bytes
 from offload.plan import Budget, Footprint, Plan
@@ -39,6 +40,9 @@ def plan_model(
             hint="use the static placement",
         )
     dtypes = _dtypes(settings, model, hardware)
+    if model.packed is None and dtypes.expert_kind.is_packed:
+        check_groups(model, dtypes.expert_kind, "--dtype")
+    check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
     needs = _needs(settings, model, hardware, step_tokens(settings, model, hardware))
     popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
     plan = make_plan(
@@ -80,8 +84,13 @@ def step_tokens(settings: EngineConfig, model: ModelConfig, hardware: Hardware) 
 
 
 def _dtypes(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> Dtypes:
-    has_gpu = hardware.has_gpu
-    return resolve_dtypes(settings.dtype, model.dtype, has_gpu=has_gpu, packed=model.packed)
+    return resolve_dtypes(
+        settings.dtype,
+        model.dtype,
+        has_gpu=hardware.has_gpu,
+        packed=model.packed,
+        kv=settings.kv_cache_dtype,
+    )
 
 
 def _needs(
@@ -93,6 +102,7 @@ def _needs(
         model,
         dtype=dtypes.compute,
         expert_dtype=dtypes.expert,
+        kv_dtype=dtypes.kv,
         max_batched_tokens=tokens,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,

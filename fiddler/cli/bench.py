@@ -24,6 +24,7 @@ ENGINE_FIELDS = (
     "vram_gb",
     "ram_gb",
     "dtype",
+    "kv_cache_dtype",
     "device",
     "cpu_threads",
     "profile",

@@ -47,6 +47,8 @@ def _model_line(facts: PlanFacts) -> str:
     dtype = dtypes.compute
     if dtypes.expert != dtypes.compute:
         dtype = f"{dtypes.compute}, experts {dtypes.expert}"
+    if dtypes.kv != dtypes.compute:
+        dtype += f", KV {dtypes.kv}"
     return (
         f"{facts.name}: {config.num_layers} layers, {config.num_experts} experts, "
         f"{config.top_k} for each token; {dtype}"

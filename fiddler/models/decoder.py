@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from fiddler.models.batch import StepBatch
 from fiddler.models.config import ModelConfig, QKNorm
 from fiddler.models.kernels import DeviceKernels
+from fiddler.models.kv_cache import LayerKV
 from fiddler.models.weights import DenseWeights, LayerWeights
 
 
@@ -62,7 +63,7 @@ class Decoder:
         return type(self)(self.config, self._weights, kernels, experts)
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, kv_caches: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, batch: StepBatch, kv_caches: list[LayerKV]) -> torch.Tensor:
         """Return the final normed hidden states ``[T, H]`` and fill the KV of the step's tokens."""
         layers, kernels = self._weights.layers, self._kernels
         kernels.plan(batch)
@@ -83,7 +84,7 @@ class Decoder:
         layer: LayerWeights,
         y_TH: torch.Tensor,
         x_TH: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: LayerKV,
         next_norm_H: torch.Tensor,
         drawn_TK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +102,7 @@ class Decoder:
         return F.linear(hidden_RH, self._weights.lm_head_VH).float()
 
     def _attention(
-        self, index: int, layer: LayerWeights, x_TH: torch.Tensor, kv_cache: torch.Tensor
+        self, index: int, layer: LayerWeights, x_TH: torch.Tensor, kv_cache: LayerKV
     ) -> torch.Tensor:
         c = self.config
         qkv_TF = F.linear(x_TH, layer.qkv_FH, layer.qkv_bias_F)

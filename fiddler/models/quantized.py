@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, QuantizeError
+from fiddler.models.config import ModelConfig
 
 QUANT_METHOD = "fiddler"
 VERSION = 1  # of the layout in docs/quantized-checkpoints.md
@@ -45,6 +46,28 @@ def packed_kind(raw: Mapping[str, Any]) -> WeightKind | None:
     if found is None:
         raise CheckpointError(f"the config.json names no known kind of packed experts: {name!r}")
     return found
+
+
+def check_groups(config: ModelConfig, kind: WeightKind, option: str) -> None:
+    """Raise :class:`QuantizeError` for groups that do not divide the experts' sides.
+
+    The hint names kinds that do, as values of ``option``.
+    """
+    sizes = {"hidden size": config.hidden_size, "expert width": config.expert_size}
+    for what, size in sizes.items():
+        if size % kind.group:
+            raise QuantizeError(
+                f"groups of {kind.group} do not divide the {what} of {size}",
+                hint=_fitting(config, option),
+            )
+
+
+def _fitting(config: ModelConfig, option: str) -> str:
+    sizes = config.hidden_size, config.expert_size
+    groups = {kind.group for kind in PACKED_KINDS if not any(s % kind.group for s in sizes)}
+    if not groups:
+        return "no kind has groups that do"
+    return f"take groups of {' or '.join(map(str, sorted(groups)))}: {option} w4g{max(groups)}"
 
 
 def quantization_config(kind: WeightKind, made: dict[str, Any]) -> dict[str, Any]:

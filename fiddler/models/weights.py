@@ -20,8 +20,6 @@ from fiddler.models.manifest import (
     expert_parts,
     layer_parts,
     model_parts,
-    packed_part,
-    packed_shape,
 )
 
 
@@ -31,15 +29,11 @@ class WeightSource(Protocol):
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor on the CPU, as stored; callers do not write to it."""
 
+    def forget(self, name: str) -> None:
+        """Say that a tensor will not be asked for again soon; any thread may."""
+
     def fill_(self, out: Tensor, name: str) -> None:
         """Write a tensor of ``out``'s shape into ``out``, in its dtype and on its device."""
-
-
-class PackedSource(Protocol):
-    """Where packed experts come from."""
-
-    def fill_packed_(self, out_B: Tensor, name: str, shape: PackedShape) -> None:
-        """Write the bytes of an expert into ``out_B``, on its device."""
 
 
 class CheckpointSource:
@@ -51,6 +45,10 @@ class CheckpointSource:
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a view of the mapped file."""
         return self._checkpoint.tensor(name, shape)
+
+    def forget(self, name: str) -> None:
+        """Leave no mapped page behind."""
+        self._checkpoint.forget(name)
 
     def fill_(self, out: Tensor, name: str) -> None:
         """Copy and check: NaN or Inf is a :class:`NumericsError`. Leaves no mapped page behind."""
@@ -154,15 +152,6 @@ def load_expert_into(
     source.fill_(w13_FH[:width], gate.name)
     source.fill_(w13_FH[width:], up.name)
     source.fill_(w2_HI, down.name)
-
-
-def load_packed_into(
-    source: PackedSource, config: ModelConfig, layer: int, expert: int, out_B: Tensor
-) -> None:
-    """Write a packed expert into ``out_B``, as it is."""
-    assert config.packed is not None
-    part = packed_part(config, config.packed, layer, expert)
-    source.fill_packed_(out_B, part.name, packed_shape(config, config.packed))
 
 
 def _place(

@@ -22,7 +22,7 @@ from cpu_kernels.packed_layout import (
 )
 from cpu_kernels.weight_kind import WeightKind
 from fiddler.quantize.gptq import gptq
-from fiddler.quantize.rounding import round_matrix
+from fiddler.rounding.matrix import round_matrix
 
 Method = Literal["rtn", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq")

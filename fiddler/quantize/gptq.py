@@ -17,8 +17,8 @@ from torch import Tensor
 from cpu_kernels.bf16 import F32
 from cpu_kernels.packed_layout import Quantised
 from cpu_kernels.weight_kind import WeightKind
-from fiddler.quantize.grid import SHRINKS, Grid, find_grid, steps
-from fiddler.quantize.rounding import quantised
+from fiddler.rounding.grid import SHRINKS, Grid, find_grid, steps
+from fiddler.rounding.matrix import quantised
 
 # Added to the diagonal, as shares of its mean: the first with which H is positive in float64.
 DAMPING = (0.01, 0.1, 1.0)
@@ -32,7 +32,7 @@ def gptq(
 ) -> Quantised:
     """Codes of finite weights for inputs with ``hessian_KK``, float32; K a multiple of the group.
 
-    ValueError as :func:`fiddler.quantize.grid.find_grid`, or if the Hessian holds NaN or Inf.
+    ValueError as :func:`fiddler.rounding.grid.find_grid`, or if the Hessian holds NaN or Inf.
     """
     num_rows, cols = w_NK.shape
     assert kind.is_packed and cols % kind.group == 0, (kind, w_NK.shape)

@@ -170,9 +170,16 @@ def test_what_this_release_cannot_read_is_named(
         load_config(tmp_path)
 
 
-def test_seeded_weights_are_not_packed(folders: Folders) -> None:
-    with pytest.raises(ConfigError, match="packed experts, and seeded weights are plain"):
-        loaded(folders()[0], load_format="dummy")
+def test_seeded_weights_are_of_the_stored_kind(folders: Folders) -> None:
+    with loaded(folders()[0], load_format="dummy") as llm:
+        assert llm.dtypes.expert == "w4g32z"
+
+
+def test_another_kind_cannot_be_made_of_packed_experts(folders: Folders) -> None:
+    with loaded(folders()[0], dtype="w4g32z") as llm:
+        assert llm.dtypes.expert == "w4g32z"
+    with pytest.raises(ConfigError, match="stored as w4g32z, from which no w8g32 can be made"):
+        loaded(folders()[0], dtype="w8g32")
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import numpy as np
 from cpu_kernels.bf16 import F32
 from cpu_kernels.packed_layout import Quantised
 from cpu_kernels.weight_kind import WeightKind
-from fiddler.quantize.grid import SHRINKS, Grid, find_grid, round_to
+from fiddler.rounding.grid import SHRINKS, Grid, find_grid, round_to
 
 CHUNK = 1 << 16  # weights rounded at a time: with their copies they stay in a core's cache
 
