@@ -128,35 +128,29 @@ def shape_rows(targets: Targets, repetitions: int) -> list[Row]:
         f"{peaks.joint_gbps:.0f}, PCIe {peaks.pcie_gbps:.1f}; {subject.num_threads} threads, "
         f"{subject.plan.placement.num_resident} experts on the GPU"
     )
-    wanted = [targets.decode, targets.prompt_512, targets.prompt_2048]
-    names = ["decode", "prompt of 512", "prompt of 2,048"]
+    names = ("decode", "prompt of 512", "prompt of 2,048")
+    wanted = (targets.decode, targets.prompt_512, targets.prompt_2048)
     rows = [
         speed_row(f"{targets.shape}, {name}, uniform", measured, setting, target)
         for name, measured, target in zip(names, uniform, wanted, strict=False)
     ]
-    rows.append(
-        at_least(
-            f"{targets.shape}, decode, share of its limit",
-            *(rows[0].value, "tok/s", rows[0].limit, rows[0].ratio, targets.decode_share),
-        )
-    )
+    value, limit, ratio = rows[0].value, rows[0].limit, rows[0].ratio
+    name = f"{targets.shape}, decode, share of its limit"
+    rows.append(at_least(name, value, "tok/s", limit, ratio, targets.decode_share))
     if targets.batch_4 is not None:
-        steps_s = [
-            case.n_gen / tokens_per_s(m)[0] * case.n_parallel
-            for case, m in ((one, uniform[0]), (four, uniform[-1]))
-        ]
-        rows.append(
-            at_most(
-                f"{targets.shape}, time of a step of 4 requests, in steps of one",
-                *(1e3 * steps_s[1] / one.n_gen, "ms", 1e3 * steps_s[0] / one.n_gen),
-                *(steps_s[1] / steps_s[0], targets.batch_4),
-            )
-        )
+        rows.append(batch_row(targets.shape, uniform[0], uniform[-1], targets.batch_4))
     if targets.routed is not None:
         missed = 1 - routed.decode.hit_rate
         name = f"{targets.shape}, decode, the routers' choices, {missed:.0%} missed"
         rows.append(speed_row(name, routed, setting, targets.routed))
     return rows
+
+
+def batch_row(shape: str, one: Measurement, many: Measurement, target: float) -> Row:
+    """How much longer a step of several requests takes than a step of one."""
+    one_ms, many_ms = (1e3 * m.case.n_parallel / tokens_per_s(m)[0] for m in (one, many))
+    name = f"{shape}, time of a step of {many.case.n_parallel} requests, in steps of one"
+    return at_most(name, many_ms, "ms", one_ms, many_ms / one_ms, target)
 
 
 def speed_row(name: str, measured: Measurement, setting: Setting, target: float) -> Row:
