@@ -42,7 +42,7 @@ class Shared:
 
 ENGINE_OPTIONS = (
     Shared("--vram-gb", "vram_gb", GIB, "GIB", "GPU memory to use in all, CUDA context included."),
-    Shared("--ram-gb", "ram_gb", GIB, "GIB", "Host memory to use for weights."),
+    Shared("--ram-gb", "ram_gb", GIB, "GIB", "Host memory to use; experts beyond it stay on disk."),
     Shared("--dtype", "dtype", click.Choice(DTYPES), None, "Type of the weights in memory."),
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
     Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),
