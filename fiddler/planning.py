@@ -1,5 +1,6 @@
 """One way to a plan, for `fiddler plan` and for loading: settings and a model in, plan out."""
 
+import itertools
 from pathlib import Path
 
 from fiddler.config import PAGE_SIZE, EngineConfig
@@ -10,7 +11,7 @@ from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
 from fiddler.models.quantized import check_groups
 from offload.hardware import Hardware
-from offload.layout import has_ring, lay_out, vram_limit_bytes
+from offload.layout import Layout, lay_out, vram_limit_bytes
 from offload.plan import Budget, Footprint, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
@@ -74,13 +75,18 @@ def step_tokens(settings: EngineConfig, model: ModelConfig, hardware: Hardware) 
     budget = _budget(settings, model)
     allowed = vram_limit_bytes(hardware, budget) // WORKSPACE_DIVISOR
 
-    def is_good(tokens: int) -> bool:
+    def workspace(tokens: int) -> int:
         seqs = settings.max_num_seqs
-        taken = workspace_bytes(model, width, max_batched_tokens=tokens, max_num_seqs=seqs)
-        needs = _needs(settings, model, hardware, tokens)
-        return taken <= allowed and has_ring(needs, lay_out(needs, hardware, budget))
+        return workspace_bytes(model, width, max_batched_tokens=tokens, max_num_seqs=seqs)
 
-    return next(filter(is_good, GPU_STEP_TOKENS), GPU_STEP_TOKENS[-1])
+    def layout(tokens: int) -> Layout:
+        return lay_out(_needs(settings, model, hardware, tokens), hardware, budget)
+
+    layouts = {n: layout(n) for n in GPU_STEP_TOKENS if workspace(n) <= allowed}
+    with_ring = (n for n, layout in layouts.items() if layout.has_ring)
+    fitting = (n for n, layout in layouts.items() if not layout.vram_missing)
+    from_disk = (n for n in fitting if layouts[n].num_disk_experts)  # which needs no ring
+    return next(itertools.chain(with_ring, from_disk), GPU_STEP_TOKENS[-1])
 
 
 def _dtypes(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> Dtypes:

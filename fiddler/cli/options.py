@@ -49,7 +49,7 @@ class Shared:
 
 ENGINE_OPTIONS = (
     Shared("--vram-gb", "vram_gb", GIB, "GIB", "GPU memory to use in all, CUDA context included."),
-    Shared("--ram-gb", "ram_gb", GIB, "GIB", "Host memory to use for weights."),
+    Shared("--ram-gb", "ram_gb", GIB, "GIB", "Host memory to use; experts beyond it stay on disk."),
     Shared(
         "--dtype",
         "dtype",

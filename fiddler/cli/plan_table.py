@@ -86,7 +86,8 @@ def _memory_table(facts: PlanFacts) -> "Table":
         experts = f"experts, {num_experts:,}"
     if plan.cached is not None:
         on_disk = num_experts - resident - plan.cached.num_resident
-        experts = f"experts, {resident:,} + {plan.cached.num_resident:,} + {on_disk:,}"
+        on_gpu_side = "" if plan.gpu_side is GpuSide.NONE else f"{resident:,} + "
+        experts = f"experts, {on_gpu_side}{plan.cached.num_resident:,} + {on_disk:,}"
     _add(table, plan, experts, memory.gpu_experts, memory.cpu_experts, memory.disk_experts)
     if memory.unused:
         _add(table, plan, "unused", memory.unused, 0)
