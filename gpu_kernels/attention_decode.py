@@ -299,12 +299,15 @@ def _decode_kernel(
         position_M = tl.zeros([BLOCK_M], tl.int32) + kv_len - 1
         if HAS_POSITIONS:
             position_M = tl.load(positions_ptr + query_M, mask=is_row_M, other=0)
-        q_offset_M = query_M.to(tl.int64) * stride_q_token + head_M * stride_q_head
         mask_MD = is_row_M[:, None] & (d_D < HEAD_DIM)[None, :]
-        q_MD = tl.load(q_ptr + q_offset_M[:, None] + d_D, mask=mask_MD, other=0.0)
+        row_Q = tl.arange(0, 2 * BLOCK_M) % BLOCK_M if IN_CODES else row_M
+        q_offset_Q = (first_query + row_Q // GROUP).to(tl.int64) * stride_q_token
+        q_offset_Q += (kv_head * GROUP + row_Q % GROUP) * stride_q_head
+        mask_QD = (row_Q < count * GROUP)[:, None] & (d_D < HEAD_DIM)[None, :]
+        q_QD = tl.load(q_ptr + q_offset_Q[:, None] + d_D, mask=mask_QD, other=0.0)
         if IN_CODES:
             max_M, sum_M, acc_MD = attend_codes(
-                q_MD,
+                q_QD,
                 kv_ptr + kv_head * stride_kv_head,
                 kv_scales_ptr + kv_head * PAGE_SIZE,
                 indices_ptr + first_entry,
@@ -330,7 +333,7 @@ def _decode_kernel(
             )
         else:
             max_M, sum_M, acc_MD = attend(
-                q_MD,
+                q_QD,
                 kv_ptr + kv_head * stride_kv_head,
                 kv_scales_ptr + kv_head * PAGE_SIZE if IS_QUANTISED else kv_scales_ptr,
                 indices_ptr + first_entry,

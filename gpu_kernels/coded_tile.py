@@ -34,7 +34,7 @@ Q_STEPS = tl.constexpr(127 * 128)
 
 @triton.jit
 def attend_codes(
-    q_RD,
+    q_QD,
     head_kv_ptr,
     head_scales_ptr,
     entries_ptr,
@@ -64,7 +64,7 @@ def attend_codes(
     seen, nor with ``HAS_POSITIONS`` those after ``position_R``. ``entries_ptr``: the request's
     pages. The maximum is that of ``finish_softmax``, if not always the largest logit.
     """
-    R: tl.constexpr = q_RD.shape[0]
+    R: tl.constexpr = q_QD.shape[0] // 2
     P: tl.constexpr = BLOCK_N // PAGE_SIZE if BLOCK_N > PAGE_SIZE else 1
     C: tl.constexpr = BLOCK_N // P
     J: tl.constexpr = BLOCK_D // 2
@@ -74,7 +74,9 @@ def attend_codes(
     n_N = tl.arange(0, BLOCK_N)
     p_P = tl.arange(0, P)
     c_C = tl.arange(0, C)
-    q_QD, scale_R = _two_parts(q_RD, scale_log2, IS_FP8)
+    last_entry = (end - 1) // PAGE_SIZE
+    page_P = tl.load(entries_ptr + tl.minimum(begin // PAGE_SIZE + p_P, last_entry))
+    q_QD, scale_R = _two_parts(q_QD, scale_log2, IS_FP8)
     factor_R = scale_R
     if HAS_CAP or HAS_ALIBI:
         factor_R = tl.full([R], 1.0, tl.float32)
@@ -87,10 +89,7 @@ def attend_codes(
     sum_RN = tl.zeros([R, BLOCK_N], tl.float32)
     even_JR = tl.zeros([J, R], tl.float32)
     odd_JR = tl.zeros([J, R], tl.float32)
-    offset_MR = tl.zeros([16, R], tl.float32)
-    code_offset_MN = tl.full([16, BLOCK_N], CODE_OFFSET * CODE_UNIT, tl.float16)
-    last_entry = (end - 1) // PAGE_SIZE
-    page_P = tl.load(entries_ptr + tl.minimum(begin // PAGE_SIZE + p_P, last_entry))
+    minus_offset_JN = tl.full([J, BLOCK_N], -CODE_OFFSET * CODE_UNIT, tl.float16)
     for tile_begin in range(begin, end, BLOCK_N):
         pos_N = tile_begin + n_N
         is_token_N = pos_N < end
@@ -144,55 +143,49 @@ def attend_codes(
             sum_RN = sum_RN * decay_R[:, None]
             even_JR = even_JR * decay_R[None, :]
             odd_JR = odd_JR * decay_R[None, :]
-            offset_MR = offset_MR * decay_R[None, :]
             exponent_RN = logits_RN * factor_R[:, None] - base_R[:, None]
         p_RN = tl.exp2(exponent_RN)
         sum_RN += p_RN
         weight_RN = p_RN * v_scale_N[None, :]
         weight_NR = tl.trans(weight_RN.to(tl.float16))
+        if not IS_FP8:
+            # tile by tile, as sums of what is added would be rounded far more than those of values
+            even_JR = tl.dot(minus_offset_JN, weight_NR, even_JR)
+            odd_JR = tl.dot(minus_offset_JN, weight_NR, odd_JR)
         even_JR = tl.dot(widen_pairs(v_JN, IS_FP8, ODD=False), weight_NR, even_JR)
         odd_JR = tl.dot(widen_pairs(v_JN, IS_FP8, ODD=True), weight_NR, odd_JR)
-        if not IS_FP8:
-            # every row is the same: a product has them for less than a sum over the tokens
-            offset_MR = tl.dot(code_offset_MN, weight_NR, offset_MR)
 
-    if not IS_FP8:
-        offset_1R = tl.max(offset_MR, 0)[None, :]
-        even_JR = (even_JR - offset_1R) * (1.0 / CODE_UNIT)
-        odd_JR = (odd_JR - offset_1R) * (1.0 / CODE_UNIT)
     acc_JR2 = tl.join(even_JR, odd_JR)
     acc_RD = tl.reshape(tl.permute(acc_JR2, (1, 0, 2)), [R, BLOCK_D])
+    if not IS_FP8:
+        acc_RD *= 1.0 / CODE_UNIT
     return base_R, tl.sum(sum_RN, 1), acc_RD
 
 
 @triton.jit
-def _two_parts(q_RD, scale_log2, IS_FP8: tl.constexpr):
-    """Return q as two parts of each row, ``[2 R, D]``, and the scales of the rows' logits."""
-    R: tl.constexpr = q_RD.shape[0]
-    q_RD = q_RD.to(tl.float32)
-    # NaN and Inf become NaN scales, as integers know neither
-    largest_R = tl.max(tl.abs(q_RD), 1) + tl.sum(q_RD * 0.0, 1)
-    largest_R = tl.where(largest_R == 0.0, 1.0, largest_R)
-    unit_RD = q_RD * (1.0 / largest_R)[:, None]
+def _two_parts(q_QD, scale_log2, IS_FP8: tl.constexpr):
+    """Return the first part of q in the first R rows and the second in the others, and the scales.
+
+    ``q_QD`` has each row in both places; the scales ``[R]`` are those of the rows' logits.
+    """
+    R: tl.constexpr = q_QD.shape[0] // 2
+    q_QD = q_QD.to(tl.float32)
+    # as integers, among which NaN is the largest: it must not get lost
+    largest_Q = tl.max(tl.abs(q_QD).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    largest_Q = tl.where(largest_Q == 0.0, 1.0, largest_Q)
+    scale_R = tl.max(tl.reshape(largest_Q, [2, R]), 0) * scale_log2
+    inverse_Q1 = (1.0 / largest_Q)[:, None]
     is_low_Q1 = (tl.arange(0, 2 * R) >= R)[:, None]
     if IS_FP8:
-        unit_QD = _twice(unit_RD)
+        unit_QD = q_QD * inverse_Q1
         high_QD = unit_QD.to(tl.float16)
         low_QD = (unit_QD - high_QD.to(tl.float32)).to(tl.float16)
-        return tl.where(is_low_Q1, low_QD, high_QD), largest_R * scale_log2
+        return tl.where(is_low_Q1, low_QD, high_QD), scale_R
     else:
-        steps_QD = _twice(tl.floor(unit_RD * Q_STEPS + 0.5).to(tl.int32))
+        steps_QD = tl.floor(q_QD * (inverse_Q1 * Q_STEPS) + 0.5).to(tl.int32)
         high_QD = (steps_QD + 64) >> 7
         part_QD = tl.where(is_low_Q1, steps_QD - high_QD * 128, high_QD)
-        return part_QD.to(tl.int8), largest_R * scale_log2 / Q_STEPS
-
-
-@triton.jit
-def _twice(x_RD):
-    """All rows, then all again. (A join would have the compiler order a product's depth anew.)"""
-    R: tl.constexpr = x_RD.shape[0]
-    D: tl.constexpr = x_RD.shape[1]
-    return tl.reshape(tl.broadcast_to(x_RD[None, :, :], [2, R, D]), [2 * R, D])
+        return part_QD.to(tl.int8), scale_R / Q_STEPS
 
 
 @triton.jit

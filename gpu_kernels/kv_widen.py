@@ -90,12 +90,10 @@ def widen_pairs(x, IS_FP8: tl.constexpr, ODD: tl.constexpr):
     e4m3 exactly; int8 as (code + CODE_OFFSET) * CODE_UNIT, exactly.
     """
     if HAS_PTX:
-        if IS_FP8:
-            code: tl.constexpr = _ODD_E4M3 if ODD else _EVEN_E4M3
-        else:
-            code: tl.constexpr = _ODD_CODES if ODD else _EVEN_CODES
+        codes: tl.constexpr = _ODD_CODES if ODD else _EVEN_CODES
+        e4m3: tl.constexpr = _ODD_E4M3 if ODD else _EVEN_E4M3
         return tl.inline_asm_elementwise(
-            code, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+            e4m3 if IS_FP8 else codes, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
         byte = (x >> 8 if ODD else x) & 0xFF
