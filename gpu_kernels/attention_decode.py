@@ -170,7 +170,7 @@ def attention_decode(
         **{**tile, **shared, **plan.config},
         **logits_args(variant, num_heads, sm_scale, q_THD.device),
     )
-    merged = merge_tile(num_units, num_kv_heads, rows)
+    merged = merge_tile(num_units, num_kv_heads, rows, plan.num_programs)
     row_blocks = num_kv_heads * triton.cdiv(rows, merged["BLOCK_R"])
     block_d = min(MERGE_DIMS, padded_dim(head_dim))
     merge_kernel[(num_units, row_blocks, triton.cdiv(head_dim, block_d))](

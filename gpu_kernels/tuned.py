@@ -58,7 +58,7 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         ],
         "sm90": [
             (
-                {"rows": 16, "itemsize": 1},
+                {"rows": 16, "itemsize": 1, "row_bytes": 128},
                 {"BLOCK_N": 32, "num_warps": 1, "num_stages": 4, "per_sm": 6},
             ),
             (

@@ -120,7 +120,7 @@ def test_blocks_of_queries_and_positions(kind: torch.dtype) -> None:
     sizes = [5, 1, 0, 3]
     batch = make_batch([150, 40, 17, 0], sizes, head_dim=32, dtype=torch.bfloat16).quantised(kind)
     blocks = QueryBlocks.of_groups(sizes, 2, DEVICE)
-    plan = plan_decode(6, 4, 2, 32, device=DEVICE, dtype=kind, queries_per_unit=2)
+    plan = plan_decode(6, 4, 2, 32, device=DEVICE, dtype=kind, queries_per_unit=2, num_programs=2)
     positions = [3, 149, 0, 16, 100, 20, 0, 0, 0]
     for some_positions in (None, positions):
         actual = attention_decode(
@@ -164,10 +164,9 @@ def test_logits_that_rise_and_huge_ones(kind: torch.dtype) -> None:
             cache[page, 0, token % 16] = key
     for factor in (1.0, 300.0):
         batch = replace(exact, kv_cache=cache, q_THD=exact.q_THD * factor).quantised(kind)
-        for programs in (1, 16):
-            actual = run(batch, PLAIN, make_plan(batch, num_programs=programs))
-            # logits of up to 1e4 are only as good as q's 15 bits make them
-            assert frobenius_error(actual, dense_oracle(batch)) <= (2e-3 if factor == 1.0 else 0.05)
+        actual = run(batch, PLAIN, make_plan(batch, num_programs=2))
+        # logits of up to 1e4 are only as good as q's 15 bits make them
+        assert frobenius_error(actual, dense_oracle(batch)) <= (2e-3 if factor == 1.0 else 0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
