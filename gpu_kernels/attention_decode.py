@@ -3,7 +3,8 @@
 Memory-bound: each program reads an equal share of all tiles of one KV head once, for all query
 heads of its group (packed as rows so that the products run on tensor cores). No atomics: results
 depend on the lengths and the plan alone. Shapes: T query tokens, H query heads, K KV heads,
-D head dim, U units (see split_kv), P parts, R packed rows of a unit.
+D head dim, U units (see split_kv), P parts, R packed rows of a unit, Q rows of q as the tile takes
+them.
 """
 
 from __future__ import annotations

@@ -3,15 +3,17 @@
 Instructions are scarce here, not bytes, so codes go into products with as few as can be:
 
 - q as two int8 parts (15 bits) multiplies int8 keys as they are stored. Both parts are rows of one
-  product, whose tile has twice as many as a group has heads.
+  product, which has twice as many as a group of eight heads needs; their sum lies in one thread.
 - Values are the left operand, so that eight heads fill a product, and are read as int16: neighbours
-  of two dims. Even and odd dims are products of their own (see ``widen_pairs``).
-- Tiles begin at multiples of their size, so a tile is whole pages or lies within one: one page
-  number, read a tile ahead, for all its tokens. Only tiles at an end are masked.
-- The running maximum may be out of date by 2 ** SLACK, so that few tiles rescale what there is.
+  of two dims. Even and odd dims are products of their own (see ``widen_pairs``). The weights leave
+  the softmax as that product wants them: no exchange between threads.
+- Tiles begin at multiples of their size, so a tile is whole pages or lies within one: a number for
+  each page, read a tile ahead, and the rest of the address constant. Only tiles at an end mask.
+- What logits are measured against follows the largest only when a weight would exceed 2 ** 7, so
+  few tiles rescale what there is, and a thread adds up the weights of its own tokens until the end.
 
-Shapes: R query rows, N cache tokens of a tile, P pages of a tile, C tokens of these, D head dim
-(padded to a power of two, 32 at least), J pairs of dims.
+Shapes: R query rows, Q rows of q's two parts, N cache tokens of a tile, P pages of a tile, C tokens
+of these, D head dim (padded to a power of two, 32 at least), J pairs of dims.
 """
 
 from __future__ import annotations
@@ -58,11 +60,12 @@ def attend_codes(
     HAS_ALIBI: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
 ):
-    """Return the softmax state (max, sum, acc) of the keys of positions ``[begin, end)``.
+    """Return the softmax state (base, sum, acc) of the keys of positions ``[begin, end)``.
 
-    ``begin`` is a multiple of BLOCK_N and less than ``end``. Positions before ``first`` are not
-    seen, nor with ``HAS_POSITIONS`` those after ``position_R``. ``entries_ptr``: the request's
-    pages. The maximum is that of ``finish_softmax``, if not always the largest logit.
+    The base is what ``finish_softmax`` takes for the maximum. ``q_QD`` has every row twice, R rows
+    apart. ``begin`` is a multiple of BLOCK_N and less than ``end``. Positions before ``first`` are
+    not seen, nor with ``HAS_POSITIONS`` those after ``position_R``. ``entries_ptr``: the request's
+    pages.
     """
     R: tl.constexpr = q_QD.shape[0] // 2
     P: tl.constexpr = BLOCK_N // PAGE_SIZE if BLOCK_N > PAGE_SIZE else 1
@@ -76,7 +79,7 @@ def attend_codes(
     c_C = tl.arange(0, C)
     last_entry = (end - 1) // PAGE_SIZE
     page_P = tl.load(entries_ptr + tl.minimum(begin // PAGE_SIZE + p_P, last_entry))
-    q_QD, scale_R = _two_parts(q_QD, scale_log2, IS_FP8)
+    part_QD, scale_R = _two_parts(q_QD, scale_log2, IS_FP8)
     factor_R = scale_R
     if HAS_CAP or HAS_ALIBI:
         factor_R = tl.full([R], 1.0, tl.float32)
@@ -123,7 +126,7 @@ def attend_codes(
         else:
             v_JN = tl.load(v_ptr_JN)
 
-        logits_RN = _logits(q_QD, k_ND, R, IS_FP8) * k_scale_N[None, :]
+        logits_RN = _logits(part_QD, k_ND, R, IS_FP8) * k_scale_N[None, :]
         if HAS_CAP:
             logits_RN = logits_RN * scale_R[:, None]
             logits_RN = (1.0 - 2.0 / (tl.exp2(logits_RN) + 1.0)) * cap_log2
@@ -189,12 +192,12 @@ def _two_parts(q_QD, scale_log2, IS_FP8: tl.constexpr):
 
 
 @triton.jit
-def _logits(q_QD, k_ND, R: tl.constexpr, IS_FP8: tl.constexpr):
+def _logits(part_QD, k_ND, R: tl.constexpr, IS_FP8: tl.constexpr):
     """Both parts' products with the keys, added up: ``[R, N]``, in units of the scales."""
     N: tl.constexpr = k_ND.shape[0]
     if IS_FP8:
         k_ND = widen(k_ND, tl.float16, IN_PLACE=True)
-    logits_QN = tl.dot(q_QD, tl.trans(k_ND))
+    logits_QN = tl.dot(part_QD, tl.trans(k_ND))
     high_RN, low_RN = tl.split(tl.permute(tl.reshape(logits_QN, [2, R, N]), (1, 2, 0)))
     if IS_FP8:
         return high_RN + low_RN
