@@ -5,6 +5,7 @@ call :meth:`Checkpoint.tensor` at once. A tensor keeps its file mapped, also aft
 """
 
 import mmap
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -67,6 +68,20 @@ class Checkpoint:
         """Return a view of the ``size`` bytes of a packed expert. Do not write to it."""
         return self._view(name, (size,), _PACKED)
 
+    def dtype(self, name: str) -> str | None:
+        """The type of a tensor as safetensors spells it; None if there is none."""
+        return self._entries[name][1].dtype if name in self._entries else None
+
+    def raw(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+    ) -> tuple[str, memoryview]:
+        """Return the type of a tensor, one of ``dtypes``, and its mapped bytes, not to be written.
+
+        For types that torch does not have, and for who needs no torch.
+        """
+        path, entry = self._entry(name, shape, dtypes)
+        return entry.dtype, memoryview(self._maps[path])[entry.begin : entry.end]
+
     def forget(self, name: str) -> None:
         """Drop the resident pages of a tensor; a later read takes them from the file again."""
         path, entry = self._entries[name]
@@ -84,7 +99,7 @@ class Checkpoint:
         return flat.view(shape)
 
     def _entry(
-        self, name: str, shape: tuple[int, ...], dtypes: dict[str, str]
+        self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]
     ) -> tuple[Path, Entry]:
         if name not in self._entries:
             raise CheckpointError(f"{self.folder} has no tensor {name}", hint="is it complete?")
