@@ -12,6 +12,7 @@ from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
 from fiddler.models.dummy import DummySource
 from fiddler.models.dummy_packed import dummy_packing
+from fiddler.models.foreign.source import ForeignSource
 from fiddler.models.packing import FillPacked, rounding, stored
 from fiddler.models.weights import CheckpointSource, WeightSource
 
@@ -36,6 +37,10 @@ def open_weights(settings: EngineConfig, files: ModelFiles, reading: ExitStack) 
 
 
 def _checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> OpenedWeights:
+    if config.foreign is not None:
+        foreign = ForeignSource(checkpoint, config, config.foreign)
+        foreign.check()
+        return OpenedWeights(foreign, foreign.packing)
     checkpoint.check(config)
     source = CheckpointSource(checkpoint)
     way = rounding if config.packed is None else stored

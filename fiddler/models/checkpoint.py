@@ -79,6 +79,26 @@ class Checkpoint:
         )
         return flat.view(shape)
 
+    def forget(self, name: str) -> None:
+        """Drop the resident pages of a tensor; a later read takes them from the file again."""
+        path, entry = self._entries[name]
+        begin = entry.begin - entry.begin % mmap.PAGESIZE
+        self._maps[path].madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
+
+    def dtype(self, name: str) -> str | None:
+        """The type of a tensor as safetensors spells it; None if there is none."""
+        return self._entries[name][1].dtype if name in self._entries else None
+
+    def raw(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+    ) -> tuple[str, memoryview]:
+        """Return the type of a tensor, one of ``dtypes``, and its mapped bytes, not to be written.
+
+        For types that torch does not have, and for who needs no torch.
+        """
+        path, entry = self._entry(name, shape, dtypes)
+        return entry.dtype, memoryview(self._maps[path])[entry.begin : entry.end]
+
     def read(self, name: str, out: "torch.Tensor") -> bool:
         """Fill ``out`` with the tensor, which has its shape; whether all numbers are finite."""
         path, entry = self._entry(name, tuple(out.shape), _TORCH_NAMES)
@@ -90,7 +110,7 @@ class Checkpoint:
         return read_bytes(self._files[path], entry.begin, out_B)
 
     def _entry(
-        self, name: str, shape: tuple[int, ...], dtypes: dict[str, str]
+        self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]
     ) -> tuple[Path, Entry]:
         if name not in self._entries:
             raise CheckpointError(f"{self.folder} has no tensor {name}", hint="is it complete?")

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from cpu_kernels.weight_kind import WeightKind
+from fiddler.models.foreign.layout import Layout
 
 
 class QKNorm(StrEnum):
@@ -82,7 +83,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     max_position: int = 4096
     dtype: str = "bfloat16"  # as stored
-    packed: WeightKind | None = None  # of routed experts that are stored as packed bytes
+    packed: WeightKind | None = None  # what stored routed experts are, or become, if quantised
+    foreign: Layout | None = None  # how another program stored them
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 

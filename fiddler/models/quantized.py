@@ -6,6 +6,7 @@ from typing import Any
 from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.models.config import ModelConfig
+from fiddler.models.foreign.scheme import foreign_layout
 
 QUANT_METHOD = "fiddler"
 VERSION = 1  # of the layout in docs/quantized-checkpoints.md
@@ -20,20 +21,22 @@ def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     return scheme if isinstance(scheme, dict) else {"quant_method": scheme}
 
 
-def packed_kind(raw: Mapping[str, Any]) -> WeightKind | None:
-    """The kind of the routed experts, None for plain weights.
+def quantised_experts(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``ModelConfig`` about quantised experts; none for plain weights.
 
-    Raises :class:`CheckpointError` for what other programs wrote, or a later version of this one.
+    Raises :class:`CheckpointError` for what is not known, or a later version of fiddler wrote.
     """
     scheme = quantization_of(raw)
     if not scheme:
-        return None
-    method = scheme.get("quant_method")
-    if method != QUANT_METHOD:
-        raise CheckpointError(
-            f"the weights are quantised ({method or 'unnamed scheme'}), which fiddler cannot read",
-            hint="take the repository with the float32, bfloat16 or float16 weights",
-        )
+        return {}
+    if scheme.get("quant_method") == QUANT_METHOD:
+        return {"packed": _own_kind(scheme)}
+    layout = foreign_layout(scheme)
+    stored = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+    return {"packed": layout.kind(stored), "foreign": layout}
+
+
+def _own_kind(scheme: Mapping[str, Any]) -> WeightKind:
     if scheme.get("version") != VERSION:
         raise CheckpointError(
             f"the weights are quantised in version {scheme.get('version')!r} of fiddler's layout,"
@@ -71,7 +74,7 @@ def _fitting(config: ModelConfig, option: str) -> str:
 
 
 def quantization_config(kind: WeightKind, made: dict[str, Any]) -> dict[str, Any]:
-    """The record that :func:`packed_kind` reads; ``made`` tells how, for people."""
+    """The record that :func:`quantised_experts` reads; ``made`` tells how, for people."""
     return {
         "quant_method": QUANT_METHOD,
         "version": VERSION,

@@ -154,7 +154,7 @@ def test_bytes_that_are_not_the_experts_are_refused(
 @pytest.mark.parametrize(
     ("scheme", "said"),
     [
-        ({"quant_method": "awq"}, r"quantised \(awq\), which fiddler cannot read"),
+        ({"quant_method": "hqq"}, r"quantised \(hqq\), which fiddler cannot read"),
         ("gguf", r"quantised \(gguf\)"),
         ({"quant_method": "fiddler", "version": 2}, "in version 2 of fiddler's layout"),
         ({"quant_method": "fiddler", "version": 1}, "names no known kind .*: None"),
