@@ -59,7 +59,7 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         "sm90": [
             (
                 {"rows": 16, "itemsize": 1, "row_bytes": 128},
-                {"BLOCK_N": 32, "num_warps": 1, "num_stages": 4, "per_sm": 6},
+                {"BLOCK_N": 64, "num_warps": 1, "num_stages": 3, "per_sm": 4},
             ),
             (
                 {"rows": 64, "row_bytes": 256},
