@@ -75,6 +75,7 @@ def _fill_store(ground: Ground, source: WeightSource) -> ExpertStore:
         if on_progress is not None:
             on_progress("experts", done * size, total * size)
 
+    report(0, len(store.shape.moe_layers) * config.num_experts)
     fill_expert = functools.partial(load, source, config)
     store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
     return store
