@@ -80,5 +80,6 @@ def _fill_store(ground: Ground, weights: OpenedWeights) -> ExpertStore:
         if on_progress is not None:
             on_progress("experts", done * size, total * size)
 
+    report(0, len(store.shape.moe_layers) * config.num_experts)
     store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
     return store

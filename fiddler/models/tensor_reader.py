@@ -19,7 +19,7 @@ from fiddler.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-PIECE = 2 << 20  # bytes: a huge page, and no more than the second level of cache holds
+PIECE = 512 << 10  # bytes; the second level of cache holds it: 1 MiB on small servers
 PIECE_ELSEWHERE = 16 << 20  # to a GPU: each piece is waited for
 
 # Bits of infinity. What is no finite number is not below them, with its sign bit or without it.
