@@ -53,13 +53,14 @@ def _fill_store(ground: Ground, weights: OpenedWeights) -> ExpertStore:
     config, on_progress = ground.config, ground.on_progress
     kind = ground.dtypes.expert_kind
     packed = kind if kind.is_packed else None
+    hidden, width = config.expert_sides
     store = ExpertStore(
         ExpertShape(
             num_layers=config.num_layers,
             moe_layers=[i for i in range(config.num_layers) if config.is_moe_layer(i)],
             num_experts=config.num_experts,
-            hidden_size=config.hidden_size,
-            expert_size=config.expert_size,
+            hidden_size=hidden,
+            expert_size=width,
         ),
         ground.plan.placement,
         device=ground.device,

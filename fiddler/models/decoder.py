@@ -142,9 +142,13 @@ class Decoder:
             F.linear(y_TH, layer.router_EH), self.config.top_k, self.config.norm_topk
         )
         ids_TK = ids_TK if drawn_TK is None else drawn_TK
-        pending = self._experts.launch(index, y_TH, ids_TK, weights_TK)
+        read_TX = y_TH
+        if layer.expert_inputs_X is not None:
+            read_TX = y_TH.index_select(1, layer.expert_inputs_X)
+        pending = self._experts.launch(index, read_TX, ids_TK, weights_TK)
         shared_TH = self._shared_expert(layer, y_TH)  # while the experts are under way
-        return self._kernels.add_parts(x_TH, pending.parts(), shared_TH, next_norm_H)
+        parts = tuple(part[:, : self.config.hidden_size] for part in pending.parts())
+        return self._kernels.add_parts(x_TH, parts, shared_TH, next_norm_H)
 
     def _shared_expert(self, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor | None:
         if layer.shared_gate_up_FH is None:

@@ -129,9 +129,10 @@ def _expert_bytes(config: ModelConfig, width: int) -> int:
     rows, gate and up, their product and the result (or, where all experts are computed together,
     the product and the result of every choice), then the float32 sums of both sides."""
     router = config.num_experts * (width + FLOAT32) + config.top_k * 2 * (8 + FLOAT32)
-    one_expert = 3 * config.expert_size * width + 2 * config.hidden_size * width
-    grouped = config.top_k * (config.expert_size + config.hidden_size) * width
-    sums = 5 * config.hidden_size * FLOAT32  # scaled result, hot, cold, both, copy for the host
+    hidden, inner = config.expert_sides
+    one_expert = 3 * inner * width + 2 * hidden * width
+    grouped = config.top_k * (inner + hidden) * width
+    sums = 5 * hidden * FLOAT32  # scaled result, hot, cold, both, copy for the host
     return router + max(one_expert, grouped) + sums
 
 

@@ -54,8 +54,11 @@ def new_kv_caches(
     num_layers: int, shape: tuple[int, ...], stored: str, device: torch.device | str
 ) -> list[LayerKV]:
     """Empty caches whose pages have ``shape`` and a type of :data:`STORED`."""
-    # zeros, not empty: a masked key still enters the dot product, and NaN * 0 is NaN
-    pages = [torch.zeros(shape, dtype=STORED[stored], device=device) for _ in range(num_layers)]
+    # zeros, not empty: a masked key still enters the dot product, and NaN * 0 is NaN; as bytes
+    # where they are fp8, which not every device can fill
+    dtype = STORED[stored]
+    bits = torch.uint8 if stored == "fp8" else dtype
+    pages = [torch.zeros(shape, dtype=bits, device=device).view(dtype) for _ in range(num_layers)]
     if stored not in KV_CODES:
         return [LayerKV(layer) for layer in pages]
     num_pages, two, page_size, heads, _ = shape

@@ -62,7 +62,7 @@ def expert_parts(config: ModelConfig, layer: int, expert: int) -> tuple[Part, Pa
 
 def packed_shape(config: ModelConfig, kind: WeightKind) -> PackedShape:
     """Return the sizes of one routed expert in packed bytes."""
-    return PackedShape(kind, config.hidden_size, config.expert_size)
+    return PackedShape(kind, *config.expert_sides)
 
 
 def packed_part(config: ModelConfig, kind: WeightKind, layer: int, expert: int) -> Part:

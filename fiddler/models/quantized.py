@@ -30,7 +30,7 @@ def quantised_experts(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not scheme:
         return {}
     if scheme.get("quant_method") == QUANT_METHOD:
-        return {"packed": _own_kind(scheme)}
+        return {"packed": _own_kind(scheme), "outliers": _outliers(scheme, raw)}
     layout = foreign_layout(scheme)
     stored = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     return {"packed": layout.kind(stored), "foreign": layout}
@@ -49,6 +49,19 @@ def _own_kind(scheme: Mapping[str, Any]) -> WeightKind:
     if found is None:
         raise CheckpointError(f"the config.json names no known kind of packed experts: {name!r}")
     return found
+
+
+def _outliers(scheme: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Of each layer, as many of all that have experts; () if no columns are kept in 8 bits."""
+    layers = scheme["experts"].get("outliers")
+    if layers is None:
+        return ()
+    sizes = set(map(len, layers)) - {0} if isinstance(layers, list) else set()
+    hidden = range(int(raw.get("hidden_size", 0)))
+    is_right = len(layers) == raw.get("num_hidden_layers") and len(sizes) == 1
+    if not is_right or any(i not in hidden for layer in layers for i in layer):
+        raise CheckpointError("the config.json names outliers that the model's layers do not have")
+    return tuple(tuple(layer) for layer in layers)
 
 
 def check_groups(config: ModelConfig, kind: WeightKind, option: str) -> None:
@@ -73,12 +86,20 @@ def _fitting(config: ModelConfig, option: str) -> str:
     return f"take groups of {' or '.join(map(str, sorted(groups)))}: {option} w4g{max(groups)}"
 
 
-def quantization_config(kind: WeightKind, made: dict[str, Any]) -> dict[str, Any]:
-    """The record that :func:`quantised_experts` reads; ``made`` tells how, for people."""
+def quantization_config(
+    kind: WeightKind, made: dict[str, Any], outliers: list[list[int]] | None = None
+) -> dict[str, Any]:
+    """The record that :func:`quantised_experts` reads; ``made`` tells how, for people.
+
+    ``outliers``: of each layer, the inputs whose columns have 8 bits.
+    """
+    experts: dict[str, Any] = {"kind": kind.name}
+    if outliers is not None:
+        experts["outliers"] = outliers
     return {
         "quant_method": QUANT_METHOD,
         "version": VERSION,
-        "experts": {"kind": kind.name},
+        "experts": experts,
         "bfloat16": list(BFLOAT16),
         "made": made,
     }

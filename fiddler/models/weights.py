@@ -21,6 +21,7 @@ from fiddler.models.manifest import (
     layer_parts,
     model_parts,
 )
+from fiddler.models.outliers import places
 
 
 class WeightSource(Protocol):
@@ -93,6 +94,7 @@ class LayerWeights:
     shared_router_1H: Tensor | None = None
     dense_gate_up_FH: Tensor | None = None
     dense_down_HF: Tensor | None = None
+    expert_inputs_X: Tensor | None = None  # hidden channels in the order that experts read, int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +129,16 @@ def load_layer(
     dtype: torch.dtype,
 ) -> LayerWeights:
     """Load one layer without its routed experts."""
-    return LayerWeights(**_place(source, layer_parts(config, layer), device, dtype))
+    placed = _place(source, layer_parts(config, layer), device, dtype)
+    return LayerWeights(**placed, expert_inputs_X=_expert_inputs(config, layer, device))
+
+
+def _expert_inputs(config: ModelConfig, layer: int, device: torch.device | str) -> Tensor | None:
+    """None: as they are. What padding reads does not matter."""
+    if config.packed is None or not config.outliers or not config.outliers[layer]:
+        return None
+    order = places(config.hidden_size, config.outliers[layer], config.packed.group)
+    return torch.tensor(order, device=device).clamp_(min=0)
 
 
 def load_expert_into(

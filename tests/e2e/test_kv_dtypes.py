@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 
 from fiddler import LLM, SamplingParams
@@ -60,6 +61,22 @@ def test_a_page_gives_back_the_nearest_codes(kv: str) -> None:
                     top = float(wanted[t, m].abs().max())
                     error = float((found[kind, t, m] - wanted[t, m]).abs().max())
                     assert error <= top * LARGEST_STEP[kv]
+
+
+@pytest.mark.parametrize(("kv", "most"), [("int8", 0.012), ("fp8", 0.045), ("bfloat16", 0.004)])
+def test_attention_over_normal_keys_and_values(kv: str, most: float) -> None:
+    """Relative error of 64 queries over 512 tokens, 8 heads of 128: int8 0.0091, fp8 0.036."""
+    generator = torch.Generator().manual_seed(0)
+    q_NQD = torch.randn(8, 64, 128, generator=generator)
+    k_TMD, v_TMD = torch.randn(2, 512, 8, 128, generator=generator)
+    (cache,) = new_kv_caches(1, (32, 2, 16, 8, 128), kv, "cpu")
+    cache.append(torch.arange(512), k_TMD, v_TMD)
+    stored = cache.gather(torch.arange(32), 512, torch.float32)
+    wanted, found = (
+        F.scaled_dot_product_attention(q_NQD, k.transpose(0, 1), v.transpose(0, 1))
+        for k, v in ((k_TMD, v_TMD), stored)
+    )
+    assert (found - wanted).norm() < most * wanted.norm()
 
 
 @pytest.mark.parametrize("kv", LARGEST_ERROR)

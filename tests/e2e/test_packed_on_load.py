@@ -152,4 +152,4 @@ def test_a_gpu_holds_the_same_bytes_and_gives_the_same_logits(
     assert all((results[1][0][key] == blob).all() for key, blob in results[0][0].items())
     error = relative_error(results[1][1], results[0][1])
     print(f"{load_format}, share {share}: {compute} against float32: relative error {error:.1e}")
-    assert error < 0.05
+    assert error < 0.1

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from cpu_kernels.weight_kind import parse_kind
 from fiddler import LLM, SamplingParams
 from fiddler.errors import CheckpointError, ConfigError, NumericsError
 from fiddler.models.checkpoint import SINGLE
+from fiddler.models.config import ModelConfig
 from fiddler.models.manifest import expert_parts
 from fiddler.models.registry import load_config
 from fiddler.quantize.run import QuantizeJob, quantize
@@ -48,20 +50,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return of
 
 
-def as_numbers(packed: Path, source: Path, folder: Path) -> Path:
+def _as_they_are(config: ModelConfig, layer: int, parts: list[np.ndarray]) -> list[np.ndarray]:
+    return parts
+
+
+def as_numbers(packed: Path, source: Path, folder: Path, fold: Any = _as_they_are) -> Path:
     """The plain float32 checkpoint that a quantised one stands for."""
     shutil.copytree(source, folder)
     config, packed_config = load_config(source), load_config(packed)
     assert packed_config.packed is not None
-    shape = PackedShape(packed_config.packed, config.hidden_size, config.expert_size)
+    shape = PackedShape(packed_config.packed, *packed_config.expert_sides)
     stored = {k: v for path in packed.glob("*.safetensors") for k, v in load_file(path).items()}
     numbers = {k: v.float() for k, v in stored.items() if not k.endswith(".packed")}
     for layer in range(config.num_layers):
         for expert in range(config.num_experts) if config.is_moe_layer(layer) else ():
             parts = expert_parts(config, layer, expert)
             blob = stored[parts[0].name.rsplit(".", 2)[0] + ".packed"].numpy()
-            for part, found in zip(parts, unpack_expert(shape, blob), strict=True):
-                numbers[part.name] = torch.from_numpy(dequantise(shape.kind, *found))
+            found = [dequantise(shape.kind, *part) for part in unpack_expert(shape, blob)]
+            for part, w_NK in zip(parts, fold(packed_config, layer, found), strict=True):
+                numbers[part.name] = torch.from_numpy(w_NK.copy())
     save_file(numbers, folder / SINGLE, metadata={"format": "pt"})
     return folder
 
