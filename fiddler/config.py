@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+from cpu_kernels.weight_kind import PACKED_KINDS
 from fiddler.errors import ConfigError, named_arguments
 
 if TYPE_CHECKING:
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 PAGE_SIZE = 16  # tokens per KV page
 BUILTIN = "builtin"
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", *(kind.name for kind in PACKED_KINDS))
+KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "int8")
 DEVICES = ("auto", "cuda", "cpu")
 LOAD_FORMATS = ("auto", "dummy")
 PLACEMENT_POLICIES = ("static", "adaptive")
@@ -34,7 +36,8 @@ class EngineConfig:
     token: str | None = None
     offline: bool = False
     load_format: str = "auto"
-    dtype: str = "auto"
+    dtype: str = "auto"  # a kind of packed experts: rounded while loading, the rest as by auto
+    kv_cache_dtype: str = "auto"  # auto: that of the activations
     device: str = "auto"
     vram_gb: float | None = None
     ram_gb: float | None = None
@@ -56,6 +59,7 @@ class EngineConfig:
         if not isinstance(self.model, str):
             raise ConfigError(f"model must be a name or a folder, not {self.model!r}")
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("placement_policy", self.placement_policy, PLACEMENT_POLICIES)

@@ -1,15 +1,17 @@
 """One way to a plan, for `fiddler plan` and for loading: settings and a model in, plan out."""
 
+import itertools
 from pathlib import Path
 
 from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.errors import ConfigError
 from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
-from fiddler.models.dtypes import Dtypes, resolve_dtypes
+from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
+from fiddler.models.quantized import check_groups
 from offload.hardware import Hardware
-from offload.layout import has_ring, lay_out, vram_limit_bytes
+from offload.layout import Layout, lay_out, vram_limit_bytes
 from offload.plan import Budget, Footprint, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
@@ -39,6 +41,9 @@ def plan_model(
             hint="use the static placement",
         )
     dtypes = _dtypes(settings, model, hardware)
+    if model.packed is None and dtypes.expert_kind.is_packed:
+        check_groups(model, dtypes.expert_kind, "--dtype")
+    check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
     needs = _needs(settings, model, hardware, step_tokens(settings, model, hardware))
     popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
     plan = make_plan(
@@ -70,18 +75,28 @@ def step_tokens(settings: EngineConfig, model: ModelConfig, hardware: Hardware) 
     budget = _budget(settings, model)
     allowed = vram_limit_bytes(hardware, budget) // WORKSPACE_DIVISOR
 
-    def is_good(tokens: int) -> bool:
+    def workspace(tokens: int) -> int:
         seqs = settings.max_num_seqs
-        taken = workspace_bytes(model, width, max_batched_tokens=tokens, max_num_seqs=seqs)
-        needs = _needs(settings, model, hardware, tokens)
-        return taken <= allowed and has_ring(needs, lay_out(needs, hardware, budget))
+        return workspace_bytes(model, width, max_batched_tokens=tokens, max_num_seqs=seqs)
 
-    return next(filter(is_good, GPU_STEP_TOKENS), GPU_STEP_TOKENS[-1])
+    def layout(tokens: int) -> Layout:
+        return lay_out(_needs(settings, model, hardware, tokens), hardware, budget)
+
+    layouts = {n: layout(n) for n in GPU_STEP_TOKENS if workspace(n) <= allowed}
+    with_ring = (n for n, layout in layouts.items() if layout.has_ring)
+    fitting = (n for n, layout in layouts.items() if not layout.vram_missing)
+    from_disk = (n for n in fitting if layouts[n].num_disk_experts)  # which needs no ring
+    return next(itertools.chain(with_ring, from_disk), GPU_STEP_TOKENS[-1])
 
 
 def _dtypes(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> Dtypes:
-    has_gpu = hardware.has_gpu
-    return resolve_dtypes(settings.dtype, model.dtype, has_gpu=has_gpu, packed=model.packed)
+    return resolve_dtypes(
+        settings.dtype,
+        model.dtype,
+        has_gpu=hardware.has_gpu,
+        packed=model.packed,
+        kv=settings.kv_cache_dtype,
+    )
 
 
 def _needs(
@@ -93,6 +108,7 @@ def _needs(
         model,
         dtype=dtypes.compute,
         expert_dtype=dtypes.expert,
+        kv_dtype=dtypes.kv,
         max_batched_tokens=tokens,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,

@@ -3,7 +3,8 @@
 Memory-bound: each program reads an equal share of all tiles of one KV head once, for all query
 heads of its group (packed as rows so that the products run on tensor cores). No atomics: results
 depend on the lengths and the plan alone. Shapes: T query tokens, H query heads, K KV heads,
-D head dim, U units (see split_kv), P parts, R packed rows of a unit.
+D head dim, U units (see split_kv), P parts, R packed rows of a unit, Q rows of q as the tile takes
+them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gpu_kernels.attention_reference import attention_decode_reference
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logits_args
+from gpu_kernels.coded_tile import MAX_ROWS, MIN_DIM, attend_codes
 from gpu_kernels.decode_merge import MERGE_DIMS, merge_kernel, merge_tile
 from gpu_kernels.device import family
 from gpu_kernels.page_table import PageTable
@@ -76,6 +78,7 @@ def plan_decode(
         family(device),
         rows=rows,
         row_bytes=padded_dim(head_dim) * dtype.itemsize,
+        itemsize=dtype.itemsize,
     )
     block_n = config["BLOCK_N"]
     if num_programs is None:
@@ -136,6 +139,10 @@ def attention_decode(
     )
     if num_units == 0 or num_tokens == 0:
         return out
+    in_codes = kv_scales is not None and q_THD.dtype != torch.float32 and rows <= MAX_ROWS
+    tile = kv_args(kv_cache, kv_scales, pages)
+    if in_codes:
+        tile["BLOCK_D"] = max(tile["BLOCK_D"], MIN_DIM)
     shared = {
         "first_ptr": None if blocks is None else blocks.first_U,
         "count_ptr": None if blocks is None else blocks.count_U,
@@ -155,16 +162,17 @@ def attention_decode(
         window_left=variant.window_left,
         stride_q_token=q_THD.stride(0),
         stride_q_head=q_THD.stride(1),
-        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        BLOCK_M=max(8 if in_codes else 16, triton.next_power_of_2(rows)),
         BLOCK_U=triton.next_power_of_2(num_units),
         SPLIT_TILES=plan.split_tiles,
         HAS_POSITIONS=positions_T is not None,
         HAS_WINDOW=variant.window_left >= 0,
-        **{**kv_args(kv_cache, kv_scales, pages), **shared, **plan.config},
+        IN_CODES=in_codes,
+        **{**tile, **shared, **plan.config},
         **logits_args(variant, num_heads, sm_scale, q_THD.device),
     )
-    tile = merge_tile(num_units, num_kv_heads, rows)
-    row_blocks = num_kv_heads * triton.cdiv(rows, tile["BLOCK_R"])
+    merged = merge_tile(num_units, num_kv_heads, rows, plan.num_programs)
+    row_blocks = num_kv_heads * triton.cdiv(rows, merged["BLOCK_R"])
     block_d = min(MERGE_DIMS, padded_dim(head_dim))
     merge_kernel[(num_units, row_blocks, triton.cdiv(head_dim, block_d))](
         out_ptr=out,
@@ -176,7 +184,7 @@ def attention_decode(
         HAS_SINKS=variant.sinks_H is not None,
         BLOCK_D=block_d,
         **shared,
-        **tile,
+        **merged,
     )
     return out
 
@@ -209,10 +217,10 @@ def _decode_kernel(
     cap_log2,
     stride_q_token,
     stride_q_head,
-    stride_page,
-    stride_v,
-    stride_token,
-    stride_kv_head,
+    stride_page: tl.constexpr,
+    stride_v: tl.constexpr,
+    stride_token: tl.constexpr,
+    stride_kv_head: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -229,6 +237,7 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    IN_CODES: tl.constexpr,
 ):
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -245,6 +254,7 @@ def _decode_kernel(
         SPLIT_TILES,
         HAS_BLOCKS,
         HAS_WINDOW,
+        IN_CODES,
     )
     item, last_item = share_of(program, tl.num_programs(0), total, SPLIT_TILES)
     u_U = tl.arange(0, BLOCK_U)
@@ -282,48 +292,79 @@ def _decode_kernel(
             count = tl.load(count_ptr + unit)
         first_entry, kv_len = request_extent(indptr_ptr, last_page_len_ptr, request, PAGE_SIZE)
         first_pos = tl.maximum(kv_len - 1 - window_left, 0) if HAS_WINDOW else 0
-        begin = first_pos + first_tile * BLOCK_N
-        end = tl.minimum(first_pos + end_tile * BLOCK_N, kv_len)
+        origin = first_pos // BLOCK_N * BLOCK_N if IN_CODES else first_pos
+        begin = origin + first_tile * BLOCK_N
+        end = tl.minimum(origin + end_tile * BLOCK_N, kv_len)
         query_M = first_query + row_M // GROUP
         is_row_M = row_M < count * GROUP
         position_M = tl.zeros([BLOCK_M], tl.int32) + kv_len - 1
         if HAS_POSITIONS:
             position_M = tl.load(positions_ptr + query_M, mask=is_row_M, other=0)
-        q_offset_M = query_M.to(tl.int64) * stride_q_token + head_M * stride_q_head
         mask_MD = is_row_M[:, None] & (d_D < HEAD_DIM)[None, :]
-        q_MD = tl.load(q_ptr + q_offset_M[:, None] + d_D, mask=mask_MD, other=0.0)
-        max_M, sum_M, acc_MD = attend(
-            q_MD,
-            kv_ptr + kv_head * stride_kv_head,
-            kv_scales_ptr + kv_head * PAGE_SIZE if IS_QUANTISED else kv_scales_ptr,
-            indices_ptr + first_entry,
-            begin,
-            end,
-            position_M,
-            tl.zeros([BLOCK_M], tl.int32),
-            slope_M,
-            row_M,
-            tl.full([BLOCK_M], float("-inf"), tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-            stride_page,
-            stride_v,
-            stride_token,
-            num_kv_heads * PAGE_SIZE,
-            scale_log2,
-            cap_log2,
-            HEAD_DIM,
-            PAGE_SIZE,
-            BLOCK_N,
-            BLOCK_D,
-            IS_QUANTISED,
-            IS_FP8,
-            HAS_CAP,
-            HAS_ALIBI,
-            False,
-            HAS_POSITIONS,
-            True,
-        )
+        row_Q = tl.arange(0, 2 * BLOCK_M) % BLOCK_M if IN_CODES else row_M
+        q_offset_Q = (first_query + row_Q // GROUP).to(tl.int64) * stride_q_token
+        q_offset_Q += (kv_head * GROUP + row_Q % GROUP) * stride_q_head
+        mask_QD = (row_Q < count * GROUP)[:, None] & (d_D < HEAD_DIM)[None, :]
+        q_QD = tl.load(q_ptr + q_offset_Q[:, None] + d_D, mask=mask_QD, other=0.0)
+        if IN_CODES:
+            max_M, sum_M, acc_MD = attend_codes(
+                q_QD,
+                kv_ptr + kv_head * stride_kv_head,
+                kv_scales_ptr + kv_head * PAGE_SIZE,
+                indices_ptr + first_entry,
+                begin,
+                end,
+                first_pos,
+                position_M,
+                slope_M,
+                stride_page,
+                stride_v,
+                stride_token,
+                num_kv_heads * PAGE_SIZE,
+                scale_log2,
+                cap_log2,
+                HEAD_DIM,
+                PAGE_SIZE,
+                BLOCK_N,
+                BLOCK_D,
+                IS_FP8,
+                HAS_CAP,
+                HAS_ALIBI,
+                HAS_POSITIONS,
+            )
+        else:
+            max_M, sum_M, acc_MD = attend(
+                q_QD,
+                kv_ptr + kv_head * stride_kv_head,
+                kv_scales_ptr + kv_head * PAGE_SIZE if IS_QUANTISED else kv_scales_ptr,
+                indices_ptr + first_entry,
+                begin,
+                end,
+                position_M,
+                tl.zeros([BLOCK_M], tl.int32),
+                slope_M,
+                row_M,
+                tl.full([BLOCK_M], float("-inf"), tl.float32),
+                tl.zeros([BLOCK_M], tl.float32),
+                tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+                stride_page,
+                stride_v,
+                stride_token,
+                num_kv_heads * PAGE_SIZE,
+                scale_log2,
+                cap_log2,
+                HEAD_DIM,
+                PAGE_SIZE,
+                BLOCK_N,
+                BLOCK_D,
+                IS_QUANTISED,
+                IS_FP8,
+                HAS_CAP,
+                HAS_ALIBI,
+                False,
+                HAS_POSITIONS,
+                True,
+            )
         part_MD, lse_log2_M = finish_softmax(max_M, sum_M, acc_MD)
         part_row_M = (part * num_kv_heads + kv_head).to(tl.int64) * ROWS + row_M
         tl.store(lse_ptr + part_row_M, lse_log2_M, mask=is_row_M)

@@ -12,16 +12,19 @@ from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E
 
 MERGE_DIMS = 32
 FEW_ROWS = 1024
+MOST_PARTS = 256  # read at once: 32 KiB, 32 numbers a thread
 
 
-def merge_tile(num_units: int, num_kv_heads: int, rows: int) -> dict[str, int]:
-    """Parts and rows that a program reads at once, and its warps.
+def merge_tile(num_units: int, num_kv_heads: int, rows: int, num_programs: int) -> dict[str, int]:
+    """Parts and rows that a program of the merge reads at once, and its warps.
 
-    With few rows in all they are one long request's, with 66 to 132 parts, which must be read in
-    few steps by many programs; with many the parts of each are few, and programs would only queue.
+    With few rows in all they are a few long requests', each with its share of the parts that
+    ``num_programs`` made, which many programs must read in one step, as a second waits for memory
+    again. With many rows the parts of each are few, and programs would only queue.
     """
     if num_units * num_kv_heads * rows <= FEW_ROWS:
-        return {"BLOCK_W": 64, "BLOCK_R": 1, "num_warps": 4}
+        parts = min(max(triton.next_power_of_2(num_programs // num_units + 1), 64), MOST_PARTS)
+        return {"BLOCK_W": parts, "BLOCK_R": 1, "num_warps": max(parts // 32, 4)}
     return {"BLOCK_W": 8, "BLOCK_R": min(8, triton.next_power_of_2(rows)), "num_warps": 1}
 
 

@@ -81,10 +81,12 @@ def items_of_units(
     SPLIT_TILES: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
 ):
     """Return (items of each unit, their running sum, total).
 
-    An item is a tile of BLOCK_N tokens, or SPLIT_TILES of them where that is not 0.
+    An item is a tile of BLOCK_N tokens, or SPLIT_TILES of them where that is not 0. With
+    ``IS_ALIGNED`` a window's first tile begins at a multiple of BLOCK_N.
     """
     u_U = tl.arange(0, BLOCK_U)
     is_unit_U = u_U < num_units
@@ -93,7 +95,8 @@ def items_of_units(
         request_U = tl.load(request_ptr + u_U, mask=is_unit_U, other=0)
     _, kv_len_U = request_extent(indptr_ptr, last_page_len_ptr, request_U, PAGE_SIZE)
     if HAS_WINDOW:
-        kv_len_U = tl.minimum(kv_len_U, window_left + 1)
+        first_U = tl.maximum(kv_len_U - 1 - window_left, 0)
+        kv_len_U -= first_U // BLOCK_N * BLOCK_N if IS_ALIGNED else first_U
     ITEM: tl.constexpr = BLOCK_N * max(SPLIT_TILES, 1)
     items_U = tl.where(is_unit_U, (kv_len_U + ITEM - 1) // ITEM, 0)
     return items_U, tl.cumsum(items_U, 0), tl.sum(items_U, 0)

@@ -45,6 +45,10 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
     "attention_decode": {
         "sm80": [
             (
+                {"rows": 16, "itemsize": 1},
+                {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3, "per_sm": 4},
+            ),
+            (
                 {"rows": 64, "row_bytes": 256},
                 {"BLOCK_N": 64, "num_warps": 4, "num_stages": 5, "per_sm": 2},
             ),
@@ -54,8 +58,8 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         ],
         "sm90": [
             (
-                {"rows": 16, "row_bytes": 128},
-                {"BLOCK_N": 32, "num_warps": 1, "num_stages": 5, "per_sm": 7},
+                {"rows": 16, "itemsize": 1, "row_bytes": 128},
+                {"BLOCK_N": 64, "num_warps": 1, "num_stages": 3, "per_sm": 4},
             ),
             (
                 {"rows": 64, "row_bytes": 256},

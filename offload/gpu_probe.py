@@ -13,6 +13,7 @@ class Gpu:
 
     name: str
     driver: str  # its version; empty if it is hidden
+    capability: tuple[int, int]
     total_bytes: int
     free_bytes: int
     context_bytes: int
@@ -39,6 +40,7 @@ def probe_gpu() -> Gpu | None:
     return Gpu(
         name=name,
         driver=device.driver_version() if device else "",
+        capability=torch.cuda.get_device_capability(index),
         total_bytes=total,
         free_bytes=free,
         context_bytes=context,

@@ -47,6 +47,7 @@ class Hardware:
     physical_cores: int
     cpu_name: str
     driver: str = ""  # version of the GPU's driver, where it says
+    gpu_capability: tuple[int, int] | None = None  # compute capability
 
 
 def probe(device: str = "auto") -> Hardware:
@@ -74,6 +75,7 @@ def probe(device: str = "auto") -> Hardware:
         physical_cores=_physical_cores(),
         cpu_name=_cpu_name(),
         driver=gpu.driver if gpu else "",
+        gpu_capability=gpu.capability if gpu else None,
     )
 
 

@@ -48,6 +48,7 @@ class Layout:
     num_gpu_experts: int
     gpu_expert_bytes: int
     staging_slots: int  # for experts that pass through
+    has_ring: bool  # the least slots for what passes through, or nothing is cold
     spare_slots: int  # for experts that change places
     spare_bytes: int
     num_ram_experts: int  # that RAM holds at a time
@@ -104,9 +105,8 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # byte of VRAM never costs an expert.
     free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
     num_experts, num_staging, num_spare = _slots(footprint, budget, side, free // size)
-    needed = 0 if side is GpuSide.CUDA else fixed + kv  # of RAM, before any expert
-    if side is GpuSide.EMULATED:
-        needed += num_experts * size
+    # of RAM, before any cold expert; without CUDA the GPU side's are there too
+    needed = 0 if side is GpuSide.CUDA else fixed + kv + num_experts * size
     ram_room = max(0, ram_limit - needed) // size
     if num_staging + num_spare and ram_room < footprint.total_experts - num_experts:
         num_experts = free // size if budget.gpu_experts is None else budget.gpu_experts
@@ -125,6 +125,7 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         num_gpu_experts=num_experts,
         gpu_expert_bytes=on_gpu,
         staging_slots=num_staging,
+        has_ring=not num_cold or num_staging >= min(LEAST_SLOTS, footprint.num_experts),
         spare_slots=num_spare,
         spare_bytes=num_spare * size,
         num_ram_experts=num_in_ram,
@@ -142,12 +143,6 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
 def least_in_ram(footprint: Footprint) -> int:
     """Experts that RAM has to hold at a time: those of one token in one layer."""
     return min(footprint.top_k, footprint.num_experts)
-
-
-def has_ring(footprint: Footprint, layout: Layout) -> bool:
-    """Whether cold experts find the least slots to pass through, or nothing is cold."""
-    is_cold = layout.num_gpu_experts < footprint.total_experts
-    return not is_cold or layout.staging_slots >= min(LEAST_SLOTS, footprint.num_experts)
 
 
 def context_range(budget: Budget) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from fiddler import LLM, RequestOutput, SamplingParams
 from fiddler.cli.plan_table import PlanFacts, print_plan
 from fiddler.cli.stats_line import stats_line
 from fiddler.config import EngineConfig
-from fiddler.loading import find_model, open_source
+from fiddler.loading import find_model, open_weights
 from fiddler.models.reference import reference_greedy
 from fiddler.planning import plan_model
 from offload.hardware import probe
@@ -76,7 +76,7 @@ def reference_tokens(llm: LLM, output: RequestOutput) -> list[int]:
     """Greedy tokens of the plain reference for the same prompt."""
     with ExitStack() as reading:
         files = find_model(llm.config)
-        source = open_source(llm.config, files, reading)
+        source = open_weights(llm.config, files, reading).numbers
         return reference_greedy(
             source,
             files.config,

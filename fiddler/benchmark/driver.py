@@ -15,7 +15,6 @@ from fiddler.errors import ConfigError
 from fiddler.loading import LoadedModel, Progress, load_model
 from offload.executor import StepRouting
 from offload.plan import Plan
-from offload.routing_law import Law
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +58,12 @@ def load(settings: EngineConfig, cases: list[Case], on_progress: Progress | None
 
 
 class Driver:
-    """Measures tests on a loaded model, whose routers choose for themselves without a ``law``."""
+    """Measures tests on a loaded model; its routers choose for themselves without a ``routing``."""
 
-    def __init__(self, loaded: LoadedModel, *, law: Law | None, seed: int) -> None:
-        config = loaded.files.config
+    def __init__(self, loaded: LoadedModel, *, routing: DrawnRouting | None, seed: int) -> None:
         self._loaded = loaded
         self._seed = seed
-        self._routing = DrawnRouting(law, config, seed=seed) if law is not None else None
+        self._routing = routing
 
     def measure(self, case: Case, repetitions: int) -> Measurement:
         """Run ``case`` once to warm up and then ``repetitions`` times by the clock.

@@ -44,6 +44,8 @@ def record_of(measured: Measurement, setting: Setting) -> Record:
         "model_size": subject.weight_bytes,
         "model_n_params": subject.num_params,
         "n_threads": subject.num_threads,
+        "type_k": subject.dtypes.kv,
+        "type_v": subject.dtypes.kv,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
         "n_depth": case.n_depth,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fiddler.benchmark.cases import Case
 from fiddler.benchmark.record import Record
 from fiddler.markdown_table import markdown_table
+from fiddler.models.dtypes import KV_CODES
 from offload.units import size_text
 
 BILLION, MILLION = 10**9, 10**6
@@ -28,6 +29,7 @@ _COLUMNS = (
     _Column("size", lambda r: size_text(r["model_size"])),
     _Column("params", lambda r: _count(r["model_n_params"])),
     _Column("routing", lambda r: r["routing"]),
+    _Column("KV", lambda r: r["type_k"], lambda r: r["type_k"] in KV_CODES),
     _Column("batch", lambda r: str(r["n_parallel"]), lambda r: r["n_parallel"] > 1),
     _Column("test", lambda r: _case(r).name),
     _Column("t/s", lambda r: f"{r['median_ts']:.2f} ± {r['stddev_ts']:.2f}"),

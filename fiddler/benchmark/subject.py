@@ -6,7 +6,7 @@ from typing import Self
 from fiddler.loading import LoadedModel
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
-from fiddler.models.footprint import DTYPE_BYTES, expert_bytes
+from fiddler.models.footprint import expert_bytes, kv_bytes
 from fiddler.models.manifest import dense_bytes
 from offload.hardware import Hardware
 from offload.plan import Plan
@@ -43,8 +43,7 @@ class Subject:
     @property
     def kv_bytes(self) -> int:
         """Of one token's key and value in one layer."""
-        config = self.config
-        return 2 * config.num_kv_heads * config.head_dim * DTYPE_BYTES[self.dtypes.compute]
+        return kv_bytes(self.config, self.dtypes.kv)
 
     @property
     def weight_bytes(self) -> int:

@@ -24,6 +24,7 @@ ENGINE_FIELDS = (
     "vram_gb",
     "ram_gb",
     "dtype",
+    "kv_cache_dtype",
     "device",
     "cpu_threads",
     "profile",
@@ -186,12 +187,15 @@ def _measure(
     """The model is gone when this returns, so the machine can be measured in its memory."""
     from fiddler.benchmark.driver import Driver
     from fiddler.benchmark.record import tokens_per_s
+    from fiddler.benchmark.routing import DrawnRouting
     from fiddler.benchmark.subject import Subject
 
     loaded = _load(settings, _all_cases(cases, trace_path))
     measurements: list[Measurement] = []
     with loaded.resources:
-        driver = Driver(loaded, law=law, seed=settings.seed)
+        config, seed = loaded.files.config, settings.seed
+        routing = None if law is None else DrawnRouting(law, config, seed=seed)
+        driver = Driver(loaded, routing=routing, seed=seed)
         for case in cases:
             measurements.append(driver.measure(case, repetitions))
             median, deviation = tokens_per_s(measurements[-1])

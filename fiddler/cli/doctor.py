@@ -46,6 +46,7 @@ def facts_rows(facts: "Facts") -> dict[str, str]:
         "packages": ", ".join(packages),
         "CUDA": _cuda(facts),
         "GPU": _gpu(facts),
+        "KV cache": _kv_types(facts),
         "hand-off": HANDOFFS.get(facts.handoff or "", ""),
         "CPU": _joined(facts.cpu, _count(facts.physical_cores, "core")),
         "ISA": _joined(facts.isa, facts.forced_isa and f"forced by {ISA_VARIABLE}"),
@@ -84,6 +85,17 @@ def _gpu(facts: "Facts") -> str:
     count = f"{gpu.count} x " if gpu.count > 1 else ""
     memory = _part(gpu.vram_free_bytes, gpu.vram_total_bytes)
     return _joined(f"{count}{gpu.name}", memory, f"capability {gpu.capability}", gpu.pcie)
+
+
+def _kv_types(facts: "Facts") -> str:
+    """Values of --kv-dtype that work on the GPU; without one all do."""
+    from fiddler.config import KV_CACHE_DTYPES
+    from fiddler.models.dtypes import FP8_CAPABILITY
+
+    if facts.gpu is None:
+        return ""
+    has_fp8 = tuple(map(int, facts.gpu.capability.split("."))) >= FP8_CAPABILITY
+    return ", ".join(kind for kind in KV_CACHE_DTYPES[1:] if has_fp8 or kind != "fp8")
 
 
 def _joined(*parts: str | None) -> str:

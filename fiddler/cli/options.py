@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from fiddler.config import BUILTIN, DEVICES, DTYPES, LOAD_FORMATS, PLACEMENT_POLICIES
+from fiddler.config import (
+    BUILTIN,
+    DEVICES,
+    DTYPES,
+    KV_CACHE_DTYPES,
+    LOAD_FORMATS,
+    PLACEMENT_POLICIES,
+)
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -42,8 +49,21 @@ class Shared:
 
 ENGINE_OPTIONS = (
     Shared("--vram-gb", "vram_gb", GIB, "GIB", "GPU memory to use in all, CUDA context included."),
-    Shared("--ram-gb", "ram_gb", GIB, "GIB", "Host memory to use for weights."),
-    Shared("--dtype", "dtype", click.Choice(DTYPES), None, "Type of the weights in memory."),
+    Shared("--ram-gb", "ram_gb", GIB, "GIB", "Host memory to use; experts beyond it stay on disk."),
+    Shared(
+        "--dtype",
+        "dtype",
+        click.Choice(DTYPES),
+        "TYPE",
+        "Weights in memory: float32, bfloat16, or experts in w4g128, w8g128 and the like.",
+    ),
+    Shared(
+        "--kv-dtype",
+        "kv_cache_dtype",
+        click.Choice(KV_CACHE_DTYPES),
+        None,
+        "Type of the KV cache; fp8 and int8 hold twice the tokens of bfloat16.",
+    ),
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
     Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),
     Shared("--cpu-threads", "cpu_threads", COUNT, "N", "Threads that compute experts."),

@@ -20,6 +20,7 @@ PLAN_FIELDS = {
     "vram_gb",
     "ram_gb",
     "dtype",
+    "kv_cache_dtype",
     "device",
     "max_model_len",
     "profile",
@@ -124,6 +125,7 @@ def _record(facts: PlanFacts) -> dict[str, Any]:
         "top_k": facts.config.top_k,
         "dtype": facts.dtypes.compute,
         "expert_dtype": facts.dtypes.expert,
+        "kv_dtype": facts.dtypes.kv,
         "hardware": dataclasses.asdict(facts.hardware),
         "plan": facts.plan.to_dict(),
     }

@@ -47,6 +47,8 @@ def _model_line(facts: PlanFacts) -> str:
     dtype = dtypes.compute
     if dtypes.expert != dtypes.compute:
         dtype = f"{dtypes.compute}, experts {dtypes.expert}"
+    if dtypes.kv != dtypes.compute:
+        dtype += f", KV {dtypes.kv}"
     return (
         f"{facts.name}: {config.num_layers} layers, {config.num_experts} experts, "
         f"{config.top_k} for each token; {dtype}"
@@ -84,7 +86,8 @@ def _memory_table(facts: PlanFacts) -> "Table":
         experts = f"experts, {num_experts:,}"
     if plan.cached is not None:
         on_disk = num_experts - resident - plan.cached.num_resident
-        experts = f"experts, {resident:,} + {plan.cached.num_resident:,} + {on_disk:,}"
+        on_gpu_side = "" if plan.gpu_side is GpuSide.NONE else f"{resident:,} + "
+        experts = f"experts, {on_gpu_side}{plan.cached.num_resident:,} + {on_disk:,}"
     _add(table, plan, experts, memory.gpu_experts, memory.cpu_experts, memory.disk_experts)
     if memory.unused:
         _add(table, plan, "unused", memory.unused, 0)

@@ -38,6 +38,13 @@ EXAMPLES = 5  # experts named of those that saw too little
     help="A UTF-8 text like those that the model will read.",
 )
 @click.option(
+    "--outliers",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Keep the columns of the N largest inputs of each matrix in 8 bits.",
+)
+@click.option(
     "-o",
     "--output",
     required=True,
@@ -52,6 +59,7 @@ def command(
     scheme: str,
     method: "Method | None",
     calibration: Path | None,
+    outliers: int,
     output: Path,
     resume: bool,
     engine: dict[str, Any],
@@ -71,6 +79,7 @@ def command(
             kind=_kind(scheme),
             method=method or ("rtn" if calibration is None else "gptq"),
             calibration=calibration,
+            outliers=outliers,
             resume=resume,
         )
         try:

@@ -28,6 +28,7 @@ from fiddler.engine.scheduler import Chunk
 from fiddler.errors import WorkerError
 from fiddler.models.buckets import bucket_for, largest_bucket
 from fiddler.models.decoder import Decoder
+from fiddler.models.kv_cache import LayerKV
 from fiddler.models.triton_kernels import TritonKernels
 from gpu_kernels.sampling import SamplingScratch, sample
 from offload.decode_experts import DecodeExperts
@@ -46,7 +47,8 @@ class DecodeSetup:
 
     decoder: Decoder
     kernels: TritonKernels
-    kv_caches: list[torch.Tensor]
+    kv_caches: list[LayerKV]
+    dtype: torch.dtype  # of the hidden states
     make_experts: Callable[[], DecodeExperts]
     renew_workers: Callable[[], None]
     settle: Callable[[], None]
@@ -122,11 +124,11 @@ class _Shared:
     """What all buckets use."""
 
     def __init__(self, setup: DecodeSetup, largest: int) -> None:
-        config, some = setup.decoder.config, setup.kv_caches[0]
-        self.device = some.device
+        config = setup.decoder.config
+        self.device = setup.kv_caches[0].pages.device
         self.experts = setup.make_experts()
         self.hidden_BH = torch.zeros(
-            largest, config.hidden_size, dtype=some.dtype, device=self.device
+            largest, config.hidden_size, dtype=setup.dtype, device=self.device
         )
         self.logits_BV = torch.zeros(largest, config.vocab_size, device=self.device)
         self.scratch = SamplingScratch.for_batch(largest, config.vocab_size, self.device)

@@ -86,6 +86,7 @@ def add_decode_steps(
             decoder=decoder,
             kernels=kernels,
             kv_caches=runner.kv_caches,
+            dtype=dtype,
             make_experts=make_experts,
             renew_workers=renew_workers,
             settle=adaptive.settle if adaptive is not None else _stay,

@@ -11,6 +11,7 @@ from fiddler.engine.scheduler import Chunk, Schedule
 from fiddler.models.batch import StepBatch
 from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
+from fiddler.models.kv_cache import new_kv_caches
 from gpu_kernels.page_table import PageTable
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Forwarded:
 
 
 class Runner:
-    """Owns the KV cache: a tensor ``[pages, 2 (keys, values), page_size, M, D]`` per layer.
+    """Owns the KV cache, one :class:`LayerKV` per layer; ``kv_dtype`` is what it stores.
 
     Steps in which every request decodes go through ``decode_steps``, if there are any and the step
     fits them. ``draw_experts`` may be set between steps; None leaves the choice to the routers.
@@ -47,24 +48,21 @@ class Runner:
         num_pages: int,
         page_size: int,
         device: torch.device,
-        dtype: torch.dtype,
+        kv_dtype: str,
     ) -> None:
         self.decoder = decoder
         self.draw_experts: DrawExperts | None = None
         self._page_size = page_size
         self._device = device
         shape = kv_cache_shape(decoder.config, num_pages, page_size)
-        # zeros, not empty: a masked key still enters the dot product, and NaN * 0 is NaN
-        self.kv_caches = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(decoder.config.num_layers)
-        ]
+        self.kv_caches = new_kv_caches(decoder.config.num_layers, shape, kv_dtype, device)
         self.decode_steps: DecodeSteps | None = None
 
     def forward(self, schedule: Schedule) -> Forwarded:
         """Run all chunks, in batch order."""
         for source, target in schedule.page_copies:
             for kv_cache in self.kv_caches:
-                kv_cache[target].copy_(kv_cache[source])
+                kv_cache.copy_page(source, target)
         drawn_LTK = self.draw_experts(schedule.chunks) if self.draw_experts else None
         if self.decode_steps is not None and not schedule.prefills:
             bucket = self.decode_steps.bucket(schedule.decodes, drawn_LTK is not None)
@@ -89,7 +87,7 @@ class Runner:
 
 
 def kv_cache_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
-    """Shape of one layer's cache."""
+    """Shape of one layer's pages."""
     return (num_pages, 2, page_size, config.num_kv_heads, config.head_dim)
 
 

@@ -20,7 +20,7 @@ MOST_WINDOW = 2048  # unasked: what a step computes at once
 BUILTIN_CONVERSATIONS = 130  # ten of each task
 DTYPE_NAMES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 # what makes a run other than the model is stored, and what belongs to one model only
-SCHEME_FIELDS = ("dtype",)
+SCHEME_FIELDS = ("dtype", "kv_cache_dtype")
 OWN_FIELDS = ("revision", "profile")
 
 
@@ -115,7 +115,8 @@ def prepare_reference(
             hint="--against takes a model with the same tokenizer, or bf16",
         )
     has_gpu = probe(settings.device).has_gpu
-    dtypes = resolve_dtypes(settings.dtype, other.config.dtype, has_gpu=has_gpu)
+    config = other.config
+    dtypes = resolve_dtypes(settings.dtype, config.dtype, has_gpu=has_gpu, packed=config.packed)
     return Reference(options=chosen, vocab_size=other.config.vocab_size, dtype=dtypes.compute)
 
 

@@ -97,6 +97,7 @@ def _run_record(run: Run) -> Record:
         "revision": run.revision,
         "dtype": run.dtypes.compute,
         "expert_dtype": run.dtypes.expert,
+        "kv_dtype": run.dtypes.kv,
         "scored_tokens": run.perplexity.num_tokens,
         "nll": run.perplexity.nll.mean,
         "nll_stderr": run.perplexity.nll.stderr,
@@ -140,7 +141,7 @@ def markdown(evaluation: Evaluation) -> str:
         rows[-1] |= _accuracy_cells(results.accuracy)
     headings = list(rows[-1])
     cells = [[row.get(heading, "") for heading in headings] for row in rows]
-    table = markdown_table(headings, cells, left={"model", "dtype", "experts"})
+    table = markdown_table(headings, cells, left={"model", "dtype", "experts", "KV"})
     return "\n".join([*table, "", *_lines_below(evaluation)])
 
 
@@ -150,6 +151,7 @@ def _run_cells(run: Run) -> dict[str, str]:
         "model": run.model,
         "dtype": run.dtypes.compute,
         "experts": run.dtypes.expert,
+        **({"KV": run.dtypes.kv} if run.dtypes.kv != run.dtypes.compute else {}),
         "perplexity": f"{perplexity.value:.4f} ± {perplexity.stderr:.4f}",
     }
 

@@ -3,14 +3,14 @@
 import functools
 import logging
 import os
-from collections.abc import Callable
 
 from fiddler._version import __version__
 from fiddler.loading.ground import Ground
-from fiddler.models.weights import WeightSource, load_expert_into, load_packed_into
+from fiddler.loading.opened import OpenedWeights
+from fiddler.models.weights import load_expert_into
 from offload.calibration import Calibration, default_folder, machine_facts
 from offload.executor import HybridExperts
-from offload.expert_store import ExpertShape, ExpertStore
+from offload.expert_store import ExpertShape, ExpertStore, FillExpert
 
 _log = logging.getLogger("fiddler.loading")
 
@@ -18,9 +18,9 @@ _log = logging.getLogger("fiddler.loading")
 LOAD_THREADS = max(4, os.cpu_count() or 1)
 
 
-def load_experts(ground: Ground, source: WeightSource) -> HybridExperts:
+def load_experts(ground: Ground, weights: OpenedWeights) -> HybridExperts:
     """Read them all, or what memory holds, then learn or remember what they cost."""
-    store = _fill_store(ground, source)
+    store = _fill_store(ground, weights)
     if store.cache is not None:
         _log.warning(
             "%d of %d experts have no room in memory and are read from disk when a step needs them",
@@ -49,32 +49,38 @@ def load_experts(ground: Ground, source: WeightSource) -> HybridExperts:
     return experts
 
 
-def _fill_store(ground: Ground, source: WeightSource) -> ExpertStore:
+def _fill_store(ground: Ground, weights: OpenedWeights) -> ExpertStore:
     config, on_progress = ground.config, ground.on_progress
+    kind = ground.dtypes.expert_kind
+    packed = kind if kind.is_packed else None
+    hidden, width = config.expert_sides
     store = ExpertStore(
         ExpertShape(
             num_layers=config.num_layers,
             moe_layers=[i for i in range(config.num_layers) if config.is_moe_layer(i)],
             num_experts=config.num_experts,
-            hidden_size=config.hidden_size,
-            expert_size=config.expert_size,
+            hidden_size=hidden,
+            expert_size=width,
         ),
         ground.plan.placement,
         device=ground.device,
         dtype=ground.expert_dtype,
-        packed=config.packed,
+        packed=packed,
         has_spares=ground.plan.spare_slots > 0,
         cached=ground.plan.cached,
     )
     ground.resources.callback(store.clear)
 
-    load: Callable[..., None] = load_expert_into if config.packed is None else load_packed_into
+    if packed is not None:
+        fill_expert: FillExpert = weights.packed(packed)
+    else:
+        fill_expert = functools.partial(load_expert_into, weights.numbers, config)
     size = store.expert_bytes
 
     def report(done: int, total: int) -> None:
         if on_progress is not None:
             on_progress("experts", done * size, total * size)
 
-    fill_expert = functools.partial(load, source, config)
+    report(0, len(store.shape.moe_layers) * config.num_experts)
     store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)
     return store

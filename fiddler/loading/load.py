@@ -17,7 +17,8 @@ from fiddler.engine.prefix_cache import PrefixCache
 from fiddler.engine.runner import Runner
 from fiddler.engine.scheduler import Scheduler
 from fiddler.loading.ground import Ground
-from fiddler.loading.model_files import ModelFiles, Progress, find_model, open_source
+from fiddler.loading.model_files import ModelFiles, Progress, find_model
+from fiddler.loading.opened import open_weights
 from fiddler.loading.vram import give_back_memory, limit_vram, vram_meter
 from fiddler.loading.weights import load_weights
 from fiddler.loading.workers import start_pool
@@ -59,7 +60,7 @@ def load_model(
     """
     files = find_model(settings, on_progress)
     with ExitStack() as reading, ExitStack() as resources:
-        source = open_source(settings, files, reading)
+        weights = open_weights(settings, files, reading)
         hardware = probe(settings.device)
         plan, dtypes = plan_model(
             settings, files.config, hardware, name=files.name, folder=files.folder
@@ -88,7 +89,7 @@ def load_model(
             on_progress=on_progress,
             step_tokens=max(num_tokens, settings.max_num_seqs),
         )
-        runner, experts = load_weights(ground, source)
+        runner, experts = load_weights(ground, weights)
         pages = PagePool(plan.num_pages)
         return LoadedModel(
             files=files,

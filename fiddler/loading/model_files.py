@@ -1,20 +1,15 @@
-"""What is known of a model before its weights are read, and where those come from."""
+"""What is known of a model before its weights are read."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fiddler.config import EngineConfig
-from fiddler.errors import ConfigError
 from fiddler.hub import ModelFolder, fetch_metadata, resolve_model
-from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
-from fiddler.models.dummy import DummySource
 from fiddler.models.registry import load_config, load_generation_config
 from fiddler.models.shapes import SHAPES, load_shape
-from fiddler.models.weights import CheckpointSource, WeightSource
 from fiddler.text.chat_template import ChatTemplate
 from fiddler.text.tokenizer import Tokenizer
 
@@ -76,18 +71,3 @@ def _find_folder(settings: EngineConfig, on_progress: Progress | None) -> ModelF
     if settings.load_format == "dummy":
         return fetch_metadata(settings.model, **where).folder
     return resolve_model(settings.model, **where)
-
-
-def open_source(settings: EngineConfig, files: ModelFiles, reading: ExitStack) -> WeightSource:
-    """Open the weights and check that all are there; ``reading`` closes them."""
-    if settings.load_format == "dummy":
-        if files.config.packed is not None:
-            raise ConfigError(
-                f"{files.name} has packed experts, and seeded weights are plain numbers",
-                hint="take the model that it was made from",
-            )
-        return DummySource(files.config, settings.seed)
-    assert files.folder is not None
-    checkpoint = reading.enter_context(Checkpoint.open(files.folder))
-    checkpoint.check(files.config)
-    return CheckpointSource(checkpoint)

@@ -7,21 +7,22 @@ from fiddler.engine.decode_setup import add_decode_steps
 from fiddler.engine.runner import Runner
 from fiddler.loading.experts import load_experts
 from fiddler.loading.ground import Ground
+from fiddler.loading.opened import OpenedWeights
 from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
 from fiddler.models.kernels import DeviceKernels
 from fiddler.models.rope import rope_tables
 from fiddler.models.torch_kernels import TorchKernels
-from fiddler.models.weights import WeightSource, load_dense
+from fiddler.models.weights import load_dense
 from offload.executor import HybridExperts
 from offload.plan import Plan
 
 
-def load_weights(ground: Ground, source: WeightSource) -> tuple[Runner, HybridExperts]:
+def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, HybridExperts]:
     """Read everything; ``ground.resources`` learns to drop it."""
     config, plan, device = ground.config, ground.plan, ground.device
-    dense = load_dense(source, config, device=device, dtype=ground.dtype)
-    experts = load_experts(ground, source)
+    dense = load_dense(weights.numbers, config, device=device, dtype=ground.dtype)
+    experts = load_experts(ground, weights)
     kernels = _kernels(config, plan, device)
     decoder = Decoder(config, dense, kernels, experts)
     runner = Runner(
@@ -29,7 +30,7 @@ def load_weights(ground: Ground, source: WeightSource) -> tuple[Runner, HybridEx
         num_pages=plan.num_pages,
         page_size=PAGE_SIZE,
         device=device,
-        dtype=ground.dtype,
+        kv_dtype=ground.dtypes.kv,
     )
     ground.resources.callback(runner.clear)
     if ground.way is not None:

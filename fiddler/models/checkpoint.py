@@ -1,19 +1,24 @@
-"""Safetensors files of a model folder: checked from their headers, then mapped without a copy.
+"""Safetensors files of a model folder: checked from their headers, then read or looked at in place.
 
-Ordering: files are mapped when the checkpoint opens and never change, so any number of threads may
-call :meth:`Checkpoint.tensor` at once. A tensor keeps its file mapped, also after ``close()``.
+Ordering: files are opened and mapped when the checkpoint opens and never change, so any number of
+threads may read at once. A tensor that is a view keeps its file mapped, also after ``close()``.
 """
 
 import mmap
+import weakref
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+import numpy as np
 
 from fiddler.errors import CheckpointError
 from fiddler.models.config import ModelConfig
 from fiddler.models.json_file import read_json
 from fiddler.models.manifest import all_parts
 from fiddler.models.safetensors_header import Entry, read_header
+from fiddler.models.tensor_reader import StoredFile, read_bytes, read_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +36,14 @@ class Checkpoint:
     def __init__(self, folder: Path, entries: dict[str, tuple[Path, Entry]]) -> None:
         self.folder = folder
         self._entries = entries
-        self._maps = {path: _map(path) for path in dict.fromkeys(p for p, _ in entries.values())}
+        paths = dict.fromkeys(path for path, _ in entries.values())
+        self._maps = {path: _map(path) for path in paths}
+        self._files = {path: StoredFile(path) for path in paths}
+        weakref.finalize(self, _close_all, [*self._files.values()])
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
-        """Read all headers and map the files, no data; damage is a :class:`CheckpointError`."""
+        """Read all headers and open the files, no data; damage is a :class:`CheckpointError`."""
         folder = Path(folder)
         if (folder / INDEX).exists():
             return cls(folder, _sharded_entries(folder))
@@ -51,8 +59,9 @@ class Checkpoint:
         return name in self._entries
 
     def close(self) -> None:
-        """Let go of the files; memory goes back when the last tensor does."""
+        """Let go of the files; mapped memory goes back when the last view does."""
         self._maps.clear()
+        _close_all(self._files.values())
 
     def check(self, config: ModelConfig) -> None:
         """Verify that every tensor of ``config`` is here with its shape and a readable dtype."""
@@ -61,11 +70,14 @@ class Checkpoint:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> "torch.Tensor":
         """Return a view of the mapped file, as stored. Do not write to it."""
-        return self._view(name, shape, _TORCH_NAMES)
+        import torch
 
-    def packed(self, name: str, size: int) -> "torch.Tensor":
-        """Return a view of the ``size`` bytes of a packed expert. Do not write to it."""
-        return self._view(name, (size,), _PACKED)
+        path, entry = self._entry(name, shape, _TORCH_NAMES)
+        dtype = _torch_dtype(entry)
+        flat = torch.frombuffer(
+            self._maps[path], dtype=dtype, count=prod(shape), offset=entry.begin
+        )
+        return flat.view(shape)
 
     def forget(self, name: str) -> None:
         """Drop the resident pages of a tensor; a later read takes them from the file again."""
@@ -73,18 +85,32 @@ class Checkpoint:
         begin = entry.begin - entry.begin % mmap.PAGESIZE
         self._maps[path].madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
 
-    def _view(self, name: str, shape: tuple[int, ...], dtypes: dict[str, str]) -> "torch.Tensor":
-        import torch
+    def dtype(self, name: str) -> str | None:
+        """The type of a tensor as safetensors spells it; None if there is none."""
+        return self._entries[name][1].dtype if name in self._entries else None
 
+    def raw(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+    ) -> tuple[str, memoryview]:
+        """Return the type of a tensor, one of ``dtypes``, and its mapped bytes, not to be written.
+
+        For types that torch does not have, and for who needs no torch.
+        """
         path, entry = self._entry(name, shape, dtypes)
-        dtype: torch.dtype = getattr(torch, dtypes[entry.dtype])
-        flat = torch.frombuffer(
-            self._maps[path], dtype=dtype, count=prod(shape), offset=entry.begin
-        )
-        return flat.view(shape)
+        return entry.dtype, memoryview(self._maps[path])[entry.begin : entry.end]
+
+    def read(self, name: str, out: "torch.Tensor") -> bool:
+        """Fill ``out`` with the tensor, which has its shape; whether all numbers are finite."""
+        path, entry = self._entry(name, tuple(out.shape), _TORCH_NAMES)
+        return read_numbers(self._files[path], entry.begin, out, _torch_dtype(entry))
+
+    def read_packed(self, name: str, out_B: "torch.Tensor") -> np.ndarray:
+        """Fill ``out_B`` with a packed expert; its bytes on the host, good until the next read."""
+        path, entry = self._entry(name, tuple(out_B.shape), _PACKED)
+        return read_bytes(self._files[path], entry.begin, out_B)
 
     def _entry(
-        self, name: str, shape: tuple[int, ...], dtypes: dict[str, str]
+        self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]
     ) -> tuple[Path, Entry]:
         if name not in self._entries:
             raise CheckpointError(f"{self.folder} has no tensor {name}", hint="is it complete?")
@@ -154,6 +180,18 @@ def _shard(folder: Path, name: object) -> Path:
             f"{folder} lacks the shard {name} that {INDEX} names", hint="download the model again"
         )
     return folder / name
+
+
+def _torch_dtype(entry: Entry) -> "torch.dtype":
+    import torch
+
+    found: torch.dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+    return found
+
+
+def _close_all(files: Iterable[StoredFile]) -> None:
+    for file in files:
+        file.close()
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -8,6 +8,8 @@ from enum import StrEnum
 from typing import Any
 
 from cpu_kernels.weight_kind import WeightKind
+from fiddler.models.foreign.layout import Layout
+from fiddler.models.outliers import padded_size
 
 
 class QKNorm(StrEnum):
@@ -82,13 +84,27 @@ class ModelConfig:
     tie_embeddings: bool = False
     max_position: int = 4096
     dtype: str = "bfloat16"  # as stored
-    packed: WeightKind | None = None  # of routed experts that are stored as packed bytes
+    packed: WeightKind | None = None  # what stored routed experts are, or become, if quantised
+    foreign: Layout | None = None  # how another program stored them
+    outliers: tuple[tuple[int, ...], ...] = ()  # of each layer: inputs of 8-bit columns, as many
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether ``layer`` routes to experts (otherwise it has one dense FFN)."""
         return layer not in self.dense_layers
+
+    @property
+    def expert_sides(self) -> tuple[int, int]:
+        """Inputs of gate and up, and of down, as experts lie in memory."""
+        count = max(map(len, self.outliers), default=0)
+        if self.packed is None or not count:
+            return self.hidden_size, self.expert_size
+        group = self.packed.group
+        return (
+            padded_size(self.hidden_size, count, group),
+            padded_size(self.expert_size, count, group),
+        )
 
     @property
     def expert_numel(self) -> int:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from fiddler.models.batch import StepBatch
 from fiddler.models.config import ModelConfig, QKNorm
 from fiddler.models.kernels import DeviceKernels
+from fiddler.models.kv_cache import LayerKV
 from fiddler.models.weights import DenseWeights, LayerWeights
 
 
@@ -62,7 +63,7 @@ class Decoder:
         return type(self)(self.config, self._weights, kernels, experts)
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, kv_caches: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, batch: StepBatch, kv_caches: list[LayerKV]) -> torch.Tensor:
         """Return the final normed hidden states ``[T, H]`` and fill the KV of the step's tokens."""
         layers, kernels = self._weights.layers, self._kernels
         kernels.plan(batch)
@@ -83,7 +84,7 @@ class Decoder:
         layer: LayerWeights,
         y_TH: torch.Tensor,
         x_TH: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: LayerKV,
         next_norm_H: torch.Tensor,
         drawn_TK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +102,7 @@ class Decoder:
         return F.linear(hidden_RH, self._weights.lm_head_VH).float()
 
     def _attention(
-        self, index: int, layer: LayerWeights, x_TH: torch.Tensor, kv_cache: torch.Tensor
+        self, index: int, layer: LayerWeights, x_TH: torch.Tensor, kv_cache: LayerKV
     ) -> torch.Tensor:
         c = self.config
         qkv_TF = F.linear(x_TH, layer.qkv_FH, layer.qkv_bias_F)
@@ -141,9 +142,13 @@ class Decoder:
             F.linear(y_TH, layer.router_EH), self.config.top_k, self.config.norm_topk
         )
         ids_TK = ids_TK if drawn_TK is None else drawn_TK
-        pending = self._experts.launch(index, y_TH, ids_TK, weights_TK)
+        read_TX = y_TH
+        if layer.expert_inputs_X is not None:
+            read_TX = y_TH.index_select(1, layer.expert_inputs_X)
+        pending = self._experts.launch(index, read_TX, ids_TK, weights_TK)
         shared_TH = self._shared_expert(layer, y_TH)  # while the experts are under way
-        return self._kernels.add_parts(x_TH, pending.parts(), shared_TH, next_norm_H)
+        parts = tuple(part[:, : self.config.hidden_size] for part in pending.parts())
+        return self._kernels.add_parts(x_TH, parts, shared_TH, next_norm_H)
 
     def _shared_expert(self, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor | None:
         if layer.shared_gate_up_FH is None:

@@ -3,19 +3,28 @@
 from dataclasses import dataclass
 
 from cpu_kernels.weight_kind import WeightKind, parse_kind
+from fiddler.errors import ConfigError
+
+# bytes of a number in the KV cache; codes have a float32 scale for each token and head besides
+KV_WIDTHS = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
+KV_CODES = ("fp8", "int8")
+KV_SCALE_BYTES = 4
+FP8_CAPABILITY = (8, 9)  # of the first GPUs that convert fp8
 
 FLOATS = {"float32": WeightKind("f32"), "bfloat16": WeightKind("bf16")}
 
 
 @dataclass(frozen=True, slots=True)
 class Dtypes:
-    """``compute`` for dense weights, activations and KV; ``expert`` for routed experts.
+    """``compute`` for dense weights and activations, ``expert`` for routed experts, ``kv``.
 
-    The latter may be a kind of packed weights, such as ``w4g128z``.
+    ``expert`` may be a kind of packed weights, such as ``w4g128z``; ``kv``, of the cache, int8 or
+    fp8 too.
     """
 
     compute: str
     expert: str
+    kv: str
 
     @property
     def expert_kind(self) -> WeightKind:
@@ -29,17 +38,49 @@ class Dtypes:
 
 
 def resolve_dtypes(
-    asked: str, stored: str, *, has_gpu: bool, packed: WeightKind | None = None
+    asked: str,
+    stored: str,
+    *,
+    has_gpu: bool,
+    packed: WeightKind | None = None,
+    kv: str = "auto",
 ) -> Dtypes:
-    """Choose for ``asked`` in auto, float32, bfloat16 and a checkpoint stored as ``stored``.
+    """Choose for ``asked`` and a checkpoint whose experts are ``packed``, or stored as ``stored``.
+
+    ``asked`` is auto, float32, bfloat16, or a kind of packed experts beside auto for the rest.
 
     Auto is bfloat16 on a GPU and float32 without one, where bfloat16 activations gain nothing.
     Experts stored in bfloat16 stay so even under float32: widening is exact, and half the bytes.
-    ``packed`` experts stay as they are.
+    Packed experts stay as they are: another kind of them is refused. ``kv`` is what is asked of the
+    cache; auto is the activations' type.
     """
-    compute = asked if asked != "auto" else ("bfloat16" if has_gpu else "float32")
-    if packed is not None:
-        return Dtypes(compute, packed.name)
+    is_kind = asked not in ("auto", *FLOATS)
+    compute = ("bfloat16" if has_gpu else "float32") if is_kind or asked == "auto" else asked
+    kv = compute if kv == "auto" else kv
+    if is_kind and packed is not None and asked != packed.name:
+        raise ConfigError(
+            f"the experts are stored as {packed.name}, from which no {asked} can be made",
+            hint="leave out --dtype, or take the model that they were made from",
+        )
+    if packed is not None or is_kind:
+        return Dtypes(compute, packed.name if packed is not None else asked, kv)
     if compute == "bfloat16" or stored == "bfloat16":
-        return Dtypes(compute, "bfloat16")
-    return Dtypes(compute, "float32")
+        return Dtypes(compute, "bfloat16", kv)
+    return Dtypes(compute, "float32", kv)
+
+
+def check_kv(dtypes: Dtypes, *, has_gpu: bool, capability: tuple[int, int] | None) -> None:
+    """Raise :class:`ConfigError` for a cache that the GPU's kernels cannot read."""
+    if not has_gpu:
+        return
+    if dtypes.kv == "bfloat16" != dtypes.compute:
+        raise ConfigError(
+            f"a GPU keeps no bfloat16 KV cache beside {dtypes.compute} activations",
+            hint="use --kv-dtype auto, fp8 or int8, or --dtype bfloat16",
+        )
+    if dtypes.kv == "fp8" and capability is not None and capability < FP8_CAPABILITY:
+        have, need = (f"{major}.{minor}" for major, minor in (capability, FP8_CAPABILITY))
+        raise ConfigError(
+            f"an fp8 KV cache needs compute capability {need}, and this GPU has {have}",
+            hint="use --kv-dtype int8, which is as small and more exact",
+        )

@@ -42,18 +42,22 @@ class DummySource:
         self.fill_(out, name)
         return out
 
+    def forget(self, name: str) -> None:
+        """Nothing is kept."""
+
     def fill_(self, out: Tensor, name: str) -> None:
         """Generate in place, on all cores; an accelerator's tensor goes through one host copy."""
         host = out if out.device.type == "cpu" else torch.empty_like(out, device="cpu")
         assert host.is_contiguous()
-        mean, std = self._moments(name, tuple(out.shape))
+        mean, std = self.moments(name, tuple(out.shape))
         table = _table(mean, std, host.dtype)
         bits = torch.int32 if table.itemsize == 4 else torch.int16
-        _fill(host.view(-1).view(bits).numpy().view(table.dtype), table, self._key(name))
+        _fill(host.view(-1).view(bits).numpy().view(table.dtype), table, self.key(name))
         if host is not out:
             out.copy_(host)
 
-    def _moments(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    def moments(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Mean and standard deviation of a tensor's numbers."""
         if name == self._unit_embed:
             return 0.0, 1.0
         if len(shape) == 2:
@@ -61,7 +65,8 @@ class DummySource:
             return 0.0, gain * shape[1] ** -0.5
         return (0.0 if name.endswith(".bias") else 1.0), 0.1
 
-    def _key(self, name: str) -> np.uint64:
+    def key(self, name: str) -> np.uint64:
+        """What the draws of a name start from."""
         digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
         return np.uint64(int.from_bytes(digest, "little"))
 

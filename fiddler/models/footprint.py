@@ -6,6 +6,7 @@ Shapes in the formulas: T tokens of the largest step, H hidden, D head dim, V vo
 from cpu_kernels.weight_kind import parse_kind
 from fiddler.models.buckets import bucket_number
 from fiddler.models.config import ModelConfig
+from fiddler.models.dtypes import KV_CODES, KV_SCALE_BYTES, KV_WIDTHS
 from fiddler.models.manifest import dense_bytes, packed_shape
 from offload.layout import MOST_CONTEXT
 from offload.plan import Footprint
@@ -26,17 +27,18 @@ def footprint(
     *,
     dtype: str,
     expert_dtype: str,
+    kv_dtype: str,
     max_batched_tokens: int,
     max_num_seqs: int,
     max_model_len: int | None = None,
     graph_rows: int = 0,
 ) -> Footprint:
-    """Return what ``config`` needs with weights, KV and activations in ``dtype``.
+    """Return what ``config`` needs with dense weights and activations in ``dtype``.
 
-    ``dtype`` is ``float32`` or ``bfloat16``, ``expert_dtype`` may be a packed kind too; a step has
-    at most ``max_batched_tokens`` tokens of ``max_num_seqs`` requests. ``max_model_len`` bounds the
-    rotary tables (None: the longest context that is chosen unasked). ``graph_rows``: of the largest
-    step that is kept as a CUDA graph; 0: none is.
+    ``dtype`` is ``float32`` or ``bfloat16``, ``expert_dtype`` may be a packed kind too and
+    ``kv_dtype`` fp8 or int8; a step has at most ``max_batched_tokens`` tokens of ``max_num_seqs``
+    requests. ``max_model_len`` bounds the rotary tables (None: the longest context that is chosen
+    unasked). ``graph_rows``: of the largest step that is kept as a CUDA graph; 0: none is.
     """
     width = DTYPE_BYTES[dtype]
     embedding = config.vocab_size * config.hidden_size * width
@@ -50,7 +52,7 @@ def footprint(
         expert_bytes=expert_bytes(config, expert_dtype),
         dense_bytes=dense,
         dense_read_bytes=dense if config.tie_embeddings else dense - embedding,
-        kv_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * width,
+        kv_bytes_per_token=config.num_layers * kv_bytes(config, kv_dtype),
         workspace_bytes=_rotary_bytes(config, positions)
         + workspace_bytes(
             config, width, max_batched_tokens=max_batched_tokens, max_num_seqs=max_num_seqs
@@ -65,6 +67,13 @@ def expert_bytes(config: ModelConfig, expert_dtype: str) -> int:
     if expert_dtype in DTYPE_BYTES:
         return config.expert_numel * DTYPE_BYTES[expert_dtype]
     return packed_shape(config, parse_kind(expert_dtype)).expert_bytes
+
+
+def kv_bytes(config: ModelConfig, kv_dtype: str) -> int:
+    """Of one token's key and value in one layer."""
+    head = config.head_dim * KV_WIDTHS[kv_dtype]
+    head += KV_SCALE_BYTES if kv_dtype in KV_CODES else 0
+    return 2 * config.num_kv_heads * head
 
 
 def workspace_bytes(
@@ -120,9 +129,10 @@ def _expert_bytes(config: ModelConfig, width: int) -> int:
     rows, gate and up, their product and the result (or, where all experts are computed together,
     the product and the result of every choice), then the float32 sums of both sides."""
     router = config.num_experts * (width + FLOAT32) + config.top_k * 2 * (8 + FLOAT32)
-    one_expert = 3 * config.expert_size * width + 2 * config.hidden_size * width
-    grouped = config.top_k * (config.expert_size + config.hidden_size) * width
-    sums = 5 * config.hidden_size * FLOAT32  # scaled result, hot, cold, both, copy for the host
+    hidden, inner = config.expert_sides
+    one_expert = 3 * inner * width + 2 * hidden * width
+    grouped = config.top_k * (inner + hidden) * width
+    sums = 5 * hidden * FLOAT32  # scaled result, hot, cold, both, copy for the host
     return router + max(one_expert, grouped) + sums
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from fiddler.models.batch import StepBatch
+from fiddler.models.kv_cache import LayerKV
 
 
 class DeviceKernels(Protocol):
@@ -60,7 +61,7 @@ class DeviceKernels(Protocol):
         q_TND: torch.Tensor,
         k_TMD: torch.Tensor,
         v_TMD: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: LayerKV,
         *,
         window: int | None,
         head_norms: tuple[torch.Tensor, torch.Tensor] | None,
@@ -68,7 +69,7 @@ class DeviceKernels(Protocol):
         """Norm and rotate q and k, append k and v to the cache, attend. Returns ``[T, N, D]``.
 
         ``head_norms`` are RMSNorm weights ``[D]`` for each head of q and of k. q may be changed.
-        ``kv_cache`` is one layer's ``[pages, 2, page_size, M, D]``; ``window`` counts the tokens a
-        query sees, itself included (None: all before it).
+        ``kv_cache`` is one layer's; ``window`` counts the tokens a query sees, itself included
+        (None: all before it).
         """
         ...

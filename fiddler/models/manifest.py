@@ -62,7 +62,7 @@ def expert_parts(config: ModelConfig, layer: int, expert: int) -> tuple[Part, Pa
 
 def packed_shape(config: ModelConfig, kind: WeightKind) -> PackedShape:
     """Return the sizes of one routed expert in packed bytes."""
-    return PackedShape(kind, config.hidden_size, config.expert_size)
+    return PackedShape(kind, *config.expert_sides)
 
 
 def packed_part(config: ModelConfig, kind: WeightKind, layer: int, expert: int) -> Part:
@@ -74,13 +74,19 @@ def packed_part(config: ModelConfig, kind: WeightKind, layer: int, expert: int) 
 
 def all_parts(config: ModelConfig) -> Iterator[Part]:
     """Yield every tensor that a complete checkpoint holds."""
-    groups = list(model_parts(config).values())
+    yield from dense_parts(config)
     for layer in range(config.num_layers):
-        groups += layer_parts(config, layer).values()
-        if config.is_moe_layer(layer):
-            groups += [_stored_parts(config, layer, e) for e in range(config.num_experts)]
-    for group in groups:
+        for expert in range(config.num_experts) if config.is_moe_layer(layer) else ():
+            yield from _stored_parts(config, layer, expert)
+
+
+def dense_parts(config: ModelConfig) -> Iterator[Part]:
+    """Yield everything but the routed experts."""
+    for group in model_parts(config).values():
         yield from group
+    for layer in range(config.num_layers):
+        for group in layer_parts(config, layer).values():
+            yield from group
 
 
 def _stored_parts(config: ModelConfig, layer: int, expert: int) -> Parts:
@@ -91,10 +97,7 @@ def _stored_parts(config: ModelConfig, layer: int, expert: int) -> Parts:
 
 def dense_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Return the exact bytes of ``DenseWeights``: everything but the routed experts."""
-    groups = list(model_parts(config).values())
-    for layer in range(config.num_layers):
-        groups += layer_parts(config, layer).values()
-    return dtype_bytes * sum(prod(part.shape) for group in groups for part in group)
+    return dtype_bytes * sum(prod(part.shape) for part in dense_parts(config))
 
 
 def _attention_parts(config: ModelConfig) -> dict[str, Parts]:

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, QuantizeError
+from fiddler.models.config import ModelConfig
+from fiddler.models.foreign.scheme import foreign_layout
 
 QUANT_METHOD = "fiddler"
 VERSION = 1  # of the layout in docs/quantized-checkpoints.md
@@ -19,20 +21,22 @@ def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     return scheme if isinstance(scheme, dict) else {"quant_method": scheme}
 
 
-def packed_kind(raw: Mapping[str, Any]) -> WeightKind | None:
-    """The kind of the routed experts, None for plain weights.
+def quantised_experts(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``ModelConfig`` about quantised experts; none for plain weights.
 
-    Raises :class:`CheckpointError` for what other programs wrote, or a later version of this one.
+    Raises :class:`CheckpointError` for what is not known, or a later version of fiddler wrote.
     """
     scheme = quantization_of(raw)
     if not scheme:
-        return None
-    method = scheme.get("quant_method")
-    if method != QUANT_METHOD:
-        raise CheckpointError(
-            f"the weights are quantised ({method or 'unnamed scheme'}), which fiddler cannot read",
-            hint="take the repository with the float32, bfloat16 or float16 weights",
-        )
+        return {}
+    if scheme.get("quant_method") == QUANT_METHOD:
+        return {"packed": _own_kind(scheme), "outliers": _outliers(scheme, raw)}
+    layout = foreign_layout(scheme)
+    stored = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+    return {"packed": layout.kind(stored), "foreign": layout}
+
+
+def _own_kind(scheme: Mapping[str, Any]) -> WeightKind:
     if scheme.get("version") != VERSION:
         raise CheckpointError(
             f"the weights are quantised in version {scheme.get('version')!r} of fiddler's layout,"
@@ -47,12 +51,55 @@ def packed_kind(raw: Mapping[str, Any]) -> WeightKind | None:
     return found
 
 
-def quantization_config(kind: WeightKind, made: dict[str, Any]) -> dict[str, Any]:
-    """The record that :func:`packed_kind` reads; ``made`` tells how, for people."""
+def _outliers(scheme: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Of each layer, as many of all that have experts; () if no columns are kept in 8 bits."""
+    layers = scheme["experts"].get("outliers")
+    if layers is None:
+        return ()
+    sizes = set(map(len, layers)) - {0} if isinstance(layers, list) else set()
+    hidden = range(int(raw.get("hidden_size", 0)))
+    is_right = len(layers) == raw.get("num_hidden_layers") and len(sizes) == 1
+    if not is_right or any(i not in hidden for layer in layers for i in layer):
+        raise CheckpointError("the config.json names outliers that the model's layers do not have")
+    return tuple(tuple(layer) for layer in layers)
+
+
+def check_groups(config: ModelConfig, kind: WeightKind, option: str) -> None:
+    """Raise :class:`QuantizeError` for groups that do not divide the experts' sides.
+
+    The hint names kinds that do, as values of ``option``.
+    """
+    sizes = {"hidden size": config.hidden_size, "expert width": config.expert_size}
+    for what, size in sizes.items():
+        if size % kind.group:
+            raise QuantizeError(
+                f"groups of {kind.group} do not divide the {what} of {size}",
+                hint=_fitting(config, option),
+            )
+
+
+def _fitting(config: ModelConfig, option: str) -> str:
+    sizes = config.hidden_size, config.expert_size
+    groups = {kind.group for kind in PACKED_KINDS if not any(s % kind.group for s in sizes)}
+    if not groups:
+        return "no kind has groups that do"
+    return f"take groups of {' or '.join(map(str, sorted(groups)))}: {option} w4g{max(groups)}"
+
+
+def quantization_config(
+    kind: WeightKind, made: dict[str, Any], outliers: list[list[int]] | None = None
+) -> dict[str, Any]:
+    """The record that :func:`quantised_experts` reads; ``made`` tells how, for people.
+
+    ``outliers``: of each layer, the inputs whose columns have 8 bits.
+    """
+    experts: dict[str, Any] = {"kind": kind.name}
+    if outliers is not None:
+        experts["outliers"] = outliers
     return {
         "quant_method": QUANT_METHOD,
         "version": VERSION,
-        "experts": {"kind": kind.name},
+        "experts": experts,
         "bfloat16": list(BFLOAT16),
         "made": made,
     }

@@ -10,7 +10,7 @@ from fiddler.models.checkpoint import stored_dtype
 from fiddler.models.config import ModelConfig
 from fiddler.models.fields import RawConfig, integers
 from fiddler.models.json_file import read_json
-from fiddler.models.quantized import packed_kind
+from fiddler.models.quantized import quantised_experts
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
@@ -35,7 +35,7 @@ def load_generation_config(folder: Path | str) -> dict[str, Any]:
 
 def parse_config(raw: RawConfig) -> ModelConfig:
     """Return the record of a parsed ``config.json``; what we do not compute is an error."""
-    packed = packed_kind(raw)
+    quantised = quantised_experts(raw)
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         raise CheckpointError(
@@ -43,4 +43,4 @@ def parse_config(raw: RawConfig) -> ModelConfig:
         )
     architecture = importlib.import_module(f"fiddler.models.{model_type}")
     config: ModelConfig = architecture.config(raw)
-    return config if packed is None else replace(config, packed=packed)
+    return replace(config, **quantised)

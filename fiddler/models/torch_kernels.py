@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fiddler.models.batch import StepBatch
+from fiddler.models.kv_cache import LayerKV
 
 
 class TorchKernels:
@@ -71,7 +72,7 @@ class TorchKernels:
         q_TND: torch.Tensor,
         k_TMD: torch.Tensor,
         v_TMD: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: LayerKV,
         *,
         window: int | None,
         head_norms: tuple[torch.Tensor, torch.Tensor] | None,
@@ -81,10 +82,7 @@ class TorchKernels:
             q_TND, k_TMD = (
                 self.rms_norm(x, norm) for x, norm in zip((q_TND, k_TMD), head_norms, strict=True)
             )
-        page_size = kv_cache.shape[2]
-        page_T, offset_T = batch.slots_T // page_size, batch.slots_T % page_size
-        kv_cache[page_T, 0, offset_T] = self._rotate(k_TMD)
-        kv_cache[page_T, 1, offset_T] = v_TMD
+        kv_cache.append(batch.slots_T, self._rotate(k_TMD), v_TMD)
         q_TND = self._rotate(q_TND)
         out_TND = torch.empty_like(q_TND)
         start = 0
@@ -92,8 +90,8 @@ class TorchKernels:
             self._pages_of, batch.qo_lens, batch.kv_lens, strict=True
         ):
             rows = slice(start, start + qo_len)
-            kv_2LMD = kv_cache[pages_P].transpose(0, 1).flatten(1, 2)[:, :kv_len]
-            out_TND[rows] = self._attend(q_TND[rows], kv_2LMD[0], kv_2LMD[1], window)
+            k_LMD, v_LMD = kv_cache.gather(pages_P, kv_len, q_TND.dtype)
+            out_TND[rows] = self._attend(q_TND[rows], k_LMD, v_LMD, window)
             start += qo_len
         return out_TND
 

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 
 from fiddler.models.batch import StepBatch
+from fiddler.models.kv_cache import LayerKV
 from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
@@ -82,7 +83,7 @@ class TritonKernels:
         q_TND: torch.Tensor,
         k_TMD: torch.Tensor,
         v_TMD: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: LayerKV,
         *,
         window: int | None,
         head_norms: tuple[torch.Tensor, torch.Tensor] | None,
@@ -97,45 +98,48 @@ class TritonKernels:
             self._sin_SR,
             batch.positions_T,
             batch.slots_T,
-            kv_cache,
+            kv_cache.pages,
             q_norm_D,
             k_norm_D,
             eps=self._eps,
+            kv_scales=kv_cache.scales,
         )
         out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
         variant = Variant(window_left=-1 if window is None else window - 1)  # counts without self
         if split:
             attention_decode(
                 q_TND[:split],
-                kv_cache,
+                kv_cache.pages,
                 self._decode_pages,
-                self._plan_decode(q_TND[:split], kv_cache),
+                self._plan_decode(q_TND[:split], kv_cache.pages),
                 sm_scale=self._sm_scale,
                 variant=variant,
+                kv_scales=kv_cache.scales,
                 out=out_TND[:split],
             )
         if self._max_qo_len:
             attention_prefill(
                 q_TND[split:],
-                kv_cache,
+                kv_cache.pages,
                 self._prefill_pages,
                 self._qo_indptr,
                 sm_scale=self._sm_scale,
                 max_qo_len=self._max_qo_len,
                 variant=variant,
+                kv_scales=kv_cache.scales,
                 out=out_TND[split:],
             )
         return out_TND
 
-    def _plan_decode(self, q_BND: torch.Tensor, kv_cache: torch.Tensor) -> DecodePlan:
+    def _plan_decode(self, q_BND: torch.Tensor, pages: torch.Tensor) -> DecodePlan:
         """The plan of the layer before, and of the step before, unless the batch has changed."""
         plan = self._decode_plan
         if plan is None or plan.num_units != len(q_BND):
             plan = self._decode_plan = plan_decode(
                 len(q_BND),
                 q_BND.shape[1],
-                *kv_cache.shape[3:],
+                *pages.shape[3:],
                 device=q_BND.device,
-                dtype=kv_cache.dtype,
+                dtype=pages.dtype,
             )
         return plan

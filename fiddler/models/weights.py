@@ -20,9 +20,8 @@ from fiddler.models.manifest import (
     expert_parts,
     layer_parts,
     model_parts,
-    packed_part,
-    packed_shape,
 )
+from fiddler.models.outliers import places
 
 
 class WeightSource(Protocol):
@@ -31,15 +30,11 @@ class WeightSource(Protocol):
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor on the CPU, as stored; callers do not write to it."""
 
+    def forget(self, name: str) -> None:
+        """Say that a tensor will not be asked for again soon; any thread may."""
+
     def fill_(self, out: Tensor, name: str) -> None:
         """Write a tensor of ``out``'s shape into ``out``, in its dtype and on its device."""
-
-
-class PackedSource(Protocol):
-    """Where packed experts come from."""
-
-    def fill_packed_(self, out_B: Tensor, name: str, shape: PackedShape) -> None:
-        """Write the bytes of an expert into ``out_B``, on its device."""
 
 
 class CheckpointSource:
@@ -52,22 +47,18 @@ class CheckpointSource:
         """Return a view of the mapped file."""
         return self._checkpoint.tensor(name, shape)
 
-    def fill_(self, out: Tensor, name: str) -> None:
-        """Copy and check: NaN or Inf is a :class:`NumericsError`. Leaves no mapped page behind."""
-        out.copy_(self._checkpoint.tensor(name, tuple(out.shape)))
+    def forget(self, name: str) -> None:
+        """Leave no mapped page behind."""
         self._checkpoint.forget(name)
-        # NaN shows in both extremes; as fast as the copy, isfinite().all() is 20 times slower
-        low, high = torch.aminmax(out)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+
+    def fill_(self, out: Tensor, name: str) -> None:
+        """Read and check: NaN or Inf is a :class:`NumericsError`."""
+        if not self._checkpoint.read(name, out):
             raise NumericsError(f"tensor {name} of {self._checkpoint.folder} holds NaN or Inf")
 
     def fill_packed_(self, out_B: Tensor, name: str, shape: PackedShape) -> None:
-        """Copy and check: scales that are NaN or Inf are a :class:`NumericsError`."""
-        stored_B = self._checkpoint.packed(name, shape.expert_bytes)
-        out_B.copy_(stored_B)
-        is_finite = has_finite_scales(stored_B.numpy(), shape)
-        self._checkpoint.forget(name)
-        if not is_finite:
+        """Read and check: scales that are NaN or Inf are a :class:`NumericsError`."""
+        if not has_finite_scales(self._checkpoint.read_packed(name, out_B), shape):
             raise NumericsError(f"tensor {name} of {self._checkpoint.folder} holds NaN or Inf")
 
 
@@ -103,6 +94,7 @@ class LayerWeights:
     shared_router_1H: Tensor | None = None
     dense_gate_up_FH: Tensor | None = None
     dense_down_HF: Tensor | None = None
+    expert_inputs_X: Tensor | None = None  # hidden channels in the order that experts read, int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +129,16 @@ def load_layer(
     dtype: torch.dtype,
 ) -> LayerWeights:
     """Load one layer without its routed experts."""
-    return LayerWeights(**_place(source, layer_parts(config, layer), device, dtype))
+    placed = _place(source, layer_parts(config, layer), device, dtype)
+    return LayerWeights(**placed, expert_inputs_X=_expert_inputs(config, layer, device))
+
+
+def _expert_inputs(config: ModelConfig, layer: int, device: torch.device | str) -> Tensor | None:
+    """None: as they are. What padding reads does not matter."""
+    if config.packed is None or not config.outliers or not config.outliers[layer]:
+        return None
+    order = places(config.hidden_size, config.outliers[layer], config.packed.group)
+    return torch.tensor(order, device=device).clamp_(min=0)
 
 
 def load_expert_into(
@@ -154,15 +155,6 @@ def load_expert_into(
     source.fill_(w13_FH[:width], gate.name)
     source.fill_(w13_FH[width:], up.name)
     source.fill_(w2_HI, down.name)
-
-
-def load_packed_into(
-    source: PackedSource, config: ModelConfig, layer: int, expert: int, out_B: Tensor
-) -> None:
-    """Write a packed expert into ``out_B``, as it is."""
-    assert config.packed is not None
-    part = packed_part(config, config.packed, layer, expert)
-    source.fill_packed_(out_B, part.name, packed_shape(config, config.packed))
 
 
 def _place(

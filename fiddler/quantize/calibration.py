@@ -19,6 +19,7 @@ from fiddler.errors import NumericsError, QuantizeError
 from fiddler.models.batch import StepBatch
 from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
+from fiddler.models.kv_cache import new_kv_caches
 from fiddler.models.manifest import model_parts
 from fiddler.models.rope import rope_tables
 from fiddler.models.torch_kernels import TorchKernels
@@ -87,7 +88,8 @@ class Calibration:
         weights = load_layer(self._source, self._config, layer, device="cpu", dtype=torch.float32)
         c = self._config
         pages = -(-self._window // PAGE_SIZE)
-        kv_cache = torch.zeros(pages, 2, PAGE_SIZE, c.num_kv_heads, c.head_dim)
+        shape = (pages, 2, PAGE_SIZE, c.num_kv_heads, c.head_dim)
+        (kv_cache,) = new_kv_caches(1, shape, "float32", "cpu")
         for x_WH in torch.split(self._x_TH, self._window):
             y_WH = self._kernels.rms_norm(x_WH, weights.input_norm_H)
             _, after_WH = self._decoder.block(

@@ -22,7 +22,8 @@ from cpu_kernels.packed_layout import (
 )
 from cpu_kernels.weight_kind import WeightKind
 from fiddler.quantize.gptq import gptq
-from fiddler.quantize.rounding import round_matrix
+from fiddler.quantize.outliers import Columns, largest_inputs, quantise_columns, rows_at
+from fiddler.rounding.matrix import round_matrix
 
 Method = Literal["rtn", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq")
@@ -47,13 +48,22 @@ def least_tokens(hidden: int, width: int) -> int:
 
 
 def quantise_expert(
-    w13_FH: Tensor, w2_HI: Tensor, kind: WeightKind, method: Method, x_MH: Tensor | None
+    w13_FH: Tensor,
+    w2_HI: Tensor,
+    kind: WeightKind,
+    method: Method,
+    x_MH: Tensor | None,
+    outliers: list[int] | None = None,
 ) -> PackedExpert:
     """Pack float32 weights; ``x_MH`` are inputs of the expert, if there is a calibration.
+
+    ``outliers`` are inputs whose columns have 8 bits; as many of down's are chosen here.
 
     "rtn" weighs errors by the inputs' mean squares, "gptq" fits to their correlations. Down's
     inputs are those that the packed gate and up give. ValueError as :func:`gptq`.
     """
+    if outliers:
+        return _with_outliers(w13_FH, w2_HI, kind, method, x_MH, outliers)
     width = w2_HI.shape[1]
     if x_MH is not None and len(x_MH) < least_tokens(*w2_HI.shape):
         x_MH = None
@@ -64,10 +74,52 @@ def quantise_expert(
     return PackedExpert(pack_expert(kind, gate, up, down), is_fitted=x_MH is not None)
 
 
-def apply_expert(packed: U8, shape: PackedShape, x_MH: Tensor) -> Tensor:
+def _with_outliers(
+    w13_FH: Tensor,
+    w2_HI: Tensor,
+    kind: WeightKind,
+    method: Method,
+    x_MH: Tensor | None,
+    outliers: list[int],
+) -> PackedExpert:
+    """An intermediate that down reads twice is computed twice, from the same codes.
+
+    Down's outliers are those of the inputs, however few; without any, of the largest weights.
+    """
+    hidden, width = w2_HI.shape
+    is_fitted = x_MH is not None and len(x_MH) >= least_tokens(hidden, width)
+    fits = method == "gptq" and is_fitted
+    inputs = Columns.of(hidden, outliers, kind.group)
+    used_MH = x_MH if is_fitted else None
+    both = quantise_columns(w13_FH.numpy(), inputs, kind, used_MH, is_fitted=fits)
+    act_MI = None
+    if x_MH is not None and len(x_MH):
+        act_MI = _activate(inputs.inputs(x_MH), dequantise(kind, *both))
+    largest = largest_inputs(w2_HI if act_MI is None else act_MI, len(outliers))
+    middles = Columns.of(width, largest, kind.group)
+    used_MI = act_MI if is_fitted else None
+    down = quantise_columns(w2_HI.numpy(), middles, kind, used_MI, is_fitted=fits)
+    gate, up = (_rows(both, half) for half in (slice(0, width), slice(width, None)))
+    all_rows = np.concatenate([np.arange(hidden), np.full(len(inputs.place_P) - hidden, -1)])
+    packed = pack_expert(
+        kind,
+        rows_at(gate, middles.place_P),
+        rows_at(up, middles.place_P),
+        rows_at(down, all_rows),
+    )
+    return PackedExpert(packed, is_fitted=is_fitted)
+
+
+def apply_expert(
+    packed: U8, shape: PackedShape, x_MH: Tensor, outliers: list[int] | None = None
+) -> Tensor:
     """The packed expert's output ``[M, H]``, in float32."""
     gate, up, down = (dequantise(shape.kind, *part) for part in unpack_expert(shape, packed))
-    return F.linear(_activate(x_MH, np.concatenate([gate, up])), torch.from_numpy(down))
+    hidden = x_MH.shape[1]
+    if outliers:
+        x_MH = Columns.of(hidden, outliers, shape.kind.group).inputs(x_MH)
+    y_MH = F.linear(_activate(x_MH, np.concatenate([gate, up])), torch.from_numpy(down))
+    return y_MH[:, :hidden]
 
 
 def _activate(x_MH: Tensor, w13_FH: F32) -> Tensor:

@@ -10,6 +10,8 @@ by then.
 N rows, K columns, G groups, L columns of a group.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,11 +19,19 @@ from torch import Tensor
 from cpu_kernels.bf16 import F32
 from cpu_kernels.packed_layout import Quantised
 from cpu_kernels.weight_kind import WeightKind
-from fiddler.quantize.grid import SHRINKS, Grid, find_grid, steps
-from fiddler.quantize.rounding import quantised
+from fiddler.rounding.grid import SHRINKS, Grid, find_grid, steps
+from fiddler.rounding.matrix import quantised
 
 # Added to the diagonal, as shares of its mean: the first with which H is positive in float64.
 DAMPING = (0.01, 0.1, 1.0)
+
+
+class Last(NamedTuple):
+    """The last ``num_columns``, whole groups, of another kind; ``middle`` as in ``find_grid``."""
+
+    num_columns: int
+    kind: WeightKind
+    middle: int | None
 
 
 def gptq(
@@ -29,10 +39,14 @@ def gptq(
     hessian_KK: Tensor,
     kind: WeightKind,
     shrinks: tuple[float, ...] = SHRINKS,
+    *,
+    last: Last | None = None,
 ) -> Quantised:
     """Codes of finite weights for inputs with ``hessian_KK``, float32; K a multiple of the group.
 
-    ValueError as :func:`fiddler.quantize.grid.find_grid`, or if the Hessian holds NaN or Inf.
+    With ``last`` the last columns are of another kind, and zero points are given of all groups.
+
+    ValueError as :func:`fiddler.rounding.grid.find_grid`, or if the Hessian holds NaN or Inf.
     """
     num_rows, cols = w_NK.shape
     assert kind.is_packed and cols % kind.group == 0, (kind, w_NK.shape)
@@ -41,20 +55,24 @@ def gptq(
     w_KN = torch.from_numpy(np.ascontiguousarray(w_NK.T))  # changes as errors are repaired
     codes_KN = np.empty((cols, num_rows), np.uint8)
     grids: list[Grid] = []
+    wide_from = cols if last is None else cols - last.num_columns
     for first in range(0, cols, kind.group):
         group = slice(first, first + kind.group)
+        is_last = first >= wide_from
         importance_1L = importance_K[group][None]
         grid, errors_LN = _round_group(
             w_KN[group].numpy(),
             repair_KK[group, group].numpy(),
             importance_1L if importance_1L.any() else None,  # inputs that were always 0
-            kind,
+            last.kind if last is not None and is_last else kind,
+            last.middle if last is not None and is_last else None,
             shrinks,
             codes_KN[group],
         )
         grids.append(grid)
         w_KN[group.stop :] -= repair_KK[group, group.stop :].T @ torch.from_numpy(errors_LN)
-    return quantised(np.ascontiguousarray(codes_KN.T), grids, kind, axis=1)
+    told = kind if last is None else last.kind
+    return quantised(np.ascontiguousarray(codes_KN.T), grids, told, axis=1)
 
 
 def repairs(hessian_KK: Tensor) -> Tensor:
@@ -83,6 +101,7 @@ def _round_group(
     repair_LL: F32,
     importance_1L: F32 | None,
     kind: WeightKind,
+    middle: int | None,
     shrinks: tuple[float, ...],
     codes_LN: np.ndarray,
 ) -> tuple[Grid, F32]:
@@ -91,7 +110,7 @@ def _round_group(
     ``w_LN`` is changed: no copy, and nobody needs it after.
     """
     w_N1L = np.ascontiguousarray(w_LN.T)[:, None]
-    grid = find_grid(w_N1L, kind, importance_1L, shrinks)
+    grid = find_grid(w_N1L, kind, importance_1L, shrinks, middle=middle)
     scale_N, zero_N = grid.scales_NG[:, 0], grid.zeros_NG[:, 0]
     step_N = steps(scale_N)
     errors_LN = np.empty_like(w_LN)

@@ -29,6 +29,7 @@ from fiddler.models.safetensors_header import read_header
 from fiddler.models.weights import WeightSource, load_expert_into
 from fiddler.quantize.calibration import Calibration, ExpertInputs
 from fiddler.quantize.expert import Method, PackedExpert, apply_expert, quantise_expert
+from fiddler.quantize.outliers import largest_inputs
 from fiddler.quantize.plan import PlannedTensor, Shard
 from fiddler.quantize.target import Target
 from fiddler.quantize.threads import in_order, num_workers, quantizing_threads
@@ -56,9 +57,11 @@ class Layers:
         self._shape = packed_shape(config, kind)
         self._calibration = calibration
         self._on_expert = on_expert
+        self._num_outliers = max(map(len, config.outliers), default=0)
+        self.outliers: list[list[int]] = [[] for _ in range(config.num_layers)]
 
     def run(self, shards: tuple[Shard, ...], target: Target) -> None:
-        """Make the files that ``target`` lacks, in order."""
+        """Make the files that ``target`` lacks, in order; :attr:`outliers` are known then."""
         with quantizing_threads(num_workers(self._config, self._method)) as pool:
             for layer, files in groupby(shards, key=lambda shard: shard.layer):
                 seen = self._enter(layer)
@@ -74,7 +77,11 @@ class Layers:
         if self._calibration is None or layer is None:
             return None
         inputs = self._calibration.enter(layer)
-        return None if inputs is None else _Seen(inputs)
+        if inputs is None:
+            return None
+        if self._num_outliers:
+            self.outliers[layer] = largest_inputs(inputs.x_TH, self._num_outliers)
+        return _Seen(inputs)
 
     def _write(
         self, target: Target, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor
@@ -114,10 +121,13 @@ class Layers:
         load_expert_into(self._source, self._config, layer, expert, w13_FH, w2_HI)
         x_MH = None if seen is None else seen.inputs_of(expert)
         try:
-            made = quantise_expert(w13_FH, w2_HI, self._kind, self._method, x_MH)
+            outliers = self.outliers[layer]
+            made = quantise_expert(w13_FH, w2_HI, self._kind, self._method, x_MH, outliers)
         except ValueError as error:
             raise QuantizeError(f"expert {expert} of layer {layer}: {error}") from error
-        return made, None if x_MH is None else apply_expert(made.packed, self._shape, x_MH)
+        if x_MH is None:
+            return made, None
+        return made, apply_expert(made.packed, self._shape, x_MH, outliers)
 
     def _replay(
         self, path: Path, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor
@@ -132,7 +142,8 @@ class Layers:
                 return None
             entry = entries[names[expert]]
             packed: U8 = np.fromfile(path, np.uint8, entry.end - entry.begin, offset=entry.begin)
-            return apply_expert(packed, self._shape, seen.inputs_of(expert))
+            outliers = [] if shard.layer is None else self.outliers[shard.layer]
+            return apply_expert(packed, self._shape, seen.inputs_of(expert), outliers)
 
         experts = shard.experts
         for expert, y_MH in zip(experts, in_order(pool, apply, experts), strict=True):

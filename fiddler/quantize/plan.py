@@ -6,10 +6,10 @@ The layout is described in docs/quantized-checkpoints.md.
 from dataclasses import dataclass
 from math import prod
 
-from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
-from fiddler.errors import QuantizeError
+from cpu_kernels.weight_kind import WeightKind
 from fiddler.models.config import ModelConfig
 from fiddler.models.manifest import Parts, layer_parts, model_parts, packed_part
+from fiddler.models.quantized import check_groups
 
 SHARD_BYTES = 5_000_000_000
 
@@ -49,16 +49,6 @@ class Shard:
         return [tensor.expert for tensor in self.tensors if tensor.expert is not None]
 
 
-def check_groups(config: ModelConfig, kind: WeightKind) -> None:
-    """Raise :class:`QuantizeError` for groups that do not divide the experts' sides."""
-    sizes = {"hidden size": config.hidden_size, "expert width": config.expert_size}
-    for what, size in sizes.items():
-        if size % kind.group:
-            raise QuantizeError(
-                f"groups of {kind.group} do not divide the {what} of {size}", hint=_fitting(config)
-            )
-
-
 def plan_shards(
     config: ModelConfig, kind: WeightKind, shard_bytes: int = SHARD_BYTES
 ) -> tuple[Shard, ...]:
@@ -66,7 +56,7 @@ def plan_shards(
 
     So an interrupted run repeats one layer at most. Raises as :func:`check_groups`.
     """
-    check_groups(config, kind)
+    check_groups(config, kind, "--scheme")
     groups: list[tuple[int | None, list[PlannedTensor]]] = [(None, _copied(model_parts(config)))]
     for layer in range(config.num_layers):
         tensors = _copied(layer_parts(config, layer))
@@ -101,11 +91,3 @@ def _cut(tensors: list[PlannedTensor], most: int) -> list[list[PlannedTensor]]:
         runs[-1].append(tensor)
         size += tensor.nbytes
     return runs
-
-
-def _fitting(config: ModelConfig) -> str:
-    sizes = config.hidden_size, config.expert_size
-    groups = {kind.group for kind in PACKED_KINDS if not any(s % kind.group for s in sizes)}
-    if not groups:
-        return "no kind has groups that do"
-    return f"take groups of {' or '.join(map(str, sorted(groups)))}: --scheme w4g{max(groups)}"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 class QuantizeJob:
     """``kind`` experts of the model in ``source``, as the folder ``output``.
 
-    ``calibration`` is a text file; "gptq" needs one. ``resume``: go on with an interrupted run.
+    ``calibration`` is a text file; "gptq" needs one. ``outliers``: as many inputs of each matrix,
+    the largest of that text, are read by columns of 8 bits. ``resume``: go on with an interrupted
+    run.
     """
 
     source: Path
@@ -40,6 +42,7 @@ class QuantizeJob:
     kind: WeightKind
     method: Method
     calibration: Path | None = None
+    outliers: int = 0
     resume: bool = False
 
 
@@ -65,7 +68,9 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     """
     raw = _check(job)
     config = load_config(job.source)
-    shards = plan_shards(config, job.kind)
+    _check_outliers(job, config)
+    planned = _with_outliers(config, job)
+    shards = plan_shards(planned, job.kind)
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
         checkpoint.check(config)
         windows, text_sha256 = _windows(job, config)
@@ -74,11 +79,12 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
         source = CheckpointSource(checkpoint)
         calibration = None if windows is None else Calibration(source, config, windows)
         count = _counter(sum(len(shard.experts) for shard in shards), on_progress)
-        layers = Layers(config, source, job.kind, job.method, calibration, count)
+        layers = Layers(planned, source, job.kind, job.method, calibration, count)
         with target.writing(shards):
             layers.run(shards, target)
             made = _made(job, config, target, shards, 0 if windows is None else windows.numel())
-            target.complete(job.source, shards, _config_json(raw, job, made, text_sha256))
+            outliers = layers.outliers if job.outliers else None
+            target.complete(job.source, shards, _config_json(raw, job, made, text_sha256, outliers))
     return made
 
 
@@ -94,6 +100,37 @@ def _check(job: QuantizeJob) -> dict[str, Any]:
             "gptq fits the weights to a text, and none was given", hint="add --calibration FILE"
         )
     return raw
+
+
+def _check_outliers(job: QuantizeJob, config: ModelConfig) -> None:
+    if not job.outliers:
+        return
+    if job.calibration is None:
+        raise QuantizeError(
+            "outliers are the largest inputs of a text, and none was given",
+            hint="add --calibration FILE",
+        )
+    if job.kind.bits != 4:
+        raise QuantizeError(
+            f"outliers are kept in 8 bits, and all of {job.kind.name} has 8",
+            hint="leave out --outliers, or take a scheme of 4 bits",
+        )
+    most = min(config.hidden_size, config.expert_size)
+    if job.outliers >= most:
+        raise QuantizeError(
+            f"{job.outliers} outliers are not fewer than the {most} inputs of a matrix",
+            hint=f"take some per cent of them: --outliers {max(1, most // 32)}",
+        )
+
+
+def _with_outliers(config: ModelConfig, job: QuantizeJob) -> ModelConfig:
+    """The model that will be, as far as sizes go: which inputs are outliers a text will tell."""
+    if not job.outliers:
+        return config
+    some = tuple(range(job.outliers))
+    layers = range(config.num_layers)
+    outliers = tuple(some if config.is_moe_layer(layer) else () for layer in layers)
+    return replace(config, packed=job.kind, outliers=outliers)
 
 
 def _windows(job: QuantizeJob, config: ModelConfig) -> tuple[Tensor | None, str | None]:
@@ -119,6 +156,7 @@ def _identity(job: QuantizeJob, text_sha256: str | None) -> dict[str, Any]:
         "scheme": job.kind.name,
         "method": job.method,
         "calibration": text_sha256,
+        "outliers": job.outliers,
         "version": VERSION,
     }
 
@@ -157,7 +195,11 @@ def _made(
 
 
 def _config_json(
-    raw: dict[str, Any], job: QuantizeJob, made: QuantizedModel, text_sha256: str | None
+    raw: dict[str, Any],
+    job: QuantizeJob,
+    made: QuantizedModel,
+    text_sha256: str | None,
+    outliers: list[list[int]] | None,
 ) -> dict[str, Any]:
     record = {
         "method": job.method,
@@ -166,4 +208,5 @@ def _config_json(
         "unfitted_experts": len(made.unfitted),
     }
     raw = {key: value for key, value in raw.items() if key != "torch_dtype"}
-    return raw | {"dtype": "bfloat16", "quantization_config": quantization_config(job.kind, record)}
+    scheme = quantization_config(job.kind, record, outliers)
+    return raw | {"dtype": "bfloat16", "quantization_config": scheme}

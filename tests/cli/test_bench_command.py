@@ -20,7 +20,7 @@ from tests.timelines import assert_nested, rows_of
 LLAMA_BENCH = {
     *("build_commit", "cpu_info", "gpu_info", "model_type", "model_size", "model_n_params"),
     *("n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts"),
-    *("samples_ns", "samples_ts", "n_threads"),
+    *("samples_ns", "samples_ts", "n_threads", "type_k", "type_v"),
 }
 OURS = {
     *("n_parallel", "routing", "placement", "n_gpu_experts", "hit_rate", "routing_entropy"),

@@ -36,7 +36,7 @@ def test_json_has_all_keys_and_is_the_same_twice(text: Path, cache: Path) -> Non
     done = run(*arguments, "-o", "json")
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
-    run_keys = {"model", "revision", "dtype", "expert_dtype", "scored_tokens"}
+    run_keys = {"model", "revision", "dtype", "expert_dtype", "kv_dtype", "scored_tokens"}
     run_keys |= {"nll", "nll_stderr", "perplexity", "perplexity_stderr"}
     kl_keys = {"kl", "kl_stderr", "kl_p99", "kl_max", "same_top", "same_top_stderr"}
     own_keys = {"build_commit", "text", "text_sha256", "text_tokens", "window", "stride"}

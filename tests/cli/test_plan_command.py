@@ -72,13 +72,30 @@ def test_json_holds_the_same_plan_and_adds_up() -> None:
     resident = sum(map(len, plan["placement"]))
     expert_bytes = 3 * 4096 * 14336 * 2
     assert plan["memory"]["gpu_experts"] == resident * expert_bytes
-    on_gpu = sum(size for name, size in plan["memory"].items() if name != "cpu_experts")
+    elsewhere = ("cpu_experts", "disk_experts")
+    on_gpu = sum(size for name, size in plan["memory"].items() if name not in elsewhere)
     assert on_gpu == plan["vram_budget_bytes"] == 22 * GIB
     assert record["hardware"]["gpu_name"] == "Test GPU"
     assert (
         f"experts, {resident:,} + {256 - resident:,}"
         in run("--shape", "mixtral-8x7b", "--vram-gb", "22").stdout
     )
+
+
+def test_what_ram_has_no_room_for_is_shown_on_disk() -> None:
+    options = ("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--ram-gb", "16")
+    done = run(*options)
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 28 and max(map(len, lines)) <= 80, done.stdout
+    plan = json.loads(run(*options, "--json").stdout)["plan"]
+    on_gpu, in_ram = (sum(map(len, plan[name])) for name in ("placement", "cached"))
+    assert in_ram == 16 * GIB // (3 * 2048 * 768 * 2)
+    words = " ".join(done.stdout.split())
+    assert "What lives where GPU CPU disk" in words
+    assert f"experts, {on_gpu:,} + {in_ram:,} + {48 * 128 - on_gpu - in_ram:,}" in words
+    assert f"RAM holds {in_ram:,} experts at a time" in words and "without CUDA graphs" in words
+    assert plan["memory"]["disk_experts"] == (48 * 128 - on_gpu - in_ram) * 3 * 2048 * 768 * 2
+    assert 0 < plan["per_token"]["disk_experts"] < plan["per_token"]["cold_experts"]
 
 
 def test_a_hub_model_is_planned_from_its_metadata(
@@ -110,7 +127,7 @@ def test_a_hub_model_is_planned_from_its_metadata(
         (("--shape", "mixtral"), "did you mean 'mixtral-8x7b'?"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "3"), "before any expert, but has 3.0 GiB"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "80"), "23.5 GiB of the 24.0 GiB"),
-        (("--shape", "mixtral-8x7b", "--ram-gb", "8"), "of RAM, but 8.0 GiB may be used"),
+        (("--shape", "mixtral-8x7b", "--ram-gb", "0.1"), "of RAM, but 102 MiB may be used"),
         (("--shape", "mixtral-8x7b", "--context", "40000"), "the model's ends at 32,768"),
         (("--shape", "mixtral-8x7b", "--profile", "/none"), "cannot be read: No such file"),
     ],

@@ -33,8 +33,9 @@ def llm() -> Iterator[LLM]:
         yield llm
 
 
-def driver(llm: LLM, law: Law | None = None) -> Driver:
-    return Driver(llm._running, law=law, seed=3)
+def driver(llm: LLM, law: Law | None = None, seed: int = 3) -> Driver:
+    routing = None if law is None else DrawnRouting(law, llm.model_config, seed=seed)
+    return Driver(llm._running, routing=routing, seed=seed)
 
 
 @pytest.mark.parametrize(("case", "num_outputs"), [(WRITE, NEW), (BOTH, NEW + 1), (READ, 1)])
@@ -133,7 +134,7 @@ def test_drawn_routing_uses_all_experts_and_the_model_its_own(model: OpenModel) 
     llm = model("mixtral", prefix_caching=False)
     case = Case(n_prompt=60, n_gen=0, n_depth=0, n_parallel=2)
     entropy = {
-        name: Driver(llm._running, law=law, seed=0).measure(case, 1).prompt.entropy_bits
+        name: driver(llm, law, seed=0).measure(case, 1).prompt.entropy_bits
         for name, law in (("uniform", Law()), ("skewed", Law(skew=3.0)), ("model", None))
     }
     assert llm._running.runner.draw_experts is None

@@ -81,6 +81,7 @@ def add_decode_steps(
                 eps=torch_kernels._eps,
             ),
             kv_caches=runner.kv_caches,
+            dtype=torch.float32,
             make_experts=lambda: DecodeExperts(
                 experts,
                 workers,

@@ -176,7 +176,7 @@ def test_weights_and_cache_are_given_back() -> None:
     next(stream)
     running = llm._running
     held = [
-        weakref.ref(running.engine._runner.kv_caches[0]),
+        weakref.ref(running.engine._runner.kv_caches[0].pages),
         weakref.ref(running.engine._runner.decoder._weights.embed_VH),
         weakref.ref(running.experts._store[0].cpu_w13_CFH),
     ]

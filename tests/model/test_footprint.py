@@ -9,6 +9,7 @@ from fiddler.engine.runner import kv_cache_shape
 from fiddler.models.config import ModelConfig
 from fiddler.models.dummy import DummySource
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
+from fiddler.models.kv_cache import new_kv_caches
 from fiddler.models.registry import load_config
 from fiddler.models.shapes import load_shape
 from fiddler.models.weights import load_dense
@@ -19,10 +20,18 @@ from tests.tiny_models import MODEL_TYPES, shared_tiny
 
 
 def needs(
-    config: ModelConfig, dtype: str = "bfloat16", expert_dtype: str = "bfloat16"
+    config: ModelConfig,
+    dtype: str = "bfloat16",
+    expert_dtype: str = "bfloat16",
+    kv_dtype: str | None = None,
 ) -> Footprint:
     return footprint(
-        config, dtype=dtype, expert_dtype=expert_dtype, max_batched_tokens=64, max_num_seqs=4
+        config,
+        dtype=dtype,
+        expert_dtype=expert_dtype,
+        kv_dtype=kv_dtype or dtype,
+        max_batched_tokens=64,
+        max_num_seqs=4,
     )
 
 
@@ -56,8 +65,10 @@ def test_weights_and_pages_take_what_is_foretold(model_type: str, dtype: str) ->
         config.num_experts
     )
 
-    page = torch.empty(kv_cache_shape(config, 1, 16), dtype=torch_dtype)
-    assert expected.kv_bytes_per_token * 16 == config.num_layers * bytes_of(page)
+    for kv_dtype in (dtype, "int8", "fp8"):
+        page = new_kv_caches(1, kv_cache_shape(config, 1, 16), kv_dtype, "cpu")[0]
+        per_token = needs(config, dtype, dtype, kv_dtype).kv_bytes_per_token
+        assert per_token * 16 == config.num_layers * bytes_of(page.pages, page.scales)
 
 
 def test_layers_without_experts_are_left_out() -> None:

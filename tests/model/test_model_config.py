@@ -183,7 +183,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
-    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+    ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "hqq"),
 ]
 
 

@@ -8,8 +8,8 @@ from cpu_kernels.bf16 import F32
 from cpu_kernels.packed_layout import Quantised, dequantise
 from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler.quantize.gptq import DAMPING, gptq, repairs
-from fiddler.quantize.grid import find_grid
-from fiddler.quantize.rounding import round_matrix
+from fiddler.rounding.grid import find_grid
+from fiddler.rounding.matrix import round_matrix
 
 
 def correlated(num: int, cols: int, seed: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from cpu_kernels.weight_kind import parse_kind
 from fiddler import LLM, SamplingParams
 from fiddler.errors import CheckpointError, ConfigError, NumericsError
 from fiddler.models.checkpoint import SINGLE
+from fiddler.models.config import ModelConfig
 from fiddler.models.manifest import expert_parts
 from fiddler.models.registry import load_config
 from fiddler.quantize.run import QuantizeJob, quantize
@@ -48,20 +50,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return of
 
 
-def as_numbers(packed: Path, source: Path, folder: Path) -> Path:
+def _as_they_are(config: ModelConfig, layer: int, parts: list[np.ndarray]) -> list[np.ndarray]:
+    return parts
+
+
+def as_numbers(packed: Path, source: Path, folder: Path, fold: Any = _as_they_are) -> Path:
     """The plain float32 checkpoint that a quantised one stands for."""
     shutil.copytree(source, folder)
     config, packed_config = load_config(source), load_config(packed)
     assert packed_config.packed is not None
-    shape = PackedShape(packed_config.packed, config.hidden_size, config.expert_size)
+    shape = PackedShape(packed_config.packed, *packed_config.expert_sides)
     stored = {k: v for path in packed.glob("*.safetensors") for k, v in load_file(path).items()}
     numbers = {k: v.float() for k, v in stored.items() if not k.endswith(".packed")}
     for layer in range(config.num_layers):
         for expert in range(config.num_experts) if config.is_moe_layer(layer) else ():
             parts = expert_parts(config, layer, expert)
             blob = stored[parts[0].name.rsplit(".", 2)[0] + ".packed"].numpy()
-            for part, found in zip(parts, unpack_expert(shape, blob), strict=True):
-                numbers[part.name] = torch.from_numpy(dequantise(shape.kind, *found))
+            found = [dequantise(shape.kind, *part) for part in unpack_expert(shape, blob)]
+            for part, w_NK in zip(parts, fold(packed_config, layer, found), strict=True):
+                numbers[part.name] = torch.from_numpy(w_NK.copy())
     save_file(numbers, folder / SINGLE, metadata={"format": "pt"})
     return folder
 
@@ -154,7 +161,7 @@ def test_bytes_that_are_not_the_experts_are_refused(
 @pytest.mark.parametrize(
     ("scheme", "said"),
     [
-        ({"quant_method": "awq"}, r"quantised \(awq\), which fiddler cannot read"),
+        ({"quant_method": "hqq"}, r"quantised \(hqq\), which fiddler cannot read"),
         ("gguf", r"quantised \(gguf\)"),
         ({"quant_method": "fiddler", "version": 2}, "in version 2 of fiddler's layout"),
         ({"quant_method": "fiddler", "version": 1}, "names no known kind .*: None"),
@@ -170,9 +177,16 @@ def test_what_this_release_cannot_read_is_named(
         load_config(tmp_path)
 
 
-def test_seeded_weights_are_not_packed(folders: Folders) -> None:
-    with pytest.raises(ConfigError, match="packed experts, and seeded weights are plain"):
-        loaded(folders()[0], load_format="dummy")
+def test_seeded_weights_are_of_the_stored_kind(folders: Folders) -> None:
+    with loaded(folders()[0], load_format="dummy") as llm:
+        assert llm.dtypes.expert == "w4g32z"
+
+
+def test_another_kind_cannot_be_made_of_packed_experts(folders: Folders) -> None:
+    with loaded(folders()[0], dtype="w4g32z") as llm:
+        assert llm.dtypes.expert == "w4g32z"
+    with pytest.raises(ConfigError, match="stored as w4g32z, from which no w8g32 can be made"):
+        loaded(folders()[0], dtype="w8g32")
 
 
 @pytest.mark.gpu

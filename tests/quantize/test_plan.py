@@ -5,9 +5,10 @@ import pytest
 from cpu_kernels.weight_kind import parse_kind
 from fiddler.errors import QuantizeError
 from fiddler.models.manifest import dense_bytes, packed_shape
+from fiddler.models.quantized import check_groups
 from fiddler.models.registry import parse_config
 from fiddler.models.shapes import SHAPES, load_shape
-from fiddler.quantize.plan import SHARD_BYTES, check_groups, plan_shards
+from fiddler.quantize.plan import SHARD_BYTES, plan_shards
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
@@ -66,5 +67,5 @@ def test_groups_that_do_not_divide_are_refused(
     hidden, width = sizes
     raw = {"model_type": "qwen3_moe", "hidden_size": hidden, "moe_intermediate_size": width}
     with pytest.raises(QuantizeError, match=said) as caught:
-        check_groups(parse_config(raw), parse_kind(kind))
+        check_groups(parse_config(raw), parse_kind(kind), "--scheme")
     assert hint in caught.value.hint

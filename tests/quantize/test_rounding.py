@@ -9,8 +9,8 @@ from cpu_kernels.bf16 import F32
 from cpu_kernels.packed_layout import Quantised, decode_scales, dequantise, encode_scales
 from cpu_kernels.quantise import round_to_nearest
 from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind, parse_kind
-from fiddler.quantize.grid import SHRINKS
-from fiddler.quantize.rounding import round_matrix
+from fiddler.rounding.grid import SHRINKS
+from fiddler.rounding.matrix import round_matrix
 
 
 def normal(rows: int, cols: int, seed: int = 0) -> F32:
@@ -101,7 +101,7 @@ def test_output_errors_of_normal_weights() -> None:
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     kind, w_NK = parse_kind("w4g64z"), normal(37, 128)
     whole = round_matrix(w_NK, kind)
-    monkeypatch.setattr("fiddler.quantize.rounding.CHUNK", 5 * 128)
+    monkeypatch.setattr("fiddler.rounding.matrix.CHUNK", 5 * 128)
     for ours, theirs in zip(round_matrix(w_NK, kind), whole, strict=True):
         assert ours is not None and theirs is not None and np.array_equal(ours, theirs)
 

@@ -181,6 +181,8 @@ def record(**changes: object) -> dict[str, object]:
         "model_size": 3 << 30,
         "model_n_params": 1_610_000_000,
         "n_threads": 8,
+        "type_k": "bfloat16",
+        "type_v": "bfloat16",
         "n_parallel": 1,
         "n_prompt": 512,
         "n_gen": 0,

@@ -13,7 +13,7 @@ import torch
 
 from gpu_kernels.attention_decode import attention_decode_reference
 from scripts.bench.kernels.paged_case import SM_SCALE, DecodeCase, decode_case, zipf_lengths
-from scripts.bench.kernels.timing import median_ms, read_ms, relative_error
+from scripts.bench.kernels.timing import graph_ms, read_ms, relative_error
 from scripts.bench.kernels.tuner import try_all
 from scripts.bench.rows import Row, at_least, table
 
@@ -44,7 +44,7 @@ def check(case: DecodeCase) -> None:
 
 def read_share(case: DecodeCase) -> tuple[float, float, float]:
     """(milliseconds, GB/s, time of a plain read of the same bytes in units of ours)."""
-    milliseconds = median_ms(case.runner())
+    milliseconds = graph_ms(case.runner())
     return (
         milliseconds,
         case.num_bytes / milliseconds / 1e6,
@@ -80,7 +80,7 @@ def rows() -> list[Row]:
         if batch > 1:
             skewed = decode_case(zipf_lengths(batch, sum(kv_lens)), num_kv_heads)
             check(skewed)
-            skewed_ms = median_ms(skewed.runner()) * case.num_bytes / skewed.num_bytes
+            skewed_ms = graph_ms(skewed.runner()) * case.num_bytes / skewed.num_bytes
             found.append(
                 at_least(
                     f"{name}, Zipf lengths, of equal ones' speed",

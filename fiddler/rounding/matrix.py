@@ -8,7 +8,7 @@ import numpy as np
 from cpu_kernels.bf16 import F32
 from cpu_kernels.packed_layout import Quantised
 from cpu_kernels.weight_kind import WeightKind
-from fiddler.quantize.grid import SHRINKS, Grid, find_grid, round_to
+from fiddler.rounding.grid import SHRINKS, Grid, find_grid, round_to
 
 CHUNK = 1 << 16  # weights rounded at a time: with their copies they stay in a core's cache
 
@@ -18,8 +18,10 @@ def round_matrix(
     kind: WeightKind,
     importance_K: F32 | None = None,
     shrinks: tuple[float, ...] = SHRINKS,
+    *,
+    middle: int | None = None,
 ) -> Quantised:
-    """Codes of finite weights; K a multiple of the group. ValueError as :func:`find_grid`.
+    """Codes of finite weights; K a multiple of the group. ``middle`` and ValueError: `find_grid`.
 
     ``importance_K``: how much an error in column k counts, such as the mean square of its input.
     """
@@ -31,7 +33,7 @@ def round_matrix(
     rows = max(1, CHUNK // cols)
     for first in range(0, num_rows, rows):
         w_NGL = w_NK[first : first + rows].reshape(-1, cols // kind.group, kind.group)
-        grid = find_grid(w_NGL, kind, importance_GL, shrinks)
+        grid = find_grid(w_NGL, kind, importance_GL, shrinks, middle=middle)
         codes_NGL = round_to(w_NGL, grid, kind, np.empty_like(w_NGL))
         codes_NK[first : first + rows] = codes_NGL.reshape(-1, cols)
         grids.append(grid)

@@ -35,20 +35,24 @@ def find_grid(
     kind: WeightKind,
     importance_GL: F32 | None = None,
     shrinks: tuple[float, ...] = SHRINKS,
+    *,
+    middle: int | None = None,
 ) -> Grid:
     """The best grid of each group among the ranges shrunk by ``shrinks``, the first of equals.
+
+    ``middle`` is a zero point that all groups have to have, of a kind with zero points.
 
     ``importance_GL`` weighs a column's squared errors, None: all alike. ValueError for weights too
     large for scales of the kind's type. With the one shrink 1.0 this is rounding to nearest.
     """
     top_NG, bottom_NG = w_NGL.max(axis=2).astype(np.float64), w_NGL.min(axis=2).astype(np.float64)
-    best = range_grid(top_NG * shrinks[0], bottom_NG * shrinks[0], kind)
+    best = range_grid(top_NG * shrinks[0], bottom_NG * shrinks[0], kind, middle)
     if len(shrinks) == 1:
         return best
     room = np.empty_like(w_NGL)
     least_NG = _error(w_NGL, best, kind, importance_GL, room)
     for shrink in shrinks[1:]:
-        grid = range_grid(top_NG * shrink, bottom_NG * shrink, kind)
+        grid = range_grid(top_NG * shrink, bottom_NG * shrink, kind, middle)
         error_NG = _error(w_NGL, grid, kind, importance_GL, room)
         is_better_NG = error_NG < least_NG
         np.copyto(best.scales_NG, grid.scales_NG, where=is_better_NG)
@@ -57,11 +61,15 @@ def find_grid(
     return best
 
 
-def range_grid(top_NG: F64, bottom_NG: F64, kind: WeightKind) -> Grid:
+def range_grid(top_NG: F64, bottom_NG: F64, kind: WeightKind, middle: int | None = None) -> Grid:
     """The grid that spreads the codes over [bottom, top] and 0.
 
     A symmetric kind gives the extreme of larger magnitude, of either sign, the code 0.
     """
+    if middle is not None:
+        ideal_NG = np.maximum(top_NG / (kind.max_code - middle), -bottom_NG / middle)
+        scales_NG = _stored(np.maximum(ideal_NG, 0), kind.scales)
+        return Grid(scales_NG, np.full(scales_NG.shape, middle, np.float32))
     if kind.has_zeros:
         top_NG, bottom_NG = np.maximum(top_NG, 0), np.minimum(bottom_NG, 0)
         scales_NG = _stored((top_NG - bottom_NG) / kind.max_code, kind.scales)

@@ -1,0 +1,1 @@
+"""From weights to codes, by rounding alone: which range of codes, and which code."""
