@@ -22,40 +22,13 @@ from torch import Tensor
 from gpu_kernels.expert_config import ExpertConfig, decode_config
 from gpu_kernels.expert_reference import experts_reference
 from gpu_kernels.expert_tile import expert_tile
-from gpu_kernels.expert_weights import (
-    DenseWeights,
-    ExpertLayer,
-    check_routing,
-    matrix_views,
-)
+from gpu_kernels.expert_weights import ExpertLayer, check_routing, matrix_views
+from gpu_kernels.last_rows import LastRows
 from gpu_kernels.sum_choices import sum_choices
 from gpu_kernels.tile_spec import tile_spec
 
 MAX_TOKENS = 32
 MAX_TOP_K = 16
-
-
-@dataclass(frozen=True, slots=True)
-class LastRows:
-    """A part of every expert: rows of gate and up, and columns of w2, from ``first`` to the last.
-
-    ``first`` is int32 ``[1]`` on the device, a multiple of ``unit`` or the width, and never less
-    than the width minus ``most``. ``unit``: a power of two, 16 or more, and whole groups if packed.
-    """
-
-    first: Tensor
-    most: int
-    unit: int
-
-    def check(self, layer: ExpertLayer) -> None:
-        """Assert that it suits the layer, which has no biases: the other part's owner adds them."""
-        assert self.first.shape == (1,) and self.first.dtype == torch.int32
-        assert self.first.device == layer.device
-        assert 0 < self.most <= layer.width
-        assert self.unit >= 16 and self.unit & (self.unit - 1) == 0
-        if not isinstance(layer.weights, DenseWeights):
-            assert self.unit % layer.weights.layout.group == 0
-        assert layer.b13_SF is None and layer.b2_SH is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,11 @@ from gpu_kernels.expert_decode import (
     MAX_TOKENS,
     MAX_TOP_K,
     DecodeWorkspace,
-    LastRows,
     expert_decode,
 )
 from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
+from gpu_kernels.last_rows import LastRows
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts, StepRouting

@@ -11,9 +11,9 @@ Shapes: L layers, B rows of a step at most, K top-k, N counts of experts.
 import numpy as np
 import torch
 
-from gpu_kernels.expert_decode import LastRows
 from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import Pulls
+from gpu_kernels.last_rows import LastRows
 from offload.cold_share import ShareCosts, kept_rows
 from offload.expert_store import ExpertStore
 from offload.layer_experts import LayerExperts

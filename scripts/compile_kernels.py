@@ -33,13 +33,14 @@ from gpu_kernels.attention_decode import attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
 from gpu_kernels.embedding import embedding
-from gpu_kernels.expert_decode import LastRows, expert_decode
+from gpu_kernels.expert_decode import expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 from gpu_kernels.grouped_gemm import grouped_experts
 from gpu_kernels.hand_over import ColdWork, Pulls, collect, publish
 from gpu_kernels.host_memory import read_host, write_host
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.kv_quant import new_kv_scales
+from gpu_kernels.last_rows import LastRows
 from gpu_kernels.merge_states import merge_state, merge_states
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.rmsnorm import add_rms_norm

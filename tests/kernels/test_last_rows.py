@@ -11,11 +11,11 @@ from torch import Tensor
 from gpu_kernels.expert_config import ExpertConfig
 from gpu_kernels.expert_decode import (
     DecodeWorkspace,
-    LastRows,
     expert_decode,
     expert_decode_reference,
 )
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedWeights
+from gpu_kernels.last_rows import LastRows
 from gpu_kernels.tile_spec import TileConfig
 
 TILE = TileConfig(64, 8, 128, num_warps=4, num_stages=2, in_registers=True)
