@@ -199,13 +199,10 @@ def _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K: tl.constexpr, N: t
 
 @triton.jit
 def _load_first(first_ptr, SPEC: tl.constexpr):
-    """The first row that is computed; None: all are."""
-    if first_ptr is None:
-        return None
-    else:
-        # a product with a known factor tells the compiler how addresses are aligned; rounded up,
-        # since a width that is no multiple of it stands for no rows at all
-        return (tl.load(first_ptr) + SPEC.unit - 1) // SPEC.unit * SPEC.unit
+    """The first row that is computed."""
+    # a product with a known factor tells the compiler how addresses are aligned; rounded up, since
+    # a width that is no multiple of it stands for no rows at all
+    return (tl.load(first_ptr) + SPEC.unit - 1) // SPEC.unit * SPEC.unit
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -225,8 +222,9 @@ def _gate_up_kernel(
 ):
     pair = tl.program_id(1)
     slot, pair_N = _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K, SPEC.columns)
-    first = _load_first(first_ptr, SPEC)
-    if first is not None:
+    first = None
+    if first_ptr is not None:
+        first = _load_first(first_ptr, SPEC)
         slot = tl.where(first + tl.program_id(0) * SPEC.tile_rows < SPEC.rows, slot, -1)
     if slot < 0:
         return
@@ -267,6 +265,9 @@ def _down_kernel(
     tile = tl.program_id(0)
     pair = tl.program_id(1) // SPLITS
     split = tl.program_id(1) % SPLITS
+    first = None
+    if first_ptr is not None:
+        first = _load_first(first_ptr, SPEC)
     slot, pair_N = _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K, SPEC.columns)
     if slot >= 0:
         expert_tile(
@@ -276,7 +277,7 @@ def _down_kernel(
             part_ptr,
             tile,
             split,
-            _load_first(first_ptr, SPEC),
+            first,
             pair_N.to(tl.int64) * SPEC.depth,
             (pair_N.to(tl.int64) * SPLITS + split) * SPEC.rows,
             pair_N >= 0,
