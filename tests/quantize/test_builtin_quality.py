@@ -16,8 +16,8 @@ from fiddler.hub.resolve import BUILTIN_FOLDER
 from fiddler.quantize.run import QuantizedModel, QuantizeJob, quantize
 from fiddler.text.chat_template import ChatTemplate
 
-pytestmark = pytest.mark.slow
-CALIBRATION_BYTES = 400_000  # 75 windows, of which 64 are taken
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+CALIBRATION_BYTES = 150_000
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +72,7 @@ def test_int4_costs_little_if_fitted(make: Callable[..., QuantizedModel]) -> Non
     rounded = make("w4g128", "rtn")
     assert rounded.expert_bytes <= 0.27 * rounded.bf16_expert_bytes
     rtn = evaluated(rounded.folder)
-    gptq = evaluated(make("w4g128", "gptq").folder)
     best = evaluated(make("w4g128", "gptq", outliers=16).folder, "--questions")
     assert best["rise"] <= 0.02 and best["rise"] < rtn["rise"]
-    assert best["against"]["kl"] < gptq["against"]["kl"] < rtn["against"]["kl"]
+    assert 2 * best["against"]["kl"] < rtn["against"]["kl"]
     assert best["questions"]["accuracy"] >= 0.99
