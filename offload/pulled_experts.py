@@ -49,8 +49,7 @@ class PulledExperts:
         self._ids_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
         self._first_row = torch.empty(1, dtype=torch.int32, device=device)
         self.rows = PlaceTable(store, "row_E", device)
-        # packed ones not yet: test_any_first_row_on_the_gpu[w4g128] fails on an H200
-        kernels_take_it = store.packed is None and dtype in (store.dtype, torch.float32)
+        kernels_take_it = store.packed is not None or dtype in (store.dtype, torch.float32)
         self.layers = {
             layer: ExpertLayer(slot_weights(store[layer].cpu_parts, store.packed), reader=device)
             for layer in shape.moe_layers

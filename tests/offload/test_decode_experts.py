@@ -161,8 +161,8 @@ def test_parts_add_up_whatever_moves(share: str, kind: WeightKind | None) -> Non
             adaptive=adaptive,
         )
         pulled = {} if experts.pulled is None else experts.pulled.layers
-        assert sorted(pulled) == ([1, 2, 3] if share == "half" and kind is None else [])
-        if experts.pulled is not None and pulled:
+        assert sorted(pulled) == ([] if share == "none" else [1, 2, 3])
+        if experts.pulled is not None:
             assert experts.pulled.kept_rows(1)[1:].tolist() == [swap_store.WIDTH // 2] * 4
         for step in range(7):
             if step % 4 == 3:
