@@ -154,7 +154,8 @@ def test_host_memory_is_read_at_the_speed_of_the_link(kind: str, dtype: torch.dt
 def test_any_first_row_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
     """From host memory; one and many tokens, and a width that is no multiple of a step."""
     for hidden, width in ((2048, 768), (1000, 1096)):
-        sizes = {"hidden": hidden, "width": width, "num_experts": 9}
+        # a slot for each, or a token alone may have nothing to compare
+        sizes = {"hidden": hidden, "width": width, "num_experts": 9, "num_slots": 9}
         case = make_case(kind, num_tokens=32, top_k=4, dtype=dtype, **sizes)
         case = replace(case, layer=host_layer(case.layer))
         unit = max(64, UNITS[kind])
