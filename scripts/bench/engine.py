@@ -37,6 +37,7 @@ from scripts.bench.rows import Row, at_least, at_most, table, write
 OUTPUT = Path("build/bench-engine.json")
 VRAM_GB = 24.0
 SKEW = Law(skew=1.0)
+NUM_PROFILED = 512  # tokens
 MOST_HAND_OVER_US = 25.0
 
 
@@ -170,26 +171,23 @@ def speed_row(name: str, measured: Measurement, setting: Setting, target: float)
 
 def skewed_rows(repetitions: int) -> list[Row]:
     """Decode with skewed routing, without a profile and with one of other tokens."""
-    shape, case = QWEN.shape, decode(QWEN.written)
-    with loaded_shape(shape, [case]) as loaded:
-        plain = driver_of(loaded, SKEW).measure(case, repetitions)
-        counts_LE = counts_of(loaded.files.config)
-        name = loaded.files.name
+    shape = QWEN.shape
+    plain = skewed_run(repetitions)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
+        counts_LE = counts_of(load_shape(shape))
         save_profile(
             Profile(
-                model=name,
+                model=shape,
                 revision=None,
                 corpus_sha256="",
-                num_tokens=int(counts_LE[0].sum()) // loaded.files.config.top_k,
+                num_tokens=NUM_PROFILED,
                 popularity=Popularity(counts_LE),
                 created=plain.started,
             ),
             path,
         )
-        with loaded_shape(shape, [case], profile=str(path)) as loaded:
-            profiled = driver_of(loaded, SKEW).measure(case, repetitions)
+        profiled = skewed_run(repetitions, profile=str(path))
     speeds = [tokens_per_s(measured)[0] for measured in (plain, profiled)]
     missed = [1 - measured.decode.hit_rate for measured in (plain, profiled)]
     return [
@@ -200,8 +198,15 @@ def skewed_rows(repetitions: int) -> list[Row]:
     ]
 
 
+def skewed_run(repetitions: int, **options: object) -> Measurement:
+    """One load; nothing of it is left when this returns."""
+    case = decode(QWEN.written)
+    with loaded_shape(QWEN.shape, [case], **options) as loaded:
+        return driver_of(loaded, SKEW).measure(case, repetitions)
+
+
 def counts_of(config: ModelConfig) -> np.ndarray:
-    """How often 512 tokens of another request choose each expert."""
+    """How often tokens of another request choose each expert."""
     routes = DrawnRoutes(
         SKEW,
         seed=0,
@@ -209,7 +214,7 @@ def counts_of(config: ModelConfig) -> np.ndarray:
         num_experts=config.num_experts,
         top_k=config.top_k,
     )
-    ids_LPK = routes.ids(10**6, 0, 512).swapaxes(0, 1)
+    ids_LPK = routes.ids(10**6, 0, NUM_PROFILED).swapaxes(0, 1)
     return np.stack([np.bincount(ids.ravel(), minlength=config.num_experts) for ids in ids_LPK])
 
 
