@@ -95,6 +95,15 @@ def some_slopes(num_heads: int) -> Tensor:
     return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, device=DEVICE) / num_heads)
 
 
+DECODE_VARIANTS = {
+    "cap": Variant(logits_soft_cap=1.5),
+    "sinks": Variant(sinks_H=some_sinks(4)),
+    "alibi": Variant(alibi_slopes_H=some_slopes(4)),
+    "window and sinks": Variant(window_left=40, sinks_H=some_sinks(4)),
+    "window and cap": Variant(window_left=3, logits_soft_cap=30.0),
+}
+
+
 def dense_oracle(
     batch: PagedBatch, variant: Variant = PLAIN, *, sm_scale: float | None = None
 ) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_batch import (
+    DECODE_VARIANTS,
     DEVICE,
     PagedBatch,
     dense_oracle,
@@ -100,23 +101,14 @@ def test_pages_and_windows(page_size: int, window_left: int) -> None:
         assert max_error(run(batch, variant, plan=plan), expected) <= 1e-5
 
 
-VARIANTS = {
-    "cap": Variant(logits_soft_cap=1.5),
-    "sinks": Variant(sinks_H=some_sinks(4)),
-    "alibi": Variant(alibi_slopes_H=some_slopes(4)),
-    "window and sinks": Variant(window_left=40, sinks_H=some_sinks(4)),
-    "window and cap": Variant(window_left=3, logits_soft_cap=30.0),
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", DECODE_VARIANTS)
 @pytest.mark.parametrize("split_tokens", [None, 64])
 def test_variants_and_log_sum_exp(name: str, split_tokens: int | None) -> None:
     batch = make_batch(RAGGED)
     lse_TH = torch.full((len(RAGGED), 4), torch.nan, device=DEVICE)
     plan = make_plan(batch, split_tokens=split_tokens)
-    actual = run(batch, VARIANTS[name], plan=plan, lse_log2=lse_TH)
-    expected, expected_lse_TH = dense_oracle_with_lse(batch, VARIANTS[name])
+    actual = run(batch, DECODE_VARIANTS[name], plan=plan, lse_log2=lse_TH)
+    expected, expected_lse_TH = dense_oracle_with_lse(batch, DECODE_VARIANTS[name])
     assert max_error(actual, expected) <= 1e-5
     assert max_error(lse_TH, expected_lse_TH) <= 1e-5
 
@@ -221,7 +213,7 @@ def test_no_requests() -> None:
 
 def test_reference_equals_the_definition() -> None:
     batch = make_batch(RAGGED)
-    for variant in (PLAIN, *VARIANTS.values()):
+    for variant in (PLAIN, *DECODE_VARIANTS.values()):
         lse_TH = torch.empty(len(RAGGED), 4, device=DEVICE)
         actual = attention_decode_reference(
             batch.q_THD,
@@ -333,10 +325,10 @@ def test_quantised_cache_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("merged")
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", DECODE_VARIANTS)
 def test_variants_on_the_gpu(name: str) -> None:
     batch = make_batch(GPU_LENGTHS, head_dim=128, dtype=torch.bfloat16)
-    variant = VARIANTS[name]
+    variant = DECODE_VARIANTS[name]
     for split_tokens in (None, 1024):
         plan = make_plan(batch, split_tokens=split_tokens)
         actual = run(batch, variant, plan=plan)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from paged_batch import (
+    DECODE_VARIANTS,
     DEVICE,
     PagedBatch,
     dense_oracle,
@@ -12,8 +13,6 @@ from paged_batch import (
     frobenius_error,
     make_batch,
     max_error,
-    some_sinks,
-    some_slopes,
 )
 
 from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
@@ -101,18 +100,9 @@ def test_pages_and_windows(page_size: int, window_left: int) -> None:
         check(batch, Variant(window_left=window_left), **options)
 
 
-VARIANTS = {
-    "cap": Variant(logits_soft_cap=1.5),
-    "sinks": Variant(sinks_H=some_sinks(4)),
-    "alibi": Variant(alibi_slopes_H=some_slopes(4)),
-    "window and sinks": Variant(window_left=40, sinks_H=some_sinks(4)),
-    "window and cap": Variant(window_left=3, logits_soft_cap=30.0),
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", DECODE_VARIANTS)
 def test_variants(name: str) -> None:
-    check(coded_batch(I8, RAGGED), VARIANTS[name], split_tokens=64, num_programs=2)
+    check(coded_batch(I8, RAGGED), DECODE_VARIANTS[name], split_tokens=64, num_programs=2)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
