@@ -1,6 +1,6 @@
 """The whole engine on named shapes within 24 GiB: one table and build/bench-engine.json.
 
-    python -m scripts.bench.engine [--parts qwen,mixtral,hand_over] [--repetitions 5]
+    python -m scripts.bench.engine [--parts qwen,mixtral,skew,hand_over] [--repetitions 5]
 
 Weights are seeded, one request at a time, short context. Speeds stand beside the limit that this
 run's bandwidths set, and a target in the same unit.

@@ -3,6 +3,7 @@
 Shapes: N rows (outputs), K columns (inputs), G groups of a row, W words.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of each nibble of a word, from th
 
 
 @dataclass(frozen=True, slots=True)
-class _Integers:
+class _Integers(ABC):
     """``group``: columns that share a scale, 0: all of a row."""
 
     bits: int
@@ -47,9 +48,9 @@ class _Integers:
         kind = self.kind("float32")
         return dequantise(kind, *self._spread(self._stored(reader, matrix, rows), kind.group))
 
+    @abstractmethod
     def _stored(self, reader: Reader, matrix: Matrix, rows: slice) -> Quantised:
         """Scales and zero points as they are, of the groups that there are."""
-        raise NotImplementedError
 
     def _groups(self, matrix: Matrix) -> int:
         return -(-matrix.cols // self.group) if self.group else 1
