@@ -46,7 +46,7 @@ class StoredFile:
         at = 0
         try:
             while at < len(target):
-                num_read = os.preadv(self._fd, [target[at:]], begin + at)
+                num_read = os.preadv(self._fd, [target.data[at:]], begin + at)
                 if num_read == 0:
                     raise CheckpointError(f"{self.path} has become shorter while it was read")
                 at += num_read
