@@ -70,7 +70,7 @@ def attention_prefill(
     num_kv_heads = kv_cache.shape[3]
     group = num_heads // num_kv_heads
     tile = choose(
-        "attention_prefill",
+        "attention_prefill" if q_THD.element_size() == 2 else "attention_prefill_float32",
         family(q_THD.device),
         rows=max_qo_len * group,
         row_bytes=padded_dim(head_dim) * q_THD.element_size(),

@@ -97,6 +97,14 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
             ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 5}),
         ],
     },
+    # Products of float32 are sums in registers. Tiles that suit 16 bits spill up to 51 KB a thread,
+    # for which the driver takes gigabytes (H200: 0.26 MiB a byte) and keeps them; these spill none.
+    "attention_prefill_float32": {
+        "sm80": [
+            ({"row_bytes": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}),
+            ({}, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3}),
+        ],
+    },
     # expert_gate_up, expert_down: weights of a few tokens' experts; ``splits``: parts of the depth
     "expert_gate_up": {
         "sm80": [

@@ -126,7 +126,7 @@ def _number(pattern: str, text: str) -> int:
 
 def _cache(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
     kv_cache = torch.zeros(64, 2, 16, HEADS[1], head_dim, dtype=dtype)
-    return kv_cache, None if dtype == BF16 else new_kv_scales(kv_cache)
+    return kv_cache, None if dtype in (BF16, torch.float32) else new_kv_scales(kv_cache)
 
 
 def decode(head_dim: int, dtype: torch.dtype, variant: Variant) -> None:
@@ -140,7 +140,7 @@ def decode(head_dim: int, dtype: torch.dtype, variant: Variant) -> None:
 def prefill(head_dim: int, dtype: torch.dtype, variant: Variant) -> None:
     kv_cache, kv_scales = _cache(head_dim, dtype)
     pages = PageTable.from_lists([range(32), range(32, 64)], [512, 512])
-    q = torch.zeros(1024, HEADS[0], head_dim, dtype=BF16)
+    q = torch.zeros(1024, HEADS[0], head_dim, dtype=dtype if dtype == torch.float32 else BF16)
     indptr = torch.tensor([0, 512, 1024], dtype=torch.int32)
     options: dict[str, Any] = {"sm_scale": 0.1, "variant": variant, "kv_scales": kv_scales}
     for longest in (1, 8, 512):
@@ -241,6 +241,9 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
     for bits in (4, 8, 16):
         for num_tokens in (1, 32, 4096):
             found[f"experts {bits} bits {num_tokens}"] = partial(experts, bits, num_tokens)
+    for head_dim in (32, 64, 128, 256):
+        name = f"prefill attention {head_dim} float32"
+        found[name] = partial(prefill, head_dim, torch.float32, Variant())
     found["experts 16 bits float32 4096"] = partial(experts, 16, 4096, torch.float32)
     for name, variant in variants.items():
         found[f"decode attention 128 {name}"] = partial(decode, 128, BF16, variant)

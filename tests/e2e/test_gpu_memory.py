@@ -37,6 +37,17 @@ def test_the_driver_never_counts_more_than_the_budget(vram_gb: float) -> None:
             assert used >= 0.8 * vram_gb * GIB
 
 
+def test_float32_keeps_the_budget_too() -> None:
+    """Kernels whose float32 tiles spill would take local memory beside it."""
+    options = {"load_format": "dummy", "vram_gb": 8.0, "max_num_seqs": 4, "max_model_len": 2048}
+    with LLM("olmoe-1b-7b", dtype="float32", **options) as llm:
+        before = driver_used_bytes()
+        llm.generate([[i * 37 % 50_000 for i in range(n)] for n in (1800, 700, 16, 1)], PARAMS)
+        used = driver_used_bytes()
+        print(f"{before / GIB:.2f} GiB after loading, {used / GIB:.2f} after prompts")
+        assert used <= 8 * GIB
+
+
 def test_close_gives_back_gpu_memory_pinned_memory_and_threads() -> None:
     torch.cuda.init()
     torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")

@@ -88,3 +88,49 @@ def test_clear_gives_the_memory_back() -> None:
     size = 2 * 4 * 3 * 1024 * 1024 * 4
     assert full >= size
     assert empty < size / 8
+
+
+CACHED = """
+from pathlib import Path
+import torch
+from offload.expert_store import ExpertShape, ExpertStore
+from offload.placement import Placement
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+shape = ExpertShape(
+    num_layers=2, moe_layers=(0, 1), num_experts=8, hidden_size=1024, expert_size=1024
+)
+cached = Placement.of([(0, 3), (1, 7)])
+(torch.ones(1 << 22) == 1).all()  # torch's threads and kernels
+before = resident_bytes()
+store = ExpertStore(
+    shape, Placement.of([(), ()]), device=torch.device("cpu"), dtype=torch.float32, cached=cached
+)
+store.fill(lambda layer, e, w13, w2: (w13.fill_(8 * layer + e), w2.fill_(-1)), num_threads=2)
+most = resident_bytes() - before
+for step in range(40):
+    layer, experts = step % 2, sorted({step % 8, 3 * step % 8, 5 * step % 8})
+    store.cache.begin(layer, experts)
+    store.cache.finish()
+    for e in experts:
+        w13, w2 = store.weights(layer, e)
+        assert (w13 == 8 * layer + e).all() and (w2 == -1).all()
+    most = max(most, resident_bytes() - before)
+print(most)
+del w13, w2  # they keep a layer's memory
+store.clear()
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+def test_only_rows_that_are_held_take_memory() -> None:
+    """Four of sixteen experts of 12 MiB."""
+    command = [sys.executable, "-c", CACHED]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    most, empty = map(int, ran.stdout.split())
+    size = 3 * 1024 * 1024 * 4
+    assert 4 * size <= most < 5.5 * size
+    assert empty < 2 * size
