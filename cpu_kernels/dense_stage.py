@@ -1,9 +1,9 @@
 """The stage of an expert layer with row-major weights (bf16 or float32): two phases, or three.
 
 Routes and act = f(gate, up), by tiles of rows; out = sum of weight * down. With bf16 activations
-there is a phase before these that rounds x. Pieces are as in :mod:`cpu_kernels.packed_stage`. Of
-each expert the first ``computed_width`` rows of gate and up are computed, and as many columns of
-w2, whose rows are ``job.width`` long whatever is computed.
+there is a phase before these that rounds x. Pieces are as in :mod:`cpu_kernels.packed_stage`. The
+routed experts lie end to end, and the first ``kept_rows`` rows of gate and up are computed: the
+first experts whole, at most one in part (of whose w2 as many columns), the others not at all.
 """
 
 from typing import Any
@@ -44,7 +44,8 @@ from cpu_kernels.pieces import (
     piece_range,
 )
 from cpu_kernels.routes import (
-    computed_width,
+    kept_rows,
+    kept_width,
     make_routes,
     routed_experts,
     routed_pairs,
@@ -168,13 +169,15 @@ def gate_up_panel(path, part, form, job, row_bytes, panel, tokens, room, sums):
 
 
 @jit
-def gate_up_piece(path, part, form, row_bytes, job, width, worker, begin, end):
+def gate_up_piece(path, part, form, row_bytes, job, kept, worker, begin, end):
     """The tiles whose cost lies in [begin, end)."""
     room, sums = room_of(job, worker), sums_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
-    tiles, before = (width + ROWS - 1) // ROWS, 0
+    before = 0
     for n in range(len(places)):
+        width = kept_width(kept, n, job.width)
+        tiles = (width + ROWS - 1) // ROWS
         first_tile, last_tile, before = share_of(starts, n, tiles, before, begin, end)
         last_row = min(last_tile * ROWS, width)
         for row in range(first_tile * ROWS, last_row, PANEL_ROWS):
@@ -187,15 +190,15 @@ def gate_up_piece(path, part, form, row_bytes, job, width, worker, begin, end):
 
 @jit
 def gate_up(path, part, form, row_bytes, job, worker, num_workers):
-    places, starts = routed_experts(job, worker)
-    width = computed_width(job, worker)
-    cost = total_cost(starts, (width + ROWS - 1) // ROWS)
-    rounds = num_rounds(len(places) * 2 * width * row_bytes, num_workers)
+    _, starts = routed_experts(job, worker)
+    kept = kept_rows(job, worker)
+    cost = total_cost(starts, kept, job.width, ROWS)
+    rounds = num_rounds(2 * kept * row_bytes, num_workers)
     forget_pieces(job.taken, DOWN, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(cost, piece, rounds, num_workers)
-        gate_up_piece(path, part, form, row_bytes, job, width, worker, begin, end)
+        gate_up_piece(path, part, form, row_bytes, job, kept, worker, begin, end)
         piece = next_piece(job.taken, GATE_UP, rounds, num_workers)
 
 
@@ -215,13 +218,16 @@ def down_panel(path, part, job, row_bytes, width, panel, pairs, room, sums):
 
 
 @jit
-def down_piece(path, part, row_bytes, job, width, worker, begin, end):
+def down_piece(path, part, row_bytes, job, kept, worker, begin, end):
     """Rows [begin, end) of every expert, so that one worker adds up an output."""
     room, sums = room_of(job, worker), sums_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
     clear_out(job, begin, end)
     for n in range(len(places)):
+        width = kept_width(kept, n, job.width)
+        if width == 0:
+            break
         for row in range(begin, end, PANEL_ROWS):
             num_rows = min(PANEL_ROWS, end - row)
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
@@ -232,16 +238,15 @@ def down_piece(path, part, row_bytes, job, width, worker, begin, end):
 
 @jit
 def down(path, part, weight_bytes, job, worker, num_workers):
-    places, _ = routed_experts(job, worker)
-    width, row_bytes = computed_width(job, worker), job.width * weight_bytes
+    kept, row_bytes = kept_rows(job, worker), job.width * weight_bytes
     tiles = (job.hidden + ROWS - 1) // ROWS
-    rounds = num_rounds(len(places) * job.hidden * width * weight_bytes, num_workers)
+    rounds = num_rounds(kept * job.hidden * weight_bytes, num_workers)
     forget_pieces(job.taken, GATE_UP, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(tiles, piece, rounds, num_workers)
         begin, end = begin * ROWS, min(end * ROWS, job.hidden)
-        down_piece(path, part, row_bytes, job, width, worker, begin, end)
+        down_piece(path, part, row_bytes, job, kept, worker, begin, end)
         piece = next_piece(job.taken, DOWN, rounds, num_workers)
 
 

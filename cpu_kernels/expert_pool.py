@@ -87,10 +87,11 @@ class ExpertPool:
     ) -> None:
         """Give a layer that does not run its arrays; see :meth:`submit`.
 
-        Who rings ``layer.number`` without submit hands no expert over. Of n distinct experts of a
-        step only the first ``kept_N[n]`` rows of gate and up and columns of w2 are computed, the
-        biases of w2 included; N = E + 1, all or a multiple of a packed kind's group. None: all. The
-        array is read at each step. ValueError if something does not fit.
+        Who rings ``layer.number`` without submit hands no expert over. The n distinct experts of a
+        step lie end to end in the order of their places, and only the first ``kept_N[n]`` rows of
+        gate and up and columns of w2 are computed; N = E + 1, whole experts and of one more a
+        multiple of a packed kind's group. None: all. The array is read at each step. ValueError if
+        something does not fit, as biases do not.
         """
         step = (x_TH, ids_TS, weights_TS, out_TH)
         is_bound = len(layer.step) == 4 and all(
@@ -218,8 +219,10 @@ def _check_step(layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out
 
 def _check_kept(layer: ExpertLayer, kept_N: I32) -> None:
     check_array("kept", kept_N, (layer.experts.num_experts + 1,), ID)
+    if layer.experts.mlp.b13_EF is not None or layer.experts.mlp.b2_EH is not None:
+        raise ValueError("experts with biases must be computed whole")
     kind, width = layer.experts.kind, layer.experts.width
     group = kind.group if kind.is_packed else 1
-    is_group_N = (kept_N >= 0) & (kept_N < width) & (kept_N % group == 0)
-    if not (is_group_N | (kept_N == width)).all():
-        raise ValueError(f"kept must be {width} or a smaller multiple of {group}")
+    is_known_N = (kept_N >= 0) & (kept_N <= width * np.arange(len(kept_N)))
+    if not (is_known_N & (kept_N % width % group == 0)).all():
+        raise ValueError(f"kept must be experts of {width} rows and multiples of {group}")

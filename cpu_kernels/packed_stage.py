@@ -5,8 +5,8 @@ act (int8 only); 3. out = sum of weight * down, by blocks of rows of w2.
 
 In phase 1 the routed experts' blocks lie one behind the other and are dealt out in pieces
 (:mod:`cpu_kernels.pieces`); in phase 3 a piece has the same blocks of every expert, so that one
-worker adds up an output. Of each expert the first ``computed_width`` rows of gate and up are
-computed, all or whole groups of them, and as many columns of w2.
+worker adds up an output. Of these blocks the first ``kept_rows`` rows are computed: the first
+experts whole, at most one in part (whole groups, of w2 as many columns), the others not at all.
 """
 
 from typing import Any
@@ -37,7 +37,8 @@ from cpu_kernels.pieces import (
     piece_range,
 )
 from cpu_kernels.routes import (
-    computed_width,
+    kept_rows,
+    kept_width,
     make_routes,
     routed_experts,
     routed_pairs,
@@ -90,13 +91,14 @@ def gate_up_block(path, job, sizes, panel, tokens, room):
 
 
 @jit
-def gate_up_piece(path, job, sizes, width, worker, begin, end):
+def gate_up_piece(path, job, sizes, kept, worker, begin, end):
     """The blocks whose cost lies in [begin, end)."""
     room = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
-    blocks, before = (width + ROWS - 1) // ROWS, 0
+    before = 0
     for n in range(len(places)):
+        blocks = (kept_width(kept, n, job.width) + ROWS - 1) // ROWS
         first_block, last_block, before = share_of(starts, n, blocks, before, begin, end)
         for block in range(first_block, last_block):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
@@ -106,16 +108,15 @@ def gate_up_piece(path, job, sizes, width, worker, begin, end):
 
 @jit
 def gate_up(path, job, sizes, worker, num_workers):
-    places, starts = routed_experts(job, worker)
-    width = computed_width(job, worker)
-    blocks = (width + ROWS - 1) // ROWS
-    cost = total_cost(starts, blocks)
-    rounds = num_rounds(len(places) * 2 * blocks * sizes[1], num_workers)
+    _, starts = routed_experts(job, worker)
+    kept = kept_rows(job, worker)
+    cost = total_cost(starts, kept, job.width, ROWS)
+    rounds = num_rounds(2 * kept // ROWS * sizes[1], num_workers)
     forget_pieces(job.taken, DOWN, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(cost, piece, rounds, num_workers)
-        gate_up_piece(path, job, sizes, width, worker, begin, end)
+        gate_up_piece(path, job, sizes, kept, worker, begin, end)
         piece = next_piece(job.taken, GATE_UP, rounds, num_workers)
 
 
@@ -136,13 +137,18 @@ def down_block(path, job, sizes, panel, pairs, xs, products):
 
 
 @jit
-def down_piece(path, job, sizes, worker, begin, end):
+def down_piece(path, job, group, group_bytes, kept, worker, begin, end):
     """Blocks [begin, end) of every expert, so that one worker adds up an output."""
     products, _, xs, _ = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
+    row_groups, block_bytes = block_sizes(job.width, group, group_bytes)
     clear_out(job, begin * ROWS, min(end * ROWS, job.hidden))
     for n in range(len(places)):
+        width = kept_width(kept, n, job.width)
+        if width == 0:
+            break
+        sizes = ((width + group - 1) // group, row_groups, block_bytes)
         for block in range(begin, end):
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
@@ -152,17 +158,14 @@ def down_piece(path, job, sizes, worker, begin, end):
 
 @jit
 def down(path, job, group, group_bytes, worker, num_workers):
-    places, _ = routed_experts(job, worker)
-    num_groups = (computed_width(job, worker) + group - 1) // group
-    row_groups, block_bytes = block_sizes(job.width, group, group_bytes)
-    sizes = (num_groups, row_groups, block_bytes)
+    kept = kept_rows(job, worker)
     blocks = (job.hidden + ROWS - 1) // ROWS
-    rounds = num_rounds(len(places) * blocks * num_groups * group_bytes, num_workers)
+    rounds = num_rounds(blocks * (kept // group) * group_bytes, num_workers)
     forget_pieces(job.taken, GATE_UP, worker)
     piece = worker
     while piece < num_workers * (rounds + 1):
         begin, end = piece_range(blocks, piece, rounds, num_workers)
-        down_piece(path, job, sizes, worker, begin, end)
+        down_piece(path, job, group, group_bytes, kept, worker, begin, end)
         piece = next_piece(job.taken, DOWN, rounds, num_workers)
 
 
@@ -202,8 +205,9 @@ def make_packed_stage(path: int) -> Any:
             sizes = block_sizes(job.hidden, group, group_bytes)
             gate_up(path, job, sizes, worker, num_workers)
         elif is_int8 and phase == 2:
-            width, num_pairs = computed_width(job, worker), num_routed_pairs(job, worker)
-            args = (job.act, job.act_cols, width, num_pairs, job.act_rows, job.act_row_bytes)
+            # also rows that nobody computed: they are not read, and few
+            num_pairs = num_routed_pairs(job, worker)
+            args = (job.act, job.act_cols, job.width, num_pairs, job.act_rows, job.act_row_bytes)
             prepare_rows(*args, True, group, worker, num_workers)
         else:
             down(path, job, group, group_bytes, worker, num_workers)

@@ -83,12 +83,18 @@ def routed_experts(job, worker):
 
 
 @jit
-def computed_width(job, worker):
-    """Rows of gate and up that are computed of every routed expert; columns of w2."""
-    if job.kept == 0:
-        return job.width
+def kept_rows(job, worker):
+    """Rows of gate and up that are computed, where the routed experts lie end to end."""
     num_routed = i64_array(routes_address(job, worker), 1)[0]
+    if job.kept == 0:
+        return num_routed * job.width
     return np.int64(i32_array(job.kept, job.num_experts + 1)[num_routed])
+
+
+@jit
+def kept_width(kept, n, width):
+    """Of these the n-th expert's, of ``width``; as many columns of its w2 are computed."""
+    return min(max(kept - n * width, 0), width)
 
 
 @jit
@@ -105,9 +111,13 @@ READ_COST = 16
 
 
 @jit
-def total_cost(starts, tiles):
-    """Cost of ``tiles`` tiles of every routed expert."""
-    return tiles * ((len(starts) - 1) * READ_COST + starts[len(starts) - 1])
+def total_cost(starts, kept, width, tile_rows):
+    """Cost of all tiles of the first ``kept`` rows, the routed experts lying end to end."""
+    cost = 0
+    for n in range(len(starts) - 1):
+        tiles = (kept_width(kept, n, width) + tile_rows - 1) // tile_rows
+        cost += tiles * (READ_COST + starts[n + 1] - starts[n])
+    return cost
 
 
 @jit

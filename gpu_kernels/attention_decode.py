@@ -36,6 +36,7 @@ from gpu_kernels.tuned import Config, choose
 __all__ = ["DecodePlan", "attention_decode", "attention_decode_reference", "plan_decode"]
 
 INTERPRETED_PROGRAMS = 8
+START_TILES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class DecodePlan:
     num_programs: int  # of each KV head
     queries_per_unit: int
     split_tiles: int  # 0: balanced
+    start_tiles: int  # what a unit costs before its first tile, in tiles
     config: Config  # of the launch
     part_PKRD: Tensor
     lse_log2_PKR: Tensor
@@ -67,7 +69,7 @@ def plan_decode(
 ) -> DecodePlan:
     """Make a plan for ``num_units`` requests, or blocks of up to ``queries_per_unit`` queries.
 
-    Balanced by default: every program reads the same number of tiles, whatever the lengths. With
+    Balanced by default: every program has the same number of tiles, whatever the lengths. With
     ``split_tokens`` each request is cut at its own multiples of that many tokens instead, so that a
     request's result does not depend on the others (batch-invariant); ``max_kv_len`` then bounds
     the workspace. ``dtype`` is the cache's. ``num_programs``: of each KV head, None: chosen.
@@ -91,6 +93,7 @@ def plan_decode(
         num_programs,
         queries_per_unit,
         (split_tokens or 0) // block_n,
+        START_TILES,
         {name: value for name, value in config.items() if name != "per_sm"},
         torch.empty((parts, num_kv_heads, rows, head_dim), dtype=torch.float32, device=device),
         torch.empty((parts, num_kv_heads, rows), dtype=torch.float32, device=device),
@@ -165,6 +168,7 @@ def attention_decode(
         BLOCK_M=max(8 if in_codes else 16, triton.next_power_of_2(rows)),
         BLOCK_U=triton.next_power_of_2(num_units),
         SPLIT_TILES=plan.split_tiles,
+        START_TILES=plan.start_tiles,
         HAS_POSITIONS=positions_T is not None,
         HAS_WINDOW=variant.window_left >= 0,
         IN_CODES=in_codes,
@@ -230,6 +234,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_U: tl.constexpr,
     SPLIT_TILES: tl.constexpr,
+    START_TILES: tl.constexpr,
     IS_QUANTISED: tl.constexpr,
     IS_FP8: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
@@ -256,11 +261,13 @@ def _decode_kernel(
         HAS_WINDOW,
         IN_CODES,
     )
-    item, last_item = share_of(program, tl.num_programs(0), total, SPLIT_TILES)
+    item, last_item = share_of(
+        program, tl.num_programs(0), items_U, total, SPLIT_TILES, START_TILES
+    )
     u_U = tl.arange(0, BLOCK_U)
     if program + kv_head == 0:
         first_U, end_U = parts_of(
-            u_U, ends_U - items_U, ends_U, total, tl.num_programs(0), SPLIT_TILES
+            u_U, items_U, ends_U, total, tl.num_programs(0), SPLIT_TILES, START_TILES
         )
         tl.store(ranges_ptr + 2 * u_U, first_U, mask=u_U < num_units)
         tl.store(ranges_ptr + 2 * u_U + 1, end_U, mask=u_U < num_units)

@@ -5,7 +5,7 @@ computes for all tokens that chose it, the other pairs' programs return at once.
 writes a pair's row in one or more partial sums; the last program to finish some rows adds a token's
 choices up in their order. So a token's result depends on nothing but that token, to the bit. Of
 each expert only the last rows of gate and up, and columns of w2, may be computed, from one on that
-is data: programs whose rows would be others return at once.
+is data: programs whose rows would be others return at once, or add nothing.
 Shapes: T tokens, K choices of a token, P = T * K pairs, E experts, S slots, H hidden, I width;
 in kernels M weight rows of a tile, N columns (tokens, padded), C choices (padded).
 """
@@ -93,7 +93,7 @@ def expert_decode(
     """
     check_routing(layer, x_TH, ids_TK, weights_TK, slot_E)
     if last_rows is not None:
-        last_rows.check(layer)
+        last_rows.check(layer, ids_TK)
     num_tokens, top_k = ids_TK.shape
     assert num_tokens <= MAX_TOKENS and top_k <= MAX_TOP_K, (num_tokens, top_k)
     if out is None:
@@ -118,10 +118,11 @@ def expert_decode_reference(
     slot_E: Tensor,
     layer: ExpertLayer,
     *,
-    first_row: int = 0,
+    last_rows: LastRows | None = None,
 ) -> Tensor:
-    """The same in plain torch, computed and returned in float32; the rows from one on."""
-    return experts_reference(x_TH, ids_TK, weights_TK, slot_E, layer, first_row=first_row)
+    """The same in plain torch, computed and returned in float32."""
+    first_TK = None if last_rows is None else last_rows.first_TK
+    return experts_reference(x_TH, ids_TK, weights_TK, slot_E, layer, first_TK=first_TK)
 
 
 def _launch(
@@ -139,7 +140,7 @@ def _launch(
     w13, w2 = matrix_views(layer.weights)
     first, most, unit = None, layer.width, 0
     if last_rows is not None:
-        first, most, unit = last_rows.first, last_rows.most, last_rows.unit
+        first, most, unit = last_rows.first_TK, last_rows.most, last_rows.unit
     spec = tile_spec(layer, "w13", config.gate_up, unit)
     _gate_up_kernel[(spec.num_tiles(most), ids_TK.numel())](
         x_TH,
@@ -199,7 +200,7 @@ def _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K: tl.constexpr, N: t
 
 @triton.jit
 def _load_first(first_ptr, SPEC: tl.constexpr):
-    """The first row that is computed."""
+    """The first row that is computed of a pair's expert."""
     # a product with a known factor tells the compiler how addresses are aligned; rounded up, since
     # a width that is no multiple of it stands for no rows at all
     return (tl.load(first_ptr) + SPEC.unit - 1) // SPEC.unit * SPEC.unit
@@ -224,7 +225,7 @@ def _gate_up_kernel(
     slot, pair_N = _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K, SPEC.columns)
     first = None
     if first_ptr is not None:
-        first = _load_first(first_ptr, SPEC)
+        first = _load_first(first_ptr + pair, SPEC)
         slot = tl.where(first + tl.program_id(0) * SPEC.tile_rows < SPEC.rows, slot, -1)
     if slot < 0:
         return
@@ -267,7 +268,7 @@ def _down_kernel(
     split = tl.program_id(1) % SPLITS
     first = None
     if first_ptr is not None:
-        first = _load_first(first_ptr, SPEC)
+        first = _load_first(first_ptr + pair, SPEC)
     slot, pair_N = _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K, SPEC.columns)
     if slot >= 0:
         expert_tile(

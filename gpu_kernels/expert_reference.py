@@ -26,16 +26,17 @@ def experts_reference(
     slot_E: Tensor,
     layer: ExpertLayer,
     *,
-    first_row: int = 0,
+    first_TK: Tensor | None = None,
 ) -> Tensor:
     """Sum over a token's resident experts of weight * expert(x), float32 ``[T, H]``.
 
-    Of gate and up only the rows from ``first_row`` on are computed, of w2 these columns.
+    Of gate and up only the rows from ``first_TK`` on are computed, of w2 these columns.
     """
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     slot_TK = slot_E[ids_TK.clamp(min=0).long()].masked_fill(ids_TK < 0, -1)
     for slot in slot_TK[slot_TK >= 0].unique().tolist():
         token_R, choice_R = (slot_TK == slot).nonzero(as_tuple=True)
+        first_row = 0 if first_TK is None else int(first_TK[token_R[0], choice_R[0]])
         expert_RH = _expert(x_TH[token_R].float(), slot, layer, first_row)
         out_TH.index_add_(0, token_R, weights_TK[token_R, choice_R, None] * expert_RH)
     return out_TH

@@ -2,8 +2,8 @@
 
 ``publish`` writes into mapped host memory, which a kernel reaches like its own; ``collect`` reads
 the CPU's part from there, adds up and norms. Rows from the number in use on are padding: they are
-no expert's and nobody reads them. Of every cold expert the device may pull the last rows, which is
-to read them from host memory by itself; how many depends on nothing but how many the step has.
+no expert's and nobody reads them. Of the cold experts' rows the device may pull the last ones, that
+is, read them from host memory by itself; which depends on nothing but what the step chose.
 
 Order of the sums in ``collect``, each float32 and none fused with a product: the parts as given,
 then the shared expert's; that sum is rounded to the activations' type, the residual is added and
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.cold_count import count_cold, count_cold_reference, piece_of
+from gpu_kernels.cold_rows import cold_experts, first_rows, piece_of
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 
 MAX_TOP_K = 16
@@ -41,15 +41,18 @@ class ColdWork:
 
 @dataclass(frozen=True, slots=True)
 class Pulls:
-    """What the device pulls, on the device: the rows from ``kept_N[n]`` on of n distinct experts.
+    """What the device pulls: of n distinct cold experts end to end, the rows from ``kept_N[n]`` on.
 
-    ``publish`` writes the cold choices to ``ids_TK``, -1 elsewhere, and ``kept_N[n]`` to
-    ``first_row``.
+    They lie in the order of ``place_E``, each of ``width`` rows. ``publish`` writes the cold
+    choices to ``ids_TK``, -1 elsewhere, and each one's first row to pull to ``first_TK``. All int32
+    on the device.
     """
 
-    kept_N: Tensor  # int32, for every n that a step may have
-    ids_TK: Tensor  # int32
-    first_row: Tensor  # int32 [1]
+    kept_N: Tensor  # for every n that a step may have
+    place_E: Tensor
+    width: int
+    ids_TK: Tensor
+    first_TK: Tensor
 
 
 def publish(
@@ -69,14 +72,14 @@ def publish(
     ``ids_TK`` int32 in ``slot_E`` (int32; below 0: not on the device), ``num_used`` int32 ``[1]``
     on the device. ``record_TK`` (int32, mapped host memory) gets the ids too. ``cold`` gets x as
     float32, the weights, and the ids with -1 for padding and for experts on the device; None: no
-    expert of the layer is elsewhere. ``pulls`` gets the same ids. Safe in a CUDA graph.
+    expert of the layer is elsewhere. ``pulls`` gets the same ids, and rows. Safe in a CUDA graph.
     """
     num_tokens, hidden = x_TH.shape
     top_k = ids_TK.shape[1]
     out = torch.empty_like(ids_TK) if out is None else out
     assert x_TH.dtype in FLOAT_DTYPES and x_TH.stride(1) == 1 and 1 <= top_k <= MAX_TOP_K
     theirs = () if cold is None else (cold.ids_TK,)
-    theirs = theirs if pulls is None else (*theirs, pulls.ids_TK)
+    theirs = theirs if pulls is None else (*theirs, pulls.ids_TK, pulls.first_TK)
     for ids in (ids_TK, record_TK, out, *theirs):
         assert ids.shape == (num_tokens, top_k) and ids.dtype == torch.int32 and ids.is_contiguous()
     assert weights_TK.shape == ids_TK.shape and weights_TK.dtype == torch.float32
@@ -89,11 +92,13 @@ def publish(
         assert cold.x_TH.dtype == cold.weights_TK.dtype == torch.float32
         assert cold.x_TH.is_contiguous() and cold.weights_TK.is_contiguous()
     if pulls is not None:
-        assert cold is not None and pulls.ids_TK.device == pulls.kept_N.device == x_TH.device
-        assert pulls.kept_N.dtype == torch.int32 and pulls.kept_N.is_contiguous()
+        assert cold is not None and pulls.width > 0
+        for table in (pulls.kept_N, pulls.place_E):
+            assert table.dtype == torch.int32 and table.is_contiguous()
         assert pulls.kept_N.numel() > min(ids_TK.numel(), slot_E.numel())
-        assert pulls.first_row.shape == (1,) and pulls.first_row.dtype == torch.int32
-        assert pulls.first_row.device == x_TH.device
+        assert pulls.place_E.shape == slot_E.shape
+        ours = (pulls.kept_N, pulls.place_E, pulls.ids_TK, pulls.first_TK)
+        assert {table.device for table in ours} == {x_TH.device}
     if num_tokens == 0:
         return out
     num_blocks = 1 if cold is None else triton.cdiv(hidden, BLOCK_H)
@@ -105,11 +110,16 @@ def publish(
         num_used,
         record_TK,
         *((None,) * 3 if cold is None else (cold.x_TH, cold.ids_TK, cold.weights_TK)),
-        *((None,) * 3 if pulls is None else (pulls.kept_N, pulls.ids_TK, pulls.first_row)),
+        *(
+            (None,) * 4
+            if pulls is None
+            else (pulls.kept_N, pulls.place_E, pulls.ids_TK, pulls.first_TK)
+        ),
         out,
         x_TH.stride(0),
         hidden,
         slot_E.numel(),
+        0 if pulls is None else pulls.width,
         TOP_K=top_k,
         BLOCK_H=BLOCK_H,
         BLOCK_K=triton.next_power_of_2(top_k),
@@ -120,17 +130,12 @@ def publish(
     return out
 
 
-def publish_reference(
-    ids_TK: Tensor, slot_E: Tensor, num_used: int, kept_N: Tensor | None = None
-) -> tuple[Tensor, Tensor, int]:
-    """The ids that ``publish`` records and returns, the cold ones, and the pulls' first row."""
+def publish_reference(ids_TK: Tensor, slot_E: Tensor, num_used: int) -> tuple[Tensor, Tensor]:
+    """The ids that ``publish`` records and returns, and the cold ones."""
     used_TK = ids_TK.clone()
     used_TK[num_used:] = -1
     is_here_TK = slot_E[ids_TK.long()] >= 0
-    first_row = 0
-    if kept_N is not None:
-        first_row = int(kept_N[count_cold_reference(ids_TK, slot_E, num_used)])
-    return used_TK, used_TK.masked_fill(is_here_TK, -1), first_row
+    return used_TK, used_TK.masked_fill(is_here_TK, -1)
 
 
 def collect(
@@ -219,12 +224,14 @@ def _publish_kernel(
     cold_ids_ptr,
     cold_weights_ptr,
     kept_ptr,
+    place_ptr,
     pulled_ptr,
-    first_row_ptr,
+    first_ptr,
     out_ptr,
     stride_x,
     hidden,
     num_experts,
+    width,
     TOP_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -256,12 +263,14 @@ def _publish_kernel(
             tl.store(cold_weights_ptr + at_K, weights_K, mask=is_choice_K)
             if pulled_ptr is not None:
                 tl.store(pulled_ptr + at_K, cold_K, mask=is_choice_K)
-                if token == 0:
-                    num_pairs = tl.minimum(num_used, tl.num_programs(0)) * TOP_K
-                    num_cold = count_cold(
-                        ids_ptr, slot_ptr, num_pairs, num_experts, BLOCK_E, BLOCK_P
-                    )
-                    tl.store(first_row_ptr, tl.load(kept_ptr + num_cold))
+                num_pairs = tl.minimum(num_used, tl.num_programs(0)) * TOP_K
+                is_cold_E = cold_experts(
+                    ids_ptr, slot_ptr, num_pairs, num_experts, BLOCK_E, BLOCK_P
+                )
+                first_K = first_rows(
+                    is_cold_E, cold_K, place_ptr, kept_ptr, width, num_experts, BLOCK_E
+                )
+                tl.store(first_ptr + at_K, first_K, mask=is_choice_K)
 
 
 @triton.jit

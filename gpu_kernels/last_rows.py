@@ -12,20 +12,21 @@ from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
 
 @dataclass(frozen=True, slots=True)
 class LastRows:
-    """A part of every expert: rows of gate and up, and columns of w2, from ``first`` to the last.
+    """A part of every expert: rows of gate and up, and columns of w2, from some row to the last.
 
-    ``first`` is int32 ``[1]`` on the device, a multiple of ``unit`` or the width, and never less
-    than the width minus ``most``. ``unit``: a power of two, 16 or more, and whole groups if packed.
+    ``first_TK`` says for each choice which, int32 on the device, the same for all choices of an
+    expert: a multiple of ``unit`` or the width, and never less than the width minus ``most``.
+    ``unit``: a power of two, 16 or more, and whole groups if packed.
     """
 
-    first: Tensor
+    first_TK: Tensor
     most: int
     unit: int
 
-    def check(self, layer: ExpertLayer) -> None:
+    def check(self, layer: ExpertLayer, ids_TK: Tensor) -> None:
         """Assert that it suits the layer, which has no biases: the other part's owner adds them."""
-        assert self.first.shape == (1,) and self.first.dtype == torch.int32
-        assert self.first.device == layer.device
+        assert self.first_TK.shape == ids_TK.shape and self.first_TK.dtype == torch.int32
+        assert self.first_TK.device == layer.device and self.first_TK.is_contiguous()
         assert 0 < self.most <= layer.width
         assert self.unit >= 16 and self.unit & (self.unit - 1) == 0
         if not isinstance(layer.weights, DenseWeights):

@@ -103,28 +103,57 @@ def items_of_units(
 
 
 @triton.jit
-def share_of(program, num_programs, total, SPLIT_TILES: tl.constexpr):
+def share_of(
+    program, num_programs, items_U, total, SPLIT_TILES: tl.constexpr, START_TILES: tl.constexpr
+):
     """Items ``[begin, end)`` of a program; with a fixed split it takes every num_programs-th."""
     if SPLIT_TILES > 0:
         return program, total
     active = _num_active(total, num_programs)
-    end = tl.where(program < active, (program + 1) * total // active, 0)
-    return tl.where(program < active, program * total // active, 0), end
+    cost_U = _costs(items_U, START_TILES)
+    cost = tl.sum(cost_U, 0)
+    begin = _item_at(program * cost // active, items_U, cost_U, START_TILES)
+    end = _item_at((program + 1) * cost // active, items_U, cost_U, START_TILES)
+    return begin, tl.where(program < active, end, 0)
 
 
 @triton.jit
-def parts_of(unit, unit_begin, unit_end, total, num_programs, SPLIT_TILES: tl.constexpr):
-    """Numbers ``[begin, end)`` of a unit's parts: the inverse of :func:`share_of`.
+def parts_of(
+    unit_U,
+    items_U,
+    ends_U,
+    total,
+    num_programs,
+    SPLIT_TILES: tl.constexpr,
+    START_TILES: tl.constexpr,
+):
+    """Numbers ``[begin, end)`` of every unit's parts: the inverse of :func:`share_of`.
 
-    Item i belongs to the last program p with p * total // active <= i.
+    What costs c before it belongs to the last program p with p * cost // active <= c.
     """
     if SPLIT_TILES > 0:
-        return unit_begin, unit_end
+        return ends_U - items_U, ends_U
     active = _num_active(total, num_programs)
-    safe_total = tl.maximum(total, 1)
-    first = ((unit_begin + 1) * active - 1) // safe_total + unit
-    end = (unit_end * active - 1) // safe_total + unit + 1
-    return first, tl.where(unit_end > unit_begin, end, first)
+    cost_U = _costs(items_U, START_TILES)
+    cost = tl.maximum(tl.sum(cost_U, 0), 1)
+    after_U = tl.cumsum(cost_U, 0)
+    before_U = after_U - items_U  # of the first item
+    first_U = ((before_U + 1) * active - 1) // cost + unit_U
+    end_U = (after_U * active - 1) // cost + unit_U + 1
+    return first_U, tl.where(items_U > 0, end_U, first_U)
+
+
+@triton.jit
+def _costs(items_U, START_TILES: tl.constexpr):
+    """Of each unit, in tiles: to begin one, a pipeline fills and its part is written."""
+    return tl.where(items_U > 0, items_U + START_TILES, 0)
+
+
+@triton.jit
+def _item_at(cost, items_U, cost_U, START_TILES: tl.constexpr):
+    """The number of items that begin before so much cost; no unit is cut before its first one."""
+    before_U = tl.cumsum(cost_U, 0) - cost_U + START_TILES
+    return tl.sum(tl.minimum(tl.maximum(cost - before_U, 0), items_U), 0)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
-"""How a decode step's cold experts are shared: of each, the workers and the device compute rows.
+"""How a decode step's cold experts are shared between the workers and the device.
 
 Both read host memory at the same time, the device over PCIe, so the step waits for the slower side
-only. The first rows of gate and up (columns of w2) of every cold expert are the workers', the last
-ones the device's; where they meet depends on nothing but how many experts there are. The shares
-follow from figures that do not come from a measurement of this start: one that differs from start
+only. The cold experts of a layer lie end to end; the first rows of gate and up (columns of w2) are
+the workers', the last ones the device's: whole experts, and one in part, since short rows of w2 are
+slow to read. Where they meet depends on nothing but how many experts there are. The shares follow
+from figures that do not come from a measurement of this start: one that differs from start
 to start would divide equal steps differently, and they would round differently.
 
 Shapes: N counts of distinct cold experts, 0, 1, ...; C ways to divide an expert.
@@ -37,21 +38,21 @@ class ShareCosts:
 def kept_rows(
     largest: int, width: int, expert_bytes: int, costs: ShareCosts, group: int = 1
 ) -> npt.NDArray[np.int32]:
-    """Of n distinct cold experts of a layer, the rows of each that stay with the workers.
+    """Of n distinct cold experts of a layer, end to end, the rows that stay with the workers.
 
-    int32 ``[largest + 1]``: ``width`` (the device takes no part) or a smaller multiple of the unit
-    and of ``group``, powers of two; that number which makes the slower side fastest, of equally
-    good ones the largest. Tokens of an expert beyond its first cost neither side much and are not
-    counted.
+    int32 ``[largest + 1]``: whole experts and a multiple of the unit and of ``group``, powers of
+    two; that number which makes the slower side fastest, of equally good ones the largest. Tokens
+    of an expert beyond its first cost neither side much and are not counted.
     """
-    kept_C = np.array([width, *reversed(range(0, width, max(costs.unit, group)))])
-    count_N1 = np.arange(largest + 1)[:, None]
     row_bytes = expert_bytes / width
-    cpu_NC = _seconds(count_N1 * kept_C, row_bytes / costs.cpu_bytes_per_s, costs.cpu_start_s)
-    link_NC = _seconds(
-        count_N1 * (width - kept_C), row_bytes / costs.link_bytes_per_s, costs.link_start_s
-    )
-    kept_N: npt.NDArray[np.int32] = kept_C[np.maximum(cpu_NC, link_NC).argmin(axis=1)].astype("i4")
+    part_C = np.array([width, *reversed(range(0, width, max(costs.unit, group)))])
+    kept_N = np.zeros(largest + 1, np.int32)
+    for count in range(1, largest + 1):
+        total = count * width
+        kept_C = ((count - 1 - np.arange(count))[:, None] * width + part_C).ravel()
+        cpu_C = _seconds(kept_C, row_bytes / costs.cpu_bytes_per_s, costs.cpu_start_s)
+        link_C = _seconds(total - kept_C, row_bytes / costs.link_bytes_per_s, costs.link_start_s)
+        kept_N[count] = kept_C[np.maximum(cpu_C, link_C).argmin()]
     return kept_N
 
 

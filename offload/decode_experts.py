@@ -1,7 +1,7 @@
 """Routed experts of a few tokens, divided by the device: nothing here asks what the router chose.
 
 Where an expert lives is data: ``slot_LE`` on the device says what the device computes, and the
-workers are given the ids of the rest. Of each of these the device pulls the last rows: it reads
+workers are given the ids of the rest. Of their rows the device pulls the last ones: it reads
 them from host memory itself, while the workers read the others (:mod:`offload.cold_share`). So the
 same operations serve every step, and a CUDA graph may hold them; what was chosen is read from a
 record after the step. How many rows are pulled depends on how many cold experts the step has: with
@@ -207,8 +207,7 @@ class StepExperts:
         if layer in shared.layers:
             own.append((used_TK, slot_E, shared.layers[layer], None))
         if pulled is not None and pulls is not None:
-            places_E = pulled.rows.device_LE[layer]
-            own.append((pulls.ids_TK, places_E, pulled.layers[layer], last_rows))
+            own.append((pulls.ids_TK, pulls.place_E, pulled.layers[layer], last_rows))
         parts = tuple(
             expert_decode(
                 *(x_TH, ids, weights_TK, places_E, weights),

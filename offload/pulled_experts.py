@@ -1,9 +1,9 @@
 """Rows of cold experts that the device reads from host memory by itself in decode steps, over PCIe.
 
-Pinned memory is mapped: kernels take the rows on the host like slots on the device. Of every cold
-expert the first rows stay with the workers and the others are pulled; how many is a table by the
-number of cold experts in the step (:mod:`offload.cold_share`), which the device and every worker
-look up for themselves.
+Pinned memory is mapped: kernels take the rows on the host like slots on the device. A step's cold
+experts of a layer lie end to end; the first rows stay with the workers and the others are pulled.
+How many is a table by the number of cold experts (:mod:`offload.cold_share`), which the device and
+every worker look up for themselves.
 
 Shapes: L layers, B rows of a step at most, K top-k, N counts of experts.
 """
@@ -47,7 +47,7 @@ class PulledExperts:
         )
         self._kept_N = torch.from_numpy(self._host_kept_N).to(device)
         self._ids_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
-        self._first_row = torch.empty(1, dtype=torch.int32, device=device)
+        self._first_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
         self.rows = PlaceTable(store, "row_E", device)
         kernels_take_it = store.packed is not None or dtype in (store.dtype, torch.float32)
         self.layers = {
@@ -61,19 +61,21 @@ class PulledExperts:
         }
 
     def kept_rows(self, layer: int) -> np.ndarray | None:
-        """Rows of each expert that the workers compute, by the number of them; None: all."""
+        """Rows of n experts end to end that the workers compute, by n; None: all."""
         return self._kept_of.get(layer)
 
     def pulls(self, layer: int, num_rows: int) -> tuple[Pulls, LastRows] | None:
         """Where the device leaves what it pulls, and which rows of it; None: it never does."""
         if layer not in self.layers:
             return None
-        ids_TK = self._ids_BK[:num_rows]
-        least = int(self._kept_of[layer][: ids_TK.numel() + 1].min())
-        if least == self._width:
+        ids_TK, first_TK = self._ids_BK[:num_rows], self._first_BK[:num_rows]
+        kept_N = self._kept_of[layer][: ids_TK.numel() + 1]
+        most = min(self._width, int((self._width * np.arange(len(kept_N)) - kept_N).max()))
+        if most == 0:
             return None
-        pulls = Pulls(self._kept_N, ids_TK, self._first_row)
-        return pulls, LastRows(self._first_row, self._width - least, self._unit)
+        place_E = self.rows.device_LE[layer]
+        pulls = Pulls(self._kept_N, place_E, self._width, ids_TK, first_TK)
+        return pulls, LastRows(first_TK, most, self._unit)
 
 
 def _can_read(device: torch.device, at: LayerExperts) -> bool:

@@ -181,7 +181,7 @@ def hand_over() -> None:
     part, slot, used = torch.zeros(4, 2048), torch.zeros(128, dtype=torch.int32), ids.view(-1)[:1]
     cold = ColdWork(part, ids, weights)
     publish(x, ids, weights, slot, used, ids, cold)
-    publish(x, ids, weights, slot, used, ids, cold, pulls=Pulls(slot, ids, used))
+    publish(x, ids, weights, slot, used, ids, cold, pulls=Pulls(slot, slot, 768, ids, ids))
     publish(x, ids, weights, slot, used, ids, None)
     collect(x, (part, part), x, weight, 1e-6)
     collect(x, (part, part, part), x, weight, 1e-6)
@@ -216,7 +216,7 @@ def experts(bits: int, num_tokens: int, dtype: torch.dtype = BF16) -> None:
         grouped_experts(*step)
         return
     expert_decode(*step)
-    expert_decode(*step, last_rows=LastRows(ids.view(-1)[:1], 256, 64 if bits == 16 else 128))
+    expert_decode(*step, last_rows=LastRows(ids, 256, 64 if bits == 16 else 128))
 
 
 def cases(sm: int) -> dict[str, Callable[[], object]]:

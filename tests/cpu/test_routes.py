@@ -134,17 +134,20 @@ def test_an_unknown_id_leaves_no_routes(routes_of: Compiled, bad: int, place: in
     assert found == Routes(False, [], [0], [], [])
 
 
+ROWS_OF_TILE = 16
+
+
 def shares(
-    counts: list[int], tiles: int, num_workers: int
+    counts: list[int], kept: int, width: int, num_workers: int
 ) -> list[list[tuple[int, int, int, int]]]:
     """Of each worker: (expert, first tile, last tile, cost)."""
     starts = np.cumsum([0, *counts])
-    cost = total_cost.py_func(starts, tiles)
+    cost = total_cost.py_func(starts, kept, width, ROWS_OF_TILE)
     found = []
     for worker in range(num_workers):
         begin, end = cost * worker // num_workers, cost * (worker + 1) // num_workers
         before, mine = 0, []
-        for n, count in enumerate(counts):
+        for n, (count, tiles) in enumerate(zip(counts, tiles_of(counts, kept, width), strict=True)):
             first, last, before = share_of.py_func(starts, n, tiles, before, begin, end)
             mine.append((n, first, last, (last - first) * (READ_COST + count)))
         assert before == cost
@@ -152,28 +155,46 @@ def shares(
     return found
 
 
+def tiles_of(counts: list[int], kept: int, width: int) -> list[int]:
+    """Tiles of each expert, counted row by row."""
+    return [
+        len({row // ROWS_OF_TILE for row in range(width) if n * width + row < kept})
+        for n in range(len(counts))
+    ]
+
+
 @settings(max_examples=200)
 @given(
     counts=st.lists(st.integers(1, 600), max_size=20),
-    tiles=st.integers(1, 300),
+    width=st.integers(1, 3000),
     num_workers=st.integers(1, 40),
+    data=st.data(),
 )
-def test_every_tile_is_in_one_share(counts: list[int], tiles: int, num_workers: int) -> None:
-    visits = np.zeros((len(counts), tiles), np.int64)
-    for mine in shares(counts, tiles, num_workers):
+def test_every_tile_is_in_one_share(
+    counts: list[int], width: int, num_workers: int, data: st.DataObject
+) -> None:
+    kept = data.draw(st.integers(0, width * len(counts)))
+    tiles = tiles_of(counts, kept, width)
+    visits = np.zeros((len(counts), max(tiles, default=0)), np.int64)
+    for mine in shares(counts, kept, width, num_workers):
         for n, first, last, _ in mine:
-            assert 0 <= first <= tiles and 0 <= last <= tiles
+            assert 0 <= first <= tiles[n] and 0 <= last <= tiles[n]
             visits[n, first:last] += 1
-    assert (visits == 1).all()
+    assert visits.sum(1).tolist() == tiles and (visits <= 1).all()
 
 
 @settings(max_examples=200)
 @given(
     counts=st.lists(st.integers(1, 600), min_size=1, max_size=20),
-    tiles=st.integers(1, 300),
+    width=st.integers(1, 3000),
     num_workers=st.integers(1, 40),
+    data=st.data(),
 )
-def test_shares_differ_by_a_tile_at_most(counts: list[int], tiles: int, num_workers: int) -> None:
-    costs = [sum(cost for *_, cost in mine) for mine in shares(counts, tiles, num_workers)]
+def test_shares_differ_by_a_tile_at_most(
+    counts: list[int], width: int, num_workers: int, data: st.DataObject
+) -> None:
+    kept = data.draw(st.integers(0, width * len(counts)))
+    found = shares(counts, kept, width, num_workers)
+    costs = [sum(cost for *_, cost in mine) for mine in found]
     one_tile = READ_COST + max(counts)
     assert max(abs(cost - sum(costs) / num_workers) for cost in costs) <= one_tile + 1

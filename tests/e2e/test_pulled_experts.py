@@ -8,6 +8,7 @@ more than the last level of cache holds (320 MB on two sockets).
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,10 +56,11 @@ class Layers:
         return self.store.shape.num_layers
 
     def set_rows(self, rows: int) -> None:
-        """Let the device compute so many rows of each expert."""
+        """Let the device compute so many rows of a layer's cold experts."""
         pulled = self.experts.pulled
         assert pulled is not None and len(pulled.layers) == self.num_layers, "not pinned?"
-        pulled._host_kept_N[:] = self.store.shape.expert_size - rows
+        total_N = self.store.shape.expert_size * np.arange(len(pulled._host_kept_N))
+        pulled._host_kept_N[:] = np.maximum(total_N - rows, 0)
         pulled._kept_N.copy_(torch.from_numpy(pulled._host_kept_N))
 
     def compute(self) -> list[torch.Tensor]:
@@ -162,9 +164,9 @@ def test_every_share_gives_the_same_sums(layers: Layers) -> None:
     shape, top_k = layers.store.shape, layers.tokens[0].ids_TK.numel()
     width = shape.expert_size
     expert_bytes = 3 * shape.hidden_size * width * 2
-    table = width - kept_rows(top_k, width, expert_bytes, ShareCosts())
-    preset = int(table[top_k])
-    tried = {width * eighths // 8 // 64 * 64 for eighths in (0, 1, 2, 3, 4, 6, 8)} | {preset}
+    total = top_k * width
+    preset = total - int(kept_rows(top_k, width, expert_bytes, ShareCosts())[top_k])
+    tried = {total * parts // 16 // 64 * 64 for parts in (0, 3, 4, 5, 6, 7, 8, 16)} | {preset}
     print(f"{top_k} experts of {shape.hidden_size} x {width}; the table says {preset} rows")
     wanted: list[torch.Tensor] = []
     for rows in sorted(tried):

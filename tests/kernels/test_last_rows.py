@@ -25,8 +25,9 @@ MANY_TILES = ExpertConfig(TILE, replace(TILE, splits=3))
 UNITS = {"dense": 16, "w4g32z": 32, "w4g128": 128, "w8g64": 64, "w8g128z-bf16": 128}
 
 
-def last_rows(first: int, most: int, unit: int) -> LastRows:
-    return LastRows(torch.tensor([first], dtype=torch.int32, device=DEVICE), most, unit)
+def last_rows(case: Case, first: int, most: int, unit: int) -> LastRows:
+    """The same rows of every expert."""
+    return LastRows(torch.full_like(case.ids_TK, first), most, unit)
 
 
 def firsts(width: int, unit: int) -> list[int]:
@@ -56,14 +57,34 @@ def test_the_last_rows_equal_float64(kind: str, config: ExpertConfig) -> None:
         workspace.act_PI.fill_(float("nan"))  # the other rows are neither written nor read
         workspace.part_PSH.fill_(float("nan"))
         options = {"config": config, "workspace": workspace}
-        rows = last_rows(first, max(width - first, 1), unit)
+        rows = last_rows(case, first, max(width - first, 1), unit)
         found = case.run(expert_decode, last_rows=rows, **options)
         assert max_error(found, expected(case, first)) <= 1e-5, first
         assert workspace.done.eq(0).all()
-        reference = case.run(expert_decode_reference, first_row=first)
+        reference = case.run(expert_decode_reference, last_rows=rows)
         assert max_error(reference, expected(case, first)) <= 1e-5
         if first == 0:
             assert torch.equal(found, case.run(expert_decode, **options))
+
+
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64"])
+def test_each_expert_has_its_own_rows(kind: str) -> None:
+    """As in a step: some experts whole, one in part, others not at all."""
+    unit = UNITS[kind]
+    width = 2 * unit + 44
+    case = make_case(kind, hidden=40, width=width, num_tokens=4, num_slots=5)
+    first_E = torch.tensor([0, width, unit, 0, width], dtype=torch.int32, device=DEVICE)
+    rows = LastRows(first_E[case.ids_TK.clamp(min=0)], width, unit)
+    w2_SHI = case.w2_SHI.copy()
+    for expert, slot in enumerate(case.slot_E.tolist()):
+        if slot >= 0:
+            w2_SHI[slot, :, : int(first_E[expert])] = 0
+    wanted = replace(case, w2_SHI=w2_SHI).expected()
+    workspace = DecodeWorkspace.make(case.layer, case.ids_TK.numel(), torch.float32, FEW_TILES)
+    workspace.act_PI.fill_(float("nan"))
+    found = case.run(expert_decode, last_rows=rows, config=FEW_TILES, workspace=workspace)
+    assert max_error(found, wanted) <= 1e-5
+    assert max_error(case.run(expert_decode_reference, last_rows=rows), wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["dense", "w4g32z"])
@@ -72,7 +93,7 @@ def test_spare_programs_change_no_bit(kind: str) -> None:
     case, unit = make_case(kind, hidden=24, width=80, num_tokens=3), UNITS[kind]
     for first in (unit, 80):
         wanted, found, alone = (
-            step.run(expert_decode, config=FEW_TILES, last_rows=last_rows(first, most, unit))
+            step.run(expert_decode, config=FEW_TILES, last_rows=last_rows(step, first, most, unit))
             for step, most in ((case, max(80 - first, 1)), (case, 80), (case.tokens([2]), 80))
         )
         assert torch.equal(found, wanted) and torch.equal(alone, found[[2]])
@@ -81,18 +102,18 @@ def test_spare_programs_change_no_bit(kind: str) -> None:
 def test_bad_arguments_are_refused() -> None:
     case = make_case("w4g32z", hidden=40, width=64)
     for wrong in (
-        last_rows(0, 64, 16),
-        last_rows(0, 64, 48),
-        last_rows(0, 0, 32),
-        last_rows(0, 65, 32),
-        LastRows(torch.zeros(2, dtype=torch.int32, device=DEVICE), 64, 32),
-        LastRows(torch.zeros(1, dtype=torch.int64, device=DEVICE), 64, 32),
+        last_rows(case, 0, 64, 16),
+        last_rows(case, 0, 64, 48),
+        last_rows(case, 0, 0, 32),
+        last_rows(case, 0, 65, 32),
+        LastRows(case.ids_TK[:1], 64, 32),
+        LastRows(case.ids_TK.long(), 64, 32),
     ):
         with pytest.raises(AssertionError):
             case.run(expert_decode, last_rows=wrong)
     biased = make_case("dense", hidden=40, width=64, biased=True)
     with pytest.raises(AssertionError):
-        biased.run(expert_decode, last_rows=last_rows(0, 64, 16))
+        biased.run(expert_decode, last_rows=last_rows(biased, 0, 64, 16))
 
 
 def host_layer(layer: ExpertLayer) -> ExpertLayer:
@@ -162,8 +183,8 @@ def test_any_first_row_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
         for first in firsts(width, unit):
             wanted = expected(case, first)
             for num_tokens in (32, 16, 7, 1):
-                rows = last_rows(first, width, unit)
-                found = case.tokens(slice(0, num_tokens)).run(expert_decode, last_rows=rows)
+                few = case.tokens(slice(0, num_tokens))
+                found = few.run(expert_decode, last_rows=last_rows(few, first, width, unit))
                 if first == width:
                     assert found.eq(0).all()
                 else:
@@ -176,7 +197,7 @@ def test_any_first_row_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
 def test_a_graph_follows_the_first_row(kind: str) -> None:
     case = make_case(kind, num_tokens=4, top_k=4, hidden=1024, width=768, dtype=torch.bfloat16)
     layer = host_layer(case.layer)
-    rows = last_rows(0, 768, 128)
+    rows = last_rows(case, 0, 768, 128)
     workspace, out = DecodeWorkspace.make(layer, 16), torch.empty(4, 1024, device=DEVICE)
     options = {"workspace": workspace, "last_rows": rows}
     expert_decode(*case.step, layer, out=out, **options)  # compiles
@@ -184,7 +205,7 @@ def test_a_graph_follows_the_first_row(kind: str) -> None:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         expert_decode(*case.step, layer, out=out, **options)
     for first in (128, 768, 0, 512, 640):
-        rows.first.fill_(first)
+        rows.first_TK.fill_(first)
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, expert_decode(*case.step, layer, **options))
@@ -205,7 +226,7 @@ def test_the_last_rows_are_read_at_the_speed_of_the_link(kind: str) -> None:
     workspace = DecodeWorkspace.make(layer, 8)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for first in (0, 384, 512, 640):
-        rows, seconds = last_rows(first, 768 - first, 128), []
+        rows, seconds = last_rows(case, first, 768 - first, 128), []
         for _ in range(4):
             begin.record()
             for _ in range(10):
