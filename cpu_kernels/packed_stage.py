@@ -170,9 +170,15 @@ def down(path, job, group, group_bytes, worker, num_workers):
 
 
 @jit
-def num_routed_pairs(job, worker):
-    _, starts = routed_experts(job, worker)
-    return starts[len(starts) - 1]
+def prepare_act(job, group, worker, num_workers):
+    """One worker's groups of every expert's rows, which are as long as what is computed."""
+    kept, (_, starts) = kept_rows(job, worker), routed_experts(job, worker)
+    for n in range(len(starts) - 1):
+        width = kept_width(kept, n, job.width)
+        first, num_pairs = starts[n], starts[n + 1] - starts[n]
+        source, rows = job.act + 4 * first * job.act_cols, job.act_rows + first * job.act_row_bytes
+        args = (source, job.act_cols, width, num_pairs, rows, job.act_row_bytes)
+        prepare_rows(*args, True, group, worker, num_workers)
 
 
 @jit
@@ -205,10 +211,7 @@ def make_packed_stage(path: int) -> Any:
             sizes = block_sizes(job.hidden, group, group_bytes)
             gate_up(path, job, sizes, worker, num_workers)
         elif is_int8 and phase == 2:
-            # also rows that nobody computed: they are not read, and few
-            num_pairs = num_routed_pairs(job, worker)
-            args = (job.act, job.act_cols, job.width, num_pairs, job.act_rows, job.act_row_bytes)
-            prepare_rows(*args, True, group, worker, num_workers)
+            prepare_act(job, group, worker, num_workers)
         else:
             down(path, job, group, group_bytes, worker, num_workers)
 

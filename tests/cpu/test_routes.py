@@ -137,12 +137,17 @@ def test_an_unknown_id_leaves_no_routes(routes_of: Compiled, bad: int, place: in
 ROWS_OF_TILE = 16
 
 
+@numba.njit
+def cost_of(starts, kept, width):  # type: ignore[no-untyped-def]
+    return total_cost(starts, kept, width, ROWS_OF_TILE)
+
+
 def shares(
     counts: list[int], kept: int, width: int, num_workers: int
 ) -> list[list[tuple[int, int, int, int]]]:
     """Of each worker: (expert, first tile, last tile, cost)."""
     starts = np.cumsum([0, *counts])
-    cost = total_cost.py_func(starts, kept, width, ROWS_OF_TILE)
+    cost = cost_of(starts, kept, width)
     found = []
     for worker in range(num_workers):
         begin, end = cost * worker // num_workers, cost * (worker + 1) // num_workers
