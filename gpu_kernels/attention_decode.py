@@ -36,6 +36,7 @@ from gpu_kernels.tuned import Config, choose
 __all__ = ["DecodePlan", "attention_decode", "attention_decode_reference", "plan_decode"]
 
 INTERPRETED_PROGRAMS = 8
+# Of 0 to 6, 2 and 3 are fastest on an H200: 64 requests with Zipf lengths take 77 us instead of 84.
 START_TILES = 2
 
 
