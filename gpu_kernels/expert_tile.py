@@ -169,7 +169,7 @@ def _dense_products(
     else:
         share = (DEPTH - begin + SPLIT_STEP - 1) // SPLIT_STEP * STEP
         start = begin + split * share
-    for first in range(start, tl.minimum(start + share, DEPTH), STEP):
+    for first in tl.range(start, tl.minimum(start + share, DEPTH), STEP, disable_licm=True):
         x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, first, STEP, SPEC)
         if is_used_F is not None:
             x_FD = _load_columns(x_ptr, x_offset_F, is_used_F, first, STEP, SPEC)
@@ -256,14 +256,16 @@ def _packed_products(
             group = tl.minimum(unit + 1, NUM_UNITS - 1) * UNIT // GROUP
             next_a_scale_M, next_a_zero_M = load_group(a_ptr_M, row_M, group, SPEC)
             next_b_scale_M, next_b_zero_M = load_group(b_ptr_M, row_M, group, SPEC)
+            # the second tile is decoded while the first is multiplied
             a_MD = _decode(a_words_MS, a_scale_M, a_zero_M, x_DN.dtype, SPEC)
-            b_MD = _decode(b_words_MS, b_scale_M, b_zero_M, x_DN.dtype, SPEC)
             sum_MN = _column_sums(x_DN, SPEC)
             a_MN = _add_product(a_MD, a_scale_M, a_zero_M, x_DN, sum_MN, a_MN, SPEC)
-            b_MN = _add_product(b_MD, b_scale_M, b_zero_M, x_DN, sum_MN, b_MN, SPEC)
             if is_used_F is not None:
                 sum_MF = _column_sums(x_DF, SPEC)
                 a_MF = _add_product(a_MD, a_scale_M, a_zero_M, x_DF, sum_MF, a_MF, SPEC)
+            b_MD = _decode(b_words_MS, b_scale_M, b_zero_M, x_DN.dtype, SPEC)
+            b_MN = _add_product(b_MD, b_scale_M, b_zero_M, x_DN, sum_MN, b_MN, SPEC)
+            if is_used_F is not None:
                 b_MF = _add_product(b_MD, b_scale_M, b_zero_M, x_DF, sum_MF, b_MF, SPEC)
             a_scale_M, a_zero_M = next_a_scale_M, next_a_zero_M
             b_scale_M, b_zero_M = next_b_scale_M, next_b_zero_M

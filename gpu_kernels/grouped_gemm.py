@@ -146,13 +146,11 @@ def _launch(
     num_tiles = spec.num_tiles(spec.rows)
     w13, w2 = matrix_views(layer.weights)
     weights, bias = (w13, layer.b13_SF) if spec.paired else (w2, layer.b2_SH)
-    # pairs spread evenly need no more tiles of columns; if there are, programs take several
-    likely = max(triton.cdiv(slots.max_pairs, config.columns), min(slots.count, slots.max_pairs))
-    num_programs = likely * num_tiles
-    if config.per_sm and x.device.type == "cuda":
-        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-        num_programs = min(num_programs, config.per_sm * sms)
-    _grouped_kernel[(num_programs,)](
+    few = max(config.columns // 4, 8)
+    # a slot's last tile of columns takes few more or is partly empty
+    most = slots.max_pairs - slots.count * (few + 1)
+    num_groups = slots.count + max(triton.cdiv(most, config.columns), 0)
+    _grouped_kernel[(num_groups * num_tiles,)](
         x,
         groups.pair_P,
         groups.first_S1,
@@ -163,19 +161,39 @@ def _launch(
         weights.stride(0),
         slots.first,
         slots.count,
+        num_groups,
         BINS=max(16, triton.next_power_of_2(slots.count)),
         TOP_K=ids_TK.shape[1],
         NUM_TILES=num_tiles,
         NEAR=config.near,
         SPEC=spec,
         # with 128 pairs each on average, half of the experts have a few more
-        FEW=replace(spec, columns=max(spec.columns // 4, 8)),
+        FEW=replace(spec, columns=few),
         **config.launch,
     )
 
 
+@triton.jit
+def _find_group(first_ptr, group, num_slots, N: tl.constexpr, F: tl.constexpr, BINS: tl.constexpr):
+    """The slot that the ``group``-th tile of columns belongs to, its first pair, and their number.
+
+    The slot's pairs are counted from there to its end: N belong to the tile, or all if they are at
+    most N + F. Beyond the last tile the slot is not less than ``num_slots``.
+    """
+    slot_B = tl.arange(0, BINS)
+    first_B = tl.load(first_ptr + slot_B, mask=slot_B < num_slots, other=0)
+    end_B = tl.load(first_ptr + 1 + slot_B, mask=slot_B < num_slots, other=0)
+    num_B = end_B - first_B
+    tiles_B = tl.where(num_B > 0, tl.maximum((num_B - F + N - 1) // N, 1), 0)
+    is_before_B = tl.cumsum(tiles_B, 0) <= group
+    slot = tl.sum(is_before_B.to(tl.int32), 0)
+    tiles_before = tl.sum(tl.where(is_before_B, tiles_B, 0), 0)
+    first = tl.sum(tl.where(slot_B == slot, first_B, 0), 0) + (group - tiles_before) * N
+    return slot, first, tl.sum(tl.where(slot_B == slot, end_B, 0), 0) - first
+
+
 # the slots are arguments, since each layer may hold another number of them
-@triton.jit(do_not_specialize=["first_slot", "num_slots"])
+@triton.jit(do_not_specialize=["first_slot", "num_slots", "num_groups"])
 def _grouped_kernel(
     x_ptr,
     pair_ptr,
@@ -187,6 +205,7 @@ def _grouped_kernel(
     stride_slot,
     first_slot,
     num_slots,
+    num_groups,
     BINS: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_TILES: tl.constexpr,
@@ -194,78 +213,33 @@ def _grouped_kernel(
     SPEC: tl.constexpr,
     FEW: tl.constexpr,
 ):
+    # programs that run together share weights and columns in L2: NEAR column tiles times some rows
+    program = tl.program_id(0)
+    first_group = program // (NEAR * NUM_TILES) * NEAR
+    num_near = tl.minimum(num_groups - first_group, NEAR)
+    inside = program % (NEAR * NUM_TILES)
     N: tl.constexpr = SPEC.columns
     F: tl.constexpr = FEW.columns
-    slot_B = tl.arange(0, BINS)
-    first_ptr += first_slot
-    first_B = tl.load(first_ptr + slot_B, mask=slot_B < num_slots, other=0)
-    end_B = tl.load(first_ptr + 1 + slot_B, mask=slot_B < num_slots, other=0)
-    # a slot's pairs are cut into tiles of N columns; the last one takes up to F more
-    num_B = end_B - first_B
-    groups_B = tl.where(num_B > 0, tl.maximum((num_B - F + N - 1) // N, 1), 0)
-    groups_end_B = tl.cumsum(groups_B, 0)
-    num_groups = tl.sum(groups_B, 0)
-    for item in range(tl.program_id(0), num_groups * NUM_TILES, tl.num_programs(0)):
-        # items at the same time share weights and columns in L2: NEAR column tiles by some rows
-        first_group = item // (NEAR * NUM_TILES) * NEAR
-        num_near = tl.minimum(num_groups - first_group, NEAR)
-        inside = item % (NEAR * NUM_TILES)
-        group = first_group + inside % num_near
-        tile = inside // num_near
-        slot = tl.sum((groups_end_B <= group).to(tl.int32), 0)
-        is_slot_B = slot_B == slot
-        before = tl.sum(tl.where(is_slot_B, groups_end_B - groups_B, 0), 0)
-        first = tl.sum(tl.where(is_slot_B, first_B, 0), 0) + (group - before) * N
-        num = tl.sum(tl.where(is_slot_B, end_B, 0), 0) - first
-        slot_w_ptr = w_ptr + slot.to(tl.int64) * stride_slot
-        slot_bias_ptr = bias_ptr
-        if bias_ptr is not None:
-            slot_bias_ptr += slot * (2 * SPEC.rows if SPEC.paired else SPEC.rows)
-        if num <= F:
-            _compute(
-                slot_w_ptr,
-                slot_bias_ptr,
-                x_ptr,
-                out_ptr,
-                pair_ptr,
-                tile,
-                first,
-                num,
-                stride_x,
-                TOP_K,
-                FEW,
-                0,
-            )
-        elif (num <= N) | (num > N + F):
-            _compute(
-                slot_w_ptr,
-                slot_bias_ptr,
-                x_ptr,
-                out_ptr,
-                pair_ptr,
-                tile,
-                first,
-                num,
-                stride_x,
-                TOP_K,
-                SPEC,
-                0,
-            )
-        else:
-            _compute(
-                slot_w_ptr,
-                slot_bias_ptr,
-                x_ptr,
-                out_ptr,
-                pair_ptr,
-                tile,
-                first,
-                num,
-                stride_x,
-                TOP_K,
-                SPEC,
-                F,
-            )
+    group = first_group + inside % num_near
+    slot, first, num = _find_group(first_ptr + first_slot, group, num_slots, N, F, BINS)
+    if slot >= num_slots:
+        return
+    tile = inside // num_near
+    w_ptr += slot.to(tl.int64) * stride_slot
+    if bias_ptr is not None:
+        bias_ptr += slot * (2 * SPEC.rows if SPEC.paired else SPEC.rows)
+    if num <= F:
+        _compute(
+            w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, num, stride_x, TOP_K, FEW, 0
+        )
+    elif (num <= N) | (num > N + F):
+        _compute(
+            w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, num, stride_x, TOP_K, SPEC, 0
+        )
+    else:
+        _compute(
+            w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, num, stride_x, TOP_K, SPEC, F
+        )
 
 
 @triton.jit

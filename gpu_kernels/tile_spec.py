@@ -33,7 +33,6 @@ class TileConfig:
     num_stages: int
     in_registers: bool = False
     near: int = 8  # many tokens: tiles of columns that share a weight tile at a time
-    per_sm: int = 0  # many tokens: programs for each multiprocessor; 0: for each tile
     splits: int = 1  # few tokens, w2: parts of the depth with a program each
 
     def __post_init__(self) -> None:
