@@ -30,7 +30,10 @@ from gpu_kernels.tile_spec import Matrix, TileConfig, tile_spec
 
 @dataclass(frozen=True, slots=True)
 class GroupedWorkspace:
-    """Scratch between the launches, in x's dtype; one per stream."""
+    """Scratch between the launches, in x's dtype; one per stream.
+
+    Rows of ``act_PI`` are pairs in the grouping's order, those of ``part_PH`` pairs in their own.
+    """
 
     act_PI: Tensor
     part_PH: Tensor
@@ -141,15 +144,13 @@ def _launch(
     out: Tensor,
     config: TileConfig,
 ) -> None:
-    """One product for all pairs: rows of x are tokens for w13 and pairs for w2."""
+    """One product for all pairs: rows of x are tokens for w13 and, for w2, pairs as grouped."""
     spec = tile_spec(layer, matrix, config)
     num_tiles = spec.num_tiles(spec.rows)
     w13, w2 = matrix_views(layer.weights)
     weights, bias = (w13, layer.b13_SF) if spec.paired else (w2, layer.b2_SH)
     few = max(config.columns // 4, 8)
-    # a slot's last tile of columns takes few more or is partly empty
-    most = slots.max_pairs - slots.count * (few + 1)
-    num_groups = slots.count + max(triton.cdiv(most, config.columns), 0)
+    num_groups = most_groups(slots.max_pairs, slots.count, config.columns, few)
     _grouped_kernel[(num_groups * num_tiles,)](
         x,
         groups.pair_P,
@@ -171,6 +172,14 @@ def _launch(
         FEW=replace(spec, columns=few),
         **config.launch,
     )
+
+
+def most_groups(num_pairs: int, num_slots: int, columns: int, few: int) -> int:
+    """Tiles of columns at most, of which a slot's last takes ``few`` more: one slot has nearly all.
+
+    The others have a pair each; a second tile needs more than ``columns + few`` pairs.
+    """
+    return min(num_slots, num_pairs) + max(0, num_pairs - num_slots - few) // columns
 
 
 @triton.jit

@@ -58,8 +58,7 @@ def prefill_tiles(weights: str) -> list[TileConfig]:
             *((64, 128, 64, 4, 2), (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
             *((64, 128, 64, 8, 4), (64, 128, 128, 4, 2), (64, 128, 32, 4, 5), (64, 64, 64, 4, 4)),
         ]
-    near = [replace(best, near=1), best, replace(best, near=32)]
-    return near + [TileConfig(*size) for size in sizes]
+    return [best, replace(best, near=1)] + [TileConfig(*size) for size in sizes]
 
 
 def tune(which: Which) -> None:
