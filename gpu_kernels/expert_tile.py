@@ -4,7 +4,9 @@ The weights are the left operand, so that few tokens fill a product, and both ti
 of the columns. What is compiled is said by a ``TileSpec``. Rows and blocks beyond a matrix are read
 as its last ones and never stored, so that no loop needs a mask for them. With ``SPEC.unit`` only
 the last rows of w13 and columns of w2 are read: ``first`` is then the first of them, else None.
-Shapes: M rows of each tile, N columns, D depth of a step, B blocks of 16 rows.
+A few more columns (F) may share the weights, read and decoded once: where N are just too few, a
+second program would read all of them again.
+Shapes: M rows of each tile, N columns, F more of them, D depth of a step, B blocks of 16 rows.
 """
 
 from __future__ import annotations
@@ -29,33 +31,73 @@ def expert_tile(
     out_offset_N,
     is_used_N,
     SPEC: tl.constexpr,
+    x_offset_F=None,
+    out_offset_F=None,
+    is_used_F=None,
 ):
     """Multiply and store tile ``tile`` of one slot's matrix; ``w_ptr`` and ``bias_ptr`` are its.
 
     Of the depth only part ``split`` of ``SPEC.splits`` is taken; the first adds the bias.
 
     ``x_offset_N`` and ``out_offset_N`` (int64) say where a column's input and output row begin;
-    columns not used are neither read nor written.
+    columns not used are neither read nor written. More columns may follow, or None.
     """
     M: tl.constexpr = SPEC.tile_rows
-    ROWS: tl.constexpr = SPEC.rows
     PAIRED: tl.constexpr = SPEC.paired
-    ACTIVATION: tl.constexpr = SPEC.activation
     first_row = tile * (M if PAIRED else 2 * M)
     if PAIRED and SPEC.unit != 0:
         first_row += first
     begin = None if PAIRED or SPEC.unit == 0 else first
     if SPEC.bits == 0:
-        a_MN, b_MN = _dense_products(
-            w_ptr, first_row, split, begin, x_ptr, x_offset_N, is_used_N, SPEC
+        a_MN, b_MN, a_MF, b_MF = _dense_products(
+            w_ptr,
+            first_row,
+            split,
+            begin,
+            x_ptr,
+            x_offset_N,
+            is_used_N,
+            x_offset_F,
+            is_used_F,
+            SPEC,
         )
         a_row_M = first_row + tl.arange(0, M)
     else:
-        a_MN, b_MN = _packed_products(
-            w_ptr, first_row, split, begin, x_ptr, x_offset_N, is_used_N, SPEC
+        a_MN, b_MN, a_MF, b_MF = _packed_products(
+            w_ptr,
+            first_row,
+            split,
+            begin,
+            x_ptr,
+            x_offset_N,
+            is_used_N,
+            x_offset_F,
+            is_used_F,
+            SPEC,
         )
         a_row_M = first_row + tile_row(tl.arange(0, M), SPEC)
-    b_row_M = a_row_M if PAIRED else a_row_M + M
+    _store(a_MN, b_MN, a_row_M, split, bias_ptr, out_ptr, out_offset_N, is_used_N, SPEC)
+    if is_used_F is not None:
+        _store(a_MF, b_MF, a_row_M, split, bias_ptr, out_ptr, out_offset_F, is_used_F, SPEC)
+
+
+@triton.jit
+def _store(
+    a_MN,
+    b_MN,
+    a_row_M,
+    split,
+    bias_ptr,
+    out_ptr,
+    out_offset_N,
+    is_used_N,
+    SPEC: tl.constexpr,
+):
+    """Add the bias, apply the activation where there is one, and write both tiles' products."""
+    ROWS: tl.constexpr = SPEC.rows
+    PAIRED: tl.constexpr = SPEC.paired
+    ACTIVATION: tl.constexpr = SPEC.activation
+    b_row_M = a_row_M if PAIRED else a_row_M + SPEC.tile_rows
     a_mask_M = a_row_M < ROWS
     b_mask_M = b_row_M < ROWS
     if bias_ptr is not None:
@@ -88,11 +130,20 @@ def _load_columns(x_ptr, x_offset_N, is_used_N, first, SIZE: tl.constexpr, SPEC:
 
 @triton.jit
 def _dense_products(
-    w_ptr, first_row, split, begin, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr
+    w_ptr,
+    first_row,
+    split,
+    begin,
+    x_ptr,
+    x_offset_N,
+    is_used_N,
+    x_offset_F,
+    is_used_F,
+    SPEC: tl.constexpr,
 ):
-    """Both tiles times the columns, float32 ``[M, N]`` each, of row-major weights.
+    """Both tiles times the columns, float32 ``[M, N]`` and ``[M, F]``, of row-major weights.
 
-    The depth starts at ``begin``; None: at 0.
+    The depth starts at ``begin``; None: at 0. Without more columns the first stand in for them.
     """
     M: tl.constexpr = SPEC.tile_rows
     N: tl.constexpr = SPEC.columns
@@ -108,6 +159,9 @@ def _dense_products(
     b_ptr_MD = w_ptr + b_row_M[:, None] * DEPTH + d_D[None, :]
     a_MN = tl.zeros([M, N], tl.float32)
     b_MN = tl.zeros([M, N], tl.float32)
+    if is_used_F is not None:
+        a_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
+        b_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
     SPLIT_STEP: tl.constexpr = STEP * SPEC.splits
     if begin is None:
         share = (DEPTH + SPLIT_STEP - 1) // SPLIT_STEP * STEP
@@ -115,8 +169,10 @@ def _dense_products(
     else:
         share = (DEPTH - begin + SPLIT_STEP - 1) // SPLIT_STEP * STEP
         start = begin + split * share
-    for first in range(start, tl.minimum(start + share, DEPTH), STEP):
+    for first in tl.range(start, tl.minimum(start + share, DEPTH), STEP, disable_licm=True):
         x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, first, STEP, SPEC)
+        if is_used_F is not None:
+            x_FD = _load_columns(x_ptr, x_offset_F, is_used_F, first, STEP, SPEC)
         if SPEC.is_ragged:
             mask_1D = (first + d_D < DEPTH)[None, :]
             a_MD = tl.load(a_ptr_MD + first, mask=mask_1D, other=0.0)
@@ -127,17 +183,33 @@ def _dense_products(
         # bf16 weights of float32 columns are widened, which is exact
         a_MN = tl.dot(a_MD.to(x_ND.dtype), tl.trans(x_ND), a_MN, input_precision="ieee")
         b_MN = tl.dot(b_MD.to(x_ND.dtype), tl.trans(x_ND), b_MN, input_precision="ieee")
-    return a_MN, b_MN
+        if is_used_F is not None:
+            a_MF = tl.dot(a_MD.to(x_ND.dtype), tl.trans(x_FD), a_MF, input_precision="ieee")
+            b_MF = tl.dot(b_MD.to(x_ND.dtype), tl.trans(x_FD), b_MF, input_precision="ieee")
+    if is_used_F is None:
+        return a_MN, b_MN, a_MN, b_MN
+    else:
+        return a_MN, b_MN, a_MF, b_MF
 
 
 @triton.jit
 def _packed_products(
-    w_ptr, first_row, split, begin, x_ptr, x_offset_N, is_used_N, SPEC: tl.constexpr
+    w_ptr,
+    first_row,
+    split,
+    begin,
+    x_ptr,
+    x_offset_N,
+    is_used_N,
+    x_offset_F,
+    is_used_F,
+    SPEC: tl.constexpr,
 ):
-    """Both tiles times the columns, float32 ``[M, N]`` each, of packed weights.
+    """Both tiles times the columns, float32 ``[M, N]`` and ``[M, F]``, of packed weights.
 
     A unit is the depth that one scale covers, or a step if that is less; a step is some units.
-    The depth starts at ``begin``, where a unit does; None: at 0.
+    The depth starts at ``begin``, where a unit does; None: at 0. Without more columns the first
+    stand in for them.
     """
     M: tl.constexpr = SPEC.tile_rows
     N: tl.constexpr = SPEC.columns
@@ -165,27 +237,42 @@ def _packed_products(
     b_scale_M, b_zero_M = load_group(b_ptr_M, row_M, first_group, SPEC)
     a_MN = tl.zeros([M, N], tl.float32)
     b_MN = tl.zeros([M, N], tl.float32)
+    if is_used_F is not None:
+        a_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
+        b_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
     for first in range(first_unit, tl.minimum(first_unit + share, NUM_UNITS), STEP // UNIT):
         for part in tl.static_range(STEP // UNIT):
             # beyond the last unit the columns are 0: any weights will do
             unit = tl.minimum(first + part, NUM_UNITS - 1)
-            x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, (first + part) * UNIT, UNIT, SPEC)
+            depth = (first + part) * UNIT
+            x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, depth, UNIT, SPEC)
             x_DN = tl.trans(order_depth(x_ND, SPEC))
+            if is_used_F is not None:
+                x_FD = _load_columns(x_ptr, x_offset_F, is_used_F, depth, UNIT, SPEC)
+                x_DF = tl.trans(order_depth(x_FD, SPEC))
             a_words_MS = load_words(a_ptr_B, unit * WORDS, WORDS, SPEC)
             b_words_MS = load_words(b_ptr_B, unit * WORDS, WORDS, SPEC)
             # read a unit ahead, since loads of 2 bytes do not join the asynchronous copies
             group = tl.minimum(unit + 1, NUM_UNITS - 1) * UNIT // GROUP
             next_a_scale_M, next_a_zero_M = load_group(a_ptr_M, row_M, group, SPEC)
             next_b_scale_M, next_b_zero_M = load_group(b_ptr_M, row_M, group, SPEC)
-            x_sum_MN = a_MN
-            if SPEC.in_registers and SPEC.has_zeros:
-                # each column's sum, in every row: the product's own layout, without exchange
-                x_sum_MN = tl.dot(tl.full([M, UNIT], 1.0, x_DN.dtype), x_DN, input_precision="ieee")
-            a_MN = _add_product(a_words_MS, a_scale_M, a_zero_M, x_DN, x_sum_MN, a_MN, SPEC)
-            b_MN = _add_product(b_words_MS, b_scale_M, b_zero_M, x_DN, x_sum_MN, b_MN, SPEC)
+            # the second tile is decoded while the first is multiplied
+            a_MD = _decode(a_words_MS, a_scale_M, a_zero_M, x_DN.dtype, SPEC)
+            sum_MN = _column_sums(x_DN, SPEC)
+            a_MN = _add_product(a_MD, a_scale_M, a_zero_M, x_DN, sum_MN, a_MN, SPEC)
+            if is_used_F is not None:
+                sum_MF = _column_sums(x_DF, SPEC)
+                a_MF = _add_product(a_MD, a_scale_M, a_zero_M, x_DF, sum_MF, a_MF, SPEC)
+            b_MD = _decode(b_words_MS, b_scale_M, b_zero_M, x_DN.dtype, SPEC)
+            b_MN = _add_product(b_MD, b_scale_M, b_zero_M, x_DN, sum_MN, b_MN, SPEC)
+            if is_used_F is not None:
+                b_MF = _add_product(b_MD, b_scale_M, b_zero_M, x_DF, sum_MF, b_MF, SPEC)
             a_scale_M, a_zero_M = next_a_scale_M, next_a_zero_M
             b_scale_M, b_zero_M = next_b_scale_M, next_b_zero_M
-    return a_MN, b_MN
+    if is_used_F is None:
+        return a_MN, b_MN, a_MN, b_MN
+    else:
+        return a_MN, b_MN, a_MF, b_MF
 
 
 @triton.jit
@@ -201,16 +288,34 @@ def _block_ptr(w_ptr, block_X, WHICH: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _add_product(words_MS, scale_M, zero_M, x_DN, x_sum_MN, total_MN, SPEC: tl.constexpr):
+def _decode(words_MS, scale_M, zero_M, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """What enters a product, ``[M, D]``: codes minus their middle in registers, else weights."""
+    if SPEC.in_registers:
+        return decode_words(words_MS, 1 << (SPEC.bits - 1), DTYPE, SPEC)
+    else:
+        codes_MD = decode_words(words_MS, zero_M[:, None], DTYPE, SPEC)
+        return codes_MD * scale_M.to(DTYPE)[:, None]
+
+
+@triton.jit
+def _column_sums(x_DN, SPEC: tl.constexpr):
+    """Each column's sum, in every row ``[M, N]``; a number where none is needed."""
+    if SPEC.in_registers and SPEC.has_zeros:
+        # the product's own layout, without exchange
+        ones_MD = tl.full([SPEC.tile_rows, x_DN.shape[0]], 1.0, x_DN.dtype)
+        return tl.dot(ones_MD, x_DN, input_precision="ieee")
+    else:
+        return 0.0
+
+
+@triton.jit
+def _add_product(weights_MD, scale_M, zero_M, x_DN, x_sum_MN, total_MN, SPEC: tl.constexpr):
     """``total_MN`` plus the product of one unit."""
     if SPEC.in_registers:
         MIDDLE: tl.constexpr = 1 << (SPEC.bits - 1)
-        codes_MD = decode_words(words_MS, MIDDLE, x_DN.dtype, SPEC)
-        product_MN = tl.dot(codes_MD, x_DN, input_precision="ieee")
+        product_MN = tl.dot(weights_MD, x_DN, input_precision="ieee")
         if SPEC.has_zeros:
             product_MN += (MIDDLE - zero_M).to(tl.float32)[:, None] * x_sum_MN
         return total_MN + product_MN * scale_M[:, None]
     else:
-        codes_MD = decode_words(words_MS, zero_M[:, None], x_DN.dtype, SPEC)
-        weights_MD = codes_MD * scale_M.to(x_DN.dtype)[:, None]
         return tl.dot(weights_MD, x_DN, total_MN, input_precision="ieee")

@@ -30,7 +30,10 @@ from gpu_kernels.tile_spec import Matrix, TileConfig, tile_spec
 
 @dataclass(frozen=True, slots=True)
 class GroupedWorkspace:
-    """Scratch between the launches, in x's dtype; one per stream."""
+    """Scratch between the launches, in x's dtype; one per stream.
+
+    Rows of ``act_PI`` are pairs in the grouping's order, those of ``part_PH`` pairs in their own.
+    """
 
     act_PI: Tensor
     part_PH: Tensor
@@ -141,13 +144,13 @@ def _launch(
     out: Tensor,
     config: TileConfig,
 ) -> None:
-    """One product for all pairs: rows of x are tokens for w13 and pairs for w2."""
+    """One product for all pairs: rows of x are tokens for w13 and, for w2, pairs as grouped."""
     spec = tile_spec(layer, matrix, config)
     num_tiles = spec.num_tiles(spec.rows)
     w13, w2 = matrix_views(layer.weights)
     weights, bias = (w13, layer.b13_SF) if spec.paired else (w2, layer.b2_SH)
-    # a slot's last tile may be partly empty: one more tile each is always enough
-    num_groups = triton.cdiv(slots.max_pairs, config.columns) + slots.count
+    few = max(config.columns // 4, 8)
+    num_groups = most_groups(slots.max_pairs, slots.count, config.columns, few)
     _grouped_kernel[(num_groups * num_tiles,)](
         x,
         groups.pair_P,
@@ -165,27 +168,37 @@ def _launch(
         NUM_TILES=num_tiles,
         NEAR=config.near,
         SPEC=spec,
-        # an expert's last tile: with 128 pairs each on average, half of them have a few more
-        FEW=replace(spec, columns=max(spec.columns // 4, 8)),
+        # with 128 pairs each on average, half of the experts have a few more
+        FEW=replace(spec, columns=few),
         **config.launch,
     )
 
 
-@triton.jit
-def _find_group(first_ptr, group, num_slots, N: tl.constexpr, BINS: tl.constexpr):
-    """The slot that the ``group``-th tile of columns belongs to, and its pairs' first and end.
+def most_groups(num_pairs: int, num_slots: int, columns: int, few: int) -> int:
+    """Tiles of columns at most, of which a slot's last takes ``few`` more: one slot has nearly all.
 
-    Beyond the last tile the slot is not less than ``num_slots``.
+    The others have a pair each; a second tile needs more than ``columns + few`` pairs.
+    """
+    return min(num_slots, num_pairs) + max(0, num_pairs - num_slots - few) // columns
+
+
+@triton.jit
+def _find_group(first_ptr, group, num_slots, N: tl.constexpr, F: tl.constexpr, BINS: tl.constexpr):
+    """The slot that the ``group``-th tile of columns belongs to, its first pair, and their number.
+
+    The slot's pairs are counted from there to its end: N belong to the tile, or all if they are at
+    most N + F. Beyond the last tile the slot is not less than ``num_slots``.
     """
     slot_B = tl.arange(0, BINS)
     first_B = tl.load(first_ptr + slot_B, mask=slot_B < num_slots, other=0)
     end_B = tl.load(first_ptr + 1 + slot_B, mask=slot_B < num_slots, other=0)
-    tiles_B = (end_B - first_B + N - 1) // N
+    num_B = end_B - first_B
+    tiles_B = tl.where(num_B > 0, tl.maximum((num_B - F + N - 1) // N, 1), 0)
     is_before_B = tl.cumsum(tiles_B, 0) <= group
     slot = tl.sum(is_before_B.to(tl.int32), 0)
     tiles_before = tl.sum(tl.where(is_before_B, tiles_B, 0), 0)
     first = tl.sum(tl.where(slot_B == slot, first_B, 0), 0) + (group - tiles_before) * N
-    return slot, first, tl.sum(tl.where(slot_B == slot, end_B, 0), 0)
+    return slot, first, tl.sum(tl.where(slot_B == slot, end_B, 0), 0) - first
 
 
 # the slots are arguments, since each layer may hold another number of them
@@ -215,18 +228,27 @@ def _grouped_kernel(
     num_near = tl.minimum(num_groups - first_group, NEAR)
     inside = program % (NEAR * NUM_TILES)
     N: tl.constexpr = SPEC.columns
+    F: tl.constexpr = FEW.columns
     group = first_group + inside % num_near
-    slot, first, end = _find_group(first_ptr + first_slot, group, num_slots, N, BINS)
+    slot, first, num = _find_group(first_ptr + first_slot, group, num_slots, N, F, BINS)
     if slot >= num_slots:
         return
     tile = inside // num_near
     w_ptr += slot.to(tl.int64) * stride_slot
     if bias_ptr is not None:
         bias_ptr += slot * (2 * SPEC.rows if SPEC.paired else SPEC.rows)
-    if end - first <= FEW.columns:
-        _compute(w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, end, stride_x, TOP_K, FEW)
+    if num <= F:
+        _compute(
+            w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, num, stride_x, TOP_K, FEW, 0
+        )
+    elif (num <= N) | (num > N + F):
+        _compute(
+            w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, num, stride_x, TOP_K, SPEC, 0
+        )
     else:
-        _compute(w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, end, stride_x, TOP_K, SPEC)
+        _compute(
+            w_ptr, bias_ptr, x_ptr, out_ptr, pair_ptr, tile, first, num, stride_x, TOP_K, SPEC, F
+        )
 
 
 @triton.jit
@@ -238,26 +260,60 @@ def _compute(
     pair_ptr,
     tile,
     first,
-    end,
+    num,
     stride_x,
     TOP_K: tl.constexpr,
     SPEC: tl.constexpr,
+    MORE: tl.constexpr,
 ):
-    """Tile ``tile`` of one slot's weights times its pairs ``first`` to ``end``, if they fit."""
-    place_N = first + tl.arange(0, SPEC.columns)
-    is_used_N = place_N < end
-    pair_N = tl.load(pair_ptr + place_N, mask=is_used_N, other=0)
-    x_row_N = pair_N // TOP_K if SPEC.paired else pair_N
-    expert_tile(
-        w_ptr,
-        bias_ptr,
-        x_ptr,
-        out_ptr,
-        tile,
-        0,
-        None,
-        x_row_N.to(tl.int64) * stride_x,
-        pair_N.to(tl.int64) * SPEC.rows,
-        is_used_N,
-        SPEC,
-    )
+    """Tile ``tile`` of one slot's weights times up to N + MORE of its ``num`` pairs from one on."""
+    column_N = tl.arange(0, SPEC.columns)
+    x_offset_N, out_offset_N = _find_columns(pair_ptr, first, column_N, num, stride_x, TOP_K, SPEC)
+    if MORE == 0:
+        expert_tile(
+            w_ptr,
+            bias_ptr,
+            x_ptr,
+            out_ptr,
+            tile,
+            0,
+            None,
+            x_offset_N,
+            out_offset_N,
+            column_N < num,
+            SPEC,
+        )
+    else:
+        column_F = SPEC.columns + tl.arange(0, MORE)
+        x_offset_F, out_offset_F = _find_columns(
+            pair_ptr, first, column_F, num, stride_x, TOP_K, SPEC
+        )
+        expert_tile(
+            w_ptr,
+            bias_ptr,
+            x_ptr,
+            out_ptr,
+            tile,
+            0,
+            None,
+            x_offset_N,
+            out_offset_N,
+            column_N < num,
+            SPEC,
+            x_offset_F,
+            out_offset_F,
+            column_F < num,
+        )
+
+
+@triton.jit
+def _find_columns(
+    pair_ptr, first, column_N, num, stride_x, TOP_K: tl.constexpr, SPEC: tl.constexpr
+):
+    """Where the columns' input and output rows begin: between the launches, in the pairs' order."""
+    place_N = first + column_N
+    pair_N = tl.load(pair_ptr + place_N, mask=column_N < num, other=0)
+    if SPEC.paired:
+        return (pair_N // TOP_K).to(tl.int64) * stride_x, place_N.to(tl.int64) * SPEC.rows
+    else:
+        return place_N.to(tl.int64) * stride_x, pair_N.to(tl.int64) * SPEC.rows

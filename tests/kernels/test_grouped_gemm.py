@@ -15,6 +15,7 @@ from gpu_kernels.grouped_gemm import (
     grouped_experts,
     grouped_experts_reference,
     grouped_products,
+    most_groups,
 )
 from gpu_kernels.sum_choices import sum_choices_of_tokens
 from gpu_kernels.tile_spec import TileConfig
@@ -54,6 +55,29 @@ def test_many_tiles_and_odd_sizes(kind: str) -> None:
 def test_codes_in_registers(kind: str) -> None:
     case = make_case(kind, num_tokens=10, num_slots=1, num_experts=3)
     assert max_error(run(case, config=IN_REGISTERS), case.expected()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64"])
+@pytest.mark.parametrize("counts", [(8, 9, 33), (40, 41, 0), (72, 1, 73)])
+def test_a_slots_last_tile_takes_a_few_more(kind: str, counts: tuple[int, ...]) -> None:
+    case = make_case(kind, num_tokens=sum(counts), top_k=1, num_experts=3)
+    expert_S = case.slot_E.argsort().int()
+    ids_T1 = torch.repeat_interleave(expert_S, torch.tensor(counts, device=DEVICE))[:, None]
+    order = torch.randperm(len(ids_T1), generator=torch.Generator().manual_seed(0))
+    case = replace(case, ids_TK=ids_T1[order].contiguous())
+    assert max_error(run(case), case.expected()) <= 1e-5
+
+
+@pytest.mark.parametrize("num_pairs", range(0, 40, 3))
+def test_no_division_of_the_pairs_has_more_groups(num_pairs: int) -> None:
+    columns, few, slots = 8, 2, 3
+    found = 0
+    for first in range(num_pairs + 1):
+        for second in range(num_pairs - first + 1):
+            counts = (first, second, num_pairs - first - second)
+            tiles = [max(1, (n - few + columns - 1) // columns) if n else 0 for n in counts]
+            found = max(found, sum(tiles))
+    assert most_groups(num_pairs, slots, columns, few) == found
 
 
 def test_default_tiles() -> None:
@@ -161,7 +185,7 @@ def test_bfloat16_weights_of_a_float32_x_on_the_gpu(num_tokens: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [40, 300, 1100])
+@pytest.mark.parametrize("num_tokens", [40, 300, 420, 1100])  # 420: some 140 a slot, 128 and more
 @pytest.mark.parametrize("kind", ["dense", *KINDS, "w4g128z", "w8g128"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_dtypes_on_the_gpu(dtype: torch.dtype, kind: str, num_tokens: int) -> None:

@@ -1,6 +1,6 @@
 """Resident experts: decode against a plain read of the weights, prefill against torch.matmul.
 
-Run: PYTHONPATH=. python -m scripts.bench.kernels.experts [--tune]
+Run: PYTHONPATH=. python -m scripts.bench.kernels.experts [--tune decode|prefill]
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def rows() -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tune", action="store_true", help="time other tile sizes (3 minutes)")
-    if parser.parse_args().tune:
+    parser.add_argument("--tune", choices=("decode", "prefill"), help="time other tile sizes")
+    if which := parser.parse_args().tune:
         from scripts.bench.kernels.tune_experts import tune  # it imports this module
 
-        tune()
+        tune(which)
         return
     print(torch.cuda.get_device_name())
     print(table(rows()))

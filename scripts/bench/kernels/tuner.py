@@ -1,14 +1,17 @@
-"""Tries launch configurations in place of those of the table, and tells which are fastest."""
+"""Tries launch configurations and tells which are fastest."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from gpu_kernels import tuned
 from gpu_kernels.tuned import Config
 from scripts.bench.kernels.timing import median_ms
+
+C = TypeVar("C")
 
 
 @contextmanager
@@ -22,20 +25,28 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
         tuned.TABLE[kernel] = table
 
 
+def try_each(configs: Iterable[C], measure: Callable[[C], float]) -> list[tuple[float, C]]:
+    """(milliseconds, configuration) of all that fit the GPU, the fastest first."""
+    results: list[tuple[float, C]] = []
+    for config in configs:
+        try:
+            results.append((measure(config), config))
+        except Exception as error:
+            if "out of resource" not in str(error):
+                raise
+    return sorted(results, key=lambda result: result[0])
+
+
 def try_all(
     kernel: str, prepare: Callable[[], Callable[[], object]], **choices: tuple[int, ...]
 ) -> list[tuple[float, Config]]:
-    """(milliseconds, configuration) of all combinations that fit the GPU, the fastest first.
+    """``try_each`` of all combinations of the choices; ``prepare`` makes what is timed, anew."""
 
-    ``prepare`` makes what is timed, anew for each configuration.
-    """
-    results: list[tuple[float, Config]] = []
-    for values in itertools.product(*choices.values()):
-        config = dict(zip(choices, values, strict=True))
+    def measure(config: Config) -> float:
         with forced(kernel, config):
-            try:
-                results.append((median_ms(prepare()), config))
-            except Exception as error:
-                if "out of resource" not in str(error):
-                    raise
-    return sorted(results, key=lambda result: result[0])
+            return median_ms(prepare())
+
+    configs = [
+        dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
+    ]
+    return try_each(configs, measure)
