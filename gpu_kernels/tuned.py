@@ -45,7 +45,7 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
     "attention_decode": {
         "sm80": [
             (
-                {"rows": 16, "itemsize": 1},
+                {"rows": 16, "bits": 8},
                 {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3, "per_sm": 4},
             ),
             (
@@ -58,7 +58,7 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         ],
         "sm90": [
             (
-                {"rows": 16, "itemsize": 1, "row_bytes": 128},
+                {"rows": 16, "bits": 8, "row_bytes": 128},
                 {"BLOCK_N": 64, "num_warps": 1, "num_stages": 3, "per_sm": 4},
             ),
             (

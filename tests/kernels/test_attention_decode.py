@@ -37,7 +37,8 @@ def make_plan(
     return plan_decode(
         len(batch.kv_lens),
         batch.q_THD.shape[1],
-        *batch.kv_cache.shape[3:],
+        batch.kv_cache.shape[3],
+        batch.q_THD.shape[2],
         device=DEVICE,
         dtype=batch.kv_cache.dtype,
         queries_per_unit=queries,

@@ -34,7 +34,8 @@ def make_plan(batch: PagedBatch, **options: int) -> DecodePlan:
     return plan_decode(
         len(batch.kv_lens),
         batch.q_THD.shape[1],
-        *batch.kv_cache.shape[3:],
+        batch.kv_cache.shape[3],
+        batch.q_THD.shape[2],
         device=DEVICE,
         dtype=batch.kv_cache.dtype,
         max_kv_len=max(batch.kv_lens),
