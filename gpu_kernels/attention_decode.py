@@ -21,7 +21,7 @@ from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logi
 from gpu_kernels.coded_tile import MAX_ROWS, MIN_DIM, attend_codes
 from gpu_kernels.decode_merge import MERGE_DIMS, merge_kernel, merge_tile
 from gpu_kernels.device import family
-from gpu_kernels.kv_quant import INT4
+from gpu_kernels.kv_quant import bits_of
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
     attend,
@@ -75,7 +75,7 @@ def plan_decode(
     the workspace. ``dtype`` is the cache's. ``num_programs``: of each KV head, None: chosen.
     """
     rows = queries_per_unit * (num_heads // num_kv_heads)
-    bits = 4 if dtype == INT4 else 8 * dtype.itemsize
+    bits = bits_of(dtype)
     config = choose(
         "attention_decode",
         family(device),

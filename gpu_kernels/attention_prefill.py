@@ -16,6 +16,7 @@ from torch import Tensor
 from gpu_kernels.attention_reference import attention_prefill_reference
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logits_args
 from gpu_kernels.device import family
+from gpu_kernels.kv_quant import bits_of
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
     add_sink,
@@ -75,6 +76,7 @@ def attention_prefill(
         family(q_THD.device),
         rows=max_qo_len * group,
         row_bytes=padded_dim(head_dim) * q_THD.element_size(),
+        bits=bits_of(kv_cache.dtype),
     )
     # the last tile of every request may be partly empty: one more tile each is always enough
     num_blocks = num_tokens * group // tile["BLOCK_M"] + pages.num_requests

@@ -33,6 +33,11 @@ def stored_size(head_dim: int, dtype: torch.dtype) -> int:
     return head_dim // 2 if dtype == INT4 else head_dim
 
 
+def bits_of(dtype: torch.dtype) -> int:
+    """Of a number in a cache of ``dtype``."""
+    return 4 if dtype == INT4 else 8 * dtype.itemsize
+
+
 def head_dim_of(kv_cache: Tensor) -> int:
     return kv_cache.shape[-1] * (2 if kv_cache.dtype == INT4 else 1)
 

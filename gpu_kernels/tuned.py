@@ -58,6 +58,14 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         ],
         "sm90": [
             (
+                {"rows": 16, "bits": 4, "row_bytes": 64},
+                {"BLOCK_N": 64, "num_warps": 1, "num_stages": 4, "per_sm": 4},
+            ),
+            (
+                {"rows": 16, "bits": 4},
+                {"BLOCK_N": 32, "num_warps": 1, "num_stages": 4, "per_sm": 4},
+            ),
+            (
                 {"rows": 16, "bits": 8, "row_bytes": 128},
                 {"BLOCK_N": 64, "num_warps": 1, "num_stages": 3, "per_sm": 4},
             ),
@@ -93,6 +101,11 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
             (
                 {"rows": 64, "row_bytes": 256},
                 {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+            ),
+            # 128 tokens of four bits spill 1.7 KB a thread
+            (
+                {"row_bytes": 256, "bits": 4},
+                {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
             ),
             ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 5}),
         ],
