@@ -74,6 +74,8 @@ def rope_and_append(
     check_range("positions", positions_T, 0, len(cos_SR))
     is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
     is_int4 = kv_cache.dtype == INT4
+    if is_int4 and kv_scales is not None:
+        kv_scales = kv_scales.view(torch.int32)
     _append_kernel[(num_tokens,)](
         q_THD,
         k_TKD,
@@ -83,7 +85,7 @@ def rope_and_append(
         positions_T,
         slots_T,
         kv_cache.view(torch.uint8) if is_fp8 else kv_cache,
-        kv_scales.view(torch.int32) if is_int4 and kv_scales is not None else kv_scales,
+        kv_scales,
         q_norm_D,
         k_norm_D,
         out,

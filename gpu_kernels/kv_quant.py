@@ -1,4 +1,4 @@
-"""Keys and values in eight or four bits: codes, and what they are codes of for each token and head.
+"""Keys and values in eight or four bits: codes, and a scale for each token and head.
 
 Eight bits: x = code * scale. Codes are int8 in -127..127 or fp8 e4m3, scales float32. Four bits
 (``INT4``): x = zero + code * scale, codes are -8..7, zero and scale bfloat16. Byte j of a head holds
@@ -9,7 +9,7 @@ Scales lie apart from the pages, as ``[pages, 2, kv_heads, page_size]``, four by
 scales of one page are neighbours, one or two reads of 32 bytes, where ``[page_size, kv_heads]``
 would fetch four times as much. In four bits such an element is the pair (zero, scale): a last axis
 of 2, or one int32 with the scale above. In float32 a head of 128 would take 72 bytes instead of 68,
-for a step that is 0.4 % smaller: scales are rounded up to bfloat16, zeros are small and to nearest.
+for a step that is 0.3 % smaller: scales are rounded up to bfloat16, zeros are small and to nearest.
 Shapes: T tokens, K KV heads, D head dim, C stored elements of a head.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor
 INT4 = torch.uint8  # what a cache of two codes a byte is stored as
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, INT4: 7.0}
 
-# Added to a float32's bits before the lower 16 are dropped: what rounds to the nearest bfloat16, and
-# what rounds away from zero, but for what is 16 steps of float32 too large or less.
+# Added to a float32's bits before the lower 16 are dropped: what rounds to the nearest bfloat16,
+# and what rounds away from zero, but for numbers up to 15 steps of float32 above a bfloat16.
 TO_NEAREST, AWAY = 0x8000, 0xFFF0
 LOWER_BITS = 0xFFFF
 

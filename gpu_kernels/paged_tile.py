@@ -47,12 +47,14 @@ def kv_args(kv_cache: Tensor, kv_scales: Tensor | None, pages: PageTable) -> dic
     """Arguments by name of both kernels that say where the keys and values lie."""
     stride_page, stride_v, stride_token, stride_kv_head = kv_cache.stride()[:4]
     is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
-    is_int4 = kv_cache.dtype == INT4 and kv_scales is not None
     head_dim = head_dim_of(kv_cache)
+    is_int4 = kv_cache.dtype == INT4
+    if is_int4 and kv_scales is not None:
+        kv_scales = kv_scales.view(torch.int32)
     return {
         # as bytes: masked loads of fp8 know no zero in the interpreter
         "kv_ptr": kv_cache.view(torch.uint8) if is_fp8 else kv_cache,
-        "kv_scales_ptr": kv_scales.view(torch.int32) if is_int4 else kv_scales,
+        "kv_scales_ptr": kv_scales,
         "indptr_ptr": pages.indptr_B1,
         "indices_ptr": pages.indices,
         "last_page_len_ptr": pages.last_page_len_B,

@@ -90,6 +90,11 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
                 {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
             ),
             ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}),
+            # four bits: tiles of 64 rows spill 2.9 KB a thread on sm89
+            (
+                {"row_bytes": 512, "bits": 4},
+                {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+            ),
             ({"row_bytes": 512}, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}),
             ({}, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3}),
         ],
