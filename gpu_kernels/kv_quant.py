@@ -1,7 +1,7 @@
 """Keys and values in eight or four bits: codes, and a scale for each token and head.
 
 Eight bits: x = code * scale. Codes are int8 in -127..127 or fp8 e4m3, scales float32. Four bits
-(``INT4``): x = zero + code * scale, codes are -8..7, zero and scale bfloat16. Byte j of a head holds
+(``INT4``): x = zero + code * scale, codes are -8..7, zero and scale bfloat16. Byte j of a head has
 dim j in its low half and dim j + D/2 in its high half, so a tile of bytes is two tiles of codes as
 they lie: a key's product is the sum of two of D/2 dims, and values make two halves of the output.
 

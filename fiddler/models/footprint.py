@@ -37,8 +37,9 @@ def footprint(
 
     ``dtype`` is ``float32`` or ``bfloat16``, ``expert_dtype`` may be a packed kind too and
     ``kv_dtype`` fp8, int8 or int4; a step has at most ``max_batched_tokens`` tokens of
-    ``max_num_seqs`` requests. ``max_model_len`` bounds the rotary tables (None: the longest context that is chosen
-    unasked). ``graph_rows``: of the largest step that is kept as a CUDA graph; 0: none is.
+    ``max_num_seqs`` requests. ``max_model_len`` bounds the rotary tables (None: the longest context
+    that is chosen unasked). ``graph_rows``: of the largest step that is kept as a CUDA graph; 0:
+    none is.
     """
     width = DTYPE_BYTES[dtype]
     embedding = config.vocab_size * config.hidden_size * width

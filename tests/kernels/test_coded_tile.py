@@ -107,8 +107,10 @@ def test_head_dims(head_dim: int, kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("page_size", "window_left", "kind"),
-    [(1, 20, I8), (8, -1, I8), (8, 100, I8), (32, 0, I8), (64, 20, I8), (64, 100, I8)]
-    + [(1, 20, I4), (8, 100, I4), (64, 20, I4)],
+    [
+        *((1, 20, I8), (8, -1, I8), (8, 100, I8), (32, 0, I8), (64, 20, I8), (64, 100, I8)),
+        *((1, 20, I4), (8, 100, I4), (64, 20, I4)),
+    ],
     ids=str,
 )
 def test_pages_and_windows(page_size: int, window_left: int, kind: torch.dtype) -> None:
