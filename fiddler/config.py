@@ -14,7 +14,7 @@ PAGE_SIZE = 16  # tokens per KV page
 BUILTIN = "builtin"
 
 DTYPES = ("auto", "float32", "bfloat16", *(kind.name for kind in PACKED_KINDS))
-KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "int8")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "int8", "int4")
 DEVICES = ("auto", "cuda", "cpu")
 LOAD_FORMATS = ("auto", "dummy")
 PLACEMENT_POLICIES = ("static", "adaptive")

@@ -21,11 +21,13 @@ from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logi
 from gpu_kernels.coded_tile import MAX_ROWS, MIN_DIM, attend_codes
 from gpu_kernels.decode_merge import MERGE_DIMS, merge_kernel, merge_tile
 from gpu_kernels.device import family
+from gpu_kernels.kv_quant import bits_of
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
     attend,
     check_attention_inputs,
     finish_softmax,
+    head_dims,
     kv_args,
     padded_dim,
     request_extent,
@@ -76,12 +78,13 @@ def plan_decode(
     the workspace. ``dtype`` is the cache's. ``num_programs``: of each KV head, None: chosen.
     """
     rows = queries_per_unit * (num_heads // num_kv_heads)
+    bits = bits_of(dtype)
     config = choose(
         "attention_decode",
         family(device),
         rows=rows,
-        row_bytes=padded_dim(head_dim) * dtype.itemsize,
-        itemsize=dtype.itemsize,
+        row_bytes=padded_dim(head_dim) * bits // 8,
+        bits=bits,
     )
     block_n = config["BLOCK_N"]
     if num_programs is None:
@@ -146,7 +149,7 @@ def attention_decode(
     in_codes = kv_scales is not None and q_THD.dtype != torch.float32 and rows <= MAX_ROWS
     tile = kv_args(kv_cache, kv_scales, pages)
     if in_codes:
-        tile["BLOCK_D"] = max(tile["BLOCK_D"], MIN_DIM)
+        tile["BLOCK_D"] = max(tile["BLOCK_D"], 2 * MIN_DIM if tile["IS_INT4"] else MIN_DIM)
     shared = {
         "first_ptr": None if blocks is None else blocks.first_U,
         "count_ptr": None if blocks is None else blocks.count_U,
@@ -173,6 +176,7 @@ def attention_decode(
         HAS_POSITIONS=positions_T is not None,
         HAS_WINDOW=variant.window_left >= 0,
         IN_CODES=in_codes,
+        IS_FP8=kv_cache.dtype == torch.float8_e4m3fn,
         **{**tile, **shared, **plan.config},
         **logits_args(variant, num_heads, sm_scale, q_THD.device),
     )
@@ -238,6 +242,7 @@ def _decode_kernel(
     START_TILES: tl.constexpr,
     IS_QUANTISED: tl.constexpr,
     IS_FP8: tl.constexpr,
+    IS_INT4: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -272,7 +277,7 @@ def _decode_kernel(
         )
         tl.store(ranges_ptr + 2 * u_U, first_U, mask=u_U < num_units)
         tl.store(ranges_ptr + 2 * u_U + 1, end_U, mask=u_U < num_units)
-    d_D = tl.arange(0, BLOCK_D)
+    d_D, is_dim_D = head_dims(HEAD_DIM, BLOCK_D, IS_INT4)
     row_M = tl.arange(0, BLOCK_M)
     head_M = kv_head * GROUP + row_M % GROUP
     slope_M = tl.zeros([BLOCK_M], tl.float32)
@@ -308,11 +313,11 @@ def _decode_kernel(
         position_M = tl.zeros([BLOCK_M], tl.int32) + kv_len - 1
         if HAS_POSITIONS:
             position_M = tl.load(positions_ptr + query_M, mask=is_row_M, other=0)
-        mask_MD = is_row_M[:, None] & (d_D < HEAD_DIM)[None, :]
+        mask_MD = is_row_M[:, None] & is_dim_D[None, :]
         row_Q = tl.arange(0, 2 * BLOCK_M) % BLOCK_M if IN_CODES else row_M
         q_offset_Q = (first_query + row_Q // GROUP).to(tl.int64) * stride_q_token
         q_offset_Q += (kv_head * GROUP + row_Q % GROUP) * stride_q_head
-        mask_QD = (row_Q < count * GROUP)[:, None] & (d_D < HEAD_DIM)[None, :]
+        mask_QD = (row_Q < count * GROUP)[:, None] & is_dim_D[None, :]
         q_QD = tl.load(q_ptr + q_offset_Q[:, None] + d_D, mask=mask_QD, other=0.0)
         if IN_CODES:
             max_M, sum_M, acc_MD = attend_codes(
@@ -336,6 +341,7 @@ def _decode_kernel(
                 BLOCK_N,
                 BLOCK_D,
                 IS_FP8,
+                IS_INT4,
                 HAS_CAP,
                 HAS_ALIBI,
                 HAS_POSITIONS,
@@ -366,7 +372,7 @@ def _decode_kernel(
                 BLOCK_N,
                 BLOCK_D,
                 IS_QUANTISED,
-                IS_FP8,
+                IS_INT4,
                 HAS_CAP,
                 HAS_ALIBI,
                 False,

@@ -16,12 +16,14 @@ from torch import Tensor
 from gpu_kernels.attention_reference import attention_prefill_reference
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E, PLAIN, Variant, logits_args
 from gpu_kernels.device import family
+from gpu_kernels.kv_quant import bits_of
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import (
     add_sink,
     attend,
     check_attention_inputs,
     finish_softmax,
+    head_dims,
     kv_args,
     padded_dim,
     request_extent,
@@ -74,6 +76,7 @@ def attention_prefill(
         family(q_THD.device),
         rows=max_qo_len * group,
         row_bytes=padded_dim(head_dim) * q_THD.element_size(),
+        bits=bits_of(kv_cache.dtype),
     )
     # the last tile of every request may be partly empty: one more tile each is always enough
     num_blocks = num_tokens * group // tile["BLOCK_M"] + pages.num_requests
@@ -182,7 +185,7 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     IS_QUANTISED: tl.constexpr,
-    IS_FP8: tl.constexpr,
+    IS_INT4: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -202,13 +205,13 @@ def _prefill_kernel(
         return
     first_entry, kv_len = request_extent(indptr_ptr, last_page_len_ptr, request, PAGE_SIZE)
 
-    d_D = tl.arange(0, BLOCK_D)
+    d_D, is_dim_D = head_dims(HEAD_DIM, BLOCK_D, IS_INT4)
     row_M = first_row + tl.arange(0, BLOCK_M)
     query_M = row_M // GROUP
     is_query_M = query_M < qo_len
     head_M = kv_head * GROUP + row_M % GROUP
     token_M = (first_token + query_M).to(tl.int64)
-    mask_MD = is_query_M[:, None] & (d_D < HEAD_DIM)[None, :]
+    mask_MD = is_query_M[:, None] & is_dim_D[None, :]
     q_offset_MD = (token_M * stride_q_token + head_M * stride_q_head)[:, None] + d_D
     q_MD = tl.load(q_ptr + q_offset_MD, mask=mask_MD, other=0.0)
 
@@ -265,7 +268,7 @@ def _prefill_kernel(
             BLOCK_N,
             BLOCK_D,
             IS_QUANTISED,
-            IS_FP8,
+            IS_INT4,
             HAS_CAP,
             HAS_ALIBI,
             HAS_MASK and IS_MASKED,

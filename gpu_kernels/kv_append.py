@@ -1,7 +1,7 @@
 """Per-head RMS norm (optional), rotary embedding and the write of K and V into the paged cache.
 
 One program per token. Everything is float32 inside and rounded once on the way out: to the type of
-the cache, or to eight bits with a scale (see kv_quant).
+the cache, or to codes with a scale (see kv_quant).
 Shapes: T tokens, H query heads, K KV heads, D head dim, S positions of the table, R = D / 2.
 """
 
@@ -13,7 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.checks import check_range
-from gpu_kernels.kv_quant import LARGEST, check_kv_dtypes, quantise_kv
+from gpu_kernels.kv_quant import (
+    AWAY,
+    INT4,
+    LARGEST,
+    TO_NEAREST,
+    check_kv_dtypes,
+    head_dim_of,
+    quantise_kv,
+)
+
+IN_KERNEL_AWAY = tl.constexpr(AWAY)
+IN_KERNEL_NEAREST = tl.constexpr(TO_NEAREST)
 
 
 def rope_and_append(
@@ -37,7 +48,7 @@ def rope_and_append(
     Rotation is NeoX style: element d pairs with d + D/2. ``cos_SR`` and ``sin_SR`` are float32
     tables by position; ``slots_T`` is page * page_size + offset, distinct per token, or -1 for a
     token whose K and V are not written; both index tensors are int32 or int64 and in range. q, k
-    and v may be slices of one fused projection. With ``kv_scales`` the cache is int8 or fp8 and the
+    and v may be slices of one fused projection. With ``kv_scales`` the cache is of codes and the
     scales are written too. Returns q.
     """
     out = q_THD if out is None else out
@@ -45,7 +56,8 @@ def rope_and_append(
     num_kv_heads = k_TKD.shape[1]
     assert k_TKD.shape == v_TKD.shape == (num_tokens, num_kv_heads, head_dim)
     assert out.shape == q_THD.shape and head_dim % 2 == 0
-    assert kv_cache.shape[1] == 2 and kv_cache.shape[3:] == (num_kv_heads, head_dim)
+    assert kv_cache.shape[1] == 2 and kv_cache.shape[3] == num_kv_heads
+    assert head_dim_of(kv_cache) == head_dim
     assert all(x.stride(-1) == 1 for x in (q_THD, k_TKD, v_TKD, out, kv_cache))
     assert q_THD.dtype == k_TKD.dtype == v_TKD.dtype == out.dtype
     check_kv_dtypes(kv_cache, kv_scales, q_THD.dtype)
@@ -61,6 +73,9 @@ def rope_and_append(
     check_range("slots", slots_T, -1, len(kv_cache) * kv_cache.shape[2])
     check_range("positions", positions_T, 0, len(cos_SR))
     is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
+    is_int4 = kv_cache.dtype == INT4
+    if is_int4 and kv_scales is not None:
+        kv_scales = kv_scales.view(torch.int32)
     _append_kernel[(num_tokens,)](
         q_THD,
         k_TKD,
@@ -89,6 +104,7 @@ def rope_and_append(
         BLOCK_R=triton.next_power_of_2(head_dim // 2),
         HAS_NORM=q_norm_D is not None,
         IS_FP8=is_fp8,
+        IS_INT4=is_int4,
         LARGEST=0.0 if kv_scales is None else LARGEST[kv_cache.dtype],
         num_warps=4,
     )
@@ -185,10 +201,58 @@ def _store_half(dst_ptr_HR, x_HR, mask_HR, IS_FP8: tl.constexpr):
 
 
 @triton.jit
-def _within(x_HR, LARGEST: tl.constexpr):
+def _within(x_HR, LEAST: tl.constexpr, LARGEST: tl.constexpr):
     """x limited to what a code can be; NaN, which the scale tells of, as 0."""
     x_HR = tl.where(x_HR == x_HR, x_HR, 0.0)
-    return tl.minimum(tl.maximum(x_HR, -LARGEST), LARGEST)
+    return tl.minimum(tl.maximum(x_HR, LEAST), LARGEST)
+
+
+@triton.jit
+def _round(x_HR):
+    """To a whole number, half to even: what adding and taking away 1.5 * 2 ** 23 leaves."""
+    return (x_HR + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _nan_of(low_HR, high_HR):
+    """0, or NaN for a head with NaN or Inf: a sum of zeros keeps it, which a maximum would drop."""
+    return tl.sum(low_HR * 0.0, 1) + tl.sum(high_HR * 0.0, 1)
+
+
+@triton.jit
+def _to_bfloat16(x_H, CARRY: tl.constexpr):
+    """As float32 of which 16 bits are zeros (see kv_quant)."""
+    return ((x_H.to(tl.int32, bitcast=True) + CARRY) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _byte_codes(low_HR, high_HR, IS_FP8: tl.constexpr, LARGEST: tl.constexpr):
+    """Codes of eight bits, as floats, and each head's scale."""
+    low_max_H, high_max_H = tl.max(tl.abs(low_HR), 1), tl.max(tl.abs(high_HR), 1)
+    scale_H = (tl.maximum(low_max_H, high_max_H) + _nan_of(low_HR, high_HR)) / LARGEST
+    inverse_H1 = (1.0 / tl.where(scale_H > 0.0, scale_H, 1.0))[:, None]
+    low_HR, high_HR = low_HR * inverse_H1, high_HR * inverse_H1
+    if not IS_FP8:
+        low_HR, high_HR = _round(low_HR), _round(high_HR)
+    return _within(low_HR, -LARGEST, LARGEST), _within(high_HR, -LARGEST, LARGEST), scale_H
+
+
+@triton.jit
+def _int4_codes(low_HR, high_HR, HALF_DIM: tl.constexpr, LARGEST: tl.constexpr):
+    """Two codes a byte, and zero and scale of each head as an int32 (see kv_quant)."""
+    is_dim_1R = (tl.arange(0, low_HR.shape[1]) < HALF_DIM)[None, :]
+    least_HR = tl.where(is_dim_1R, tl.minimum(low_HR, high_HR), float("inf"))
+    most_HR = tl.where(is_dim_1R, tl.maximum(low_HR, high_HR), float("-inf"))
+    least_H, most_H = tl.min(least_HR, 1), tl.max(most_HR, 1)
+    zero_H = _to_bfloat16(least_H + (most_H - least_H) * (8 / 15), IN_KERNEL_NEAREST)
+    scale_H = tl.maximum((zero_H - least_H) * (1 / 8), (most_H - zero_H) * (1 / LARGEST))
+    scale_H = _to_bfloat16(scale_H, IN_KERNEL_AWAY) + _nan_of(low_HR, high_HR)
+    inverse_H1 = (1.0 / tl.where(scale_H > 0.0, scale_H, 1.0))[:, None]
+    low_HR = _within(_round((low_HR - zero_H[:, None]) * inverse_H1), -1 - LARGEST, LARGEST)
+    high_HR = _within(_round((high_HR - zero_H[:, None]) * inverse_H1), -1 - LARGEST, LARGEST)
+    byte_HR = (low_HR.to(tl.int32) & 15) | ((high_HR.to(tl.int32) & 15) << 4)
+    zero_bits_H = (zero_H.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+    return byte_HR, (scale_H.to(tl.int32, bitcast=True) & -65536) | zero_bits_H
 
 
 @triton.jit
@@ -205,27 +269,22 @@ def _store_kv(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     IS_FP8: tl.constexpr,
+    IS_INT4: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """Write heads to a slot of the cache, in eight bits with a scale where LARGEST is not 0."""
+    """Write heads to a slot of the cache, as codes with a scale where LARGEST is not 0."""
     h_H = tl.arange(0, BLOCK_H)
-    if LARGEST > 0:
-        low_max_H, high_max_H = tl.max(tl.abs(low_HR), 1), tl.max(tl.abs(high_HR), 1)
-        # a sum of zeros keeps NaN, which a maximum would drop
-        nan_H = tl.sum(low_HR * 0.0, 1) + tl.sum(high_HR * 0.0, 1)
-        scale_H = (tl.maximum(low_max_H, high_max_H) + nan_H) / LARGEST
-        inverse_H = 1.0 / tl.where(scale_H > 0.0, scale_H, 1.0)
-        tl.store(scale_ptr + h_H * PAGE_SIZE, scale_H, mask=h_H < NUM_HEADS)
-        low_HR = low_HR * inverse_H[:, None]
-        high_HR = high_HR * inverse_H[:, None]
-        if not IS_FP8:  # adding and taking away 1.5 * 2 ** 23 rounds to nearest, half to even
-            low_HR = (low_HR + 12582912.0) - 12582912.0
-            high_HR = (high_HR + 12582912.0) - 12582912.0
-        low_HR = _within(low_HR, LARGEST)
-        high_HR = _within(high_HR, LARGEST)
     dst_ptr_HR = dst_ptr + h_H[:, None] * stride_head + tl.arange(0, BLOCK_R)[None, :]
-    _store_half(dst_ptr_HR, low_HR, mask_HR, IS_FP8)
-    _store_half(dst_ptr_HR + HALF_DIM, high_HR, mask_HR, IS_FP8)
+    if IS_INT4:
+        byte_HR, pair_H = _int4_codes(low_HR, high_HR, HALF_DIM, LARGEST)
+        tl.store(scale_ptr + h_H * PAGE_SIZE, pair_H, mask=h_H < NUM_HEADS)
+        tl.store(dst_ptr_HR, byte_HR.to(dst_ptr.dtype.element_ty), mask=mask_HR)
+    else:
+        if LARGEST > 0:
+            low_HR, high_HR, scale_H = _byte_codes(low_HR, high_HR, IS_FP8, LARGEST)
+            tl.store(scale_ptr + h_H * PAGE_SIZE, scale_H, mask=h_H < NUM_HEADS)
+        _store_half(dst_ptr_HR, low_HR, mask_HR, IS_FP8)
+        _store_half(dst_ptr_HR + HALF_DIM, high_HR, mask_HR, IS_FP8)
 
 
 @triton.jit
@@ -264,6 +323,7 @@ def _append_kernel(
     BLOCK_R: tl.constexpr,
     HAS_NORM: tl.constexpr,
     IS_FP8: tl.constexpr,
+    IS_INT4: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -312,6 +372,7 @@ def _append_kernel(
         BLOCK_K,
         BLOCK_R,
         IS_FP8,
+        IS_INT4,
         LARGEST,
     )
     v_token_ptr = v_ptr + token * stride_v_token
@@ -331,5 +392,6 @@ def _append_kernel(
         BLOCK_K,
         BLOCK_R,
         IS_FP8,
+        IS_INT4,
         LARGEST,
     )

@@ -1,4 +1,4 @@
-"""Codes of an eight-bit cache as floats, on the way into a product.
+"""Codes of an eight-bit or four-bit cache as floats, on the way into a product.
 
 The compiler's own conversions take up to five instructions a code and decode attention waits for
 them: the reason for inline PTX.
@@ -57,6 +57,53 @@ _ODD_E4M3 = tl.constexpr("""{
     cvt.rn.f16x2.e4m3x2 $0, high;
 }""")
 
+# Four bits, two codes a byte. As int8 a code stays in the upper half of its byte, 16 times what it
+# is: 1 instruction for four of them, 2 for those of the lower half.
+_LOW_TO_INT8 = tl.constexpr("""{
+    .reg .b32 upper;
+    shl.b32 upper, $1, 4;
+    and.b32 $0, upper, 0xf0f0f0f0;
+}""")
+_HIGH_TO_INT8 = tl.constexpr("and.b32 $0, $1, 0xf0f0f0f0;")
+
+# To float16, 5 instructions for four. Flipping the sign adds 8, or 128 where the code stands for 16
+# of itself: 0x64 above makes it 1024 + code + 8, or 1024 + 16 * (code + 8), whose 16th part is
+# 64 + code + 8. Both are exact, and so is what is taken off.
+_LOW_TO_F16 = tl.constexpr("""{
+    .reg .b32 codes, low, high, offset;
+    mov.b32 offset, 0x64086408;
+    lop3.b32 codes, $2, 0x0f0f0f0f, 0x08080808, 0x6a;
+    prmt.b32 low, codes, 0x64646464, 0x4140;
+    prmt.b32 high, codes, 0x64646464, 0x4342;
+    sub.f16x2 $0, low, offset;
+    sub.f16x2 $1, high, offset;
+}""")
+_HIGH_TO_F16 = tl.constexpr("""{
+    .reg .b32 codes, low, high, part, offset;
+    mov.b32 part, 0x2c002c00;
+    mov.b32 offset, 0xd480d480;
+    lop3.b32 codes, $2, 0xf0f0f0f0, 0x80808080, 0x6a;
+    prmt.b32 low, codes, 0x64646464, 0x4140;
+    prmt.b32 high, codes, 0x64646464, 0x4342;
+    fma.rn.f16x2 $0, low, part, offset;
+    fma.rn.f16x2 $1, high, part, offset;
+}""")
+
+# As denormals: code + 8 in units of CODE_UNIT, those of an upper half in units 16 times as large.
+NIBBLE_OFFSET = tl.constexpr(8)
+_EVEN_LOW = tl.constexpr("lop3.b32 $0, $1, 0x000f000f, 0x00080008, 0x6a;")
+_EVEN_HIGH = tl.constexpr("lop3.b32 $0, $1, 0x00f000f0, 0x00800080, 0x6a;")
+_ODD_LOW = tl.constexpr("""{
+    .reg .b32 odd;
+    shr.u32 odd, $1, 8;
+    lop3.b32 $0, odd, 0x000f000f, 0x00080008, 0x6a;
+}""")
+_ODD_HIGH = tl.constexpr("""{
+    .reg .b32 odd;
+    shr.u32 odd, $1, 8;
+    lop3.b32 $0, odd, 0x00f000f0, 0x00800080, 0x6a;
+}""")
+
 
 @triton.jit
 def widen(x, DTYPE: tl.constexpr, IN_PLACE: tl.constexpr):
@@ -101,3 +148,60 @@ def widen_pairs(x, IS_FP8: tl.constexpr, ODD: tl.constexpr):
             return byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
         else:
             return (byte ^ CODE_OFFSET).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def zero_and_scale(word):
+    """The pair of a token and head, an int32 of two bfloat16 with the scale above, as float32."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def widen_half(x, DTYPE: tl.constexpr, HIGH: tl.constexpr, IN_PLACE: tl.constexpr):
+    """The low or the high codes of ``x``, uint8 with two in each, exactly; as :func:`widen`."""
+    if HAS_PTX and tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _HIGH_TO_F16 if HIGH else _LOW_TO_F16,
+            "=r,=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=IN_PLACE,
+            pack=4,
+        )
+    else:
+        nibble = (x >> 4 if HIGH else x & 15) ^ NIBBLE_OFFSET
+        return (nibble.to(tl.int8) - NIBBLE_OFFSET).to(DTYPE)
+
+
+@triton.jit
+def half_as_int8(x, HIGH: tl.constexpr):
+    """The low or the high codes of ``x``, uint8 with two in each, times 16, as int8."""
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            _HIGH_TO_INT8 if HIGH else _LOW_TO_INT8,
+            "=r,r",
+            [x],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return ((x if HIGH else x << 4) & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def widen_half_pairs(x, HIGH: tl.constexpr, ODD: tl.constexpr):
+    """The low or high codes of the even or odd bytes of ``x``, int16 with two bytes in each.
+
+    As float16, (code + NIBBLE_OFFSET) * CODE_UNIT, and 16 times that for the high ones, exactly.
+    """
+    if HAS_PTX:
+        low: tl.constexpr = _ODD_LOW if ODD else _EVEN_LOW
+        high: tl.constexpr = _ODD_HIGH if ODD else _EVEN_HIGH
+        return tl.inline_asm_elementwise(
+            high if HIGH else low, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        byte = x >> 8 if ODD else x
+        bits = (byte & 0xF0) ^ (16 * NIBBLE_OFFSET) if HIGH else (byte & 15) ^ NIBBLE_OFFSET
+        return bits.to(tl.int16).to(tl.float16, bitcast=True)

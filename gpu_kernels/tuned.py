@@ -45,7 +45,7 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
     "attention_decode": {
         "sm80": [
             (
-                {"rows": 16, "itemsize": 1},
+                {"rows": 16, "bits": 8},
                 {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3, "per_sm": 4},
             ),
             (
@@ -58,7 +58,15 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
         ],
         "sm90": [
             (
-                {"rows": 16, "itemsize": 1, "row_bytes": 128},
+                {"rows": 16, "bits": 4, "row_bytes": 64},
+                {"BLOCK_N": 64, "num_warps": 1, "num_stages": 4, "per_sm": 4},
+            ),
+            (
+                {"rows": 16, "bits": 4},
+                {"BLOCK_N": 32, "num_warps": 1, "num_stages": 4, "per_sm": 4},
+            ),
+            (
+                {"rows": 16, "bits": 8, "row_bytes": 128},
                 {"BLOCK_N": 64, "num_warps": 1, "num_stages": 3, "per_sm": 4},
             ),
             (
@@ -82,6 +90,11 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
                 {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
             ),
             ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}),
+            # four bits: tiles of 64 rows spill 2.9 KB a thread on sm89
+            (
+                {"row_bytes": 512, "bits": 4},
+                {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+            ),
             ({"row_bytes": 512}, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}),
             ({}, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3}),
         ],
@@ -93,6 +106,11 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
             (
                 {"rows": 64, "row_bytes": 256},
                 {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+            ),
+            # 128 tokens of four bits spill 1.7 KB a thread
+            (
+                {"row_bytes": 256, "bits": 4},
+                {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
             ),
             ({"row_bytes": 256}, {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 5}),
         ],

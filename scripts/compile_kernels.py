@@ -39,7 +39,7 @@ from gpu_kernels.grouped_gemm import grouped_experts
 from gpu_kernels.hand_over import ColdWork, Pulls, collect, publish
 from gpu_kernels.host_memory import read_host, write_host
 from gpu_kernels.kv_append import rope_and_append
-from gpu_kernels.kv_quant import new_kv_scales
+from gpu_kernels.kv_quant import INT4, new_kv_scales, stored_size
 from gpu_kernels.last_rows import LastRows
 from gpu_kernels.merge_states import merge_state, merge_states
 from gpu_kernels.page_table import PageTable
@@ -125,7 +125,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def _cache(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    kv_cache = torch.zeros(64, 2, 16, HEADS[1], head_dim, dtype=dtype)
+    kv_cache = torch.zeros(64, 2, 16, HEADS[1], stored_size(head_dim, dtype), dtype=dtype)
     return kv_cache, None if dtype in (BF16, torch.float32) else new_kv_scales(kv_cache)
 
 
@@ -228,8 +228,8 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
     }
     found: dict[str, Callable[[], object]] = {"small": small, "routing": routing, "sampling": draw}
     found["hand over"] = hand_over
-    for dtype in (BF16, torch.int8, *((torch.float8_e4m3fn,) if sm >= 89 else ())):
-        kind = str(dtype).removeprefix("torch.")
+    for dtype in (BF16, torch.int8, INT4, *((torch.float8_e4m3fn,) if sm >= 89 else ())):
+        kind = "int4" if dtype == INT4 else str(dtype).removeprefix("torch.")
         found[f"append 128 {kind}"] = partial(append, 128, dtype)
         for head_dim in (64, 128, 192, 256):
             found[f"decode attention {head_dim} {kind}"] = partial(

@@ -62,7 +62,7 @@ ENGINE_OPTIONS = (
         "kv_cache_dtype",
         click.Choice(KV_CACHE_DTYPES),
         None,
-        "Type of the KV cache; fp8 and int8 hold twice the tokens of bfloat16.",
+        "Type of the KV cache; fp8 and int8 hold twice the tokens of bfloat16, int4 four times.",
     ),
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
     Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),

@@ -87,7 +87,7 @@ class Runner:
 
 
 def kv_cache_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
-    """Shape of one layer's pages."""
+    """Shape of one layer's pages, in numbers."""
     return (num_pages, 2, page_size, config.num_kv_heads, config.head_dim)
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler.errors import ConfigError
 
-# bytes of a number in the KV cache; codes have a float32 scale for each token and head besides
-KV_WIDTHS = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
-KV_CODES = ("fp8", "int8")
+# bits of a number in the KV cache; each token and head of codes has besides a float32 scale, or for
+# int4 a scale and a zero of 16 bits
+KV_BITS = {"float32": 32, "bfloat16": 16, "fp8": 8, "int8": 8, "int4": 4}
+KV_CODES = ("fp8", "int8", "int4")
 KV_SCALE_BYTES = 4
 FP8_CAPABILITY = (8, 9)  # of the first GPUs that convert fp8
 
@@ -18,8 +19,8 @@ FLOATS = {"float32": WeightKind("f32"), "bfloat16": WeightKind("bf16")}
 class Dtypes:
     """``compute`` for dense weights and activations, ``expert`` for routed experts, ``kv``.
 
-    ``expert`` may be a kind of packed weights, such as ``w4g128z``; ``kv``, of the cache, int8 or
-    fp8 too.
+    ``expert`` may be a kind of packed weights, such as ``w4g128z``; ``kv``, of the cache, int8,
+    int4 or fp8 too.
     """
 
     compute: str
@@ -76,7 +77,7 @@ def check_kv(dtypes: Dtypes, *, has_gpu: bool, capability: tuple[int, int] | Non
     if dtypes.kv == "bfloat16" != dtypes.compute:
         raise ConfigError(
             f"a GPU keeps no bfloat16 KV cache beside {dtypes.compute} activations",
-            hint="use --kv-dtype auto, fp8 or int8, or --dtype bfloat16",
+            hint="use --kv-dtype auto, fp8, int8 or int4, or --dtype bfloat16",
         )
     if dtypes.kv == "fp8" and capability is not None and capability < FP8_CAPABILITY:
         have, need = (f"{major}.{minor}" for major, minor in (capability, FP8_CAPABILITY))

@@ -6,7 +6,7 @@ Shapes in the formulas: T tokens of the largest step, H hidden, D head dim, V vo
 from cpu_kernels.weight_kind import parse_kind
 from fiddler.models.buckets import bucket_number
 from fiddler.models.config import ModelConfig
-from fiddler.models.dtypes import KV_CODES, KV_SCALE_BYTES, KV_WIDTHS
+from fiddler.models.dtypes import KV_BITS, KV_CODES, KV_SCALE_BYTES
 from fiddler.models.manifest import dense_bytes, packed_shape
 from offload.layout import MOST_CONTEXT
 from offload.plan import Footprint
@@ -36,9 +36,10 @@ def footprint(
     """Return what ``config`` needs with dense weights and activations in ``dtype``.
 
     ``dtype`` is ``float32`` or ``bfloat16``, ``expert_dtype`` may be a packed kind too and
-    ``kv_dtype`` fp8 or int8; a step has at most ``max_batched_tokens`` tokens of ``max_num_seqs``
-    requests. ``max_model_len`` bounds the rotary tables (None: the longest context that is chosen
-    unasked). ``graph_rows``: of the largest step that is kept as a CUDA graph; 0: none is.
+    ``kv_dtype`` fp8, int8 or int4; a step has at most ``max_batched_tokens`` tokens of
+    ``max_num_seqs`` requests. ``max_model_len`` bounds the rotary tables (None: the longest context
+    that is chosen unasked). ``graph_rows``: of the largest step that is kept as a CUDA graph; 0:
+    none is.
     """
     width = DTYPE_BYTES[dtype]
     embedding = config.vocab_size * config.hidden_size * width
@@ -71,7 +72,7 @@ def expert_bytes(config: ModelConfig, expert_dtype: str) -> int:
 
 def kv_bytes(config: ModelConfig, kv_dtype: str) -> int:
     """Of one token's key and value in one layer."""
-    head = config.head_dim * KV_WIDTHS[kv_dtype]
+    head = config.head_dim * KV_BITS[kv_dtype] // 8
     head += KV_SCALE_BYTES if kv_dtype in KV_CODES else 0
     return 2 * config.num_kv_heads * head
 

@@ -138,7 +138,8 @@ class TritonKernels:
             plan = self._decode_plan = plan_decode(
                 len(q_BND),
                 q_BND.shape[1],
-                *pages.shape[3:],
+                pages.shape[3],
+                q_BND.shape[2],
                 device=q_BND.device,
                 dtype=pages.dtype,
             )

@@ -106,10 +106,10 @@ def test_the_table_leaves_out_what_is_unknown() -> None:
     bare = Facts(fiddler="0.1", python="3.11", system="Linux", packages=CPU_ONLY.packages)
     assert set(facts_rows(bare)) == {"fiddler", "packages", "CUDA", "GPU"}
     rows = facts_rows(WITH_GPU)
-    assert rows["KV cache"] == "bfloat16, fp8, int8"
+    assert rows["KV cache"] == "bfloat16, fp8, int8, int4"
     assert WITH_GPU.gpu is not None
     old = replace(WITH_GPU, gpu=replace(WITH_GPU.gpu, capability="8.6"))
-    assert facts_rows(old)["KV cache"] == "bfloat16, int8"
+    assert facts_rows(old)["KV cache"] == "bfloat16, int8, int4"
     assert rows["GPU"] == (
         "RTX 4090, 22.0 GiB of 24.0 GiB free, capability 8.9, 16.0 GT/s PCIe x16"
     )

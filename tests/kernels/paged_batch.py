@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_kernels.attention_variant import PLAIN, Variant
-from gpu_kernels.kv_quant import dequantise_kv, new_kv_scales, quantise_kv
+from gpu_kernels.kv_quant import dequantise_kv, quantise_kv
 from gpu_kernels.page_table import PageTable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,10 +40,9 @@ class PagedBatch:
         return replace(self, q_THD=q_THD)
 
     def quantised(self, dtype: torch.dtype) -> Self:
-        """The same with eight-bit keys and values, and the dense ones as these say."""
-        scales = new_kv_scales(self.kv_cache)
+        """The same with keys and values in codes, and the dense ones as these say."""
         codes, scale = quantise_kv(self.kv_cache, dtype)  # [pages, 2, page_size, K(, D)]
-        scales.copy_(scale.transpose(2, 3))
+        scales = scale.transpose(2, 3).contiguous()
         dense = [
             tuple(dequantise_kv(*quantise_kv(x, dtype)) for x in pair) for pair in self.dense_kv
         ]

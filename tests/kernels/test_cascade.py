@@ -49,7 +49,8 @@ def run(
     plan = plan_cascade(
         group_sizes,
         batch.q_THD.shape[1],
-        *batch.kv_cache.shape[3:],
+        batch.kv_cache.shape[3],
+        batch.q_THD.shape[2],
         device=DEVICE,
         dtype=batch.q_THD.dtype,
     )

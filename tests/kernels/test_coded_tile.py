@@ -1,4 +1,4 @@
-"""Decode attention over eight-bit caches with half-precision queries: products of the codes."""
+"""Decode attention over caches of codes with half-precision queries: products of the codes."""
 
 from dataclasses import replace
 
@@ -17,9 +17,10 @@ from paged_batch import (
 
 from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
 from gpu_kernels.attention_variant import PLAIN, Variant
+from gpu_kernels.kv_quant import INT4
 from gpu_kernels.split_kv import QueryBlocks
 
-KINDS = I8, F8 = [torch.int8, torch.float8_e4m3fn]
+KINDS = I8, F8, I4 = [torch.int8, torch.float8_e4m3fn, INT4]
 RAGGED = [1, 0, 16, 33, 150, 0]
 # Against the dequantised cache in float64: weights are rounded to float16, q to 15 bits.
 BOUND = 5e-4
@@ -34,7 +35,8 @@ def make_plan(batch: PagedBatch, **options: int) -> DecodePlan:
     return plan_decode(
         len(batch.kv_lens),
         batch.q_THD.shape[1],
-        *batch.kv_cache.shape[3:],
+        batch.kv_cache.shape[3],
+        batch.q_THD.shape[2],
         device=DEVICE,
         dtype=batch.kv_cache.dtype,
         max_kv_len=max(batch.kv_lens),
@@ -76,7 +78,16 @@ def lone_error(batch: PagedBatch) -> float:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kind"), [((2, 2), I8), ((7, 1), F8), ((8, 2), I8), ((16, 1), I8)], ids=str
+    ("heads", "kind"),
+    [
+        ((2, 2), I8),
+        ((7, 1), F8),
+        ((8, 2), I8),
+        ((16, 1), I8),
+        ((16, 2), I4),
+        ((4, 1), I4),
+    ],
+    ids=str,
 )
 def test_ragged_batch(heads: tuple[int, int], kind: torch.dtype) -> None:
     batch = coded_batch(kind, RAGGED, heads=heads, head_dim=32)
@@ -85,24 +96,33 @@ def test_ragged_batch(heads: tuple[int, int], kind: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "kind"), [(16, I8), (24, F8), (80, I8), (80, F8), (128, I8), (256, I8)], ids=str
+    ("head_dim", "kind"),
+    [(16, I8), (24, F8), (80, I8), (80, F8), (128, I8), (256, I8)]
+    + [(dim, I4) for dim in (16, 24, 64, 96, 128, 256)],
+    ids=str,
 )
 def test_head_dims(head_dim: int, kind: torch.dtype) -> None:
     check(coded_batch(kind, [70, 3], head_dim=head_dim, heads=(2, 1)), num_programs=2)
 
 
 @pytest.mark.parametrize(
-    ("page_size", "window_left"), [(1, 20), (8, -1), (8, 100), (32, 0), (64, 20), (64, 100)]
+    ("page_size", "window_left", "kind"),
+    [
+        *((1, 20, I8), (8, -1, I8), (8, 100, I8), (32, 0, I8), (64, 20, I8), (64, 100, I8)),
+        *((1, 20, I4), (8, 100, I4), (64, 20, I4)),
+    ],
+    ids=str,
 )
-def test_pages_and_windows(page_size: int, window_left: int) -> None:
-    batch = coded_batch(torch.int8, [0, 64, 65, 150], page_size=page_size, heads=(2, 1))
+def test_pages_and_windows(page_size: int, window_left: int, kind: torch.dtype) -> None:
+    batch = coded_batch(kind, [0, 64, 65, 150], page_size=page_size, heads=(2, 1))
     for options in ({"num_programs": 3}, {"split_tokens": 64, "num_programs": 2}):
         check(batch, Variant(window_left=window_left), **options)
 
 
+@pytest.mark.parametrize("kind", [I8, I4], ids=str)
 @pytest.mark.parametrize("name", DECODE_VARIANTS)
-def test_variants(name: str) -> None:
-    check(coded_batch(I8, RAGGED), DECODE_VARIANTS[name], split_tokens=64, num_programs=2)
+def test_variants(name: str, kind: torch.dtype) -> None:
+    check(coded_batch(kind, RAGGED), DECODE_VARIANTS[name], split_tokens=64, num_programs=2)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -187,7 +207,7 @@ def test_zero_queries_and_broken_ones(kind: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("heads", [(32, 8), (32, 4), (16, 1)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_on_the_gpu(heads: tuple[int, int], head_dim: int, kind: torch.dtype) -> None:
     lengths = [1, 16, 0, 4097, 17, 900, 2048, 8191]
     check(coded_batch(kind, lengths, heads=heads, head_dim=head_dim), num_programs=132)
@@ -195,17 +215,19 @@ def test_on_the_gpu(heads: tuple[int, int], head_dim: int, kind: torch.dtype) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-def test_windows_on_the_gpu(page_size: int) -> None:
-    batch = coded_batch(torch.int8, [1, 900, 2048], page_size=page_size, heads=(8, 1))
+@pytest.mark.parametrize("kind", [I8, I4], ids=str)
+def test_windows_on_the_gpu(page_size: int, kind: torch.dtype) -> None:
+    batch = coded_batch(kind, [1, 900, 2048], page_size=page_size, heads=(8, 1))
     for window_left in (0, 100, 1000):
         check(batch, Variant(window_left=window_left))
         check(batch, Variant(window_left=window_left), split_tokens=256)
 
 
 @pytest.mark.gpu
-def test_sums_do_not_drift_on_the_gpu() -> None:
+@pytest.mark.parametrize("kind", [I8, I4], ids=str)
+def test_sums_do_not_drift_on_the_gpu(kind: torch.dtype) -> None:
     """One program sums 60,000 tokens whose weights are equal: what codes are offset by is large."""
-    batch = coded_batch(torch.int8, [60_000], heads=(8, 1), head_dim=128)
+    batch = coded_batch(kind, [60_000], heads=(8, 1), head_dim=128)
     batch.q_THD.zero_()
     error = lone_error(batch)
     print(f"relative error {error:.1e}")

@@ -4,12 +4,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from paged_batch import DEVICE, frobenius_error, max_error
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from gpu_kernels.kv_append import rope_and_append, rope_and_append_reference
-from gpu_kernels.kv_quant import new_kv_scales
+from gpu_kernels.kv_quant import INT4, dequantise_kv, new_kv_scales, quantise_kv, stored_size
 
 EPS = 1e-6
 PAGE_SIZE = 16
@@ -180,13 +182,17 @@ def check_half_error(case: Case) -> None:
 
 
 def quantised(case: Case, dtype: torch.dtype) -> tuple[Case, Tensor]:
-    """The case with a cache of eight bits, and its scales: NaN where nothing is written."""
-    kv_cache = torch.zeros(case.kv_cache.shape, dtype=dtype, device=DEVICE)
+    """The case with a cache of codes, and its scales: NaN where nothing is written."""
+    *most, head_dim = case.kv_cache.shape
+    kv_cache = torch.zeros(*most, stored_size(head_dim, dtype), dtype=dtype, device=DEVICE)
     return replace(case, kv_cache=kv_cache), new_kv_scales(kv_cache).fill_(torch.nan)
 
 
 def check_quantised(case: Case, dtype: torch.dtype) -> None:
-    """Codes and scales are those of the reference but for what rounds to another side."""
+    """Codes and scales are those of the reference but for what rounds to another side.
+
+    Four bits are compared as numbers: a scale on the other side of a bfloat16 brings other codes.
+    """
     ours, scales = quantised(case, dtype)
     theirs, expected_scales = quantised(case, dtype)
     arguments = (case.positions_T, case.slots_T)
@@ -198,6 +204,9 @@ def check_quantised(case: Case, dtype: torch.dtype) -> None:
     )
     written = ~expected_scales.isnan()
     assert torch.equal(written, ~scales.isnan()) and written.any()
+    if dtype == INT4:
+        check_int4(ours, scales, dequantise_kv(theirs.kv_cache, expected_scales.transpose(2, 3)))
+        return
     assert torch.allclose(scales[written], expected_scales[written], rtol=1e-5)
     codes, expected_codes = ours.kv_cache.float(), theirs.kv_cache.float()
     differs = codes != expected_codes
@@ -206,30 +215,71 @@ def check_quantised(case: Case, dtype: torch.dtype) -> None:
     assert ((codes - expected_codes).abs() <= step).all()
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [((7, 1), 32), ((6, 3), 24)], ids=str)
-def test_eight_bit_caches(heads: tuple[int, int], head_dim: int) -> None:
-    """int8 only: the interpreter rounds 7.9 to 4 in fp8, its carry never reaches the exponent."""
-    check_quantised(make_case(19, heads, head_dim, normed=True), torch.int8)
+def check_int4(case: Case, scales: Tensor, expected: Tensor) -> None:
+    """Nearly all numbers are as expected, the others a step off; values within half a step."""
+    pairs = scales.transpose(2, 3)  # [pages, 2, page_size, K, 2]
+    found = dequantise_kv(case.kv_cache, pairs)
+    step = pairs[..., 1:].float()
+    is_written = ~step.isnan().expand(found.shape)
+    error = ((found - expected).abs() / step)[is_written]
+    differs = error > 1e-2
+    print(f"{differs.float().mean():.1e} differ, by {error.max():.3f} steps at most")
+    assert differs.float().mean() < 5e-3 and (error < 1.1).all()
+    page_T, offset_T = case.slots_T // PAGE_SIZE, case.slots_T % PAGE_SIZE
+    off = (found[page_T, 1, offset_T] - case.v_TKD.float()).abs()
+    assert (off <= 0.50001 * step[page_T, 1, offset_T] + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, INT4], ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [((7, 1), 32), ((6, 3), 24), ((8, 1), 96)], ids=str)
+def test_caches_of_codes(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    """Not fp8: the interpreter rounds 7.9 to 4 there, its carry never reaches the exponent."""
+    check_quantised(make_case(19, heads, head_dim, normed=True), dtype)
+
+
+@given(
+    offset=st.floats(-100, 100),
+    spread=st.floats(1e-6, 1e6),
+    head_dim=st.sampled_from([4, 24, 64, 96, 128]),
+    seed=st.integers(0, 99),
+)
+def test_four_bits_are_within_half_a_step(
+    offset: float, spread: float, head_dim: int, seed: int
+) -> None:
+    """And the step is that of the range, but for how zero and scale are rounded."""
+    rng = torch.Generator().manual_seed(seed)
+    x_TKD = offset + spread * torch.randn(5, 3, head_dim, generator=rng)
+    codes, pairs = quantise_kv(x_TKD, INT4)
+    assert codes.shape == (5, 3, head_dim // 2) and pairs.dtype == torch.bfloat16
+    zero_TK, step_TK = pairs.float().unbind(-1)
+    error_TK = (dequantise_kv(codes, pairs) - x_TKD).abs().amax(-1)
+    least_TK, most_TK = x_TKD.aminmax(dim=-1)
+    rounding_TK = 1e-6 * x_TKD.abs().amax(-1)
+    assert (error_TK <= step_TK / 2 * 1.00001 + rounding_TK).all()
+    wanted_TK = (most_TK - least_TK) / 15 + zero_TK.abs() * 2**-8 / 7
+    assert (step_TK <= wanted_TK * (1 + 2**-7) + rounding_TK).all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf * 0, interpreted
-def test_eight_bits_of_zeros_and_of_nan() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, INT4], ids=str)
+def test_codes_of_zeros_and_of_nan(dtype: torch.dtype) -> None:
     case = make_case(3, (2, 1), 16, normed=False)
     case.v_TKD[0] = 0.0
     case.v_TKD[1, 0, 3] = torch.nan
     case.v_TKD[2, 0, 12] = torch.inf
-    ours, scales = quantised(case, torch.int8)
+    ours, scales = quantised(case, dtype)
     tables = (case.cos_SR, case.sin_SR, case.positions_T, case.slots_T)
     rope_and_append(case.q_THD, case.k_TKD, case.v_TKD, *tables, ours.kv_cache, kv_scales=scales)
     page_T, offset_T = case.slots_T // PAGE_SIZE, case.slots_T % PAGE_SIZE
-    zero, nan, infinite = scales[page_T, 1, 0, offset_T]
+    found = scales[page_T, 1, 0, offset_T]
+    zero, nan, infinite = found[:, 1] if dtype == INT4 else found
     assert zero == 0 and nan.isnan() and not infinite.isfinite()
     assert ours.kv_cache[page_T[0], 1, offset_T[0]].eq(0).all()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_eight_bit_caches_on_the_gpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, INT4], ids=str)
+def test_caches_of_codes_on_the_gpu(dtype: torch.dtype) -> None:
     check_quantised(make_case(777, (32, 4), 128, normed=True, dtype=torch.bfloat16), dtype)
 
 

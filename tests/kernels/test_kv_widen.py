@@ -1,17 +1,54 @@
-"""Every code of an eight-bit cache becomes the float that torch says it is."""
+"""Every code of a cache becomes the number that torch says it is."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.kv_widen import widen
+from gpu_kernels.kv_quant import dequantise_kv
+from gpu_kernels.kv_widen import (
+    CODE_UNIT,
+    NIBBLE_OFFSET,
+    half_as_int8,
+    widen,
+    widen_half,
+    widen_half_pairs,
+    zero_and_scale,
+)
 
 
 @triton.jit
 def _widen_kernel(code_ptr, out_ptr, DTYPE: tl.constexpr, IN_PLACE: tl.constexpr):
     n = tl.arange(0, 256)
     tl.store(out_ptr + n, widen(tl.load(code_ptr + n), DTYPE, IN_PLACE))
+
+
+@triton.jit
+def _halves_kernel(byte_ptr, out_ptr, int8_ptr, DTYPE: tl.constexpr, IN_PLACE: tl.constexpr):
+    n = tl.arange(0, 256)
+    byte = tl.load(byte_ptr + n)
+    for HIGH in tl.static_range(2):
+        tl.store(out_ptr + 256 * HIGH + n, widen_half(byte, DTYPE, HIGH, IN_PLACE))
+        tl.store(int8_ptr + 256 * HIGH + n, half_as_int8(byte, HIGH))
+
+
+@triton.jit
+def _pairs_kernel(pair_ptr, out_ptr):
+    n = tl.arange(0, 128)
+    pair = tl.load(pair_ptr + n)
+    for HIGH in tl.static_range(2):
+        unit: tl.constexpr = CODE_UNIT * 16 if HIGH else CODE_UNIT
+        for ODD in tl.static_range(2):
+            code = widen_half_pairs(pair, HIGH, ODD).to(tl.float32) / unit - NIBBLE_OFFSET
+            tl.store(out_ptr + 256 * HIGH + 2 * n + ODD, code)
+
+
+@triton.jit
+def _zero_and_scale_kernel(word_ptr, out_ptr):
+    n = tl.arange(0, 16)
+    zero, scale = zero_and_scale(tl.load(word_ptr + n))
+    tl.store(out_ptr + 2 * n, zero)
+    tl.store(out_ptr + 2 * n + 1, scale)
 
 
 def all_codes(kind: torch.dtype) -> torch.Tensor:
@@ -35,6 +72,47 @@ def check(kind: torch.dtype, dtype: torch.dtype, in_place: bool, device: str) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_all_codes(kind: torch.dtype, dtype: torch.dtype) -> None:
     check(kind, dtype, True, "cpu")
+
+
+def check_halves(dtype: torch.dtype, in_place: bool, device: str) -> None:
+    """Of all bytes, in one row and the other, and as neighbours in int16."""
+    bytes_ = torch.arange(256, dtype=torch.uint8, device=device)
+    zero_and_1 = torch.tensor([0.0, 1.0], dtype=torch.bfloat16, device=device)
+    expected = dequantise_kv(bytes_[:, None], zero_and_1).T  # [2, 256], -8..7
+    assert expected.aminmax() == (-8, 7)
+    out = torch.full((2, 256), float("nan"), dtype=dtype, device=device)
+    as_int8 = torch.full((2, 256), 99, dtype=torch.int8, device=device)
+    name = {torch.float32: tl.float32, torch.float16: tl.float16}
+    _halves_kernel[(1,)](bytes_, out, as_int8, DTYPE=name[dtype], IN_PLACE=in_place)
+    assert torch.equal(out, expected.to(dtype))
+    assert torch.equal(as_int8, (expected * 16).to(torch.int8))
+    pairs = torch.full((2, 256), float("nan"), device=device)
+    _pairs_kernel[(1,)](bytes_.view(torch.int16), pairs)
+    assert torch.equal(pairs, expected)
+
+
+def check_zero_and_scale(device: str) -> None:
+    pair = torch.randn(16, 2, device=device).to(torch.bfloat16)
+    out = torch.full((16, 2), float("nan"), device=device)
+    _zero_and_scale_kernel[(1,)](pair.view(torch.int32), out)
+    assert torch.equal(out, pair.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_bytes_of_two_codes(dtype: torch.dtype) -> None:
+    check_halves(dtype, True, "cpu")
+
+
+def test_zeros_and_scales() -> None:
+    check_zero_and_scale("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_bytes_of_two_codes_on_the_gpu(dtype: torch.dtype, in_place: bool) -> None:
+    check_halves(dtype, in_place, "cuda")
+    check_zero_and_scale("cuda")
 
 
 @pytest.mark.gpu

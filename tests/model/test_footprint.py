@@ -65,7 +65,7 @@ def test_weights_and_pages_take_what_is_foretold(model_type: str, dtype: str) ->
         config.num_experts
     )
 
-    for kv_dtype in (dtype, "int8", "fp8"):
+    for kv_dtype in (dtype, "int8", "fp8", "int4"):
         page = new_kv_caches(1, kv_cache_shape(config, 1, 16), kv_dtype, "cpu")[0]
         per_token = needs(config, dtype, dtype, kv_dtype).kv_bytes_per_token
         assert per_token * 16 == config.num_layers * bytes_of(page.pages, page.scales)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_kernels.attention_decode import attention_decode, plan_decode
-from gpu_kernels.kv_quant import new_kv_scales
+from gpu_kernels.kv_quant import INT4, new_kv_scales, stored_size
 from gpu_kernels.page_table import PageTable
 
 NUM_HEADS, HEAD_DIM, PAGE_SIZE = 32, 128, 16
@@ -31,7 +31,8 @@ class DecodeCase:
         plan = plan_decode(
             len(self.q_BHD),
             NUM_HEADS,
-            *self.kv_cache.shape[3:],
+            self.kv_cache.shape[3],
+            HEAD_DIM,
             device="cuda",
             dtype=self.kv_cache.dtype,
             num_programs=num_programs,
@@ -59,9 +60,11 @@ def make_cache(
 ) -> tuple[Tensor, PageTable]:
     """A cache of normal numbers (or codes) and its table."""
     pages = make_pages(kv_lens)
-    shape = (len(pages.indices), 2, PAGE_SIZE, num_kv_heads, HEAD_DIM)
+    shape = (len(pages.indices), 2, PAGE_SIZE, num_kv_heads, stored_size(HEAD_DIM, dtype))
     if dtype == torch.bfloat16:
         return torch.randn(shape, dtype=dtype, device="cuda"), pages
+    if dtype == INT4:
+        return torch.randint(256, shape, dtype=INT4, device="cuda"), pages
     codes = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
     return codes if dtype == torch.int8 else codes.bfloat16().to(dtype), pages
 
@@ -77,7 +80,7 @@ def decode_case(
     kv_scales, scale_bytes = None, 0
     if dtype != torch.bfloat16:
         kv_scales, scale_bytes = new_kv_scales(kv_cache).fill_(0.01), 4
-    row_bytes = HEAD_DIM * kv_cache.element_size() + scale_bytes
+    row_bytes = kv_cache.shape[4] * kv_cache.element_size() + scale_bytes
     q_BHD = make_queries(len(kv_lens))
     num_bytes = 2 * sum(kv_lens) * num_kv_heads * row_bytes + 2 * 2 * q_BHD.numel()
     return DecodeCase(q_BHD, kv_cache, kv_scales, pages, num_bytes)
