@@ -173,7 +173,8 @@ def test_a_gpu_in_bfloat16_stays_near_float32(model: str, kv: str) -> None:
     options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "vram_gb": 8}
     errors = [relative_error(logits(model, k, **options), exact) for k in ("auto", kv)]
     print(f"{model}: relative error with bfloat16 KV {errors[0]:.1e}, with {kv} {errors[1]:.1e}")
-    assert errors[1] < errors[0] + 1.5 * LARGEST_ERROR[kv]
+    # two runs in bfloat16 that round elsewhere differ by as much as each from float32
+    assert errors[1] < 1.5 * errors[0] + 1.5 * LARGEST_ERROR[kv]
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Every code of a cache becomes the number that torch says it is."""
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -33,14 +35,10 @@ def _halves_kernel(byte_ptr, out_ptr, int8_ptr, DTYPE: tl.constexpr, IN_PLACE: t
 
 
 @triton.jit
-def _pairs_kernel(pair_ptr, out_ptr):
+def _pairs_kernel(pair_ptr, out_ptr, HIGH: tl.constexpr, ODD: tl.constexpr, UNIT: tl.constexpr):
     n = tl.arange(0, 128)
-    pair = tl.load(pair_ptr + n)
-    for HIGH in tl.static_range(2):
-        unit: tl.constexpr = CODE_UNIT * 16 if HIGH else CODE_UNIT
-        for ODD in tl.static_range(2):
-            code = widen_half_pairs(pair, HIGH, ODD).to(tl.float32) / unit - NIBBLE_OFFSET
-            tl.store(out_ptr + 256 * HIGH + 2 * n + ODD, code)
+    code = widen_half_pairs(tl.load(pair_ptr + n), HIGH, ODD).to(tl.float32) / UNIT
+    tl.store(out_ptr + 256 * HIGH + 2 * n + ODD, code - NIBBLE_OFFSET)
 
 
 @triton.jit
@@ -87,7 +85,9 @@ def check_halves(dtype: torch.dtype, in_place: bool, device: str) -> None:
     assert torch.equal(out, expected.to(dtype))
     assert torch.equal(as_int8, (expected * 16).to(torch.int8))
     pairs = torch.full((2, 256), float("nan"), device=device)
-    _pairs_kernel[(1,)](bytes_.view(torch.int16), pairs)
+    for high, odd in itertools.product((False, True), repeat=2):
+        unit = CODE_UNIT.value * (16 if high else 1)
+        _pairs_kernel[(1,)](bytes_.view(torch.int16), pairs, HIGH=high, ODD=odd, UNIT=unit)
     assert torch.equal(pairs, expected)
 
 
