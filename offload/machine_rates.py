@@ -7,7 +7,7 @@ from typing import Any
 
 from cpu_kernels.times import TimeTable
 from offload.calibration import Quantity
-from offload.limits import Peaks
+from offload.limits import GIGA, Peaks
 
 # Kinds that are not measured take as long a byte as one that is: codes of as many bits, and float32
 # as bf16.
@@ -59,11 +59,14 @@ class MachineRates:
         """Whether a GPU was measured."""
         return self.peaks.has_gpu
 
-    def slowdown(self) -> float:
-        """How much longer the workers take while the GPU pulls; at least 1."""
+    def beside_s(self, own_s: float, num_bytes: float) -> float:
+        """What the workers take while the GPU pulls too, of what takes ``own_s`` alone.
+
+        Only those who read as fast as memory delivers then are slower for it.
+        """
         if not self.beside_cpu_gbps:
-            return 1.0
-        return max(1.0, self.peaks.cpu_read_gbps / self.beside_cpu_gbps)
+            return own_s
+        return max(own_s, num_bytes / (self.beside_cpu_gbps * GIGA))
 
     def expert_s(
         self, codes: str, activations: str, expert_bytes: int

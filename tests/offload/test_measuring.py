@@ -140,10 +140,10 @@ def test_other_kinds_are_taken_for_measured_ones_by_their_bytes() -> None:
     assert RATES_HERE.switch_over("bf16", "f32", 9_000) is None
 
 
-def test_workers_are_never_faster_beside_a_gpu() -> None:
-    assert RATES_HERE.slowdown() == 100 / 80
-    assert replace(RATES_HERE, beside_cpu_gbps=120.0).slowdown() == 1.0
-    assert replace(RATES_HERE, beside_cpu_gbps=0.0).slowdown() == 1.0
+def test_workers_are_slower_beside_a_gpu_where_memory_bounds_them() -> None:
+    assert RATES_HERE.beside_s(1e-3, 100_000_000) == pytest.approx(100 / 80e3)
+    assert RATES_HERE.beside_s(2e-3, 100_000_000) == 2e-3
+    assert replace(RATES_HERE, beside_cpu_gbps=0.0).beside_s(1e-3, 100_000_000) == 1e-3
 
 
 def test_a_disk_without_room_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,119 @@
+"""From a model and its plan to what a prediction of its speed needs, and to the machine's rates."""
+
+from dataclasses import dataclass
+from math import prod
+
+from fiddler._version import __version__
+from fiddler.config import EngineConfig
+from fiddler.models.config import ModelConfig
+from fiddler.models.dtypes import Dtypes
+from fiddler.models.footprint import DTYPE_BYTES, expert_bytes, kv_bytes
+from fiddler.models.manifest import layer_parts
+from fiddler.planning import step_tokens
+from offload.chances import LayerChances, blind_chances, law_chances, placed_chances
+from offload.demand import Demand
+from offload.hardware import Hardware
+from offload.machine_rates import RATES, MachineRates
+from offload.plan import GpuSide, Plan
+from offload.reference_machines import reference_for
+from offload.routing_law import Law
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatesHere:
+    """Rates to predict with; ``why_not_own`` says why they are the reference ``name``'s, if so."""
+
+    rates: MachineRates
+    name: str
+    why_not_own: str
+
+
+def demand_of(
+    settings: EngineConfig,
+    config: ModelConfig,
+    dtypes: Dtypes,
+    plan: Plan,
+    hardware: Hardware,
+    layers: tuple[LayerChances, ...] | None = None,
+) -> Demand:
+    """What ``config`` asks as ``plan`` has it; ``layers`` None: tokens choose as the plan expects.
+
+    The largest step is that of ``settings`` on ``hardware``.
+    """
+    width = DTYPE_BYTES[dtypes.compute]
+    numel, shared = _layer_numels(config)
+    hidden, inner = config.expert_sides
+    kind, per_token = dtypes.expert_kind, plan.per_token
+    is_bf16 = dtypes.compute == dtypes.expert_memory == "bfloat16"
+    return Demand(
+        on_gpu=plan.gpu_side is GpuSide.CUDA,
+        num_layers=config.num_layers,
+        layers=planned_chances(config, plan) if layers is None else layers,
+        top_k=config.top_k,
+        hidden=hidden,
+        width=inner,
+        codes=kind.codes,
+        group=kind.group,
+        activations="bf16" if is_bf16 else "f32",
+        expert_bytes=expert_bytes(config, dtypes.expert),
+        expert_numel=config.expert_numel,
+        layer_bytes=(numel - shared) * width,
+        shared_bytes=shared * width,
+        layer_numel=numel,
+        head_bytes=config.vocab_size * config.hidden_size * width,
+        vocab=config.vocab_size,
+        kv_bytes=kv_bytes(config, dtypes.kv),
+        attention_width=config.num_heads * config.head_dim,
+        staging_slots=plan.staging_slots,
+        disk_share=per_token.disk_experts / max(per_token.cold_experts, 1),
+        step_tokens=step_tokens(settings, config, hardware),
+    )
+
+
+def planned_chances(config: ModelConfig, plan: Plan) -> tuple[LayerChances, ...]:
+    """As the plan's popularity has it."""
+    shares_LE = plan.popularity.shares()
+    return placed_chances(shares_LE, plan.placement, moe_layers(config), config.top_k)
+
+
+def drawn_chances(
+    config: ModelConfig, plan: Plan, law: Law | None, hit_rate: float
+) -> tuple[LayerChances, ...]:
+    """Where experts are drawn by ``law`` (None: evenly, for all that is known) and hit so often."""
+    chance_E = law_chances(law or Law(), config.num_experts, config.top_k)
+    return blind_chances(chance_E, plan.placement, moe_layers(config), hit_rate)
+
+
+def moe_layers(config: ModelConfig) -> list[int]:
+    """Layers that have experts."""
+    return [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
+
+
+def own_rates(hardware: Hardware) -> tuple[MachineRates | None, str]:
+    """What ``fiddler calibrate`` found here, or None and why there is nothing of this machine."""
+    from offload.calibration import Calibration, default_path
+    from offload.machine_facts import this_machine
+
+    calibration = Calibration(default_path(), this_machine(hardware, __version__))
+    rates = calibration.known(RATES, {})
+    return rates, "" if rates is not None else calibration.why_unknown(RATES.name)
+
+
+def rates_for(hardware: Hardware) -> RatesHere:
+    """This machine's rates, or those of the shipped one that is most like it."""
+    rates, why_not = own_rates(hardware)
+    if rates is not None and rates.has_gpu == hardware.has_gpu:
+        return RatesHere(rates=rates, name="this machine", why_not_own="")
+    reference = reference_for(hardware)
+    return RatesHere(rates=reference.rates, name=reference.name, why_not_own=why_not)
+
+
+def _layer_numels(config: ModelConfig) -> tuple[float, float]:
+    """Dense weights of a layer, and those of them that are a shared expert's; means over layers."""
+    every = shared = 0
+    for layer in range(config.num_layers):
+        for field, parts in layer_parts(config, layer).items():
+            size = sum(prod(part.shape) for part in parts)
+            every += size
+            shared += size if field.startswith("shared_") else 0
+    return every / config.num_layers, shared / config.num_layers
