@@ -1,44 +1,89 @@
 """From a model and its plan to what a prediction of its speed needs, and to the machine's rates."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
+from typing import Any
 
 from fiddler._version import __version__
-from fiddler.config import EngineConfig
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
 from fiddler.models.footprint import DTYPE_BYTES, expert_bytes, kv_bytes
 from fiddler.models.manifest import layer_parts
-from fiddler.planning import step_tokens
+from offload.calibration import Calibration, default_path
 from offload.chances import LayerChances, blind_chances, law_chances, placed_chances
-from offload.demand import Demand
-from offload.hardware import Hardware
+from offload.demand import Demand, decode_work, prefill_work
+from offload.hardware import Hardware, probe
+from offload.limits import decode_limit_s, prefill_limit_s
+from offload.machine_facts import this_machine
 from offload.machine_rates import RATES, MachineRates
 from offload.plan import GpuSide, Plan
+from offload.prediction import Prediction, predict_decode
+from offload.prefill_prediction import predict_prefill
 from offload.reference_machines import reference_for
 from offload.routing_law import Law
+
+PROMPT = 1024  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatesHere:
-    """Rates to predict with; ``why_not_own`` says why they are the reference ``name``'s, if so."""
+    """Rates to predict with: this machine's, or those of the machine called ``name``.
+
+    ``why_not_own``: where nobody has asked for that one.
+    """
 
     rates: MachineRates
     name: str
-    why_not_own: str
+    origin: str
+    why_not_own: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """What is predicted of one request: a step behind ``num_tokens``, and reading as many.
+
+    Limits are the least seconds of either.
+    """
+
+    rates: RatesHere
+    num_tokens: int
+    decode: Prediction
+    prefill: Prediction
+    decode_limit_s: float
+    prefill_limit_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "machine": self.rates.name or "this machine",
+            "origin": self.rates.origin,
+            "why_not_this_machine": self.rates.why_not_own,
+            "num_tokens": self.num_tokens,
+            **{
+                name: {
+                    "tokens_per_s": num_tokens / prediction.seconds,
+                    "limit": num_tokens / limit_s,
+                    "terms": [asdict(term) for term in prediction.terms],
+                }
+                for name, prediction, limit_s, num_tokens in (
+                    ("decode", self.decode, self.decode_limit_s, 1),
+                    ("prefill", self.prefill, self.prefill_limit_s, self.num_tokens),
+                )
+            },
+        }
 
 
 def demand_of(
-    settings: EngineConfig,
     config: ModelConfig,
     dtypes: Dtypes,
     plan: Plan,
-    hardware: Hardware,
+    *,
+    step_tokens: int,
     layers: tuple[LayerChances, ...] | None = None,
 ) -> Demand:
     """What ``config`` asks as ``plan`` has it; ``layers`` None: tokens choose as the plan expects.
 
-    The largest step is that of ``settings`` on ``hardware``.
+    ``step_tokens``: of a prompt in one step, at most.
     """
     width = DTYPE_BYTES[dtypes.compute]
     numel, shared = _layer_numels(config)
@@ -66,7 +111,7 @@ def demand_of(
         attention_width=config.num_heads * config.head_dim,
         staging_slots=plan.staging_slots,
         disk_share=per_token.disk_experts / max(per_token.cold_experts, 1),
-        step_tokens=step_tokens(settings, config, hardware),
+        step_tokens=step_tokens,
     )
 
 
@@ -89,23 +134,36 @@ def moe_layers(config: ModelConfig) -> list[int]:
     return [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
 
 
-def own_rates(hardware: Hardware) -> tuple[MachineRates | None, str]:
-    """What ``fiddler calibrate`` found here, or None and why there is nothing of this machine."""
-    from offload.calibration import Calibration, default_path
-    from offload.machine_facts import this_machine
+def predict_speeds(demand: Demand, used: RatesHere, context_tokens: int) -> Speeds:
+    """One request that has read a prompt of PROMPT tokens, or what its context holds of them."""
+    num_tokens = min(PROMPT, context_tokens)
+    peaks = used.rates.peaks_for(on_gpu=demand.on_gpu)
+    return Speeds(
+        rates=used,
+        num_tokens=num_tokens,
+        decode=predict_decode(demand, used.rates, rows=1, depth=num_tokens),
+        prefill=predict_prefill(demand, used.rates, num_tokens=num_tokens),
+        decode_limit_s=decode_limit_s(decode_work(demand, rows=1, depth=num_tokens), peaks),
+        prefill_limit_s=prefill_limit_s(prefill_work(demand, num_tokens=num_tokens), peaks),
+    )
 
-    calibration = Calibration(default_path(), this_machine(hardware, __version__))
+
+def own_rates() -> tuple[MachineRates | None, str]:
+    """What ``fiddler calibrate`` found here, or None and why there is nothing of this machine."""
+    calibration = Calibration(default_path(), this_machine(probe("auto"), __version__))
     rates = calibration.known(RATES, {})
     return rates, "" if rates is not None else calibration.why_unknown(RATES.name)
 
 
 def rates_for(hardware: Hardware) -> RatesHere:
-    """This machine's rates, or those of the shipped one that is most like it."""
-    rates, why_not = own_rates(hardware)
-    if rates is not None and rates.has_gpu == hardware.has_gpu:
-        return RatesHere(rates=rates, name="this machine", why_not_own="")
+    """This machine's rates, or those of the shipped one that is most like ``hardware``."""
+    rates, why_not = own_rates()
+    if rates is not None and (rates.has_gpu or not hardware.has_gpu):
+        return RatesHere(rates=rates, name="", origin="measured here")
     reference = reference_for(hardware)
-    return RatesHere(rates=reference.rates, name=reference.name, why_not_own=why_not)
+    return RatesHere(
+        rates=reference.rates, name=reference.name, origin=reference.origin, why_not_own=why_not
+    )
 
 
 def _layer_numels(config: ModelConfig) -> tuple[float, float]:

@@ -137,7 +137,7 @@ class Calibration:
             return []
         except (OSError, ValueError, RecursionError) as error:
             warnings.warn(
-                f"{self.path} cannot be used ({error}): all is measured anew",
+                f"{self.path} cannot be used ({error}): all has to be measured anew",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -164,7 +164,7 @@ class Calibration:
                 raise ValueError("it is of something else")
             return quantity.from_json(record.get("found"))
         except (ValueError, RecursionError) as error:
-            text = f"{self.path} cannot be used ({error}): {quantity.name} is measured anew"
+            text = f"{self.path} cannot be used ({error}): {quantity.name} has to be measured anew"
             warnings.warn(text, RuntimeWarning, stacklevel=4)
             return None
 

@@ -48,16 +48,18 @@ class Demand:
 
 def decode_work(demand: Demand, *, rows: int, depth: int) -> Work:
     """What one step must read and compute, for its limit."""
-    return _work(demand, rows, rows * depth, heads=rows)
+    keys = rows * depth
+    return _work(demand, rows, keys, kv_bytes=demand.num_layers * demand.kv_bytes * keys)
 
 
 def prefill_work(demand: Demand, *, num_tokens: int, depth: int = 0) -> Work:
-    """Of a whole prompt, in as few steps as may be."""
-    return _work(demand, num_tokens, num_tokens * (depth + (num_tokens + 1) / 2), heads=1)
+    """Of a whole prompt, in one step; reading its own KV is little beside the arithmetic."""
+    keys = num_tokens * (depth + (num_tokens + 1) / 2)
+    return _work(demand, num_tokens, keys, kv_bytes=0.0)
 
 
-def _work(demand: Demand, tokens: int, keys: float, *, heads: int) -> Work:
-    """``keys``: those that all tokens look at, in a layer. ``heads``: tokens that need logits."""
+def _work(demand: Demand, tokens: int, keys: float, *, kv_bytes: float) -> Work:
+    """``keys``: those that all tokens look at, in a layer."""
     cold = sum(distinct(layer.cold, tokens) for layer in demand.layers)
     hot = sum(distinct(layer.hot, tokens) for layer in demand.layers)
     dense = demand.num_layers * (demand.layer_bytes + demand.shared_bytes) + demand.head_bytes
@@ -68,6 +70,6 @@ def _work(demand: Demand, tokens: int, keys: float, *, heads: int) -> Work:
         cold_bytes=cold * demand.expert_bytes,
         hot_bytes=hot * demand.expert_bytes,
         dense_bytes=dense,
-        kv_bytes=demand.num_layers * demand.kv_bytes * keys,
-        flops=2 * (tokens * numel + attention + heads * demand.vocab * demand.hidden),
+        kv_bytes=kv_bytes,
+        flops=2 * (tokens * numel + attention),
     )

@@ -28,7 +28,8 @@ class MachineRates:
 
     ``pull_gbps``: kernels reading pinned memory alone; ``beside_*``: they and the workers at the
     same time. ``call_s``: one more call of torch, ``launch_s`` one more small kernel in a CUDA
-    graph. ``hand_over_s``: workers that have nothing to do, in one layer of a decode step.
+    graph. ``cpu_tflops``: torch's float32 products on the CPU, 1e12 operations a second.
+    ``hand_over_s``: workers that have nothing to do, in one layer of a decode step.
     ``disk_gbps``: of the disk that has the user's cache. ``times`` of every measured kernel, as
     ``bf16/f32``, and size.
     """
@@ -37,6 +38,7 @@ class MachineRates:
     peaks: Peaks
     times: tuple[ExpertTimes, ...]
     call_s: float
+    cpu_tflops: float
     launch_s: float = 0.0
     pull_gbps: float = 0.0
     beside_cpu_gbps: float = 0.0
@@ -45,11 +47,11 @@ class MachineRates:
     disk_gbps: float = 0.0
 
     def __post_init__(self) -> None:
-        figures = [self.call_s, *(getattr(self, name) for name in OPTIONAL)]
+        figures = [self.call_s, self.cpu_tflops, *(getattr(self, name) for name in OPTIONAL)]
         figures += asdict(self.peaks).values()
         if not all(isinstance(x, float | int) and 0 <= x < math.inf for x in figures):
             raise ValueError("rates and times must be finite and not below 0")
-        if not (self.peaks.cpu_read_gbps > 0 and self.peaks.gemm_tflops > 0):
+        if not (self.peaks.cpu_read_gbps > 0 < self.peaks.gemm_tflops and self.cpu_tflops > 0):
             raise ValueError("memory and products must have a speed")
         if self.has_gpu and not (self.peaks.pcie_gbps and self.pull_gbps and self.launch_s):
             raise ValueError("a GPU must have a link and launches")
@@ -58,6 +60,19 @@ class MachineRates:
     def has_gpu(self) -> bool:
         """Whether a GPU was measured."""
         return self.peaks.has_gpu
+
+    def peaks_for(self, *, on_gpu: bool) -> Peaks:
+        """The peaks of this machine, or of its CPU alone."""
+        if on_gpu or not self.has_gpu:
+            return self.peaks
+        read = self.peaks.cpu_read_gbps
+        return Peaks(
+            cpu_read_gbps=read,
+            joint_gbps=read,
+            pcie_gbps=0.0,
+            gpu_read_gbps=0.0,
+            gemm_tflops=self.cpu_tflops,
+        )
 
     def beside_s(self, own_s: float, num_bytes: float) -> float:
         """What the workers take while the GPU pulls too, of what takes ``own_s`` alone.
@@ -105,7 +120,7 @@ class MachineRates:
 OPTIONAL = tuple(
     field.name
     for field in fields(MachineRates)
-    if field.name not in ("num_threads", "peaks", "times", "call_s")
+    if field.name not in ("num_threads", "peaks", "times", "call_s", "cpu_tflops")
 )
 
 

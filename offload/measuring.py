@@ -19,9 +19,9 @@ from cpu_kernels.times import measure_times
 from cpu_kernels.topology import read_cache_bytes
 from cpu_kernels.weight_kind import parse_kind
 from offload.hardware import Hardware
-from offload.limits import GIGA
+from offload.limits import GIGA, TERA
 from offload.machine_rates import ExpertTimes, MachineRates
-from offload.peaks import fastest_s, measure_peaks
+from offload.peaks import CPU_ROWS, fastest_s, gemm_flops, measure_peaks
 from offload.sample_experts import sample_bytes, sample_experts
 from offload.units import MIB
 
@@ -140,7 +140,7 @@ def _peaks(setting: Setting) -> dict[str, Any]:
 
 
 def _calls(setting: Setting) -> dict[str, Any]:
-    """A call of torch from Python, on the CPU."""
+    """Calls of torch from Python, small and large, on the CPU."""
     import torch
 
     x = torch.ones(16)
@@ -149,7 +149,10 @@ def _calls(setting: Setting) -> dict[str, Any]:
         for _ in range(CALLS):
             x.add_(1)
 
-    return {"call_s": fastest_s(call_often) / CALLS}
+    return {
+        "call_s": fastest_s(call_often) / CALLS,
+        "cpu_tflops": gemm_flops("cpu", CPU_ROWS, "float32") / TERA,
+    }
 
 
 def _pulls(setting: Setting) -> dict[str, Any]:

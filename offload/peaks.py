@@ -46,7 +46,7 @@ def measure_peaks(hardware: Hardware, *, num_threads: int, dtype: str) -> Peaks:
         joint_gbps=cpu_read_bps / GIGA,
         pcie_gbps=0.0,
         gpu_read_gbps=0.0,
-        gemm_tflops=_gemm_flops("cpu", CPU_ROWS, dtype) / TERA,
+        gemm_tflops=gemm_flops("cpu", CPU_ROWS, dtype) / TERA,
     )
 
 
@@ -70,7 +70,7 @@ def _with_gpu(
         joint_gbps=max(joint_bps, cpu_read_bps) / GIGA,  # nobody has to use both
         pcie_gbps=PINNED_BYTES / pcie_s / GIGA,
         gpu_read_gbps=GPU_BYTES / gpu_read_s / GIGA,
-        gemm_tflops=_gemm_flops("cuda", GPU_ROWS, dtype) / TERA,
+        gemm_tflops=gemm_flops("cuda", GPU_ROWS, dtype) / TERA,
     )
 
 
@@ -96,7 +96,8 @@ def read_beside(
     return num_reads * arena.nbytes / elapsed, PULLS * PINNED_BYTES / elapsed
 
 
-def _gemm_flops(device: str, rows: int, dtype: str) -> float:
+def gemm_flops(device: str, rows: int, dtype: str) -> float:
+    """Operations a second of a product of two square matrices."""
     import torch
 
     a, b = torch.randn(2, rows, rows, dtype=getattr(torch, dtype), device=device)

@@ -46,7 +46,7 @@ def predict_prefill(
 def _step(demand: Demand, rates: MachineRates, tokens: int, begin: int) -> Prediction:
     total = Sum()
     total.add("step in Python", STEP_S)
-    flops_per_s = rates.peaks.gemm_tflops * TERA
+    flops_per_s = rates.peaks_for(on_gpu=demand.on_gpu).gemm_tflops * TERA
     keys = tokens * (begin + (tokens + 1) / 2)
     attention_s = 4 * demand.attention_width * keys / (flops_per_s * ATTENTION_PART)
     read = rates.peaks.gpu_read_gbps if demand.on_gpu else rates.peaks.cpu_read_gbps
@@ -130,7 +130,7 @@ def _cpu_layers(
     total.add("attention", demand.num_layers * attention_s)
     total.add("calls", demand.num_layers * calls_s)
     expert_s = rates.expert_s(demand.codes, "f32", demand.expert_bytes)
-    flops_per_s = rates.peaks.gemm_tflops * TERA
+    flops_per_s = rates.peaks_for(on_gpu=False).gemm_tflops * TERA
     for layer in demand.layers:
         total.add("experts", sum(expert_s(n, False) for n in token_counts(layer.cold, tokens)))
         hot = token_counts(layer.hot, tokens)

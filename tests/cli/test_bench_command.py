@@ -26,7 +26,7 @@ OURS = {
     *("n_parallel", "routing", "placement", "n_gpu_experts", "hit_rate", "routing_entropy"),
     *("median_ts", "cpu_gbps", "gpu_gbps", "peak_vram_bytes", "limit_ts", "ratio"),
     *("peak_cpu_read_gbps", "peak_joint_gbps", "peak_pcie_gbps", "peak_gpu_read_gbps"),
-    "peak_gemm_tflops",
+    *("peak_gemm_tflops", "predicted_ts", "predicted_terms", "prediction_off"),
 }
 NS = 1_000_000_000
 NO_GPU = {"joint_gbps": 10.0, "pcie_gbps": 0.0, "gpu_read_gbps": 0.0}

@@ -47,6 +47,7 @@ RATES_HERE = MachineRates(
     peaks=PEAKS,
     times=TIMES,
     call_s=1e-6,
+    cpu_tflops=0.5,
     launch_s=2e-6,
     pull_gbps=45.0,
     beside_cpu_gbps=80.0,
@@ -74,7 +75,7 @@ def setting(tmp_path: Path, *, has_gpu: bool) -> Setting:
 def fake_steps() -> list[Step]:
     return [
         Step("peaks", lambda s: {"peaks": PEAKS if s.hardware.has_gpu else ONLY_CPU}),
-        Step("experts", lambda s: {"times": TIMES, "call_s": 1e-6}),
+        Step("experts", lambda s: {"times": TIMES, "call_s": 1e-6, "cpu_tflops": 0.5}),
         Step("pulls", lambda s: {"pull_gbps": 45.0, "launch_s": 1e-6}, on_gpu=True),
     ]
 
