@@ -87,18 +87,15 @@ def demand_of(
     """
     width = DTYPE_BYTES[dtypes.compute]
     numel, shared = _layer_numels(config)
-    hidden, inner = config.expert_sides
-    kind, per_token = dtypes.expert_kind, plan.per_token
+    per_token = plan.per_token
     is_bf16 = dtypes.compute == dtypes.expert_memory == "bfloat16"
     return Demand(
         on_gpu=plan.gpu_side is GpuSide.CUDA,
         num_layers=config.num_layers,
         layers=planned_chances(config, plan) if layers is None else layers,
         top_k=config.top_k,
-        hidden=hidden,
-        width=inner,
-        codes=kind.codes,
-        group=kind.group,
+        hidden=config.expert_sides[0],
+        codes=dtypes.expert_kind.codes,
         activations="bf16" if is_bf16 else "f32",
         expert_bytes=expert_bytes(config, dtypes.expert),
         expert_numel=config.expert_numel,
@@ -152,7 +149,7 @@ def own_rates() -> tuple[MachineRates | None, str]:
     """What ``fiddler calibrate`` found here, or None and why there is nothing of this machine."""
     calibration = Calibration(default_path(), this_machine(probe("auto"), __version__))
     rates = calibration.known(RATES, {})
-    return rates, "" if rates is not None else calibration.why_unknown(RATES.name)
+    return rates, "" if rates is not None else calibration.why_unknown(RATES, {})
 
 
 def rates_for(hardware: Hardware) -> RatesHere:

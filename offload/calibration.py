@@ -81,21 +81,21 @@ class Calibration:
         """Put ``value`` in the place of what was measured before, and return it."""
         return self._keep(quantity, subject, value, anew=True)
 
-    def why_unknown(self, name: str) -> str:
-        """Why there is no ``name`` of this machine, or nothing if there is; never warns."""
+    def why_unknown(self, quantity: Quantity[Any], subject: Mapping[str, Any]) -> str:
+        """Why this machine's ``quantity`` is not known, or nothing if it is; never warns."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             sections = self._load()
-        if not sections:
-            return "this machine is not calibrated"
-        section = self._section(sections)
-        if section is None:
+            section = self._section(sections)
+            if section is not None and self._found(section, quantity, subject) is not None:
+                changed = changes(section["versions"], self.machine.versions)
+                return f"it was calibrated with other versions ({changed})" if changed else ""
+        if section is not None and key_of(quantity.name, subject) in section["measured"]:
+            return f"what {self.path} has of it cannot be used"
+        if section is None and sections:
             others = ", ".join(name_of(other["hardware"]) for other in sections)
             return f"{self.path} is of another machine ({others})"
-        if changed := changes(section["versions"], self.machine.versions):
-            return f"this machine was calibrated with other versions ({changed})"
-        has_it = any(key.rpartition("-")[0] == name for key in section["measured"])
-        return "" if has_it else "this machine is not calibrated"
+        return "this machine is not calibrated"
 
     def _keep(
         self, quantity: Quantity[T], subject: Mapping[str, Any], value: T, *, anew: bool

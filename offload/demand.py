@@ -12,7 +12,7 @@ class Demand:
 
     ``layers`` are those with experts, of ``num_layers`` in all. ``layer_bytes`` are the dense
     weights of a layer but the shared expert's ``shared_bytes``; ``layer_numel`` is the number of
-    both. ``codes`` and ``group`` are the weights' kind, ``activations`` what the CPU rounds hidden
+    both. ``codes`` are those of the weights' kind, ``activations`` what the CPU rounds hidden
     states to for many tokens. ``kv_bytes``: of a token in a layer. ``staging_slots``: those that
     experts pass through. ``disk_share``: of the choices that meet a cold expert, those whose expert
     is on disk. ``step_tokens``: of a prompt in one step, at most.
@@ -23,9 +23,7 @@ class Demand:
     layers: tuple[LayerChances, ...]
     top_k: int
     hidden: int
-    width: int
     codes: str
-    group: int
     activations: str
     expert_bytes: int
     expert_numel: int
@@ -39,11 +37,6 @@ class Demand:
     staging_slots: int
     disk_share: float
     step_tokens: int
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of all choices that meet a resident expert."""
-        return sum(layer.hit_rate for layer in self.layers) / max(len(self.layers), 1)
 
 
 def decode_work(demand: Demand, *, rows: int, depth: int) -> Work:

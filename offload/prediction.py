@@ -7,7 +7,7 @@ the GPU pulls. Of two that work at the same time only the slower one counts in t
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -215,10 +215,3 @@ def total_of(predictions: Iterable[Prediction]) -> Prediction:
         for term in prediction.terms:
             total.add(term.name, term.seconds, term.busy_s)
     return total.prediction()
-
-
-def mean_of(predictions: Sequence[Prediction]) -> Prediction:
-    """Their mean, part by part."""
-    terms = total_of(predictions).terms
-    size = len(predictions)
-    return Prediction(tuple(Term(t.name, t.seconds / size, t.busy_s / size) for t in terms))

@@ -69,7 +69,7 @@ def test_other_versions_are_measured_anew_and_said(
     Calibration(path, OTHER).once(SPEED, SUBJECT, lambda: 5.0)
     Calibration(path, MACHINE).once(SPEED, SUBJECT, lambda: 1.0)
     newer = Calibration(path, NEWER)
-    assert "torch 1 then, 2 now" in newer.why_unknown("speed") and not caplog.text
+    assert "torch 1 then, 2 now" in newer.why_unknown(SPEED, SUBJECT) and not caplog.text
     assert newer.once(SPEED, SUBJECT, lambda: 2.0) == 2.0
     assert "torch 1 then, 2 now" in caplog.text
     assert newer.once(SPEED, SUBJECT, lambda: 3.0) == 2.0
@@ -85,13 +85,16 @@ def test_measuring_again_takes_the_place_of_what_was_there(path: Path) -> None:
 
 def test_why_something_is_unknown(path: Path) -> None:
     known = Calibration(path, MACHINE)
-    assert known.why_unknown("speed") == "this machine is not calibrated"
+    assert known.why_unknown(SPEED, SUBJECT) == "this machine is not calibrated"
     Calibration(path, OTHER).store(SPEED, SUBJECT, 1.0)
     why = f"{path} is of another machine (other CPU with some GPU)"
-    assert known.why_unknown("speed") == why
+    assert known.why_unknown(SPEED, SUBJECT) == why
     known.store(SPEED, SUBJECT, 1.0)
-    assert known.why_unknown("speed") == ""
-    assert known.why_unknown("heat") == "this machine is not calibrated"
+    assert known.why_unknown(SPEED, SUBJECT) == ""
+    assert known.why_unknown(COPY_TIME, SUBJECT) == "this machine is not calibrated"
+    text = path.read_text()
+    path.write_text(text.replace("1.0", "null"))
+    assert known.why_unknown(SPEED, SUBJECT) == f"what {path} has of it cannot be used"
 
 
 @pytest.mark.parametrize(
