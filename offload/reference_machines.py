@@ -16,7 +16,7 @@ from offload.hardware import Hardware
 from offload.machine_rates import MachineRates, from_json, to_json
 
 FORMAT = 1
-FOLDER = Path(__file__).parent / "reference_machines"
+FOLDER = Path(__file__).parent / "machines"
 DEFAULT = "rtx4090-ddr5"
 
 

@@ -33,7 +33,7 @@ _COLUMNS = (
     _Column("batch", lambda r: str(r["n_parallel"]), lambda r: r["n_parallel"] > 1),
     _Column("test", lambda r: _case(r).name),
     _Column("t/s", lambda r: f"{r['median_ts']:.2f} ± {r['stddev_ts']:.2f}"),
-    _Column("predicted", lambda r: f"{r['predicted_ts']:.2f}", lambda r: bool(r["predicted_ts"])),
+    _Column("predicted", lambda r: _speed(r["predicted_ts"]), lambda r: bool(r["predicted_ts"])),
     _Column("limit", lambda r: f"{r['limit_ts']:.2f}"),
     _Column("ratio", lambda r: f"{r['ratio']:.3f}"),
     _Column("GPU experts", lambda r: f"{r['n_gpu_experts']:,}", lambda r: r["n_gpu_experts"] > 0),
@@ -96,6 +96,10 @@ def _build_line(record: Record) -> str:
 
 def _case(record: Record) -> Case:
     return Case(**{key: record[key] for key in ("n_prompt", "n_gen", "n_depth", "n_parallel")})
+
+
+def _speed(tokens_per_s: float | None) -> str:
+    return "" if tokens_per_s is None else f"{tokens_per_s:.2f}"
 
 
 def _rate(gbps: float | None) -> str:
