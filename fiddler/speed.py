@@ -145,16 +145,20 @@ def predict_speeds(demand: Demand, used: RatesHere, context_tokens: int) -> Spee
     )
 
 
-def own_rates() -> tuple[MachineRates | None, str]:
-    """What ``fiddler calibrate`` found here, or None and why there is nothing of this machine."""
-    calibration = Calibration(default_path(), this_machine(probe("auto"), __version__))
+def own_rates(hardware: Hardware) -> tuple[MachineRates | None, str]:
+    """What ``fiddler calibrate`` found here, or None and why there is nothing of this machine.
+
+    ``hardware`` may have been looked at without its GPU.
+    """
+    whole = hardware if hardware.has_gpu else probe("auto")
+    calibration = Calibration(default_path(), this_machine(whole, __version__))
     rates = calibration.known(RATES, {})
     return rates, "" if rates is not None else calibration.why_unknown(RATES, {})
 
 
 def rates_for(hardware: Hardware) -> RatesHere:
     """This machine's rates, or those of the shipped one that is most like ``hardware``."""
-    rates, why_not = own_rates()
+    rates, why_not = own_rates(hardware)
     if rates is not None and (rates.has_gpu or not hardware.has_gpu):
         return RatesHere(rates=rates, name="", origin="measured here")
     reference = reference_for(hardware)

@@ -84,7 +84,15 @@ def measure_rates(
     for number, step in enumerate(taken, start=1):
         on_step(step.title, number, len(taken))
         found |= step.measure(setting)
+        if setting.hardware.has_gpu:
+            _give_back_vram()
     return MachineRates(**found)
+
+
+def _give_back_vram() -> None:
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def machine_steps() -> tuple[Step, ...]:

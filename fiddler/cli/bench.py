@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fiddler.benchmark.driver import Driver, Measurement
     from fiddler.benchmark.subject import Subject
     from fiddler.loading import LoadedModel
+    from offload.hardware import Hardware
     from offload.machine_rates import MachineRates
     from offload.routing_law import Law
 
@@ -171,8 +172,7 @@ def command(
         max_num_seqs=max(case.n_parallel for case in cases),
         **engine,
     )
-    rates = _known_rates()
-    subject, measured = _measure(settings, cases, law, repetitions, trace_path, rates)
+    subject, rates, measured = _measure(settings, cases, law, repetitions, trace_path)
     note("measuring what the machine could give")
     peaks = measure_peaks(
         subject.hardware, num_threads=subject.num_threads, dtype=subject.dtypes.compute
@@ -183,11 +183,11 @@ def command(
     click.echo(render([record_of(runs, setting, wrong) for runs, wrong in measured], output))
 
 
-def _known_rates() -> "MachineRates | None":
+def _known_rates(hardware: "Hardware") -> "MachineRates | None":
     """What this machine has been measured as; says why there is nothing, if so."""
     from fiddler.speed import own_rates
 
-    rates, why_not = own_rates()
+    rates, why_not = own_rates(hardware)
     if rates is None:
         note(f"no predictions: {why_not}; fiddler calibrate measures it")
     return rates
@@ -199,9 +199,8 @@ def _measure(
     law: "Law | None",
     repetitions: int,
     trace_path: Path | None,
-    rates: "MachineRates | None",
-) -> "tuple[Subject, list[tuple[Measurement, str]]]":
-    """Each test's runs, and what is wrong with their prediction if much is.
+) -> "tuple[Subject, MachineRates | None, list[tuple[Measurement, str]]]":
+    """Each test's runs, and what is wrong with what the rates predict of them if much is.
 
     The model is gone when this returns, so the machine can be measured in its memory.
     """
@@ -211,6 +210,7 @@ def _measure(
     from fiddler.benchmark.subject import Subject
 
     loaded = _load(settings, _all_cases(cases, trace_path))
+    rates = _known_rates(loaded.hardware)
     measured: list[tuple[Measurement, str]] = []
     with loaded.resources:
         config, seed = loaded.files.config, settings.seed
@@ -223,7 +223,7 @@ def _measure(
             note(f"{case.name}, batch {case.n_parallel}: {median:.2f} ± {deviation:.2f} tok/s")
         if trace_path is not None:
             _write_trace(loaded, driver, cases, trace_path)
-    return Subject.of(loaded), measured
+    return Subject.of(loaded), rates, measured
 
 
 def _what_is_wrong(

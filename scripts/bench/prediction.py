@@ -49,7 +49,7 @@ from offload.units import GIB
 OUTPUT = Path("build/bench-prediction.json")
 LAYERS = {"mixtral-8x7b": 8, "qwen3-30b-a3b": 16}  # 21 and 18 GiB of experts in bf16
 KINDS = {"bf16": "bfloat16", "w4g128": "w4g128"}
-FIXED_GIB = 4.0  # for all but the experts
+FIXED_GIB = 5.0  # for all but the experts
 CASES = (
     Case(n_prompt=0, n_gen=24, n_depth=0, n_parallel=1),
     Case(n_prompt=1024, n_gen=0, n_depth=0, n_parallel=1),
@@ -156,11 +156,11 @@ def line_of(row: dict[str, Any]) -> str:
 
 def known_rates() -> MachineRates:
     """As ``fiddler calibrate`` found them, or finds them now."""
-    rates, why_not = own_rates()
+    hardware = probe()
+    rates, why_not = own_rates(hardware)
     if rates is not None:
         return rates
     print(f"{why_not}: calibrating", file=sys.stderr)
-    hardware = probe()
     setting = Setting(
         hardware=hardware,
         num_threads=measured_num_threads(),

@@ -138,7 +138,7 @@ def test_predictions_are_sums_of_terms_and_a_wrong_one_is_said(
 ) -> None:
     """This machine's rates are taken to be a server's: its tests must be slower than that."""
     rates = find_machine("h200-16core").rates
-    monkeypatch.setattr("fiddler.speed.own_rates", lambda: (rates, ""))
+    monkeypatch.setattr("fiddler.speed.own_rates", lambda hardware: (rates, ""))
     prompt, decode = records(*SMALL, "--vram-gb", "0.05", "--routing", "uniform")
     for row, kind, other, runs in ((prompt, "prompt", "step", 8), (decode, "step", "prompt", 1)):
         seconds = sum(term["seconds"] for term in row["predicted_terms"][kind])

@@ -82,9 +82,10 @@ def fake_steps() -> list[Step]:
 
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_steps_are_taken_in_order_and_those_of_a_gpu_only_there(
-    tmp_path: Path, has_gpu: bool
+    tmp_path: Path, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr("offload.measuring._give_back_vram", lambda: None)
     rates = measure_rates(
         setting(tmp_path, has_gpu=has_gpu), fake_steps(), lambda *step: told.append(step)
     )
