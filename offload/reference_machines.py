@@ -18,6 +18,7 @@ from offload.machine_rates import MachineRates, from_json, to_json
 FORMAT = 1
 FOLDER = Path(__file__).parent / "machines"
 DEFAULT = "rtx4090-ddr5"
+NEEDED = (("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int4", "f32"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +76,14 @@ def machine_of(record: Any) -> ReferenceMachine:
         hardware = dict(record["hardware"])
         capability = hardware.get("gpu_capability")
         hardware["gpu_capability"] = tuple(capability) if capability else None
+        rates = from_json(record["rates"])
+        for codes, activations in NEEDED:  # complains of one that is missing
+            rates.expert_s(codes, activations, 1)
         return ReferenceMachine(
             name=str(record["name"]),
             origin=str(record["origin"]),
             hardware=_checked(Hardware(**hardware)),
-            rates=from_json(record["rates"]),
+            rates=rates,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"its fields are not those of a machine ({error})") from error

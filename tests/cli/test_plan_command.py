@@ -15,7 +15,7 @@ from fiddler.hub import ModelFolder, ModelMetadata
 from offload.calibration import Calibration, default_path
 from offload.hardware import Hardware
 from offload.machine_facts import this_machine
-from offload.machine_rates import RATES, MachineRates
+from offload.machine_rates import RATES, MachineRates, to_json
 from offload.reference_machines import find_machine, machine_of, record_of, reference_names
 
 GIB = 1 << 30
@@ -220,7 +220,10 @@ def test_a_plan_for_another_machine(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [{"format": 2}, {"rates": {}}, {"hardware": {}}, {"hardware": None}, {"name": None}],
+    [
+        *({"format": 2}, {"rates": {}}, {"hardware": {}}, {"hardware": None}, {"name": None}),
+        {"rates": to_json(replace(H200.rates, times=H200.rates.times[:2]))},
+    ],
 )
 def test_a_damaged_machine_is_one_sentence(tmp_path: Path, damage: dict[str, Any]) -> None:
     path = tmp_path / "mine.json"
