@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fiddler.benchmark.cases import Case
 from fiddler.benchmark.driver import Measurement
 from fiddler.benchmark.subject import Subject
 from fiddler.speed import demand_of, drawn_chances
@@ -52,13 +53,20 @@ def predict_case(
             layers=layers,
         )
 
+    return predict_demands(
+        case, rates, demand(measured.prompt.hit_rate), demand(measured.decode.hit_rate)
+    )
+
+
+def predict_demands(
+    case: Case, rates: MachineRates, of_prompt: Demand, of_step: Demand
+) -> CasePrediction:
+    """One run of ``case``, with the routing of its prompts and of its steps that decode."""
     prompt = step = NOTHING
     if case.n_prompt:
         num_tokens = case.n_parallel * case.n_prompt
-        chosen = demand(measured.prompt.hit_rate)
-        prompt = predict_prefill(chosen, rates, num_tokens=num_tokens, depth=case.n_depth)
+        prompt = predict_prefill(of_prompt, rates, num_tokens=num_tokens, depth=case.n_depth)
     if case.n_gen:
         depth = case.prompt_end + case.n_gen // 2
-        chosen = demand(measured.decode.hit_rate)
-        step = predict_decode(chosen, rates, rows=case.n_parallel, depth=depth)
+        step = predict_decode(of_step, rates, rows=case.n_parallel, depth=depth)
     return CasePrediction(prompt=prompt, step=step, num_steps=case.n_gen)

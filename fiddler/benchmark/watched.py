@@ -17,12 +17,14 @@ from cpu_kernels.expert_pool import ExpertPool
 from fiddler.benchmark.bell_log import BellLog, job_spans
 from fiddler.benchmark.cases import Case
 from fiddler.benchmark.driver import Driver, Measurement
-from fiddler.benchmark.predicted import CasePrediction
+from fiddler.benchmark.predicted import CasePrediction, predict_case
+from fiddler.benchmark.subject import Subject
 from fiddler.benchmark.timeline import Span, within
 from fiddler.loading import LoadedModel
 from offload.limits import GIGA
 from offload.machine_rates import MachineRates
 from offload.prediction import Prediction
+from offload.routing_law import Law
 
 MOST_OFF = 0.25
 NS = 1_000_000_000
@@ -42,6 +44,27 @@ class Watched:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return asdict(self)
+
+
+def what_is_wrong(
+    loaded: LoadedModel,
+    driver: Driver,
+    measured: Measurement,
+    rates: MachineRates | None,
+    law: Law | None,
+) -> str:
+    """What is wrong with a prediction that is far off, from one more run; else nothing.
+
+    ``rates`` None: nothing is predicted.
+    """
+    if rates is None:
+        return ""
+    predicted = predict_case(Subject.of(loaded), measured, rates, law)
+    times = how_far_off(measured, predicted)
+    if not is_off(times):
+        return ""
+    case = measured.case
+    return explain(case, times, predicted, watch(loaded, driver, case), rates)
 
 
 def how_far_off(measured: Measurement, predicted: CasePrediction) -> float:

@@ -208,6 +208,7 @@ def _measure(
     from fiddler.benchmark.record import tokens_per_s
     from fiddler.benchmark.routing import DrawnRouting
     from fiddler.benchmark.subject import Subject
+    from fiddler.benchmark.watched import what_is_wrong
 
     loaded = _load(settings, _all_cases(cases, trace_path))
     rates = _known_rates(loaded.hardware)
@@ -218,33 +219,12 @@ def _measure(
         driver = Driver(loaded, routing=routing, seed=seed)
         for case in cases:
             runs = driver.measure(case, repetitions)
-            measured.append((runs, _what_is_wrong(loaded, driver, runs, rates, law)))
+            measured.append((runs, what_is_wrong(loaded, driver, runs, rates, law)))
             median, deviation = tokens_per_s(runs)
             note(f"{case.name}, batch {case.n_parallel}: {median:.2f} ± {deviation:.2f} tok/s")
         if trace_path is not None:
             _write_trace(loaded, driver, cases, trace_path)
     return Subject.of(loaded), rates, measured
-
-
-def _what_is_wrong(
-    loaded: "LoadedModel",
-    driver: "Driver",
-    runs: "Measurement",
-    rates: "MachineRates | None",
-    law: "Law | None",
-) -> str:
-    """A test that took much longer than predicted, or shorter, is run once more and looked at."""
-    from fiddler.benchmark.predicted import predict_case
-    from fiddler.benchmark.subject import Subject
-    from fiddler.benchmark.watched import explain, how_far_off, is_off, watch
-
-    if rates is None:
-        return ""
-    predicted = predict_case(Subject.of(loaded), runs, rates, law)
-    times = how_far_off(runs, predicted)
-    if not is_off(times):
-        return ""
-    return explain(runs.case, times, predicted, watch(loaded, driver, runs.case), rates)
 
 
 def _all_cases(cases: "list[Case]", trace_path: Path | None) -> "list[Case]":

@@ -7,7 +7,8 @@ shares of their experts: 24 tokens written and a prompt of 1,024 read, with unif
 are those of ``fiddler calibrate``, which runs first where it has not. Prints each error, their
 median and the worst, and writes build/bench-prediction.json after every model: the rates, and of
 each row what was asked (``demand``), every predicted term, and what was seen of the CPU's jobs and
-of PCIe, so that constants can be fitted to it elsewhere.
+of PCIe, so that constants can be fitted to it elsewhere:
+``--again FILE`` predicts its rows anew, on any machine, with the constants as they are now.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from cpu_kernels.thread_count import measured_num_threads
 from fiddler._version import __version__
 from fiddler.benchmark.cases import Case
 from fiddler.benchmark.driver import Driver, load
-from fiddler.benchmark.predicted import predict_case
+from fiddler.benchmark.predicted import predict_case, predict_demands
 from fiddler.benchmark.routing import DrawnRouting
 from fiddler.benchmark.subject import Subject
 from fiddler.benchmark.watched import how_far_off, watch
@@ -39,9 +40,11 @@ from fiddler.models.registry import parse_config
 from fiddler.models.shapes import SHAPES
 from fiddler.speed import demand_of, drawn_chances, own_rates
 from offload.calibration import Calibration, default_path
+from offload.chances import LayerChances
+from offload.demand import Demand
 from offload.hardware import probe
 from offload.machine_facts import this_machine
-from offload.machine_rates import RATES, MachineRates, to_json
+from offload.machine_rates import RATES, MachineRates, from_json, to_json
 from offload.measuring import Setting, machine_steps, measure_rates
 from offload.routing_law import Law
 from offload.units import GIB
@@ -154,6 +157,30 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
+def again(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file as they are predicted now."""
+    record = json.loads(path.read_text())
+    rates = from_json(record["rates"])
+    return [predicted_again(row, rates) for row in record["rows"]]
+
+
+def predicted_again(row: dict[str, Any], rates: MachineRates) -> dict[str, Any]:
+    """The same row with another prediction."""
+    layers = tuple(
+        LayerChances(tuple(layer["hot"]), tuple(layer["cold"])) for layer in row["demand"]["layers"]
+    )
+    demand = Demand(**{**row["demand"], "layers": layers})
+    case = next(case for case in CASES if case.name == row["test"])
+    predicted = predict_demands(case, rates, demand, demand)
+    error = predicted.seconds * 1e3 / row["measured_ms"] - 1
+    return {
+        **row,
+        "predicted_ms": predicted.seconds * 1e3,
+        "error": error,
+        "terms": predicted.to_dict(),
+    }
+
+
 def known_rates() -> MachineRates:
     """As ``fiddler calibrate`` found them, or finds them now."""
     hardware = probe()
@@ -177,6 +204,12 @@ def known_rates() -> MachineRates:
     return calibration.store(RATES, {}, rates)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Of all rows."""
+    errors = sorted(abs(row["error"]) for row in rows)
+    return f"median error {statistics.median(errors):.0%}, worst {errors[-1]:.0%}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=450, help="then no further model")
@@ -184,7 +217,13 @@ def main() -> None:
     parser.add_argument("--shares", default="0.2,0.5,0.8", help="of the experts, with commas")
     parser.add_argument("--shapes", default=",".join(LAYERS), help="with commas")
     parser.add_argument("--kinds", default=",".join(KINDS), help="with commas")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="predict its rows anew")
     options = parser.parse_args()
+    if options.again is not None:
+        rows = again(options.again)
+        print("\n".join(map(line_of, rows)))
+        print(summary(rows))
+        return
     if not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU here: this measures one")
     started = time.perf_counter()
@@ -196,7 +235,7 @@ def main() -> None:
         for shape in options.shapes.split(",")
         for share in options.shares.split(",")
     ]
-    rows: list[dict[str, Any]] = []
+    rows = []
     for model in models:
         if time.perf_counter() - started > options.seconds:
             print(f"no time left for {model}")
@@ -204,8 +243,7 @@ def main() -> None:
         rows += rows_of(model, rates, options.repetitions, "auto")
         OUTPUT.parent.mkdir(exist_ok=True)
         OUTPUT.write_text(json.dumps({"rates": to_json(rates), "rows": rows}, indent=1) + "\n")
-    errors = sorted(abs(row["error"]) for row in rows)
-    print(f"median error {statistics.median(errors):.0%}, worst {errors[-1]:.0%}")
+    print(summary(rows))
     print(f"{time.perf_counter() - started:.0f} s")
 
 

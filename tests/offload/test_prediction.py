@@ -1,12 +1,15 @@
 """Predicted times: their parts add up, and move as the machine and the plan do."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fiddler.benchmark.predicted import predict_demands
 from fiddler.config import EngineConfig
 from fiddler.errors import FiddlerError
 from fiddler.models.shapes import load_shape
@@ -14,11 +17,12 @@ from fiddler.planning import plan_model, step_tokens
 from fiddler.speed import demand_of, drawn_chances
 from offload.demand import Demand, decode_work, prefill_work
 from offload.limits import decode_limit_s
-from offload.machine_rates import MachineRates
+from offload.machine_rates import MachineRates, to_json
 from offload.prediction import predict_decode
 from offload.prefill_prediction import predict_prefill
 from offload.reference_machines import find_machine, reference_names
 from offload.routing_law import Law
+from scripts.bench.prediction import CASES, again, line_of
 
 SHAPES = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen2-57b-a14b", "olmoe-1b-7b")
 
@@ -196,3 +200,25 @@ def test_hits_save_what_they_promise() -> None:
         times.append(predict_decode(asked, H200, rows=1, depth=9).seconds)
     assert times == sorted(times, reverse=True)
     assert times[0] > 3 * times[2]
+
+
+def test_a_benchmarks_file_is_predicted_again_as_it_was(tmp_path: Path) -> None:
+    rows = []
+    asked = fitting("qwen3-30b-a3b", 24)
+    for case in CASES:
+        predicted = predict_demands(case, H200, asked, asked)
+        row = {
+            "model": "some",
+            "test": case.name,
+            "measured_ms": 100.0,
+            "demand": asdict(asked),
+            "watched": {"prompt" if case.n_prompt else "step": {"step_s": 0.1, "cpu_s": 0.0}},
+        }
+        rows.append((row, predicted))
+    path = tmp_path / "bench.json"
+    record = {"rates": to_json(H200), "rows": [row for row, _ in rows]}
+    path.write_text(json.dumps(record))
+    for found, (_, predicted) in zip(again(path), rows, strict=True):
+        assert found["predicted_ms"] == predicted.seconds * 1e3
+        assert found["error"] == pytest.approx(predicted.seconds * 10 - 1)
+        assert found["model"] in line_of(found)
