@@ -18,7 +18,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fiddler*", "offload*", "cpu_kernels*", "gpu_kernels*"]),
-    package_data={"": ["py.typed"], "fiddler": ["assets/builtin/*", "builtin_text/words.txt"]},
+    package_data={
+        "": ["py.typed"],
+        "fiddler": ["assets/builtin/*", "builtin_text/words.txt"],
+        "offload": ["machines/*.json"],
+    },
     install_requires=[
         "click>=8.1.8,<9",
         "huggingface-hub>=2.4,<3",

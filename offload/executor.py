@@ -27,6 +27,7 @@ from offload.disk_job import DiskJob
 from offload.expert_store import ExpertStore
 from offload.host_buffers import HostBuffers, HostRows
 from offload.layer_experts import LayerExperts
+from offload.prefill_record import StepRecord
 from offload.prefill_split import LEAST_TOKENS
 from offload.worker_pool import WorkerPool
 
@@ -129,6 +130,11 @@ class HybridExperts:
                 if added.hand_over is not None:
                     jobs[added.hand_over.number] = layer
         return jobs
+
+    @property
+    def prefill_record(self) -> StepRecord | None:
+        """How the last step of many tokens was divided; None where no such step is."""
+        return self._prefill.record if self._prefill is not None else None
 
     def replace_pool(self, pool: ExpertPool) -> None:
         """Go on with ``pool``; the one used before keeps what it has."""

@@ -6,8 +6,9 @@ Torch is imported only where a CUDA driver is found.
 import os
 import platform
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from fiddler.errors import ConfigError
 from offload.gpu_probe import probe_gpu
@@ -48,6 +49,19 @@ class Hardware:
     cpu_name: str
     driver: str = ""  # version of the GPU's driver, where it says
     gpu_capability: tuple[int, int] | None = None  # compute capability
+
+    def without_gpu(self) -> Self:
+        """The same machine, its GPU left aside."""
+        return replace(
+            self,
+            has_gpu=False,
+            gpu_name="",
+            vram_total_bytes=0,
+            vram_free_bytes=0,
+            cuda_context_bytes=0,
+            driver="",
+            gpu_capability=None,
+        )
 
 
 def probe(device: str = "auto") -> Hardware:

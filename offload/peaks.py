@@ -21,7 +21,7 @@ from offload.limits import GIGA, TERA, Peaks
 from offload.units import GIB, MIB
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 TIMES = 7  # measurements of each thing; the fastest counts, as a limit must not be exceeded
 CALLS = 10  # on a GPU, enqueued together: a launch takes 10 us, a read of 1 GiB 250
@@ -37,8 +37,8 @@ def measure_peaks(hardware: Hardware, *, num_threads: int, dtype: str) -> Peaks:
     ``dtype`` is that of the products, as torch calls it.
     """
     with WorkerPool(num_threads) as pool:
-        arena = _filled_arena(hardware.ram_available_bytes)
-        cpu_read_bps = arena.nbytes / _fastest_s(lambda: read(pool, arena, num_threads))
+        arena = filled_arena(hardware.ram_available_bytes)
+        cpu_read_bps = arena.nbytes / fastest_s(lambda: read(pool, arena, num_threads))
         if hardware.has_gpu:
             return _with_gpu(pool, arena, cpu_read_bps, dtype)
     return Peaks(
@@ -46,7 +46,7 @@ def measure_peaks(hardware: Hardware, *, num_threads: int, dtype: str) -> Peaks:
         joint_gbps=cpu_read_bps / GIGA,
         pcie_gbps=0.0,
         gpu_read_gbps=0.0,
-        gemm_tflops=_gemm_flops("cpu", CPU_ROWS, dtype) / TERA,
+        gemm_tflops=gemm_flops("cpu", CPU_ROWS, dtype) / TERA,
     )
 
 
@@ -56,43 +56,48 @@ def _with_gpu(
     import torch
 
     source = torch.ones(GPU_BYTES // 4, device="cuda")
-    gpu_read_s = min(_gpu_s(source.sum), _gpu_s(source.amax))
+    gpu_read_s = min(gpu_s(source.sum), gpu_s(source.amax))
     pinned = torch.ones(PINNED_BYTES // 4, pin_memory=True)
     target = source[: len(pinned)]
-    pcie_s = _gpu_s(lambda: target.copy_(pinned, non_blocking=True))
-    joint_bps = max(_joint_bps(pool, arena, pinned, target) for _ in range(TIMES))
+
+    def copy() -> None:
+        target.copy_(pinned, non_blocking=True)
+
+    pcie_s = gpu_s(copy)
+    joint_bps = max(sum(read_beside(pool, arena, copy)) for _ in range(TIMES))
     return Peaks(
         cpu_read_gbps=cpu_read_bps / GIGA,
         joint_gbps=max(joint_bps, cpu_read_bps) / GIGA,  # nobody has to use both
         pcie_gbps=PINNED_BYTES / pcie_s / GIGA,
         gpu_read_gbps=GPU_BYTES / gpu_read_s / GIGA,
-        gemm_tflops=_gemm_flops("cuda", GPU_ROWS, dtype) / TERA,
+        gemm_tflops=gemm_flops("cuda", GPU_ROWS, dtype) / TERA,
     )
 
 
-def _joint_bps(
-    pool: WorkerPool,
-    arena: npt.NDArray[np.int64],
-    pinned: "torch.Tensor",
-    target: "torch.Tensor",
-) -> float:
-    """Bytes a second that host memory gives the workers and PCIe at the same time."""
+def read_beside(
+    pool: WorkerPool, arena: npt.NDArray[np.int64], bring: Callable[[], None]
+) -> tuple[float, float]:
+    """Bytes a second that host memory gives the workers, and ``bring``, at the same time.
+
+    ``bring`` has torch's stream fetch PINNED_BYTES of pinned memory.
+    """
     import torch
 
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     num_reads = 0
     started = time.perf_counter()
     for _ in range(PULLS):
-        target.copy_(pinned, non_blocking=True)
+        bring()
     done.record()
     while not done.query():  # type: ignore[no-untyped-call]
         read(pool, arena, pool.num_threads)
         num_reads += 1
     elapsed = time.perf_counter() - started  # the last read may outlast the copies by a part of it
-    return (num_reads * arena.nbytes + PULLS * PINNED_BYTES) / elapsed
+    return num_reads * arena.nbytes / elapsed, PULLS * PINNED_BYTES / elapsed
 
 
-def _gemm_flops(device: str, rows: int, dtype: str) -> float:
+def gemm_flops(device: str, rows: int, dtype: str) -> float:
+    """Operations a second of a product of two square matrices."""
     import torch
 
     a, b = torch.randn(2, rows, rows, dtype=getattr(torch, dtype), device=device)
@@ -100,10 +105,10 @@ def _gemm_flops(device: str, rows: int, dtype: str) -> float:
     def multiply() -> object:
         return a @ b
 
-    return 2 * rows**3 / (_gpu_s(multiply) if device == "cuda" else _fastest_s(multiply))
+    return 2 * rows**3 / (gpu_s(multiply) if device == "cuda" else fastest_s(multiply))
 
 
-def _gpu_s(enqueue: Callable[[], object]) -> float:
+def gpu_s(enqueue: Callable[[], object]) -> float:
     """Seconds that one call keeps the GPU busy."""
     import torch
 
@@ -112,10 +117,10 @@ def _gpu_s(enqueue: Callable[[], object]) -> float:
             enqueue()
         torch.cuda.synchronize()
 
-    return _fastest_s(run) / CALLS
+    return fastest_s(run) / CALLS
 
 
-def _fastest_s(work: Callable[[], object]) -> float:
+def fastest_s(work: Callable[[], object]) -> float:
     """Seconds of the fastest of TIMES calls, after one that warms up."""
     work()
     seconds = []
@@ -126,7 +131,7 @@ def _fastest_s(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _filled_arena(free_bytes: int) -> npt.NDArray[np.int64]:
+def filled_arena(free_bytes: int) -> npt.NDArray[np.int64]:
     """Memory several times the caches. Written, or all its pages would be one page of zeros."""
     wanted = CACHES * (read_cache_bytes() or 64 * MIB)
     size = max(MIB, min(wanted, MAX_BYTES, free_bytes // 4))

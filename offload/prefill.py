@@ -37,8 +37,7 @@ from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.host_buffers import HostBuffers, HostRows
 from offload.popularity import Popularity
-from offload.prefill_costs import PrefillCosts
-from offload.prefill_division import Division, Ring
+from offload.prefill_division import Division, PrefillCosts, Ring
 from offload.prefill_layer import DeviceSide, LayerParts, LayerWork, Sent
 from offload.prefill_record import StepRecord
 

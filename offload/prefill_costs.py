@@ -2,9 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.times import TimeTable, measure_times
 from offload.calibration import Calibration, Quantity
 from offload.expert_stream import ExpertStream
+from offload.prefill_division import PrefillCosts
 from offload.units import MIB
 
 # Four points and the straight lines through them; the slow way with 256 tokens of a Mixtral expert
@@ -24,22 +24,6 @@ BUDGET_S = 1.0
 # Small experts are measured some at a time, as they come: the first of a layer costs more.
 CALL_BYTES = 96 * MIB
 MOST_ROUTED = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillCosts:
-    """``copy_s``: seconds of the link per expert. ``expert_s(tokens)``: of the CPU.
-
-    ``hand_over``: from how many tokens on the CPU leaves an expert to the matrix library.
-    """
-
-    copy_s: float
-    expert_s: Callable[[int], float]
-    hand_over: int | None
-
-    def hands_over(self, num_tokens: int) -> bool:
-        """Whether the CPU leaves an expert with so many tokens to the matrix library."""
-        return self.hand_over is not None and num_tokens >= self.hand_over
 
 
 def _table(found: Any) -> TimeTable:

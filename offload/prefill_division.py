@@ -1,15 +1,30 @@
 """Dividing the layers of one step: :mod:`offload.prefill_split` with this machine's times. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from offload.prefill_costs import PrefillCosts
 from offload.prefill_split import cpu_share, rows_ahead
 
 LINK_BYTES_PER_S = 50e9  # of hidden states, to the host and back
 CPU_START_S = 2e-4  # Python around a layer of the pool, which waits for its input
 HAND_OVER_S = 3e-4  # more, where experts are handed over
 BANK_S = 1.5e-4  # Python's launches for a bank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillCosts:
+    """``copy_s``: seconds of the link per expert. ``expert_s(tokens)``: of the CPU.
+
+    ``hand_over``: from how many tokens on the CPU leaves an expert to the matrix library.
+    """
+
+    copy_s: float
+    expert_s: Callable[[int], float]
+    hand_over: int | None
+
+    def hands_over(self, num_tokens: int) -> bool:
+        """Whether the CPU leaves an expert with so many tokens to the matrix library."""
+        return self.hand_over is not None and num_tokens >= self.hand_over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fiddler.benchmark.driver import Measurement
+from fiddler.benchmark.predicted import predict_case
 from fiddler.benchmark.subject import Subject
 from fiddler.benchmark.work import done_work, least_work
 from offload.limits import GIGA, Peaks
+from offload.machine_rates import MachineRates
+from offload.routing_law import parse_law
 
 Record = dict[str, Any]
 NS = 1_000_000_000
@@ -16,12 +19,13 @@ NS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What all tests of one call share."""
+    """What all tests of one call share; ``rates`` None: the machine is not calibrated."""
 
     subject: Subject
     peaks: Peaks
     routing: str
     build: str
+    rates: MachineRates | None = None
 
 
 def tokens_per_s(measured: Measurement) -> tuple[float, float]:
@@ -30,8 +34,8 @@ def tokens_per_s(measured: Measurement) -> tuple[float, float]:
     return statistics.median(rates), _stdev(rates)
 
 
-def record_of(measured: Measurement, setting: Setting) -> Record:
-    """One row as JSON types."""
+def record_of(measured: Measurement, setting: Setting, wrong: str = "") -> Record:
+    """One row as JSON types; ``wrong`` says what is wrong with its prediction, if much is."""
     subject, case = setting.subject, measured.case
     tally = measured.prompt + measured.decode
     median_ts, stddev_ts = tokens_per_s(measured)
@@ -67,7 +71,21 @@ def record_of(measured: Measurement, setting: Setting) -> Record:
         "peak_vram_bytes": measured.peak_vram_bytes,
         "limit_ts": limit_ts,
         "ratio": median_ts / limit_ts,
+        **_predicted(measured, setting),
+        "prediction_off": wrong,
         **{f"peak_{name}": value for name, value in asdict(setting.peaks).items()},
+    }
+
+
+def _predicted(measured: Measurement, setting: Setting) -> dict[str, Any]:
+    """The speed that the machine's rates promise, and its terms."""
+    if setting.rates is None:
+        return {"predicted_ts": None, "predicted_terms": None}
+    law = parse_law(setting.routing)
+    predicted = predict_case(setting.subject, measured, setting.rates, law)
+    return {
+        "predicted_ts": measured.case.num_tokens / predicted.seconds,
+        "predicted_terms": predicted.to_dict(),
     }
 
 

@@ -33,6 +33,7 @@ _COLUMNS = (
     _Column("batch", lambda r: str(r["n_parallel"]), lambda r: r["n_parallel"] > 1),
     _Column("test", lambda r: _case(r).name),
     _Column("t/s", lambda r: f"{r['median_ts']:.2f} ± {r['stddev_ts']:.2f}"),
+    _Column("predicted", lambda r: _speed(r["predicted_ts"]), lambda r: bool(r["predicted_ts"])),
     _Column("limit", lambda r: f"{r['limit_ts']:.2f}"),
     _Column("ratio", lambda r: f"{r['ratio']:.3f}"),
     _Column("GPU experts", lambda r: f"{r['n_gpu_experts']:,}", lambda r: r["n_gpu_experts"] > 0),
@@ -56,13 +57,13 @@ def as_json(records: Sequence[Record]) -> str:
 
 
 def as_csv(records: Sequence[Record]) -> str:
-    """A row each; lists are JSON, and what does not apply is empty."""
+    """A row each; lists and terms are JSON, and what does not apply is empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
     for record in records:
         writer.writerow(
-            {key: json.dumps(v) if isinstance(v, list) else v for key, v in record.items()}
+            {key: json.dumps(v) if isinstance(v, list | dict) else v for key, v in record.items()}
         )
     return out.getvalue().rstrip("\n")
 
@@ -72,7 +73,8 @@ def markdown(records: Sequence[Record]) -> str:
     columns = [column for column in _COLUMNS if any(map(column.is_shown, records))]
     cells = [[column.text(record) for column in columns] for record in records]
     table = markdown_table([column.heading for column in columns], cells, left=_LEFT)
-    return "\n".join([*table, "", _peaks_line(records[0]), _build_line(records[0])])
+    off = [record["prediction_off"] for record in records if record["prediction_off"]]
+    return "\n".join([*table, "", *off, _peaks_line(records[0]), _build_line(records[0])])
 
 
 def _peaks_line(record: Record) -> str:
@@ -94,6 +96,10 @@ def _build_line(record: Record) -> str:
 
 def _case(record: Record) -> Case:
     return Case(**{key: record[key] for key in ("n_prompt", "n_gen", "n_depth", "n_parallel")})
+
+
+def _speed(tokens_per_s: float | None) -> str:
+    return "" if tokens_per_s is None else f"{tokens_per_s:.2f}"
 
 
 def _rate(gbps: float | None) -> str:

@@ -14,7 +14,10 @@ from offload.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model as it was loaded; outlives its weights."""
+    """A model as it was loaded; outlives its weights.
+
+    ``step_tokens``: of a prompt in one step, at most.
+    """
 
     name: str
     config: ModelConfig
@@ -22,6 +25,7 @@ class Subject:
     hardware: Hardware
     plan: Plan
     num_threads: int
+    step_tokens: int
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Self:
@@ -33,6 +37,7 @@ class Subject:
             hardware=loaded.hardware,
             plan=loaded.plan,
             num_threads=loaded.num_threads,
+            step_tokens=loaded.step_tokens,
         )
 
     @property

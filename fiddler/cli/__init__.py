@@ -18,6 +18,7 @@ COMMANDS = {
     "quantize": "Make a model's experts smaller: 4 or 8 bits a weight.",
     "bench": "Measure speed beside what the machine could give.",
     "eval": "Measure how well a model predicts a text, and against a reference.",
+    "calibrate": "Measure this machine for plans and predictions.",
     "doctor": "Check this machine.",
 }
 

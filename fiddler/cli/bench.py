@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fiddler.benchmark.driver import Driver, Measurement
     from fiddler.benchmark.subject import Subject
     from fiddler.loading import LoadedModel
+    from offload.hardware import Hardware
+    from offload.machine_rates import MachineRates
     from offload.routing_law import Law
 
 ENGINE_FIELDS = (
@@ -142,8 +144,10 @@ def command(
     Tests are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128, pp512+tg128 does
     both, "@ d4096" behind 4,096 others. -p 0 or -n 0 leaves one kind out. "t/s" is the median of
     the runs. "limit" is the speed at which the weights and the KV cache could be read, or a
-    prompt's products computed, with the bandwidths of this run. --trace also writes what
-    engine, CPU workers and GPU did in one step that reads and in one that writes.
+    prompt's products computed, with the bandwidths of this run; "predicted" is what the figures
+    of fiddler calibrate promise, and a line below says what is wrong where that is far off.
+    --trace also writes what engine, CPU workers and GPU did in one step that reads and in one that
+    writes.
     """
     from fiddler.benchmark.build import build_commit
     from fiddler.benchmark.cases import make_cases
@@ -168,13 +172,25 @@ def command(
         max_num_seqs=max(case.n_parallel for case in cases),
         **engine,
     )
-    subject, measurements = _measure(settings, cases, law, repetitions, trace_path)
+    subject, rates, measured = _measure(settings, cases, law, repetitions, trace_path)
     note("measuring what the machine could give")
     peaks = measure_peaks(
         subject.hardware, num_threads=subject.num_threads, dtype=subject.dtypes.compute
     )
-    setting = Setting(subject=subject, peaks=peaks, routing=routing, build=build_commit())
-    click.echo(render([record_of(measured, setting) for measured in measurements], output))
+    setting = Setting(
+        subject=subject, peaks=peaks, routing=routing, build=build_commit(), rates=rates
+    )
+    click.echo(render([record_of(runs, setting, wrong) for runs, wrong in measured], output))
+
+
+def _known_rates(hardware: "Hardware") -> "MachineRates | None":
+    """What this machine has been measured as; says why there is nothing, if so."""
+    from fiddler.speed import own_rates
+
+    rates, why_not = own_rates(hardware)
+    if rates is None:
+        note(f"no predictions: {why_not}; fiddler calibrate measures it")
+    return rates
 
 
 def _measure(
@@ -183,26 +199,32 @@ def _measure(
     law: "Law | None",
     repetitions: int,
     trace_path: Path | None,
-) -> "tuple[Subject, list[Measurement]]":
-    """The model is gone when this returns, so the machine can be measured in its memory."""
+) -> "tuple[Subject, MachineRates | None, list[tuple[Measurement, str]]]":
+    """Each test's runs, and what is wrong with what the rates predict of them if much is.
+
+    The model is gone when this returns, so the machine can be measured in its memory.
+    """
     from fiddler.benchmark.driver import Driver
     from fiddler.benchmark.record import tokens_per_s
     from fiddler.benchmark.routing import DrawnRouting
     from fiddler.benchmark.subject import Subject
+    from fiddler.benchmark.watched import what_is_wrong
 
     loaded = _load(settings, _all_cases(cases, trace_path))
-    measurements: list[Measurement] = []
+    rates = _known_rates(loaded.hardware)
+    measured: list[tuple[Measurement, str]] = []
     with loaded.resources:
         config, seed = loaded.files.config, settings.seed
         routing = None if law is None else DrawnRouting(law, config, seed=seed)
         driver = Driver(loaded, routing=routing, seed=seed)
         for case in cases:
-            measurements.append(driver.measure(case, repetitions))
-            median, deviation = tokens_per_s(measurements[-1])
+            runs = driver.measure(case, repetitions)
+            measured.append((runs, what_is_wrong(loaded, driver, runs, rates, law)))
+            median, deviation = tokens_per_s(runs)
             note(f"{case.name}, batch {case.n_parallel}: {median:.2f} ± {deviation:.2f} tok/s")
         if trace_path is not None:
             _write_trace(loaded, driver, cases, trace_path)
-    return Subject.of(loaded), measurements
+    return Subject.of(loaded), rates, measured
 
 
 def _all_cases(cases: "list[Case]", trace_path: Path | None) -> "list[Case]":

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -39,8 +40,9 @@ def as_sentences(*, debug: bool) -> Iterator[None]:
     """Turn what escapes a command into a :class:`Sentence` or an exit code.
 
     click's own errors and a closed pipe pass through: click ends both quietly. With ``debug``
-    every other error passes too, so Python prints its traceback.
+    every other error passes too, so Python prints its traceback. Warnings are sentences as well.
     """
+    warnings.formatwarning = _warning
     try:
         yield
     except KeyboardInterrupt:
@@ -51,6 +53,11 @@ def as_sentences(*, debug: bool) -> Iterator[None]:
         if debug or is_closed_pipe(error):
             raise
         raise sentence(error) from None
+
+
+def _warning(message: Warning | str, *where: object, **more: object) -> str:
+    """As a person reads it: not where in the sources it was given."""
+    return f"{styled('warning:', fg='yellow', bold=True)} {message}\n"
 
 
 def is_closed_pipe(error: Exception) -> bool:

@@ -15,6 +15,8 @@ from fiddler.errors import ConfigError, FiddlerError
 
 if TYPE_CHECKING:
     from fiddler.hub import ModelMetadata
+    from fiddler.speed import RatesHere
+    from offload.hardware import Hardware
 
 PLAN_FIELDS = {
     "vram_gb",
@@ -42,32 +44,48 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("model", required=False)
 @click.option("--shape", metavar="NAME", help="A named shape instead of a model.")
 @plan_options
+@click.option(
+    "--hardware",
+    "machine_name",
+    metavar="FILE|NAME",
+    help="Plan for another machine: a file of fiddler calibrate --output, h200-16core, or "
+    "rtx4090-ddr5.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(model: str | None, shape: str | None, as_json: bool, **options: Any) -> None:
-    """Show what would run where, without loading the model.
+def command(
+    model: str | None,
+    shape: str | None,
+    machine_name: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Show what would run where and how fast, without loading the model.
 
     MODEL is 'builtin', a folder, or ORG/NAME[@REVISION] on the hub, of which only the small files
-    are downloaded.
+    are downloaded. Speeds are predicted from what fiddler calibrate has measured here, or from a
+    machine that is like this one; the plan says from which.
     """
     given = {name: value for name, value in options.items() if value not in (None, False)}
-    facts = _facts(model, shape, given)
+    facts = _facts(model, shape, machine_name, given)
     if as_json:
         click.echo(json.dumps(_record(facts)))
     else:
         print_plan(facts, output_console())
 
 
-def _facts(model: str | None, shape: str | None, options: dict[str, Any]) -> PlanFacts:
+def _facts(
+    model: str | None, shape: str | None, machine_name: str | None, options: dict[str, Any]
+) -> PlanFacts:
     from fiddler.models.registry import load_config
     from fiddler.models.shapes import load_shape
-    from fiddler.planning import plan_model
-    from offload.hardware import probe
+    from fiddler.planning import plan_model, step_tokens
+    from fiddler.speed import demand_of, predict_speeds
 
     settings = EngineConfig(model=_one_of(model, shape), **options)
     found = None if shape else _fetch_metadata(settings)
     folder = found.folder if found else None
     config = load_config(folder.path) if folder else load_shape(settings.model)
-    hardware = probe(settings.device)
+    hardware, used = _machine(machine_name, settings.device)
     plan, dtypes = plan_model(
         settings,
         config,
@@ -75,6 +93,7 @@ def _facts(model: str | None, shape: str | None, options: dict[str, Any]) -> Pla
         name=folder.name if folder else settings.model,
         folder=folder.path if folder else None,
     )
+    demand = demand_of(config, dtypes, plan, step_tokens=step_tokens(settings, config, hardware))
     return PlanFacts(
         name=folder.name if folder else settings.model,
         revision=folder.revision if folder else None,
@@ -83,7 +102,28 @@ def _facts(model: str | None, shape: str | None, options: dict[str, Any]) -> Pla
         dtypes=dtypes,
         hardware=hardware,
         plan=plan,
+        speeds=predict_speeds(demand, used, plan.context_tokens),
     )
+
+
+def _machine(name: str | None, device: str) -> "tuple[Hardware, RatesHere]":
+    """What to plan for, and the rates to predict with."""
+    from fiddler.speed import RatesHere, rates_for
+    from offload.hardware import probe
+    from offload.reference_machines import find_machine
+
+    if name is None:
+        hardware = probe(device)
+        return hardware, rates_for(hardware)
+    machine = find_machine(name)
+    hardware = machine.hardware
+    if device == "cuda" and not hardware.has_gpu:
+        raise ConfigError(
+            f"CUDA was asked for, but {machine.name} has no GPU", hint="leave out --device"
+        )
+    if device == "cpu":
+        hardware = hardware.without_gpu()
+    return hardware, RatesHere(rates=machine.rates, name=machine.name, origin=machine.origin)
 
 
 def _one_of(model: str | None, shape: str | None) -> str:
@@ -128,4 +168,5 @@ def _record(facts: PlanFacts) -> dict[str, Any]:
         "kv_dtype": facts.dtypes.kv,
         "hardware": dataclasses.asdict(facts.hardware),
         "plan": facts.plan.to_dict(),
+        "speeds": facts.speeds.to_dict() if facts.speeds is not None else None,
     }

@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from fiddler.speed import RatesHere, Speeds
+
 GPU_HEADING = {GpuSide.CUDA: "GPU", GpuSide.EMULATED: "GPU side", GpuSide.NONE: "RAM"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFacts:
-    """A plan with what it was made from; ``missing_bytes`` of the weights are still on the hub."""
+    """A plan with what it was made from; ``missing_bytes`` of the weights are still on the hub.
+
+    ``speeds`` None: nothing is predicted.
+    """
 
     name: str
     revision: str | None
@@ -27,10 +32,11 @@ class PlanFacts:
     dtypes: Dtypes
     hardware: Hardware
     plan: Plan
+    speeds: "Speeds | None" = None
 
 
 def print_plan(facts: PlanFacts, console: "Console") -> None:
-    """Print two lines of facts, two tables and the notes."""
+    """Print two lines of facts, two tables, what to expect and the notes."""
     console.print(_model_line(facts), style="bold")
     console.print(_machine_line(facts))
     console.print()
@@ -111,10 +117,38 @@ def _closing_lines(facts: PlanFacts) -> list[str]:
     lines = [f"Context of one request: {plan.context_tokens:,} tokens"]
     if plan.gpu_side is not GpuSide.NONE:
         lines += _placement_lines(facts)
+    if facts.speeds is not None:
+        lines += _speed_lines(facts.speeds)
     notes = list(plan.notes)
     if facts.missing_bytes:
         notes.append(f"{size_text(facts.missing_bytes)} are still to be downloaded: fiddler pull")
     return [*lines, *(f"- {note}" for note in notes)]
+
+
+def _speed_lines(speeds: "Speeds") -> list[str]:
+    decode, prefill = 1 / speeds.decode.seconds, speeds.num_tokens / speeds.prefill.seconds
+    most_decode = 1 / speeds.decode_limit_s
+    most_prefill = speeds.num_tokens / speeds.prefill_limit_s
+    return [
+        f"Predicted decode: {_rate(decode)} tok/s (limit {_rate(most_decode)})",
+        f"Predicted prompt of {speeds.num_tokens:,} tokens: {_rate(prefill)} tok/s "
+        f"(limit {_rate(most_prefill)})",
+        *_rates_lines(speeds.rates),
+    ]
+
+
+def _rates_lines(used: "RatesHere") -> list[str]:
+    """Whose rates they are."""
+    if not used.name:
+        return []
+    lines = [f"- by the rates of {used.name}: {used.origin}"]
+    if used.why_not_own:
+        lines.append(f"- {used.why_not_own}: fiddler calibrate")
+    return lines
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}"
 
 
 def _placement_lines(facts: PlanFacts) -> list[str]:

@@ -8,9 +8,10 @@ from fiddler._version import __version__
 from fiddler.loading.ground import Ground
 from fiddler.loading.opened import OpenedWeights
 from fiddler.models.weights import load_expert_into
-from offload.calibration import Calibration, default_folder, machine_facts
+from offload.calibration import Calibration, default_path
 from offload.executor import HybridExperts
 from offload.expert_store import ExpertShape, ExpertStore, FillExpert
+from offload.machine_facts import this_machine
 
 _log = logging.getLogger("fiddler.loading")
 
@@ -35,7 +36,7 @@ def load_experts(ground: Ground, weights: OpenedWeights) -> HybridExperts:
         prefill = make_prefill(
             store,
             ground.keeper.pool,
-            Calibration(default_folder(), machine_facts(ground.hardware, __version__)),
+            Calibration(default_path(), this_machine(ground.hardware, __version__)),
             ground.plan.popularity,
             num_slots=ground.plan.staging_slots,
             device=ground.device,

@@ -33,7 +33,10 @@ from offload.pool_keeper import PoolKeeper
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A running engine and what must be given back when it ends."""
+    """A running engine and what must be given back when it ends.
+
+    ``step_tokens``: of a prompt in one step, at most.
+    """
 
     files: ModelFiles
     hardware: Hardware
@@ -44,6 +47,7 @@ class LoadedModel:
     experts: HybridExperts
     pages: PagePool
     num_threads: int
+    step_tokens: int
     peak_vram_bytes: Callable[[], int]
     resources: ExitStack
 
@@ -107,6 +111,7 @@ def load_model(
             experts=experts,
             pages=pages,
             num_threads=keeper.pool.num_threads,
+            step_tokens=num_tokens,
             peak_vram_bytes=vram_meter(plan, device),
             resources=resources.pop_all(),
         )

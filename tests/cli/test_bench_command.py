@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from fiddler.cli import cli
 from fiddler.models.shapes import SHAPES
 from offload.limits import Peaks
+from offload.reference_machines import find_machine
 from tests.timelines import assert_nested, rows_of
 
 LLAMA_BENCH = {
@@ -26,7 +27,7 @@ OURS = {
     *("n_parallel", "routing", "placement", "n_gpu_experts", "hit_rate", "routing_entropy"),
     *("median_ts", "cpu_gbps", "gpu_gbps", "peak_vram_bytes", "limit_ts", "ratio"),
     *("peak_cpu_read_gbps", "peak_joint_gbps", "peak_pcie_gbps", "peak_gpu_read_gbps"),
-    "peak_gemm_tflops",
+    *("peak_gemm_tflops", "predicted_ts", "predicted_terms", "prediction_off"),
 }
 NS = 1_000_000_000
 NO_GPU = {"joint_gbps": 10.0, "pcie_gbps": 0.0, "gpu_read_gbps": 0.0}
@@ -119,6 +120,34 @@ def test_runs_of_one_seed_route_alike(routing: str) -> None:
         return *(row["routing_entropy"] for row in rows), *(row["hit_rate"] for row in rows)
 
     assert routed("1") == routed("1") != routed("2")
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_without_a_calibration_nothing_is_predicted_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("offload.calibration.cache_file", lambda: tmp_path / "cpu.json")
+    done = run("-p", "8", "-n", "0", "-r", "1")
+    assert "no predictions: this machine is not calibrated; fiddler calibrate" in done.stderr
+    assert "predicted" not in done.stdout
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_predictions_are_sums_of_terms_and_a_wrong_one_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """This machine's rates are taken to be a server's: its tests must be slower than that."""
+    rates = find_machine("h200-16core").rates
+    monkeypatch.setattr("fiddler.speed.own_rates", lambda hardware: (rates, ""))
+    prompt, decode = records(*SMALL, "--vram-gb", "0.05", "--routing", "uniform")
+    for row, kind, other, runs in ((prompt, "prompt", "step", 8), (decode, "step", "prompt", 1)):
+        seconds = sum(term["seconds"] for term in row["predicted_terms"][kind])
+        assert row["predicted_ts"] == pytest.approx(runs / seconds)
+        assert row["predicted_terms"][other] == []
+        assert row["prediction_off"].startswith(("pp8, batch 1, took ", "tg4, batch 1, took "))
+        assert " ms a step, " in row["prediction_off"]
+    table = run(*SMALL, "--vram-gb", "0.05").stdout
+    assert "| predicted |" in table and "tg4, batch 1, took " in table
 
 
 @pytest.mark.usefixtures("known_peaks")

@@ -1,14 +1,22 @@
 """``fiddler plan`` as a user runs it: tables, JSON, refusals; a made-up machine below."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import fiddler.speed
+from fiddler._version import __version__
 from fiddler.cli import cli
 from fiddler.hub import ModelFolder, ModelMetadata
+from offload.calibration import Calibration, default_path
 from offload.hardware import Hardware
+from offload.machine_facts import this_machine
+from offload.machine_rates import RATES, MachineRates, to_json
+from offload.reference_machines import find_machine, machine_of, record_of, reference_names
 
 GIB = 1 << 30
 
@@ -26,18 +34,23 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         physical_cores=8,
         cpu_name="Test CPU",
     )
-    monkeypatch.setattr("offload.hardware.probe", lambda device: machine)
+    set_machine(monkeypatch, machine)
+
+
+def set_machine(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
+    for module in ("offload.hardware", "fiddler.speed"):
+        monkeypatch.setattr(f"{module}.probe", lambda device: machine)
 
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["plan", *arguments])
 
 
-def test_a_shape_is_planned_in_25_lines_that_fit_a_terminal() -> None:
+def test_a_shape_is_planned_in_30_lines_that_fit_a_terminal() -> None:
     done = run("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--context", "8192")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert len(lines) <= 25
+    assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
     words = " ".join(done.stdout.split())
     assert "qwen3-30b-a3b: 48 layers, 128 experts, 8 for each token; bfloat16" in words
@@ -58,7 +71,7 @@ def test_the_context_is_told_without_a_gpu_side_too(monkeypatch: pytest.MonkeyPa
         physical_cores=8,
         cpu_name="Test CPU",
     )
-    monkeypatch.setattr("offload.hardware.probe", lambda device: machine)
+    set_machine(monkeypatch, machine)
     done = run("--shape", "olmoe-1b-7b", "--context", "2048")
     assert done.exit_code == 0, done.output
     assert "Context of one request: 2,048 tokens" in done.stdout
@@ -86,7 +99,7 @@ def test_what_ram_has_no_room_for_is_shown_on_disk() -> None:
     options = ("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--ram-gb", "16")
     done = run(*options)
     lines = done.stdout.splitlines()
-    assert len(lines) <= 28 and max(map(len, lines)) <= 80, done.stdout
+    assert len(lines) <= 32 and max(map(len, lines)) <= 80, done.stdout
     plan = json.loads(run(*options, "--json").stdout)["plan"]
     on_gpu, in_ram = (sum(map(len, plan[name])) for name in ("placement", "cached"))
     assert in_ram == 16 * GIB // (3 * 2048 * 768 * 2)
@@ -130,6 +143,8 @@ def test_a_hub_model_is_planned_from_its_metadata(
         (("--shape", "mixtral-8x7b", "--ram-gb", "0.1"), "of RAM, but 102 MiB may be used"),
         (("--shape", "mixtral-8x7b", "--context", "40000"), "the model's ends at 32,768"),
         (("--shape", "mixtral-8x7b", "--profile", "/none"), "cannot be read: No such file"),
+        (("--shape", "mixtral-8x7b", "--hardware", "rtx409"), "did you mean 'rtx4090-ddr5'?"),
+        (("--shape", "mixtral-8x7b", "--hardware", "README.md"), "cannot be used as a machine"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
@@ -137,3 +152,90 @@ def test_what_cannot_be_planned_is_one_sentence(arguments: tuple[str, ...], sent
     assert done.exit_code == 1
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+# --- speeds ---
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("offload.calibration.cache_file", lambda: tmp_path / "cpu.json")
+    return tmp_path / "calibration.json"
+
+
+def keep(rates: MachineRates, **other: str) -> None:
+    """As measured on this machine, or on one that differs in ``other``."""
+    machine = this_machine(fiddler.speed.probe("auto"), __version__)
+    machine = replace(machine, hardware={**machine.hardware, **other})
+    Calibration(default_path(), machine).store(RATES, {}, rates)
+
+
+OPTIONS = ("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--context", "8192")
+H200 = find_machine("h200-16core")
+
+
+def test_speeds_stand_beside_their_limits_and_say_whose_they_are(cache: Path) -> None:
+    done = run(*OPTIONS)
+    assert "- by the rates of rtx4090-ddr5: composed from published figures" in done.stdout
+    assert "- this machine is not calibrated: fiddler calibrate" in done.stdout
+    keep(H200.rates)
+    done = run(*OPTIONS)
+    assert "Predicted decode: 3" in done.stdout and "calibrate" not in done.stdout
+    assert "by the rates" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+    speeds = json.loads(run(*OPTIONS, "--json").stdout)["speeds"]
+    assert speeds["machine"] == "this machine" and speeds["num_tokens"] == 1024
+    for name, tokens in (("decode", 1), ("prefill", 1024)):
+        terms = sum(term["seconds"] for term in speeds[name]["terms"])
+        assert speeds[name]["tokens_per_s"] == pytest.approx(tokens / terms)
+        assert speeds[name]["limit"] > 0
+
+
+def test_a_calibration_of_another_machine_is_not_taken_for_ones_own(cache: Path) -> None:
+    keep(H200.rates, cpu_name="Other CPU")
+    done = run(*OPTIONS, "--json")
+    speeds = json.loads(done.stdout)["speeds"]
+    assert speeds["machine"] == "rtx4090-ddr5"
+    assert speeds["why_not_this_machine"].endswith("of another machine (Other CPU with Test GPU)")
+
+
+def test_a_damaged_calibration_is_said(cache: Path) -> None:
+    cache.write_text("{")
+    with pytest.warns(RuntimeWarning, match=r"calibration.json cannot be used"):
+        done = run(*OPTIONS)
+    assert done.exit_code == 0 and "this machine is not calibrated" in done.stdout
+
+
+def test_a_plan_for_another_machine(cache: Path, tmp_path: Path) -> None:
+    done = run("--shape", "mixtral-8x7b", "--hardware", "rtx4090-ddr5")
+    assert done.exit_code == 0, done.output
+    assert "NVIDIA GeForce RTX 4090, 23.0 GiB of VRAM" in done.stdout
+    assert "by the rates of rtx4090-ddr5" in done.stdout and "calibrate" not in done.stdout
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(record_of(replace(H200, name="mine", origin="made up"))))
+    done = run("--shape", "mixtral-8x7b", "--hardware", str(path), "--vram-gb", "24")
+    assert "NVIDIA H200, 24.0 GiB" in done.stdout and "rates of mine: made up" in done.stdout
+    done = run("--shape", "mixtral-8x7b", "--hardware", str(path), "--device", "cpu")
+    assert "RAM" in done.stdout and "NVIDIA" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"format": 2}, {"rates": {}}, {"hardware": {}}, {"hardware": None}, {"name": None}),
+        {"rates": to_json(replace(H200.rates, times=H200.rates.times[:2]))},
+    ],
+)
+def test_a_damaged_machine_is_one_sentence(tmp_path: Path, damage: dict[str, Any]) -> None:
+    path = tmp_path / "mine.json"
+    record = record_of(H200) | damage
+    path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    done = run("--shape", "mixtral-8x7b", "--hardware", str(path))
+    assert done.exit_code == 1 and "cannot be used as a machine" in done.stderr
+    assert "fiddler calibrate --output" in done.stderr
+
+
+@pytest.mark.parametrize("name", reference_names())
+def test_shipped_machines_are_what_they_say(name: str) -> None:
+    machine = find_machine(name)
+    assert machine.name == name and machine.origin and machine.rates.has_gpu
+    assert machine_of(json.loads(json.dumps(record_of(machine)))) == machine

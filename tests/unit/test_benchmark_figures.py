@@ -9,12 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.benchmark.cases import Case, make_cases
+from fiddler.benchmark.driver import Measurement
+from fiddler.benchmark.predicted import NOTHING, CasePrediction
 from fiddler.benchmark.report import as_csv, markdown
 from fiddler.benchmark.tally import Tally
+from fiddler.benchmark.watched import Watched, explain, how_far_off, is_off
 from fiddler.benchmark.work import prompt_flops, seen_tokens
 from fiddler.errors import ConfigError
 from fiddler.models.registry import parse_config
 from offload.placement import Placement
+from offload.prediction import Prediction, Term
+from offload.reference_machines import find_machine
 
 PLACEMENT = Placement.of([{0, 1}, {2}])
 
@@ -199,6 +204,9 @@ def record(**changes: object) -> dict[str, object]:
         "peak_vram_bytes": 0,
         "limit_ts": 5000.0,
         "ratio": 0.2469,
+        "predicted_ts": None,
+        "predicted_terms": None,
+        "prediction_off": "",
         "peak_cpu_read_gbps": 100.04,
         "peak_joint_gbps": 120.0,
         "peak_pcie_gbps": 0.0,
@@ -249,3 +257,69 @@ def test_csv_keeps_lists_and_leaves_empty_what_does_not_apply() -> None:
     cells = dict(zip(head.split(","), row.replace('"[1, 2]"', "lists").split(","), strict=True))
     assert cells["samples_ns"] == "lists"
     assert cells["cpu_gbps"] == ""
+
+
+# --- predictions ---
+
+
+def test_a_prediction_stands_beside_what_was_reached_and_what_is_wrong_below() -> None:
+    head = markdown([record()]).splitlines()[0]
+    assert "predicted" not in head
+    lines = markdown([record(), record(predicted_ts=2345.6, prediction_off="pp512 is off")])
+    head, _, first, second, _, off, *_ = lines.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in (head, first, second)]
+    at = cells[0].index("predicted")
+    assert cells[0][at - 1 : at + 2] == ["t/s", "predicted", "limit"]
+    assert [row[at] for row in cells[1:]] == ["", "2345.60"] and off == "pp512 is off"
+
+
+STEP = Prediction(
+    (
+        Term("GPU dense", 2e-3, 2e-3),
+        Term("cold experts, CPU", 10e-3, 10e-3),
+        Term("cold experts, pulled", 0.0, 8e-3),
+    )
+)
+PROMPT = Prediction((Term("cold experts, PCIe", 0.5, 0.5), Term("cold experts, CPU", 0.0, 0.3)))
+RATES = find_machine("h200-16core").rates  # PCIe brings 55.3 GB/s
+
+
+@pytest.mark.parametrize(
+    ("step_s", "cpu_s", "said"),
+    [
+        (22e-3, 20e-3, "the CPU's experts took 20 ms a step, 10 foreseen"),
+        (22e-3, 11e-3, "all else took 11 ms a step, 2 foreseen"),
+    ],
+)
+def test_the_worst_term_of_decoding_is_named(step_s: float, cpu_s: float, said: str) -> None:
+    seen = {"step": Watched(num_steps=8, step_s=step_s, cpu_s=cpu_s, sent_bytes=0.0)}
+    predicted = CasePrediction(prompt=NOTHING, step=STEP, num_steps=8)
+    case = Case(n_prompt=0, n_gen=8, n_depth=0, n_parallel=2)
+    line = explain(case, 1.83, predicted, seen, RATES)
+    assert line == f"tg8, batch 2, took 1.83 times as long as predicted: {said}"
+
+
+def test_a_slow_link_is_named() -> None:
+    seen = {"prompt": Watched(num_steps=1, step_s=1.0, cpu_s=0.31, sent_bytes=0.5 * 55.3e9)}
+    predicted = CasePrediction(prompt=PROMPT, step=NOTHING, num_steps=0)
+    case = Case(n_prompt=512, n_gen=0, n_depth=0, n_parallel=1)
+    said = "PCIe brought 27.6 GB/s, 55.3 when it was measured"
+    assert explain(case, 2.0, predicted, seen, RATES).endswith(f"as predicted: {said}")
+
+
+def test_a_quarter_is_what_is_borne() -> None:
+    assert not is_off(1.24) and not is_off(0.76) and is_off(1.26) and is_off(0.74)
+    case = Case(n_prompt=0, n_gen=8, n_depth=0, n_parallel=1)
+    predicted = CasePrediction(prompt=NOTHING, step=STEP, num_steps=8)
+    tally = Tally(1, 1)
+    measured = Measurement(
+        case=case,
+        started="",
+        samples_ns=[48_000_000, 192_000_000, 960_000_000],
+        prompt=tally,
+        decode=tally,
+        peak_vram_bytes=0,
+    )
+    assert how_far_off(measured, predicted) == pytest.approx(192 / 96)
+    line = explain(case, 0.5, predicted, {}, RATES)
+    assert "took 0.50 times the time predicted: nothing was seen" in line

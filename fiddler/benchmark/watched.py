@@ -1,0 +1,160 @@
+"""One more run of a test, watched from outside: which part of its prediction is wrong.
+
+What the CPU workers take is seen at their words (:mod:`fiddler.benchmark.bell_log`); the rest of a
+step is the GPU's, or the link's. A prompt says how many experts it had sent over PCIe.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from cpu_kernels.expert_pool import ExpertPool
+from fiddler.benchmark.bell_log import BellLog, job_spans
+from fiddler.benchmark.cases import Case
+from fiddler.benchmark.driver import Driver, Measurement
+from fiddler.benchmark.predicted import CasePrediction, predict_case
+from fiddler.benchmark.subject import Subject
+from fiddler.benchmark.timeline import Span, within
+from fiddler.loading import LoadedModel
+from offload.limits import GIGA
+from offload.machine_rates import MachineRates
+from offload.prediction import Prediction
+from offload.routing_law import Law
+
+MOST_OFF = 0.25
+NS = 1_000_000_000
+CPU_TERMS = ("cold experts, CPU", "experts")
+LINK_TERM = "cold experts, PCIe"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watched:
+    """Means of steps of a kind: their seconds, those of CPU jobs in them, and what PCIe brought."""
+
+    num_steps: int
+    step_s: float
+    cpu_s: float
+    sent_bytes: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def what_is_wrong(
+    loaded: LoadedModel,
+    driver: Driver,
+    measured: Measurement,
+    rates: MachineRates | None,
+    law: Law | None,
+) -> str:
+    """What is wrong with a prediction that is far off, from one more run; else nothing.
+
+    ``rates`` None: nothing is predicted.
+    """
+    if rates is None:
+        return ""
+    predicted = predict_case(Subject.of(loaded), measured, rates, law)
+    times = how_far_off(measured, predicted)
+    if not is_off(times):
+        return ""
+    case = measured.case
+    return explain(case, times, predicted, watch(loaded, driver, case), rates)
+
+
+def how_far_off(measured: Measurement, predicted: CasePrediction) -> float:
+    """The median run's time in units of the predicted one."""
+    return statistics.median(measured.samples_ns) / NS / predicted.seconds
+
+
+def is_off(times: float) -> bool:
+    """Whether a run took so many times as long as predicted that it is worth a word."""
+    return abs(times - 1) > MOST_OFF
+
+
+def watch(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Watched]:
+    """Run ``case`` once more; what its steps were, under ``prompt`` and ``step`` (of decoding)."""
+    pool = loaded.experts.pool
+    assert isinstance(pool, ExpertPool)
+    bells = BellLog(pool.workers.words, pool.num_threads)
+    steps: list[tuple[str, Span, float]] = []
+    with ExitStack() as log:
+        for number, is_reading in enumerate(driver.walk(case, run=0)):
+            if number == 0:  # what has filled the cache before it is not of interest
+                log.enter_context(bells)
+            began_ns = time.perf_counter_ns()
+            loaded.engine.step()
+            if loaded.hardware.has_gpu:
+                torch.cuda.synchronize()
+            kind = "prompt" if is_reading else "step"
+            span = Span(
+                process="engine",
+                thread="steps",
+                name=kind,
+                begin_ns=began_ns,
+                end_ns=time.perf_counter_ns(),
+            )
+            record = loaded.experts.prefill_record if is_reading else None
+            sent = record.sent_experts * loaded.experts.store.expert_bytes if record else 0
+            steps.append((kind, span, float(sent)))
+    spans = job_spans(bells.looks, {})
+    jobs = [s for s in spans if s.thread == "jobs" and not s.name.startswith("phase")]
+    kinds = {kind for kind, _, _ in steps}
+    return {kind: _mean([(s, sent) for k, s, sent in steps if k == kind], jobs) for kind in kinds}
+
+
+def explain(
+    case: Case,
+    times: float,
+    predicted: CasePrediction,
+    watched: dict[str, Watched],
+    rates: MachineRates,
+) -> str:
+    """In one line, how far off the prediction is and what it has wrong most."""
+    slower = f"{times:.2f} times as long as" if times > 1 else f"{times:.2f} times the time"
+    wrong = [
+        _wrong(watched[kind], prediction, rates)
+        for kind, prediction in (("prompt", predicted.prompt), ("step", predicted.step))
+        if kind in watched and prediction.terms
+    ]
+    _, text = max(wrong, default=(0.0, "nothing was seen of its steps"))
+    return f"{case.name}, batch {case.n_parallel}, took {slower} predicted: {text}"
+
+
+def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[float, str]:
+    """By how many seconds of all such steps the worst term is off, and what it is."""
+    cpu_s = sum(foreseen.term(name).busy_s for name in CPU_TERMS)
+    sides = [(abs(seen.cpu_s - cpu_s), _text("the CPU's experts", seen.cpu_s, cpu_s))]
+    link = foreseen.term(LINK_TERM)
+    if link.seconds and seen.sent_bytes:
+        gbps = seen.sent_bytes / seen.step_s / GIGA
+        known = rates.peaks.pcie_gbps
+        text = f"PCIe brought {gbps:.1f} GB/s, {known:.1f} when it was measured"
+        sides.append((seen.step_s - seen.sent_bytes / (known * GIGA), text))
+    else:
+        rest_s = seen.step_s - seen.cpu_s
+        hidden_s = sum(foreseen.term(name).seconds for name in CPU_TERMS)
+        foreseen_s = foreseen.seconds - hidden_s
+        sides.append((abs(rest_s - foreseen_s), _text("all else", rest_s, foreseen_s)))
+    off_s, text = max(sides)
+    return off_s * seen.num_steps, text
+
+
+def _text(what: str, seen_s: float, foreseen_s: float) -> str:
+    return f"{what} took {seen_s * 1e3:.3g} ms a step, {foreseen_s * 1e3:.3g} foreseen"
+
+
+def _mean(steps: Sequence[tuple[Span, float]], jobs: Sequence[Span]) -> Watched:
+    seconds = [(span.end_ns - span.begin_ns) / NS for span, _ in steps]
+    busy = [sum(j.end_ns - j.begin_ns for j in within(jobs, span)) / NS for span, _ in steps]
+    return Watched(
+        num_steps=len(steps),
+        step_s=statistics.mean(seconds),
+        cpu_s=statistics.mean(busy),
+        sent_bytes=statistics.mean(sent for _, sent in steps),
+    )

@@ -1,0 +1,118 @@
+"""``fiddler calibrate``: how fast this machine is, measured once, for plans and predictions."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fiddler.cli.console import note
+
+if TYPE_CHECKING:
+    from offload.machine_rates import MachineRates
+    from offload.reference_machines import ReferenceMachine
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the figures for fiddler plan --hardware.",
+)
+def command(as_json: bool, output: Path | None) -> None:
+    """Measure this machine: memory, CPU kernels, PCIe, GPU, disk.
+
+    Takes less than a minute and keeps the figures in the user's cache, from which plan and bench
+    predict speeds. The machine should have nothing else to do meanwhile.
+    """
+    from offload.reference_machines import record_of
+
+    if output is not None and not output.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+    started = time.perf_counter()
+    machine = _measure()
+    note(f"measured in {time.perf_counter() - started:.0f} s")
+    if output is not None:
+        output.write_text(json.dumps(record_of(machine), indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(record_of(machine), indent=1))
+    else:
+        click.echo("\n".join(lines_of(machine.rates)))
+
+
+def _measure() -> "ReferenceMachine":
+    from cpu_kernels.thread_count import measured_num_threads
+    from fiddler._version import __version__
+    from offload.calibration import Calibration, default_path
+    from offload.hardware import probe
+    from offload.machine_facts import this_machine
+    from offload.machine_rates import RATES
+    from offload.measuring import Setting, machine_steps, measure_rates
+    from offload.reference_machines import ReferenceMachine
+
+    hardware = probe()
+    setting = Setting(
+        hardware=hardware,
+        num_threads=measured_num_threads(),
+        dtype="bfloat16" if hardware.has_gpu else "float32",
+        folder=default_path().parent,
+    )
+    if not hardware.has_gpu:
+        note("no GPU here: nothing of one is measured")
+    rates = measure_rates(
+        setting, machine_steps(), lambda title, number, of: note(f"{number} of {of}: {title}")
+    )
+    machine = this_machine(hardware, __version__)
+    calibration = Calibration(default_path(), machine)
+    calibration.store(RATES, {}, rates)
+    return ReferenceMachine(
+        name=machine.name,
+        origin=f"measured by fiddler {__version__}",
+        hardware=hardware,
+        rates=rates,
+    )
+
+
+def lines_of(rates: "MachineRates") -> list[str]:
+    """The figures in the words of a table; what was not measured is left out or said."""
+    peaks = rates.peaks
+    rows = {
+        "CPU reads": f"{peaks.cpu_read_gbps:.1f} GB/s, {rates.num_threads} workers",
+        **_gpu_rows(rates),
+        "products": f"{peaks.gemm_tflops:.3g} TFLOP/s",
+        "torch on the CPU": f"{rates.call_s * 1e6:.1f} us a call, {rates.cpu_tflops:.3g} TFLOP/s",
+        "disk": f"{rates.disk_gbps:.2f} GB/s" if rates.disk_gbps else "no room to measure it",
+    }
+    width = max(map(len, rows))
+    lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
+    return [*lines, "", *_expert_lines(rates)]
+
+
+def _gpu_rows(rates: "MachineRates") -> dict[str, str]:
+    peaks = rates.peaks
+    if not rates.has_gpu:
+        return {"GPU": "none"}
+    return {
+        "CPU and PCIe": f"{peaks.joint_gbps:.1f} GB/s together",
+        "PCIe copies": f"{peaks.pcie_gbps:.1f} GB/s",
+        "GPU pulls": f"{rates.pull_gbps:.1f} GB/s alone, {rates.beside_pull_gbps:.1f} beside "
+        f"workers that read {rates.beside_cpu_gbps:.1f}",
+        "GPU reads": f"{peaks.gpu_read_gbps:,.0f} GB/s",
+        "CUDA graph": f"{rates.launch_s * 1e6:.1f} us a kernel",
+        "hand-over": f"{rates.hand_over_s * 1e6:.1f} us a layer",
+    }
+
+
+def _expert_lines(rates: "MachineRates") -> list[str]:
+    lines = ["CPU experts, ms for M tokens (the faster of own kernels and oneDNN)"]
+    for times in rates.times:
+        table = times.table
+        points = (f"{m}: {table.best(m) * 1e3:.3g}" for m in table.tokens)
+        when = table.switch_over()
+        handed = "" if table.handed_s is None else f"; oneDNN from M = {when}" if when else ""
+        name = f"{table.kernel}, {table.hidden} x {table.width}"
+        lines.append(f"  {name}: {', '.join(points)}{handed}")
+    return lines

@@ -1,0 +1,178 @@
+"""From a model and its plan to what a prediction of its speed needs, and to the machine's rates."""
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from fiddler._version import __version__
+from fiddler.models.config import ModelConfig
+from fiddler.models.dtypes import Dtypes
+from fiddler.models.footprint import DTYPE_BYTES, expert_bytes, kv_bytes
+from fiddler.models.manifest import layer_parts
+from offload.calibration import Calibration, default_path
+from offload.chances import LayerChances, blind_chances, law_chances, placed_chances
+from offload.demand import Demand, decode_work, prefill_work
+from offload.hardware import Hardware, probe
+from offload.limits import decode_limit_s, prefill_limit_s
+from offload.machine_facts import this_machine
+from offload.machine_rates import RATES, MachineRates
+from offload.plan import GpuSide, Plan
+from offload.prediction import Prediction, predict_decode
+from offload.prefill_prediction import predict_prefill
+from offload.reference_machines import reference_for
+from offload.routing_law import Law
+
+PROMPT = 1024  # tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatesHere:
+    """Rates to predict with: this machine's, or those of the machine called ``name``.
+
+    ``why_not_own``: where nobody has asked for that one.
+    """
+
+    rates: MachineRates
+    name: str
+    origin: str
+    why_not_own: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """What is predicted of one request: a step behind ``num_tokens``, and reading as many.
+
+    Limits are the least seconds of either.
+    """
+
+    rates: RatesHere
+    num_tokens: int
+    decode: Prediction
+    prefill: Prediction
+    decode_limit_s: float
+    prefill_limit_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "machine": self.rates.name or "this machine",
+            "origin": self.rates.origin,
+            "why_not_this_machine": self.rates.why_not_own,
+            "num_tokens": self.num_tokens,
+            **{
+                name: {
+                    "tokens_per_s": num_tokens / prediction.seconds,
+                    "limit": num_tokens / limit_s,
+                    "terms": [asdict(term) for term in prediction.terms],
+                }
+                for name, prediction, limit_s, num_tokens in (
+                    ("decode", self.decode, self.decode_limit_s, 1),
+                    ("prefill", self.prefill, self.prefill_limit_s, self.num_tokens),
+                )
+            },
+        }
+
+
+def demand_of(
+    config: ModelConfig,
+    dtypes: Dtypes,
+    plan: Plan,
+    *,
+    step_tokens: int,
+    layers: tuple[LayerChances, ...] | None = None,
+) -> Demand:
+    """What ``config`` asks as ``plan`` has it; ``layers`` None: tokens choose as the plan expects.
+
+    ``step_tokens``: of a prompt in one step, at most.
+    """
+    width = DTYPE_BYTES[dtypes.compute]
+    numel, shared = _layer_numels(config)
+    per_token = plan.per_token
+    is_bf16 = dtypes.compute == dtypes.expert_memory == "bfloat16"
+    return Demand(
+        on_gpu=plan.gpu_side is GpuSide.CUDA,
+        num_layers=config.num_layers,
+        layers=planned_chances(config, plan) if layers is None else layers,
+        top_k=config.top_k,
+        hidden=config.expert_sides[0],
+        codes=dtypes.expert_kind.codes,
+        activations="bf16" if is_bf16 else "f32",
+        expert_bytes=expert_bytes(config, dtypes.expert),
+        expert_numel=config.expert_numel,
+        layer_bytes=(numel - shared) * width,
+        shared_bytes=shared * width,
+        layer_numel=numel,
+        head_bytes=config.vocab_size * config.hidden_size * width,
+        vocab=config.vocab_size,
+        kv_bytes=kv_bytes(config, dtypes.kv),
+        attention_width=config.num_heads * config.head_dim,
+        staging_slots=plan.staging_slots,
+        disk_share=per_token.disk_experts / max(per_token.cold_experts, 1),
+        step_tokens=step_tokens,
+    )
+
+
+def planned_chances(config: ModelConfig, plan: Plan) -> tuple[LayerChances, ...]:
+    """As the plan's popularity has it."""
+    shares_LE = plan.popularity.shares()
+    return placed_chances(shares_LE, plan.placement, moe_layers(config), config.top_k)
+
+
+def drawn_chances(
+    config: ModelConfig, plan: Plan, law: Law | None, hit_rate: float
+) -> tuple[LayerChances, ...]:
+    """Where experts are drawn by ``law`` (None: evenly, for all that is known) and hit so often."""
+    chance_E = law_chances(law or Law(), config.num_experts, config.top_k)
+    return blind_chances(chance_E, plan.placement, moe_layers(config), hit_rate)
+
+
+def moe_layers(config: ModelConfig) -> list[int]:
+    """Layers that have experts."""
+    return [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
+
+
+def predict_speeds(demand: Demand, used: RatesHere, context_tokens: int) -> Speeds:
+    """One request that has read a prompt of PROMPT tokens, or what its context holds of them."""
+    num_tokens = min(PROMPT, context_tokens)
+    peaks = used.rates.peaks_for(on_gpu=demand.on_gpu)
+    return Speeds(
+        rates=used,
+        num_tokens=num_tokens,
+        decode=predict_decode(demand, used.rates, rows=1, depth=num_tokens),
+        prefill=predict_prefill(demand, used.rates, num_tokens=num_tokens),
+        decode_limit_s=decode_limit_s(decode_work(demand, rows=1, depth=num_tokens), peaks),
+        prefill_limit_s=prefill_limit_s(prefill_work(demand, num_tokens=num_tokens), peaks),
+    )
+
+
+def own_rates(hardware: Hardware) -> tuple[MachineRates | None, str]:
+    """What ``fiddler calibrate`` found here, or None and why there is nothing of this machine.
+
+    ``hardware`` may have been looked at without its GPU.
+    """
+    whole = hardware if hardware.has_gpu else probe("auto")
+    calibration = Calibration(default_path(), this_machine(whole, __version__))
+    rates = calibration.known(RATES, {})
+    return rates, "" if rates is not None else calibration.why_unknown(RATES, {})
+
+
+def rates_for(hardware: Hardware) -> RatesHere:
+    """This machine's rates, or those of the shipped one that is most like ``hardware``."""
+    rates, why_not = own_rates(hardware)
+    if rates is not None and (rates.has_gpu or not hardware.has_gpu):
+        return RatesHere(rates=rates, name="", origin="measured here")
+    reference = reference_for(hardware)
+    return RatesHere(
+        rates=reference.rates, name=reference.name, origin=reference.origin, why_not_own=why_not
+    )
+
+
+def _layer_numels(config: ModelConfig) -> tuple[float, float]:
+    """Dense weights of a layer, and those of them that are a shared expert's; means over layers."""
+    every = shared = 0
+    for layer in range(config.num_layers):
+        for field, parts in layer_parts(config, layer).items():
+            size = sum(prod(part.shape) for part in parts)
+            every += size
+            shared += size if field.startswith("shared_") else 0
+    return every / config.num_layers, shared / config.num_layers

@@ -1,0 +1,160 @@
+"""What a plan needs to know of a machine's speed: rates, fixed costs, and times of CPU experts."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cpu_kernels.times import TimeTable
+from offload.calibration import Quantity
+from offload.limits import GIGA, Peaks
+
+# Kinds that are not measured take as long a byte as one that is: codes of as many bits, and float32
+# as bf16.
+KERNELS = {"int8": "w8g128", "int4": "w4g128"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTimes:
+    """Times of experts of one size, each of ``expert_bytes``."""
+
+    expert_bytes: int
+    table: TimeTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRates:
+    """One machine. A rate is 1e9 bytes a second, times are seconds; 0 is what was not measured.
+
+    ``pull_gbps``: kernels reading pinned memory alone; ``beside_*``: they and the workers at the
+    same time. ``call_s``: one more call of torch, ``launch_s`` one more small kernel in a CUDA
+    graph. ``cpu_tflops``: torch's float32 products on the CPU, 1e12 operations a second.
+    ``hand_over_s``: workers that have nothing to do, in one layer of a decode step.
+    ``disk_gbps``: of the disk that has the user's cache. ``times`` of every measured kernel, as
+    ``bf16/f32``, and size.
+    """
+
+    num_threads: int
+    peaks: Peaks
+    times: tuple[ExpertTimes, ...]
+    call_s: float
+    cpu_tflops: float
+    launch_s: float = 0.0
+    pull_gbps: float = 0.0
+    beside_cpu_gbps: float = 0.0
+    beside_pull_gbps: float = 0.0
+    hand_over_s: float = 0.0
+    disk_gbps: float = 0.0
+
+    def __post_init__(self) -> None:
+        figures = [self.call_s, self.cpu_tflops, *(getattr(self, name) for name in OPTIONAL)]
+        figures += asdict(self.peaks).values()
+        if not all(isinstance(x, float | int) and 0 <= x < math.inf for x in figures):
+            raise ValueError("rates and times must be finite and not below 0")
+        if not (self.peaks.cpu_read_gbps > 0 < self.peaks.gemm_tflops and self.cpu_tflops > 0):
+            raise ValueError("memory and products must have a speed")
+        if self.has_gpu and not (self.peaks.pcie_gbps and self.pull_gbps and self.launch_s):
+            raise ValueError("a GPU must have a link and launches")
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a GPU was measured."""
+        return self.peaks.has_gpu
+
+    def peaks_for(self, *, on_gpu: bool) -> Peaks:
+        """The peaks of this machine, or of its CPU alone."""
+        if on_gpu or not self.has_gpu:
+            return self.peaks
+        read = self.peaks.cpu_read_gbps
+        return Peaks(
+            cpu_read_gbps=read,
+            joint_gbps=read,
+            pcie_gbps=0.0,
+            gpu_read_gbps=0.0,
+            gemm_tflops=self.cpu_tflops,
+        )
+
+    def beside_s(self, own_s: float, num_bytes: float) -> float:
+        """What the workers take while the GPU pulls too, of what takes ``own_s`` alone.
+
+        Only those who read as fast as memory delivers then are slower for it.
+        """
+        if not self.beside_cpu_gbps:
+            return own_s
+        return max(own_s, num_bytes / (self.beside_cpu_gbps * GIGA))
+
+    def expert_s(
+        self, codes: str, activations: str, expert_bytes: int
+    ) -> "Callable[[int, bool], float]":
+        """Seconds of one expert by (tokens, handed over), for weights of ``codes``.
+
+        Straight between the two sizes that were measured, in proportion beyond them. ValueError
+        where no kernel of such weights was measured.
+        """
+        curves = self._curves(codes, activations)
+        if not curves:
+            raise ValueError(f"no kernel for {codes} weights was measured on this machine")
+
+        def seconds(num_tokens: int, handed_over: bool = False) -> float:
+            points = [
+                (c.expert_bytes, c.table.time(num_tokens, handed_over=handed_over)) for c in curves
+            ]
+            return _at(points, expert_bytes)
+
+        return seconds
+
+    def switch_over(self, codes: str, activations: str, expert_bytes: int) -> int | None:
+        """From how many tokens on the matrix library is faster, of the nearest measured size."""
+        curves = [c for c in self._curves(codes, activations) if c.table.handed_s is not None]
+        if not curves:
+            return None
+        nearest = min(curves, key=lambda c: abs(math.log(c.expert_bytes / expert_bytes)))
+        return nearest.table.switch_over()
+
+    def _curves(self, codes: str, activations: str) -> list[ExpertTimes]:
+        kernel = f"{KERNELS.get(codes, 'bf16')}/{activations}"
+        found = [times for times in self.times if times.table.kernel == kernel]
+        return sorted(found, key=lambda times: times.expert_bytes)
+
+
+OPTIONAL = tuple(
+    field.name
+    for field in fields(MachineRates)
+    if field.name not in ("num_threads", "peaks", "times", "call_s", "cpu_tflops")
+)
+
+
+def to_json(rates: MachineRates) -> dict[str, Any]:
+    """As JSON types."""
+    return asdict(rates)
+
+
+def from_json(found: Any) -> MachineRates:
+    """The inverse; ValueError for what is no such record."""
+    try:
+        times = tuple(
+            ExpertTimes(expert_bytes=int(one["expert_bytes"]), table=_table(one["table"]))
+            for one in found["times"]
+        )
+        return MachineRates(**{**found, "peaks": Peaks(**found["peaks"]), "times": times})
+    except (TypeError, KeyError) as error:
+        raise ValueError("this is no record of a machine's rates") from error
+
+
+RATES = Quantity("machine-rates", to_json, from_json)
+
+
+def _table(found: dict[str, Any]) -> TimeTable:
+    tokens, own_s = tuple(found["tokens"]), tuple(found["own_s"])
+    handed_s = found["handed_s"] and tuple(found["handed_s"])
+    return TimeTable(**{**found, "tokens": tokens, "own_s": own_s, "handed_s": handed_s})
+
+
+def _at(points: list[tuple[int, float]], x: int) -> float:
+    """On the line between two of the points, which ascend; in proportion beyond them."""
+    (first_x, first), (last_x, last) = points[0], points[-1]
+    if x <= first_x:
+        return first * x / first_x
+    if x >= last_x:
+        return last * x / last_x
+    return first + (last - first) * (x - first_x) / (last_x - first_x)

@@ -1,0 +1,207 @@
+"""Measures a machine's rates, one step after the other, within a minute.
+
+A step adds some of the fields of :class:`offload.machine_rates.MachineRates`. Each frees what it
+has used, so that the next one has the memory.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpu_kernels.arena import Arena
+from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.kernel_paths import Activations
+from cpu_kernels.thread_count import CACHES, MAX_BYTES
+from cpu_kernels.times import measure_times
+from cpu_kernels.topology import read_cache_bytes
+from cpu_kernels.weight_kind import parse_kind
+from offload.hardware import Hardware
+from offload.limits import GIGA, TERA
+from offload.machine_rates import ExpertTimes, MachineRates
+from offload.peaks import CPU_ROWS, fastest_s, gemm_flops, measure_peaks
+from offload.sample_experts import sample_bytes, sample_experts
+from offload.units import MIB
+
+# weights and what activations are rounded to, as the engine computes them
+KERNELS: tuple[tuple[str, Activations], ...] = (
+    *(("bf16", "f32"), ("bf16", "bf16")),
+    *(("w8g128", "f32"), ("w4g128", "f32")),
+)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FEW_TOKENS = (1, 2, 4, 8, 16, 32)  # of large experts: 256 take seconds where cores are few
+CALLS = 200  # of a small operation, timed together
+DISK_BYTES = 256 * MIB
+DISK_BLOCK = 8 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Experts that are measured, ``routed`` a call: as many as fill several times the caches."""
+
+    hidden: int
+    width: int
+    routed: int
+    tokens: tuple[int, ...]
+    budget_s: float
+
+
+# 12.6 MB in bf16, 4 a call, as models with many experts have them; 176 MB, one a call
+SIZES = (
+    Size(hidden=2048, width=1024, routed=4, tokens=TOKENS, budget_s=2.5),
+    Size(hidden=4096, width=7168, routed=1, tokens=FEW_TOKENS, budget_s=1.0),
+)
+LEAST_ARENA = 512 * MIB  # two large experts; more where that is no multiple of the caches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is measured, and with how many workers; ``folder`` is on the disk that counts."""
+
+    hardware: Hardware
+    num_threads: int
+    dtype: str  # of products, as torch calls it
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``measure`` returns fields of the rates. ``on_gpu``: left out where there is none."""
+
+    title: str
+    measure: Callable[[Setting], dict[str, Any]]
+    on_gpu: bool = False
+
+
+def measure_rates(
+    setting: Setting, steps: Sequence[Step], on_step: Callable[[str, int, int], None]
+) -> MachineRates:
+    """Take the steps that this machine has the parts for; ``on_step(title, number, of)``."""
+    taken = [step for step in steps if setting.hardware.has_gpu or not step.on_gpu]
+    found: dict[str, Any] = {"num_threads": setting.num_threads}
+    for number, step in enumerate(taken, start=1):
+        on_step(step.title, number, len(taken))
+        found |= step.measure(setting)
+        if setting.hardware.has_gpu:
+            _give_back_vram()
+    return MachineRates(**found)
+
+
+def _give_back_vram() -> None:
+    import torch
+
+    torch.cuda.empty_cache()
+
+
+def machine_steps() -> tuple[Step, ...]:
+    """What a whole calibration consists of."""
+    return (
+        Step("memory, PCIe and products", _peaks),
+        Step("CPU experts", expert_times),
+        Step("calls of torch", _calls),
+        Step("the GPU reading host memory", _pulls, on_gpu=True),
+        Step("kernels in a CUDA graph", _launches, on_gpu=True),
+        Step("handing over to the CPU", _hand_over, on_gpu=True),
+        Step("the disk", _disk),
+    )
+
+
+def expert_times(setting: Setting) -> dict[str, Any]:
+    """Of every kernel and size that there is memory for."""
+    wanted = max(LEAST_ARENA, min(MAX_BYTES, CACHES * read_cache_bytes()))
+    room = min(wanted, setting.hardware.ram_available_bytes // 3)
+    arena = Arena(room)
+    times = []
+    with ExpertPool(setting.num_threads) as pool:
+        for kind, activations in KERNELS:
+            for size in SIZES:
+                found = _times(pool, arena, room, size, kind, activations)
+                times += [found] if found is not None else []
+    return {"times": tuple(times)}
+
+
+def _times(
+    pool: ExpertPool, arena: Arena, room: int, size: Size, kind: str, activations: Activations
+) -> ExpertTimes | None:
+    weights = parse_kind(kind)
+    expert_bytes = sample_bytes(weights, size.hidden, size.width)
+    num_experts = room // expert_bytes // size.routed * size.routed
+    if num_experts < size.routed:
+        return None
+    experts, _ = sample_experts(arena, weights, size.hidden, size.width, num_experts)
+    table = measure_times(
+        pool,
+        experts,
+        activations,
+        tokens=size.tokens,
+        routed=size.routed,
+        budget_s=size.budget_s,
+    )
+    return ExpertTimes(expert_bytes=expert_bytes, table=table)
+
+
+def _peaks(setting: Setting) -> dict[str, Any]:
+    peaks = measure_peaks(setting.hardware, num_threads=setting.num_threads, dtype=setting.dtype)
+    return {"peaks": peaks}
+
+
+def _calls(setting: Setting) -> dict[str, Any]:
+    """Calls of torch from Python, small and large, on the CPU."""
+    import torch
+
+    x = torch.ones(16)
+
+    def call_often() -> None:
+        for _ in range(CALLS):
+            x.add_(1)
+
+    return {
+        "call_s": fastest_s(call_often) / CALLS,
+        "cpu_tflops": gemm_flops("cpu", CPU_ROWS, "float32") / TERA,
+    }
+
+
+def _pulls(setting: Setting) -> dict[str, Any]:
+    from offload.gpu_rates import pull_rates
+
+    return pull_rates(setting.hardware.ram_available_bytes, setting.num_threads)
+
+
+def _launches(setting: Setting) -> dict[str, Any]:
+    from offload.gpu_rates import launch_s
+
+    return {"launch_s": launch_s()}
+
+
+def _hand_over(setting: Setting) -> dict[str, Any]:
+    from offload.gpu_rates import hand_over_s
+
+    return {"hand_over_s": hand_over_s(setting.num_threads)}
+
+
+def _disk(setting: Setting) -> dict[str, Any]:
+    return {"disk_gbps": disk_gbps(setting.folder)}
+
+
+def disk_gbps(folder: Path) -> float:
+    """How fast a file in ``folder`` that is not in the page cache is read; 0: no room for one."""
+    import os
+
+    block = memoryview(os.urandom(DISK_BLOCK))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            for _ in range(DISK_BYTES // DISK_BLOCK):
+                file.write(block)
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            room = bytearray(DISK_BLOCK)
+            started = time.perf_counter()
+            while file.readinto(room):
+                pass
+            return DISK_BYTES / (time.perf_counter() - started) / GIGA
+    except OSError:
+        return 0.0

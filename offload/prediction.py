@@ -1,0 +1,217 @@
+"""How long steps will take, as a sum of named parts, from a machine's rates: pure.
+
+A decode step is, layer by layer, what the GPU does while the workers wait for it, and then the
+slower one of two: the workers' rows of the cold experts, or the resident experts and the rows that
+the GPU pulls. Of two that work at the same time only the slower one counts in the sum, and
+``busy_s`` says what either takes.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from offload.chances import LayerChances, distinct
+from offload.cold_share import ShareCosts
+from offload.demand import Demand
+from offload.limits import GIGA
+from offload.machine_rates import MachineRates
+
+# Kernels of a decode step's layer beside its experts and the hand-over: two norms, qkv, rope and
+# append, two of attention, o, the router's product, its choice, publishing; and two of residents.
+LAYER_KERNELS = 12
+# The weights of a layer are read by products of one row, at this part of a large read's rate.
+DENSE_RATE = 0.8
+HOT_RATE = {"f32": 0.9, "bf16": 0.9, "int8": 0.75, "int4": 0.7}
+PULL_START_S = 5e-6  # the latency of the link, beside launches that a hand-over has anyway
+SAMPLING_KERNELS = 6
+# Python between two tokens: an array is filled, a graph started, choices counted.
+STEP_S = 2e-4
+# Calls of torch and Triton in a layer where steps are no graph: decoder, routing, copies.
+EAGER_CALLS = 45
+EAGER_LAYER_S = 1e-4  # the pool is started and awaited from Python
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``seconds`` of the sum; ``busy_s``: what it takes, whatever else goes on."""
+
+    name: str
+    seconds: float
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A time as its parts."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of them all."""
+        return sum(term.seconds for term in self.terms)
+
+    def term(self, name: str) -> Term:
+        """The part of that name; one of no time where there is none."""
+        return next((term for term in self.terms if term.name == name), Term(name, 0.0, 0.0))
+
+
+class Sum:
+    """Adds up terms by name, in the order in which they first came."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._busy_s: dict[str, float] = defaultdict(float)
+
+    def add(self, name: str, seconds: float, busy_s: float | None = None) -> None:
+        """One part; ``busy_s`` None: as long as it counts."""
+        self._seconds[name] += seconds
+        self._busy_s[name] += seconds if busy_s is None else busy_s
+
+    def add_slower(self, *sides: dict[str, float], weight: float = 1.0) -> None:
+        """Sides that work at the same time: the slowest counts, of all of them the work."""
+        slowest = max(sides, key=lambda side: sum(side.values()))
+        for side in sides:
+            for name, seconds in side.items():
+                self.add(name, weight * seconds * (side is slowest), weight * seconds)
+
+    def prediction(self) -> Prediction:
+        """What has been added."""
+        return Prediction(tuple(Term(n, s, self._busy_s[n]) for n, s in self._seconds.items()))
+
+
+def predict_decode(demand: Demand, rates: MachineRates, *, rows: int, depth: int) -> Prediction:
+    """One step that decodes a token of each of ``rows`` requests, ``depth`` tokens into them."""
+    total = Sum()
+    if not demand.on_gpu:
+        return _on_cpu(demand, rates, rows, depth, total)
+    read = rates.peaks.gpu_read_gbps * GIGA
+    is_graph = demand.disk_share == 0
+    launches_s = LAYER_KERNELS * rates.launch_s
+    if not is_graph:
+        launches_s = EAGER_CALLS * rates.call_s + EAGER_LAYER_S
+    kv_bytes = rows * depth * demand.kv_bytes
+    total.add("GPU dense", demand.num_layers * demand.layer_bytes / (read * DENSE_RATE))
+    total.add("launches", demand.num_layers * launches_s)
+    total.add("attention", demand.num_layers * kv_bytes / read)
+    for layer in demand.layers:
+        _gpu_layer(demand, rates, layer, rows, total, pulls=is_graph)
+    _disk(demand, rates, rows, total)
+    total.add("head", demand.head_bytes / read)
+    total.add("sampling", SAMPLING_KERNELS * rates.launch_s + 3 * 4 * rows * demand.vocab / read)
+    total.add("step in Python", STEP_S)
+    return total.prediction()
+
+
+def _gpu_layer(
+    demand: Demand,
+    rates: MachineRates,
+    layer: LayerChances,
+    rows: int,
+    total: Sum,
+    *,
+    pulls: bool,
+) -> None:
+    read = rates.peaks.gpu_read_gbps * GIGA
+    cold, hot = distinct(layer.cold, rows), distinct(layer.hot, rows)
+    each_s = demand.expert_bytes / (read * HOT_RATE[demand.codes])
+    shared_s = demand.shared_bytes / (read * DENSE_RATE)
+    if layer.cold:
+        total.add("hand-over", rates.hand_over_s)
+    # fewer than one on average: one, that often, and else none
+    weight = min(cold, 1.0)
+    if weight < 1:
+        idle = {"hot experts": (hot + cold) * each_s, "shared expert": shared_s}
+        total.add_slower(idle, weight=1 - weight)
+    if weight > 0:
+        num = max(cold, 1.0)
+        cpu_s, pull_s = cold_sides(
+            demand, rates, num, _tokens_each(demand, rows, hot + cold), pulls
+        )
+        own = {
+            "hot experts": max(hot + cold - num, 0.0) * each_s,
+            "shared expert": shared_s,
+            "cold experts, pulled": pull_s,
+        }
+        total.add_slower({"cold experts, CPU": cpu_s}, own, weight=weight)
+
+
+def cold_sides(
+    demand: Demand, rates: MachineRates, num_cold: float, tokens_each: float, pulls: bool
+) -> tuple[float, float]:
+    """Seconds of the workers and of the link for a layer's cold experts, at least one.
+
+    They are shared as :mod:`offload.cold_share` has them shared, but to the very row.
+    """
+    share = _kept_share(num_cold * demand.expert_bytes) if pulls else 1.0
+    each_s = _expert_s(demand, rates, "f32", tokens_each)
+    if share < 1:
+        each_s = rates.beside_s(each_s, demand.expert_bytes)
+    cpu_s = num_cold * share * each_s
+    pulled_bytes = num_cold * (1 - share) * demand.expert_bytes
+    link = (rates.beside_pull_gbps or rates.pull_gbps) * GIGA
+    return cpu_s, pulled_bytes / link + PULL_START_S if pulled_bytes else 0.0
+
+
+@cache
+def _kept_share(cold_bytes: float) -> float:
+    """The part of so many bytes that the workers keep, so that both sides end at once."""
+    costs = ShareCosts()
+    cpu, link = costs.cpu_bytes_per_s, costs.link_bytes_per_s
+    ahead_s = costs.link_start_s - costs.cpu_start_s
+    return min(1.0, (cold_bytes / link + ahead_s) / (cold_bytes / link + cold_bytes / cpu))
+
+
+def _on_cpu(demand: Demand, rates: MachineRates, rows: int, depth: int, total: Sum) -> Prediction:
+    """Without a GPU: one thing after the other, all from the same memory."""
+    read = rates.peaks.cpu_read_gbps * GIGA
+    dense = demand.num_layers * (demand.layer_bytes + demand.shared_bytes)
+    total.add("dense", dense / read)
+    total.add("calls", demand.num_layers * (EAGER_CALLS * rates.call_s + EAGER_LAYER_S))
+    total.add("attention", demand.num_layers * rows * depth * demand.kv_bytes / read)
+    for layer in demand.layers:
+        hot, cold = distinct(layer.hot, rows), distinct(layer.cold, rows)
+        total.add(
+            "experts",
+            cold * _expert_s(demand, rates, "f32", _tokens_each(demand, rows, hot + cold)),
+        )
+        total.add("experts by torch", hot * demand.expert_bytes / read)
+    _disk(demand, rates, rows, total)
+    total.add("head", demand.head_bytes / read)
+    total.add("step in Python", STEP_S)
+    return total.prediction()
+
+
+def _disk(demand: Demand, rates: MachineRates, rows: int, total: Sum) -> None:
+    """What has to come from disk first; nothing is known of a disk that was not measured."""
+    if demand.disk_share and rates.disk_gbps:
+        cold = sum(distinct(layer.cold, rows) for layer in demand.layers)
+        from_disk = demand.disk_share * cold * demand.expert_bytes
+        total.add("disk", from_disk / (rates.disk_gbps * GIGA))
+
+
+def _tokens_each(demand: Demand, rows: int, num_experts: float) -> float:
+    return max(1.0, rows * demand.top_k / max(num_experts, 1e-9))
+
+
+def _expert_s(demand: Demand, rates: MachineRates, activations: str, tokens: float) -> float:
+    """One expert on the CPU by its own kernels, with a number of tokens that need not be whole."""
+    seconds = rates.expert_s(demand.codes, activations, demand.expert_bytes)
+    low = int(tokens)
+    return seconds(low, False) + (tokens - low) * (seconds(low + 1, False) - seconds(low, False))
+
+
+def chunk_sizes(num_tokens: int, step_tokens: int) -> list[int]:
+    """The steps in which a prompt is read."""
+    full, rest = divmod(num_tokens, step_tokens)
+    return [step_tokens] * full + [rest] * (rest > 0)
+
+
+def total_of(predictions: Iterable[Prediction]) -> Prediction:
+    """One after the other."""
+    total = Sum()
+    for prediction in predictions:
+        for term in prediction.terms:
+            total.add(term.name, term.seconds, term.busy_s)
+    return total.prediction()

@@ -1,0 +1,68 @@
+"""``fiddler calibrate`` with made-up measurements: what is kept, printed, written and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fiddler._version import __version__
+from fiddler.cli import cli
+from offload.calibration import Calibration, default_path
+from offload.hardware import probe
+from offload.machine_facts import this_machine
+from offload.machine_rates import RATES
+from offload.measuring import Step
+from offload.reference_machines import find_machine
+from tests.offload.test_measuring import ONLY_CPU, TIMES
+
+STEPS = (
+    Step("memory", lambda setting: {"peaks": ONLY_CPU}),
+    Step("CPU experts", lambda setting: {"times": TIMES, "call_s": 1e-6, "cpu_tflops": 0.5}),
+)
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = probe("cpu")
+    monkeypatch.setattr("offload.hardware.probe", lambda device="auto": machine)
+    monkeypatch.setattr("offload.measuring.machine_steps", lambda: STEPS)
+    monkeypatch.setattr("offload.calibration.cache_file", lambda: tmp_path / "cache" / "cpu.json")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["calibrate", *arguments])
+
+
+def test_figures_are_printed_and_kept_for_this_machine() -> None:
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert "1 of 2: memory" in done.stderr and "2 of 2: CPU experts" in done.stderr
+    assert "no GPU here" in done.stderr
+    assert "CPU reads  100.0 GB/s" in " ".join(done.stdout.split(" " * 8))
+    assert "bf16/bf16" in done.stdout and "oneDNN from M = " in done.stdout
+    known = Calibration(default_path(), this_machine(probe("cpu"), __version__))
+    rates = known.known(RATES, {})
+    assert rates is not None and rates.times == TIMES
+
+
+def test_a_file_is_a_machine_for_plans(tmp_path: Path) -> None:
+    path = tmp_path / "this.json"
+    done = run("--json", "--output", str(path))
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads(path.read_text())
+    machine = find_machine(str(path))
+    assert machine.rates.times == TIMES and machine.hardware.cpu_name == probe("cpu").cpu_name
+
+
+def test_a_file_in_no_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    done = run("--output", str(tmp_path / "none" / "this.json"))
+    assert done.exit_code == 2 and "there is no folder" in done.stderr
+    assert not default_path().exists()
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.warns(RuntimeWarning, match="cannot be written .* XDG_CACHE_HOME"):
+        done = run()
+    assert done.exit_code == 0 and "100.0 GB/s" in done.stdout

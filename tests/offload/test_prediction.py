@@ -1,0 +1,224 @@
+"""Predicted times: their parts add up, and move as the machine and the plan do."""
+
+import json
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fiddler.benchmark.predicted import predict_demands
+from fiddler.config import EngineConfig
+from fiddler.errors import FiddlerError
+from fiddler.models.shapes import load_shape
+from fiddler.planning import plan_model, step_tokens
+from fiddler.speed import demand_of, drawn_chances
+from offload.demand import Demand, decode_work, prefill_work
+from offload.limits import decode_limit_s
+from offload.machine_rates import MachineRates, to_json
+from offload.prediction import predict_decode
+from offload.prefill_prediction import predict_prefill
+from offload.reference_machines import find_machine, reference_names
+from offload.routing_law import Law
+from scripts.bench.prediction import CASES, again, line_of
+
+SHAPES = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen2-57b-a14b", "olmoe-1b-7b")
+
+
+@cache
+def demand(
+    shape: str, vram_gb: float, dtype: str = "auto", machine: str = "h200-16core"
+) -> Demand | None:
+    """None: it does not fit there."""
+    hardware = find_machine(machine).hardware
+    config = load_shape(shape)
+    settings = EngineConfig(
+        model=shape, load_format="dummy", max_model_len=2048, vram_gb=vram_gb, dtype=dtype
+    )
+    try:
+        plan, dtypes = plan_model(settings, config, hardware, name=shape, folder=None)
+    except FiddlerError:
+        return None
+    return demand_of(config, dtypes, plan, step_tokens=step_tokens(settings, config, hardware))
+
+
+def fitting(shape: str, vram_gb: float, dtype: str = "auto") -> Demand:
+    found = demand(shape, vram_gb, dtype)
+    assert found is not None
+    return found
+
+
+H200 = find_machine("h200-16core").rates
+
+
+@pytest.mark.parametrize(
+    ("shape", "vram_gb", "dtype", "decode", "prompt_2048"),
+    [
+        ("mixtral-8x7b", 24, "auto", 7.5, 1547),
+        ("qwen3-30b-a3b", 24, "auto", 41.4, 2885),
+        ("qwen3-30b-a3b", 8, "w4g128", 67.9, 7683),
+        ("mixtral-8x7b", 12, "w4g128", 23.1, 6716),
+    ],
+)
+def test_what_was_measured_on_the_reference_is_predicted(
+    shape: str, vram_gb: float, dtype: str, decode: float, prompt_2048: float
+) -> None:
+    """docs/benchmarks.md; the reference's rates are those of the same runs."""
+    asked = fitting(shape, vram_gb, dtype)
+    found = 1 / predict_decode(asked, H200, rows=1, depth=32).seconds
+    assert found == pytest.approx(decode, rel=0.15)
+    found = 2048 / predict_prefill(asked, H200, num_tokens=2048).seconds
+    assert found == pytest.approx(prompt_2048, rel=0.3)
+
+
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(5, 60),
+    st.integers(1, 20),
+    st.sampled_from(["auto", "w4g128"]),
+)
+def test_more_vram_never_predicts_slower_decode(
+    shape: str, vram_gb: int, more: int, dtype: str
+) -> None:
+    small, large = demand(shape, vram_gb, dtype), demand(shape, vram_gb + more, dtype)
+    if small is None or large is None:
+        return
+    slow, fast = (predict_decode(d, H200, rows=1, depth=1024).seconds for d in (small, large))
+    assert fast <= slow * (1 + 1e-9)
+
+
+@given(st.sampled_from(SHAPES), st.integers(6, 80), st.integers(1, 32), st.integers(1, 5000))
+def test_terms_add_up_and_nothing_takes_less_than_none(
+    shape: str, vram_gb: int, rows: int, tokens: int
+) -> None:
+    asked = demand(shape, vram_gb)
+    if asked is None:
+        return
+    for found in (
+        predict_decode(asked, H200, rows=rows, depth=100),
+        predict_prefill(asked, H200, num_tokens=tokens),
+    ):
+        assert found.seconds == pytest.approx(sum(term.seconds for term in found.terms))
+        assert all(0 <= term.seconds <= term.busy_s * (1 + 1e-9) for term in found.terms)
+        assert len({term.name for term in found.terms}) == len(found.terms)
+
+
+@given(st.sampled_from(SHAPES), st.integers(6, 80), st.integers(1, 8))
+def test_decode_is_never_predicted_faster_than_its_limit(
+    shape: str, vram_gb: int, rows: int
+) -> None:
+    asked = demand(shape, vram_gb)
+    if asked is not None:
+        limit_s = decode_limit_s(decode_work(asked, rows=rows, depth=1024), H200.peaks)
+        assert predict_decode(asked, H200, rows=rows, depth=1024).seconds >= limit_s
+
+
+FASTER = {
+    "hand_over_s": 1e-6,
+    "launch_s": 1e-7,
+    "beside_cpu_gbps": 110.0,
+    "beside_pull_gbps": 60.0,
+}
+
+
+@pytest.mark.parametrize("name", FASTER)
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_what_is_faster_never_predicts_slower_decode(name: str, shape: str) -> None:
+    better = replace(H200, **{name: FASTER[name]})
+    asked = fitting(shape, 24)
+    before, after = (predict_decode(asked, r, rows=1, depth=512) for r in (H200, better))
+    assert after.seconds <= before.seconds
+    if name in ("hand_over_s", "launch_s"):
+        assert after.seconds < before.seconds
+
+
+def test_more_tokens_take_longer_and_each_of_them_less() -> None:
+    asked = fitting("qwen3-30b-a3b", 24)
+    times = [predict_prefill(asked, H200, num_tokens=n).seconds for n in (256, 512, 1024, 4096)]
+    assert times == sorted(times)
+    assert times[-1] / 4096 < times[0] / 256
+    steps = [predict_decode(asked, H200, rows=n, depth=9).seconds for n in (1, 2, 4, 8)]
+    assert steps == sorted(steps) and steps[-1] < 8 * steps[0]
+
+
+def test_resident_experts_leave_nothing_to_hand_over() -> None:
+    asked = fitting("olmoe-1b-7b", 40)
+    found = predict_decode(asked, H200, rows=1, depth=9)
+    for name in ("hand-over", "cold experts, CPU", "cold experts, pulled"):
+        assert found.term(name).busy_s == 0
+    assert found.term("hot experts").seconds > 0
+
+
+def without_gpu(rates: MachineRates) -> MachineRates:
+    return replace(rates, peaks=rates.peaks_for(on_gpu=False))
+
+
+@pytest.mark.parametrize("name", reference_names())
+def test_without_a_gpu_everything_is_the_cpus(name: str) -> None:
+    rates = find_machine(name).rates
+    config = load_shape("olmoe-1b-7b")
+    hardware = find_machine(name).hardware.without_gpu()
+    settings = EngineConfig(model="olmoe-1b-7b", load_format="dummy", max_model_len=512)
+    plan, dtypes = plan_model(settings, config, hardware, name="olmoe", folder=None)
+    asked = demand_of(config, dtypes, plan, step_tokens=512)
+    assert not asked.on_gpu
+    for used in (rates, without_gpu(rates)):
+        step = predict_decode(asked, used, rows=1, depth=100)
+        limit_s = decode_limit_s(
+            decode_work(asked, rows=1, depth=100), used.peaks_for(on_gpu=False)
+        )
+        assert limit_s < step.seconds < 5 * limit_s
+        prompt = predict_prefill(asked, used, num_tokens=300)
+        assert prompt.seconds > prefill_work(asked, num_tokens=300).flops / 10e12
+    assert predict_prefill(asked, rates, num_tokens=300) == predict_prefill(
+        asked, without_gpu(rates), num_tokens=300
+    )
+
+
+def test_experts_on_disk_cost_their_bytes_and_graphs() -> None:
+    asked = fitting("qwen3-30b-a3b", 24)
+    some = replace(asked, disk_share=0.5, staging_slots=0)
+    fast, slow = (predict_decode(d, H200, rows=1, depth=9) for d in (asked, some))
+    cold_bytes = decode_work(asked, rows=1, depth=9).cold_bytes
+    disk_s = slow.term("disk").seconds
+    assert disk_s == pytest.approx(0.5 * cold_bytes / 1.6e9)
+    assert slow.seconds > fast.seconds + disk_s
+    assert predict_prefill(some, H200, num_tokens=512).term("cold experts, PCIe").busy_s < 0.01
+
+
+def test_hits_save_what_they_promise() -> None:
+    config = load_shape("qwen3-30b-a3b")
+    hardware = find_machine("h200-16core").hardware
+    settings = EngineConfig(model="q", load_format="dummy", max_model_len=512, vram_gb=24)
+    plan, dtypes = plan_model(settings, config, hardware, name="q", folder=None)
+    times = []
+    for hit_rate in (0.2, 0.5, 0.9):
+        layers = drawn_chances(config, plan, Law(skew=1.0), hit_rate)
+        asked = demand_of(config, dtypes, plan, step_tokens=512, layers=layers)
+        times.append(predict_decode(asked, H200, rows=1, depth=9).seconds)
+    assert times == sorted(times, reverse=True)
+    assert times[0] > 3 * times[2]
+
+
+def test_a_benchmarks_file_is_predicted_again_as_it_was(tmp_path: Path) -> None:
+    rows = []
+    asked = fitting("qwen3-30b-a3b", 24)
+    for case in CASES:
+        predicted = predict_demands(case, H200, asked, asked)
+        row = {
+            "model": "some",
+            "test": case.name,
+            "measured_ms": 100.0,
+            "demand": asdict(asked),
+            "watched": {"prompt" if case.n_prompt else "step": {"step_s": 0.1, "cpu_s": 0.0}},
+        }
+        rows.append((row, predicted))
+    path = tmp_path / "bench.json"
+    record = {"rates": to_json(H200), "rows": [row for row, _ in rows]}
+    path.write_text(json.dumps(record))
+    for found, (_, predicted) in zip(again(path), rows, strict=True):
+        assert found["predicted_ms"] == predicted.seconds * 1e3
+        assert found["error"] == pytest.approx(predicted.seconds * 10 - 1)
+        assert found["model"] in line_of(found)
