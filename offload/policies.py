@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from offload.adaptive import AdaptivePolicy
+from offload.adaptive import COPY_SHARE, AdaptivePolicy
 from offload.simulated_swaps import SimulatedSwaps
 
 Ids = npt.NDArray[np.integer]
@@ -78,9 +78,12 @@ class Lru:
 class Adaptive:
     """What the engine does with ``--placement adaptive``: its own counts, budget and choice."""
 
-    def __init__(self, is_resident_ME: Mask, expert_bytes: int) -> None:
+    def __init__(
+        self, is_resident_ME: Mask, expert_bytes: int, copy_share: float = COPY_SHARE
+    ) -> None:
         """Besides the residents there is a slot more in each layer with experts on both sides."""
-        self._policy = AdaptivePolicy(len(is_resident_ME), is_resident_ME.shape[1], expert_bytes)
+        num_layers, num_experts = is_resident_ME.shape
+        self._policy = AdaptivePolicy(num_layers, num_experts, expert_bytes, copy_share=copy_share)
         self._swaps = SimulatedSwaps(is_resident_ME)
         self._layers = range(len(is_resident_ME))
 

@@ -41,6 +41,7 @@ class RoutingTrace:
 
     model: str
     revision: str | None
+    corpus_sha256: str
     footprint: Footprint
     experts_TMK: npt.NDArray[np.int16]
     tokens_T: npt.NDArray[np.int32]
@@ -59,12 +60,13 @@ class TraceRecorder:
         self._ids.append(ids)
         self._routes.append(routes_TLK[:, list(self._footprint.moe_layers)])
 
-    def trace(self, model: str, revision: str | None) -> RoutingTrace:
+    def trace(self, model: str, revision: str | None, corpus_sha256: str) -> RoutingTrace:
         """All of it, of at least one window."""
         ends = np.cumsum([len(ids) for ids in self._ids])
         return RoutingTrace(
             model=model,
             revision=revision,
+            corpus_sha256=corpus_sha256,
             footprint=self._footprint,
             experts_TMK=np.concatenate(self._routes),
             tokens_T=np.concatenate([np.asarray(ids, np.int32) for ids in self._ids]),
@@ -78,6 +80,7 @@ def save_trace(trace: RoutingTrace, path: Path | str) -> None:
         "version": VERSION,
         "model": trace.model,
         "revision": trace.revision,
+        "corpus_sha256": trace.corpus_sha256,
         "footprint": asdict(trace.footprint),
     }
     width = np.uint8 if trace.footprint.num_experts <= 256 else np.int16
@@ -102,18 +105,19 @@ def load_trace(path: Path | str) -> RoutingTrace:
     try:
         about = json.loads(arrays["about"].astype(np.uint8).tobytes())
         version = about["version"]
-        model, revision = about["model"], about["revision"]
+        model, revision, text = (about[name] for name in ("model", "revision", "corpus_sha256"))
         footprint = _footprint(about["footprint"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, "what it says of its model cannot be read") from error
     if version != VERSION:
         raise _damaged(path, f"its version is {version!r}, this fiddler reads {VERSION}")
-    if not isinstance(model, str) or not isinstance(revision, str | None):
+    if not all(isinstance(name, str) for name in (model, text, revision or "")):
         raise _damaged(path, "its model has no name")
     _check(arrays, footprint, path)
     return RoutingTrace(
         model=model,
         revision=revision,
+        corpus_sha256=text,
         footprint=footprint,
         experts_TMK=arrays["experts"].astype(np.int16),
         tokens_T=arrays["tokens"].astype(np.int32),

@@ -148,7 +148,8 @@ def _profile(
             on_progress=functools.partial(bar, "profiling tokens") if bar else None,
             on_window=recorder,
         )
-        return result, recorder.trace(llm.model_name, llm.revision) if recorder else None
+        recorded = recorder and recorder.trace(llm.model_name, llm.revision, corpus.sha256)
+        return result, recorded
 
 
 def _footprint(llm: "LLM") -> Any:

@@ -32,7 +32,7 @@ def recorded() -> RoutingTrace:
         routes_TLK = rng.integers(0, 8, (length, 3, 2)).astype(np.int16)
         routes_TLK[:, 1] = -1  # no experts there
         recorder(list(range(length)), routes_TLK)
-    return recorder.trace("org/name", "abc")
+    return recorder.trace("org/name", "abc", "hash")
 
 
 def test_a_recorded_trace_comes_back(tmp_path: Path) -> None:
@@ -40,7 +40,8 @@ def test_a_recorded_trace_comes_back(tmp_path: Path) -> None:
     assert trace.experts_TMK.shape == (8, 2, 2) and trace.starts_W.tolist() == [0, 3]
     save_trace(trace, path)
     loaded = load_trace(path)
-    assert (loaded.model, loaded.revision, loaded.footprint) == ("org/name", "abc", SIZES)
+    assert (loaded.model, loaded.revision, loaded.corpus_sha256) == ("org/name", "abc", "hash")
+    assert loaded.footprint == SIZES
     for name in ("experts_TMK", "tokens_T", "starts_W"):
         assert np.array_equal(getattr(loaded, name), getattr(trace, name))
         assert getattr(loaded, name).dtype == getattr(trace, name).dtype
