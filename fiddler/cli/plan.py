@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fiddler.cli.console import output_console
 from fiddler.cli.options import ENGINE_OPTIONS
+from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.plan_table import PlanFacts, print_plan
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError, FiddlerError
@@ -43,14 +45,20 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--shape", metavar="NAME", help="A named shape instead of a model.")
 @plan_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(model: str | None, shape: str | None, as_json: bool, **options: Any) -> None:
+@html_option("Write the plan as one page.")
+def command(
+    model: str | None, shape: str | None, as_json: bool, html: Path | None, **options: Any
+) -> None:
     """Show what would run where, without loading the model.
 
     MODEL is 'builtin', a folder, or ORG/NAME[@REVISION] on the hub, of which only the small files
     are downloaded.
     """
     given = {name: value for name, value in options.items() if value not in (None, False)}
+    check_page(html)
     facts = _facts(model, shape, given)
+    if html is not None:
+        _write_page(facts, html)
     if as_json:
         click.echo(json.dumps(_record(facts)))
     else:
@@ -84,6 +92,15 @@ def _facts(model: str | None, shape: str | None, options: dict[str, Any]) -> Pla
         hardware=hardware,
         plan=plan,
     )
+
+
+def _write_page(facts: PlanFacts, path: Path) -> None:
+    from fiddler.report.pages import plan_page
+
+    config = facts.config
+    layers = [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
+    text = plan_page(facts.name, facts.plan, facts.hardware, layers, config.num_experts)
+    write_page(path, text)
 
 
 def _one_of(model: str | None, shape: str | None) -> str:

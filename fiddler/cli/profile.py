@@ -11,6 +11,7 @@ import click
 from fiddler.cli import session
 from fiddler.cli.console import note
 from fiddler.cli.options import engine_options
+from fiddler.cli.page_file import html_option, write_page
 from fiddler.cli.profile_outputs import (
     Output,
     check_outputs,
@@ -18,7 +19,6 @@ from fiddler.cli.profile_outputs import (
     picture_output,
     profile_output,
     trace_output,
-    write_page,
 )
 from fiddler.cli.profile_pair import compare_files, merge_files
 from fiddler.cli.profile_tables import print_result, record_of
@@ -47,7 +47,7 @@ FILE = click.Path(path_type=Path)
     help="Where the profile goes.",
 )
 @click.option("--picture", type=FILE, metavar="FILE", help="Draw a heatmap as .png or .svg.")
-@click.option("--html", type=FILE, metavar="FILE", help="Write the figures as one page.")
+@html_option("Write the figures as one page.")
 @click.option(
     "--trace", type=FILE, metavar="FILE", help="Keep every token's experts, for fiddler simulate."
 )
@@ -186,8 +186,9 @@ def _write(
         from offload.routing_trace import save_trace
 
         save_trace(recorded, paths["--trace"])
-    for path in paths.values():
-        note(f"wrote {path}")
+    for option, path in paths.items():
+        if option != "--html":
+            note(f"wrote {path}")
 
 
 def _read_corpus(text: Path | None, chat: Path | None) -> "Corpus":

@@ -64,16 +64,6 @@ def check_outputs(inputs: Mapping[Path, str], outputs: Sequence[Output]) -> None
         taken[output.path] = f"is where the {output.kind} goes"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write a page; raises :class:`ConfigError` where it cannot be."""
-    from offload.whole_file import write_whole
-
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def _is_same_file(one: Path, other: Path) -> bool:
     """Also by a link or another spelling; both may not exist yet."""
     if one.exists() and other.exists():

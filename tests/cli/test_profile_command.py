@@ -69,6 +69,16 @@ def test_a_chat_file(llm: FakeLLM, tmp_path: Path) -> None:
     assert bytes(t for window in llm.windows for t in window).decode() == f"<user>{TEXT}"
 
 
+def test_a_page_tells_what_the_terminal_tells(llm: FakeLLM, corpus: Path, tmp_path: Path) -> None:
+    page = tmp_path / "p.html"
+    done = run("--text", corpus, "-o", tmp_path / "p.json", "--html", page)
+    assert done.exit_code == 0, done.output
+    assert f"wrote {page}" in done.stderr
+    for word in ("org/fake: use of its experts", "4 of 16", "<svg"):
+        assert word in page.read_text()
+    assert run("--text", corpus, "-o", tmp_path / "p.json", "--html", page).exit_code == 0
+
+
 def test_a_trace_holds_every_token_in_its_order(llm: FakeLLM, corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.npz"
     done = run("--text", corpus, "-o", tmp_path / "p.json", "--trace", path)
