@@ -9,9 +9,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fiddler.cli.doctor_memory import Cache, cache_facts, memory_facts
 from fiddler.cli.errors import ISA_VARIABLE
+
+if TYPE_CHECKING:
+    from offload.link_probe import Link
 
 PACKAGES = (
     "torch",
@@ -37,7 +41,6 @@ class Gpu:
     capability: str
     vram_total_bytes: int
     vram_free_bytes: int
-    pcie: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,14 @@ class Facts:
     num_workers: int | None = None  # as a start has measured it
     physical_cores: int | None = None
     numa_nodes: int | None = None
+    link: "Link | None" = None  # of the GPU, under load
+    gpu_node: int | None = None  # of NUMA
+    cpu_nodes: list[int] = field(default_factory=list)  # whose CPUs this process may use
+    memory_nodes: int | None = None  # nodes that have memory,
+    allowed_nodes: int | None = None  # and those of them that this process may use
+    huge_pages: str | None = None  # always, madvise or never
+    memlock_bytes: int | None = None  # None: no limit
+    caches: dict[str, Cache] = field(default_factory=dict)
     ram_total_bytes: int | None = None
     ram_available_bytes: int | None = None
     cache: str | None = None
@@ -126,9 +137,35 @@ def _gpu() -> dict[str, Any]:
         capability=f"{major}.{minor}",
         vram_total_bytes=total,
         vram_free_bytes=free,
-        pcie=_pcie_link(),
     )
     return {"gpu": gpu}
+
+
+def _link() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    from offload.link_probe import measure_link
+
+    return {"link": measure_link()}
+
+
+def _gpu_node() -> dict[str, Any]:
+    """The NUMA node of the first GPU, and those of the CPUs that this process may use."""
+    from cpu_kernels.topology import read_machine
+
+    found: dict[str, Any] = {"cpu_nodes": sorted(set(read_machine().node_of.values()))}
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return found
+    name = ctypes.create_string_buffer(32)
+    if library.cuInit(0) == 0 and library.cuDeviceGetPCIBusId(name, 32, 0) == 0:
+        node = PCI_DEVICES / name.value.decode().lower() / "numa_node"
+        if node.exists() and (number := int(node.read_text())) >= 0:  # -1: none is known
+            found["gpu_node"] = number
+    return found
 
 
 def _handoff() -> dict[str, Any]:
@@ -159,18 +196,6 @@ def _driver() -> dict[str, Any]:
     if library.cuDriverGetVersion(ctypes.byref(version)) == 0:
         found["driver_cuda"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
     return found
-
-
-def _pcie_link() -> str | None:
-    """Speed and width of the first NVIDIA display device's link, e.g. ``32.0 GT/s PCIe x16``."""
-    for device in sorted(PCI_DEVICES.glob("*")):
-        names = ("vendor", "class", "current_link_speed", "current_link_width")
-        if not all((device / name).exists() for name in names):
-            continue
-        vendor, kind, speed, width = ((device / name).read_text().strip() for name in names)
-        if vendor == "0x10de" and kind.startswith("0x03"):
-            return f"{speed} x{width}"
-    return None
 
 
 def _machine() -> dict[str, Any]:
@@ -226,7 +251,11 @@ LOOKS: dict[str, Callable[[], dict[str, Any]]] = {
     "driver": _driver,
     "GPU": _gpu,
     "hand-off": _handoff,
+    "PCIe": _link,
     "machine": _machine,
+    "memory": memory_facts,
+    "NUMA": _gpu_node,
+    "caches": cache_facts,
     "instructions": _isa,
     "cache": _cache,
 }

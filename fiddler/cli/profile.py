@@ -148,8 +148,9 @@ def _profile(
             on_progress=functools.partial(bar, "profiling tokens") if bar else None,
             on_window=recorder,
         )
-        recorded = recorder and recorder.trace(llm.model_name, llm.revision, corpus.sha256)
-        return result, recorded
+        if recorder is None:
+            return result, None
+        return result, recorder.trace(llm.model_name, llm.revision, corpus.sha256)
 
 
 def _footprint(llm: "LLM") -> Any:
