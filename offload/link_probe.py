@@ -39,15 +39,15 @@ def measure_link() -> Link:
     target = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target.copy_(pinned, non_blocking=True)
     torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()  # type: ignore[no-untyped-call]
+    begin, end = _timer(), _timer()
+    begin.record()
     for _ in range(COPIES):
         target.copy_(pinned, non_blocking=True)
-    end.record()  # type: ignore[no-untyped-call]
+    end.record()
     now = device.pcie("Curr") if device is not None else None
     most = device.pcie("Max") if device is not None else None
     torch.cuda.synchronize()
-    seconds = begin.elapsed_time(end) / 1e3  # type: ignore[no-untyped-call]
+    seconds = begin.elapsed_time(end) / 1e3
     return Link(
         generation=now and now[0],
         width=now and now[1],
@@ -55,3 +55,7 @@ def measure_link() -> Link:
         max_width=most and most[1],
         copy_gbps=COPIES * COPY_BYTES / seconds / 1e9,
     )
+
+
+def _timer() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

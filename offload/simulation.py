@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from offload.adaptive import COPY_SHARE
 from offload.limits import GIGA, Peaks
 from offload.plan import Footprint
 from offload.planner import place
@@ -43,7 +44,8 @@ class Verdict:
 class Study:
     """Routes to play policies on; ``trained_ME`` are the counts that placements are made from.
 
-    Each step is a token of each of ``batch`` requests.
+    Each step is a token of each of ``batch`` requests. ``copy_share`` of a step's time is for the
+    adaptive policy's copies.
     """
 
     steps_SMC: Ids
@@ -51,6 +53,7 @@ class Study:
     batch: int
     footprint: Footprint
     peaks: Peaks
+    copy_share: float = COPY_SHARE
 
     def verdicts(self, num_slots: int) -> list[Verdict]:
         """Every policy that can be played within ``num_slots``."""
@@ -71,7 +74,9 @@ class Study:
         }
         if num_slots > rows:  # a spare slot a layer
             start_ME = residents(self.trained_ME, num_slots - rows)
-            makers["adaptive"] = lambda: Adaptive(start_ME, self.footprint.expert_bytes)
+            makers["adaptive"] = lambda: Adaptive(
+                start_ME, self.footprint.expert_bytes, self.copy_share
+            )
         return makers | {"oracle": lambda: Oracle(self.steps_SMC, experts, num_slots)}
 
     def _judge(self, name: str, num_slots: int, policy: Policy) -> Verdict:

@@ -102,6 +102,12 @@ class Rates(click.ParamType[tuple[float, float, float]]):
     metavar="HOST,PCIE,GPU",
     help="GB/s of host memory, PCIe and GPU memory.  [default: 155,50,3300]",
 )
+@click.option(
+    "--copy-share",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Of a step's time, for the adaptive policy's copies.  [default: the engine's]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.pass_context
 def command(
@@ -118,6 +124,7 @@ def command(
     profile: Path | None,
     train: float,
     gbps: tuple[float, float, float] | None,
+    copy_share: float | None,
     as_json: bool,
 ) -> None:
     """Play placement policies on the routes of TRACE, which fiddler profile --trace writes.
@@ -146,6 +153,8 @@ def command(
         )
     known = _load_profile(profile, routes, recorded) if profile is not None else None
     study = make_study(routes, profile=known, train=train, batch=batch, peaks=_peaks(gbps))
+    if copy_share is not None:
+        study = dataclasses.replace(study, copy_share=copy_share)
     budgets = _budgets(routes, slots, vram_gb)
     found = {label: study.verdicts(count) for label, count in budgets.items()}
     if as_json:

@@ -105,6 +105,13 @@ def reads_of(found: dict[str, dict[str, float]]) -> float:
     return oracle["cold_bytes"] / 1e6 / (1 - oracle["hit_rate"])
 
 
+def test_more_copies_follow_a_changing_subject_closer() -> None:
+    options = (*SMALL[:3], "400", "--routing", "drift:100", "--slots", "300")
+    few, many = (rows(*options, "--copy-share", share)["adaptive"] for share in ("0.001", "0.2"))
+    assert many["hit_rate"] > few["hit_rate"] + 0.05
+    assert many["moved_bytes"] > few["moved_bytes"]
+
+
 def test_a_batch_shares_reads(trace: Path) -> None:
     alone, together = (rows(trace, "--slots", "6", "--batch", n)["static"] for n in (1, 4))
     assert together["cold_bytes"] < 0.8 * alone["cold_bytes"]
