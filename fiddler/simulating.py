@@ -21,7 +21,6 @@ from offload.plan import Budget, Footprint
 from offload.policies import Ids
 from offload.popularity import Profile
 from offload.routing_law import Law
-from offload.routing_trace import RoutingTrace
 from offload.simulation import Study, counts, steps_of
 from offload.units import GIB, MIB, gib_to_bytes, size_text
 
@@ -37,11 +36,6 @@ class Routes:
     name: str
     footprint: Footprint
     experts_TMK: Ids
-
-
-def recorded_routes(trace: RoutingTrace) -> Routes:
-    """Those of a trace."""
-    return Routes(name=trace.model, footprint=trace.footprint, experts_TMK=trace.experts_TMK)
 
 
 def drawn_routes(

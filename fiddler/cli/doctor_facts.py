@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fiddler.cli.doctor_gpu import Gpu, gpu_facts, handoff_facts, link_facts, node_facts
 from fiddler.cli.doctor_memory import Cache, cache_facts, memory_facts
 from fiddler.cli.errors import ISA_VARIABLE
 
@@ -28,19 +29,7 @@ PACKAGES = (
     "psutil",
 )
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
-PCI_DEVICES = Path("/sys/bus/pci/devices")
 NUMA_NODES = Path("/sys/devices/system/node")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """The first CUDA device, as torch sees it; sizes are bytes."""
-
-    name: str
-    count: int
-    capability: str
-    vram_total_bytes: int
-    vram_free_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,64 +113,6 @@ def _torch() -> dict[str, Any]:
     return {"torch_cuda": torch.version.cuda, "triton_wanted": next(iter(versions), None)}
 
 
-def _gpu() -> dict[str, Any]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info(0)
-    major, minor = torch.cuda.get_device_capability(0)
-    gpu = Gpu(
-        name=torch.cuda.get_device_name(0),
-        count=torch.cuda.device_count(),
-        capability=f"{major}.{minor}",
-        vram_total_bytes=total,
-        vram_free_bytes=free,
-    )
-    return {"gpu": gpu}
-
-
-def _link() -> dict[str, Any]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    from offload.link_probe import measure_link
-
-    return {"link": measure_link()}
-
-
-def _gpu_node() -> dict[str, Any]:
-    """The NUMA node of the first GPU, and those of the CPUs that this process may use."""
-    from cpu_kernels.topology import read_machine
-
-    found: dict[str, Any] = {"cpu_nodes": sorted(set(read_machine().node_of.values()))}
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return found
-    name = ctypes.create_string_buffer(32)
-    if library.cuInit(0) == 0 and library.cuDeviceGetPCIBusId(name, 32, 0) == 0:
-        node = PCI_DEVICES / name.value.decode().lower() / "numa_node"
-        if node.exists() and (number := int(node.read_text())) >= 0:  # -1: none is known
-            found["gpu_node"] = number
-    return found
-
-
-def _handoff() -> dict[str, Any]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    from offload.handoff_probe import choose_way, forced_way, probe
-
-    found = probe()
-    return {
-        "handoff": choose_way(found, forced_way()),
-        "handoff_problems": found.problems,
-    }
-
-
 def _driver() -> dict[str, Any]:
     """Versions from the kernel's module and from libcuda; nothing where there is no driver."""
     found: dict[str, Any] = {}
@@ -249,12 +180,12 @@ LOOKS: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": _torch,
     "numba": _numba,
     "driver": _driver,
-    "GPU": _gpu,
-    "hand-off": _handoff,
-    "PCIe": _link,
+    "GPU": gpu_facts,
+    "hand-off": handoff_facts,
+    "PCIe": link_facts,
     "machine": _machine,
     "memory": memory_facts,
-    "NUMA": _gpu_node,
+    "NUMA": node_facts,
     "caches": cache_facts,
     "instructions": _isa,
     "cache": _cache,

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from fiddler.cli.console import note, output_console
+from fiddler.cli.console import note
 from fiddler.cli.options import COUNT, GIB
-from fiddler.cli.profile_tables import rate_table
+from fiddler.cli.simulate_table import print_verdicts
 from fiddler.config import DTYPES
 from fiddler.errors import ConfigError
 
@@ -18,20 +18,11 @@ if TYPE_CHECKING:
     from offload.limits import Peaks
     from offload.popularity import Profile
     from offload.routing_trace import RoutingTrace
-    from offload.simulation import Verdict
 
 SHARES = (0.125, 0.25, 0.5)  # of all experts, where no budget is given
 ROUTING = "zipf:1.2"
 TRAIN = 0.25
 OF_SHAPES = ("routing", "num_tokens", "dtype", "seed")
-POLICIES = {
-    "no profile": "experts placed evenly, and left there",
-    "static": "placed by the profile, or by the routes before",
-    "best static": "placed by these very routes: no static placement does better",
-    "lru": "every miss comes over PCIe, in each layer for what was not used for longest",
-    "adaptive": "--placement adaptive, decided by the engine's own code",
-    "oracle": "knows the future: no policy does better",
-}
 
 
 class Rates(click.ParamType[tuple[float, float, float]]):
@@ -132,7 +123,8 @@ def command(
     Tells, for each policy and size of GPU memory, how many reads of experts hit, which bytes are
     read from host memory and copied for each token, and how fast bandwidths alone would let it be.
     """
-    from fiddler.simulating import drawn_routes, make_study, recorded_routes
+    from fiddler.simulating import make_study
+    from offload.routing_trace import load_trace
 
     if (trace is None) == (shape is None):
         raise ConfigError(
@@ -140,17 +132,11 @@ def command(
             hint="for example: fiddler simulate --shape qwen3-30b-a3b --routing drift:500",
         )
     _check_given(ctx, is_shape=shape is not None)
-    recorded = None
-    if trace is not None:
-        from offload.routing_trace import load_trace
-
-        recorded = load_trace(trace)
-        routes = recorded_routes(recorded)
+    recorded = load_trace(trace) if trace is not None else None
+    if recorded is not None:
+        routes = _recorded(recorded)
     else:
-        law = _law(routing)
-        routes = drawn_routes(
-            str(shape), law, dtype=dtype, num_tokens=num_tokens, batch=batch, seed=seed
-        )
+        routes = _drawn(cast(str, shape), routing, dtype, num_tokens, batch, seed)
     known = _load_profile(profile, routes, recorded) if profile is not None else None
     study = make_study(routes, profile=known, train=train, batch=batch, peaks=_peaks(gbps))
     if copy_share is not None:
@@ -161,7 +147,28 @@ def command(
         rows = [dataclasses.asdict(verdict) for verdicts in found.values() for verdict in verdicts]
         click.echo(json.dumps({"model": routes.name, "steps": len(study.steps_SMC), "rows": rows}))
     else:
-        _print(found, f"{routes.name}: {len(study.steps_SMC):,} steps of {batch} played")
+        print_verdicts(found, f"{routes.name}: {len(study.steps_SMC):,} steps of {batch} played")
+
+
+def _recorded(trace: "RoutingTrace") -> "Routes":
+    from fiddler.simulating import Routes
+
+    return Routes(name=trace.model, footprint=trace.footprint, experts_TMK=trace.experts_TMK)
+
+
+def _drawn(
+    shape: str, routing: str, dtype: str, num_tokens: int, batch: int, seed: int
+) -> "Routes":
+    from fiddler.simulating import drawn_routes
+    from offload.routing_law import parse_law
+
+    law = parse_law(routing)
+    if law is None:
+        raise ConfigError(
+            "a shape has no router whose choices could be played",
+            hint="record a model's with: fiddler profile MODEL --text FILE --trace trace.npz",
+        )
+    return drawn_routes(shape, law, dtype=dtype, num_tokens=num_tokens, batch=batch, seed=seed)
 
 
 def _check_given(ctx: click.Context, *, is_shape: bool) -> None:
@@ -176,18 +183,6 @@ def _check_given(ctx: click.Context, *, is_shape: bool) -> None:
             raise click.UsageError(f"a trace brings its own routes: {flags[name]} needs --shape")
     if is_given("profile") and is_given("train"):
         raise click.UsageError("give either --profile or --train, not both")
-
-
-def _law(routing: str) -> Any:
-    from offload.routing_law import parse_law
-
-    law = parse_law(routing)
-    if law is None:
-        raise ConfigError(
-            "a shape has no router whose choices could be played",
-            hint="record a model's with: fiddler profile MODEL --text FILE --trace trace.npz",
-        )
-    return law
 
 
 def _load_profile(path: Path, routes: "Routes", trace: "RoutingTrace | None") -> "Profile":
@@ -224,29 +219,3 @@ def _budgets(
     counts += [(slots_within(routes.footprint, gib), f" ({gib:g} GiB)") for gib in vram_gb]
     counts = counts or [(round(total * share), "") for share in SHARES]
     return {f"{count:,} of {total:,} experts on the GPU{label}": count for count, label in counts}
-
-
-def _print(found: "dict[str, list[Verdict]]", title: str) -> None:
-    console = output_console()
-    console.print(title, style="bold")
-    for label, verdicts in found.items():
-        table = rate_table("policy", "hits", "cold/token", "copied/token", "limit, tok/s")
-        for verdict in verdicts:
-            table.add_row(
-                verdict.policy,
-                f"{verdict.hit_rate:.1%}",
-                _size(verdict.cold_bytes),
-                _size(verdict.moved_bytes),
-                f"{verdict.tokens_per_s:,.1f}",
-            )
-        console.print(f"\n{label}\n")
-        console.print(table)
-    console.print()
-    for name, meaning in POLICIES.items():
-        console.print(f"{name}: {meaning}", soft_wrap=True)
-
-
-def _size(num_bytes: float) -> str:
-    from offload.units import size_text
-
-    return size_text(round(num_bytes)) if num_bytes else ""

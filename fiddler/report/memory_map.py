@@ -22,10 +22,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """One kind of memory and what fills it; parts of no bytes are left out."""
+    """One kind of memory and what fills it; parts of no bytes are left out.
+
+    ``limit_bytes`` may be filled, 0: as many as are. What is left of them is said, not drawn: it
+    would leave no room for the rest.
+    """
 
     name: str
     parts: tuple[Part, ...]
+    limit_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +58,8 @@ def memory_svg(memories: Sequence[Memory], title: str) -> str:
 
 
 def _headline(memory: Memory) -> str:
-    return f"{memory.name}, {size_text(memory.num_bytes)}"
+    of = f" of {size_text(memory.limit_bytes)}" if memory.limit_bytes else ""
+    return f"{memory.name}, {size_text(memory.num_bytes)}{of}"
 
 
 def _there(memory: Memory) -> list[Part]:

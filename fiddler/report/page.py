@@ -31,12 +31,14 @@ body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, san
   max-width: 800px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 p, li { max-width: 46rem; }
-figure { margin: 1rem 0; } svg { width: 100%; height: auto; display: block; }
+figure { margin: 1rem 0; overflow-x: auto; }
+svg { width: 100%; min-width: 600px; height: auto; display: block; }
 svg text { fill: var(--ink); font-family: system-ui, sans-serif; }
 svg .muted, footer { fill: var(--muted); color: var(--muted); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: .2rem .9rem .2rem 0; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 .grid { stroke: var(--line); fill: none; } .edge { stroke: var(--edge); stroke-width: 2;
   fill: none; } .bar { fill: var(--bar); }

@@ -167,12 +167,8 @@ def memory_map(plan: Plan, hardware: Hardware) -> list[Memory]:
     )
     cold = Part("experts on the CPU side", "experts", size.cpu_experts)
     on_disk = Memory("Disk", (Part("experts", "experts", size.disk_experts),))
+    limit = plan.ram_budget_bytes
     if plan.gpu_side is GpuSide.CUDA:
-        in_ram = (cold, _free(plan, size.cpu_experts))
-        return [Memory(f"VRAM of {hardware.gpu_name}", gpu_side), Memory("RAM", in_ram), on_disk]
-    used = sum(part.num_bytes for part in gpu_side[:-1]) + size.cpu_experts
-    return [Memory("RAM", (*gpu_side[:-1], cold, _free(plan, used))), on_disk]
-
-
-def _free(plan: Plan, used: int) -> Part:
-    return Part("free within the budget", "unused", max(0, plan.ram_budget_bytes - used))
+        on_gpu = Memory(f"VRAM of {hardware.gpu_name}", gpu_side)
+        return [on_gpu, Memory("RAM", (cold,), limit), on_disk]
+    return [Memory("RAM", (*gpu_side[:-1], cold), limit), on_disk]

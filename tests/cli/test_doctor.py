@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from fiddler.cli import cli, doctor_facts
 from fiddler.cli.doctor import facts_rows
 from fiddler.cli.doctor_checks import execution_path, find_problems
-from fiddler.cli.doctor_facts import PACKAGES, Facts, Gpu, collect
+from fiddler.cli.doctor_facts import PACKAGES, Facts, collect
+from fiddler.cli.doctor_gpu import Gpu
 from fiddler.cli.doctor_memory import Cache, cache_of, chosen_word
 from fiddler.cli.doctor_speed import link_gbps
 from offload.link_probe import Link, measure_link

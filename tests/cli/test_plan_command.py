@@ -127,7 +127,11 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
     assert f"wrote {path}" in done.stderr and "What lives where" in done.stdout
     root = ET.fromstring(path.read_text().partition("\n")[2])
     said = " ".join(root.itertext())
-    assert "VRAM of Test GPU, 20.0 GiB" in said and "RAM, 16.0 GiB" in said and "Disk, " in said
+    assert (
+        "VRAM of Test GPU, 20.0 GiB" in said
+        and "RAM, 16.0 GiB of 16.0 GiB" in said
+        and "Disk, " in said
+    )
     assert run(*options, "--html", str(path)).exit_code == 0  # its own page may be replaced
     path.write_text("my notes")
     refused = run(*options, "--html", str(path))

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fiddler.cli import cli
-from fiddler.cli.simulate import POLICIES
+from fiddler.cli.simulate_table import POLICIES
 from offload.plan import Footprint
 from offload.popularity import Popularity, Profile, save_profile
 from offload.routing_trace import RoutingTrace, save_trace

@@ -11,15 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiddler.benchmark.roofline import roofs_of
+from fiddler.config import EngineConfig
+from fiddler.models.shapes import load_shape
+from fiddler.planning import plan_model
 from fiddler.report.heatmap import LEVELS, Heatmap, heatmap_svg, levels
 from fiddler.report.memory_map import Memory, Part, memory_svg
 from fiddler.report.page import Section, Table, page, style
-from fiddler.report.pages import bench_page, profile_page
+from fiddler.report.pages import bench_page, memory_map, plan_page, profile_page
 from fiddler.report.roofline import Point, Roof, roofline_svg
 from fiddler.report.svg import WIDTH, Box, text_box
+from offload.hardware import Hardware
 from offload.limits import Peaks
 from tests.unit.test_profiling_picture import result
 
+GIB = 1 << 30
 SVG = "{http://www.w3.org/2000/svg}"
 GPU = Peaks(cpu_read_gbps=126, joint_gbps=155, pcie_gbps=55, gpu_read_gbps=4200, gemm_tflops=650)
 NO_GPU = Peaks(cpu_read_gbps=20, joint_gbps=20, pcie_gbps=0, gpu_read_gbps=0, gemm_tflops=0.2)
@@ -150,6 +155,31 @@ def test_memories_of_any_size_are_laid_out(sizes: list[list[int]]) -> None:
     ]
     for text_of in words(parsed(memory_svg(memories, "Memory"))):
         assert text_of[0].right <= WIDTH + 1
+
+
+@pytest.mark.parametrize(("vram_gb", "has_gpu"), [(20, True), (20, False), (None, False)])
+def test_a_plans_parts_add_up(vram_gb: float | None, has_gpu: bool) -> None:
+    """All of the VRAM budget, and of RAM what the plan says it needs, whatever plays the GPU."""
+    machine = Hardware(
+        has_gpu=has_gpu,
+        gpu_name="Test GPU" if has_gpu else "",
+        vram_total_bytes=24 * GIB * has_gpu,
+        vram_free_bytes=23 * GIB * has_gpu,
+        cuda_context_bytes=GIB // 2 * has_gpu,
+        ram_total_bytes=256 * GIB,
+        ram_available_bytes=250 * GIB,
+        physical_cores=8,
+        cpu_name="Test CPU",
+    )
+    name = "qwen3-30b-a3b"
+    config = load_shape(name)
+    settings_ = EngineConfig(model=name, vram_gb=vram_gb)
+    plan, _ = plan_model(settings_, config, machine, name=name, folder=None)
+    *on_gpu, in_ram, on_disk = memory_map(plan, machine)
+    assert [memory.num_bytes for memory in on_gpu] == ([20 * GIB] if has_gpu else [])
+    assert in_ram.num_bytes == plan.ram_needed_bytes <= in_ram.limit_bytes
+    assert on_disk.num_bytes == 0
+    check_page(plan_page(name, plan, machine, range(48), 128))
 
 
 # --- roofline ---
