@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fiddler.errors import ConfigError
-from fiddler.profiling import ProfileResult
+from fiddler.held_out import ProfileResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,10 +1,9 @@
-"""Which experts a corpus uses, and how well a placement made from one part of it fits the rest.
+"""Which experts a corpus uses: its windows run through a model, and their routes counted.
 
-Shapes: T tokens, L layers, E experts, K top-k.
+Shapes: T tokens, W held-out windows, L layers, E experts, K top-k.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -13,18 +12,17 @@ import numpy.typing as npt
 
 from fiddler.corpus import Corpus, Document, cut_windows, is_held_out
 from fiddler.errors import ConfigError
+from fiddler.held_out import Counts, ProfileResult, judge
 from fiddler.models.config import ModelConfig
 from fiddler.outputs import RequestOutput
 from fiddler.sampling_params import SamplingParams
-from offload.placement import Placement
 from offload.plan import Plan
-from offload.planner import place
-from offload.popularity import Popularity, Profile, hit_rate
+from offload.popularity import Popularity, Profile
 
-Counts = npt.NDArray[np.int64]
+Routes = npt.NDArray[np.int16]  # [T, L, K]; -1 is no route
+OnWindow = Callable[[list[int], Routes], None]  # a window's token ids and where they went
 HELD_OUT_RANGE = (0.05, 0.5)
 BATCH_WINDOWS = 16  # windows in flight: their routes take 1 kB a token, so not all at once
-SHARES = (0.125, 0.25, 0.5)  # of all experts resident, for which hit rates are told
 
 
 class ProfiledModel(Protocol):
@@ -45,68 +43,52 @@ class ProfiledModel(Protocol):
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[RequestOutput]: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HitRates:
-    """Share of held-out routes that meet a resident expert when ``num_resident`` are resident.
-
-    They are placed by the profile, without one, or by the held-out routes themselves: no placement
-    does better than the last.
-    """
-
-    num_resident: int
-    profile: float
-    uniform: float
-    best: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileResult:
-    """A profile of the training part, judged on ``held_out_tokens`` that it never saw.
-
-    ``placement`` and ``present`` belong to the VRAM budget that the model was loaded with;
-    ``by_share`` tells the same for :data:`SHARES` of all experts.
-    """
-
-    profile: Profile
-    moe_layers: tuple[int, ...]
-    held_out_tokens: int
-    held_out_LE: Counts
-    placement: Placement
-    present: HitRates
-    by_share: tuple[HitRates, ...]
-
-
 def profile_corpus(
     llm: ProfiledModel,
     corpus: Corpus,
     *,
     held_out: float = 0.2,
     on_progress: Callable[[int, int], None] | None = None,
+    on_window: OnWindow | None = None,
 ) -> ProfileResult:
     """Run ``corpus`` through the model and count which experts its tokens are routed to.
 
     Evenly spread windows, ``held_out`` of all, are kept apart to judge the rest by.
-    ``on_progress(done, total)`` counts tokens. Raises :class:`ProfileError` for a corpus that is
-    too short, :class:`ConfigError` for a share outside 0.05 to 0.5.
+    ``on_progress(done, total)`` counts tokens; ``on_window`` sees every window, in their order.
+    Raises :class:`ProfileError` for a corpus that is too short, :class:`ConfigError` for a share
+    outside 0.05 to 0.5.
     """
     check_held_out(held_out)
+    config = llm.model_config
+    shape = config.num_layers, config.num_experts
     documents = [_token_ids(llm, document) for document in corpus.documents]
     windows = cut_windows(documents, context=llm.plan.context_tokens, held_out=held_out)
-    counts_2LE, tokens_2 = _count(llm, windows, held_out, on_progress)
+    trained_LE = np.zeros(shape, dtype=np.int64)
+    kept_apart: list[Counts] = []
+    num_trained = 0
+    for index, (ids, routes_TLK) in enumerate(_routed(llm, windows, on_progress)):
+        counts_LE = count_routes([routes_TLK], *shape)
+        if is_held_out(index, held_out):
+            kept_apart.append(counts_LE)
+        else:
+            trained_LE += counts_LE
+            num_trained += len(ids)
+        if on_window is not None:
+            on_window(ids, routes_TLK)
     profile = Profile(
         model=llm.model_name,
         revision=llm.revision,
         corpus_sha256=corpus.sha256,
-        num_tokens=tokens_2[0],
-        popularity=Popularity(counts_2LE[0]),
+        num_tokens=num_trained,
+        popularity=Popularity(trained_LE),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return judge(
         profile,
-        counts_2LE[1],
-        moe_layers=_moe_layers(llm.model_config),
+        np.stack(kept_apart),
+        moe_layers=_moe_layers(config),
         num_resident=llm.plan.placement.num_resident,
-        held_out_tokens=tokens_2[1],
+        held_out_tokens=sum(map(len, windows)) - num_trained,
     )
 
 
@@ -117,42 +99,7 @@ def check_held_out(share: float) -> None:
         raise ConfigError(f"the held-out share must be between {low} and {high}, not {share}")
 
 
-def judge(
-    profile: Profile,
-    held_out_LE: Counts,
-    *,
-    moe_layers: tuple[int, ...],
-    num_resident: int,
-    held_out_tokens: int,
-) -> ProfileResult:
-    """Compare placements made with and without ``profile`` on routes that it has not seen."""
-    num_layers, num_experts = profile.popularity.counts_LE.shape
-    candidates = {
-        "profile": profile.popularity,
-        "uniform": Popularity.uniform(num_layers, num_experts),
-        "best": Popularity(held_out_LE),
-    }
-
-    def rates(count: int) -> HitRates:
-        placed = {name: place(p, moe_layers, count) for name, p in candidates.items()}
-        hits = {name: hit_rate(placement, held_out_LE) for name, placement in placed.items()}
-        return HitRates(num_resident=count, **hits)
-
-    total = len(moe_layers) * num_experts
-    return ProfileResult(
-        profile=profile,
-        moe_layers=moe_layers,
-        held_out_tokens=held_out_tokens,
-        held_out_LE=held_out_LE,
-        placement=place(profile.popularity, moe_layers, num_resident),
-        present=rates(num_resident),
-        by_share=tuple(rates(round(total * share)) for share in SHARES),
-    )
-
-
-def count_routes(
-    routes: Iterable[npt.NDArray[np.int16]], num_layers: int, num_experts: int
-) -> Counts:
+def count_routes(routes: Iterable[Routes], num_layers: int, num_experts: int) -> Counts:
     """Count ``[T, L, K]`` expert ids per layer and expert; -1 is no route."""
     counts = np.zeros(num_layers * num_experts, dtype=np.int64)
     layer_L1 = np.arange(num_layers)[:, None]
@@ -162,30 +109,22 @@ def count_routes(
     return counts.reshape(num_layers, num_experts)
 
 
-def _count(
+def _routed(
     llm: ProfiledModel,
     windows: list[list[int]],
-    held_out: float,
     on_progress: Callable[[int, int], None] | None,
-) -> tuple[Counts, list[int]]:
-    """Counts ``[2, L, E]`` and tokens of the training part and the held-out part."""
-    config = llm.model_config
-    shape = config.num_layers, config.num_experts
-    counts_2LE = np.zeros((2, *shape), dtype=np.int64)
-    tokens_2 = [0, 0]
+) -> Iterator[tuple[list[int], Routes]]:
+    """The windows in their order, each with its tokens' routes."""
     total = sum(map(len, windows))
     params = SamplingParams(max_tokens=1, temperature=0.0, routed_experts=True)
     for start in range(0, len(windows), BATCH_WINDOWS):
         batch = windows[start : start + BATCH_WINDOWS]
-        for index, output in enumerate(llm.generate(batch, params), start=start):
-            part = int(is_held_out(index, held_out))
+        for ids, output in zip(batch, llm.generate(batch, params), strict=True):
             routes_TLK = output.outputs[0].routed_experts
-            assert isinstance(routes_TLK, np.ndarray)
-            counts_2LE[part] += count_routes([routes_TLK], *shape)
-            tokens_2[part] += len(routes_TLK)
+            assert isinstance(routes_TLK, np.ndarray) and len(routes_TLK) == len(ids)
+            yield ids, routes_TLK
         if on_progress is not None:
             on_progress(sum(map(len, windows[: start + len(batch)])), total)
-    return counts_2LE, tokens_2
 
 
 def _token_ids(llm: ProfiledModel, document: Document) -> list[int]:

@@ -8,7 +8,7 @@ bytes that steps read from host memory, not of measured time: equal requests mov
 Shapes: L layers, E experts, C choices of one layer in a step.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,3 +92,51 @@ def choose_swaps(
     return [
         Swap(rows[n], int(comes[n]), int(leaves[n])) for n in order.tolist() if gain[n] > margin
     ]
+
+
+# (heat_LE, is_resident_LE, layers, most) to swaps; see choose_swaps
+Chooser = Callable[[npt.NDArray[np.float64], npt.NDArray[np.bool_], list[int], int], list[Swap]]
+
+
+class AdaptivePolicy:
+    """Counts, earns and decides; who moves experts, and whether any are moved, it does not know."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        expert_bytes: int,
+        *,
+        choose: Chooser = choose_swaps,
+        copy_share: float = COPY_SHARE,
+    ) -> None:
+        """``copy_share``: the part of a step's time for copies."""
+        self._choose = choose
+        self._heat = Heat(num_layers, num_experts)
+        self._budget = CopyBudget(expert_bytes, copy_share * LINK_SHARE)
+
+    def count(
+        self,
+        layers: Sequence[int],
+        ids_LC: npt.NDArray[np.integer],
+        is_resident_LE: npt.NDArray[np.bool_],
+    ) -> None:
+        """A step has chosen ``ids_LC``, row n in ``layers[n]``, while these were resident."""
+        self._heat.count(layers, ids_LC)
+        is_used_LE = np.zeros(self._heat.heat_LE.shape, dtype=bool)
+        is_used_LE[np.asarray(layers)[:, None], ids_LC] = True
+        self._budget.earn(int((is_used_LE & ~is_resident_LE).sum()))
+
+    def swaps(
+        self, is_resident_LE: Callable[[], npt.NDArray[np.bool_]], idle_layers: list[int]
+    ) -> list[Swap]:
+        """What to swap now in ``idle_layers``; it is paid for.
+
+        ``is_resident_LE`` is asked for only where a swap can be paid.
+        """
+        most = self._budget.num_swaps
+        if not most:
+            return []
+        swaps = self._choose(self._heat.heat_LE, is_resident_LE(), idle_layers, most)
+        self._budget.spend(len(swaps))
+        return swaps

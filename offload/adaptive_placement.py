@@ -3,18 +3,14 @@
 Shapes: L layers, E experts, T tokens, K choices, M layers with experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from offload.adaptive import COPY_SHARE, LINK_SHARE, CopyBudget, Heat, Swap, choose_swaps
+from offload.adaptive import COPY_SHARE, AdaptivePolicy, Chooser, choose_swaps
 from offload.expert_store import ExpertStore
 from offload.swaps import Swaps
-
-# (heat_LE, is_resident_LE, layers, most) to swaps; see choose_swaps
-Chooser = Callable[[npt.NDArray[np.float64], npt.NDArray[np.bool_], list[int], int], list[Swap]]
 
 
 class AdaptivePlacement:
@@ -30,10 +26,15 @@ class AdaptivePlacement:
     ) -> None:
         """``store`` has spare slots. ``copy_share``: the part of a step's time for copies."""
         shape = store.shape
-        self._store, self._choose = store, choose
+        self._store = store
         self._swaps = Swaps(store, device)
-        self._heat = Heat(shape.num_layers, shape.num_experts)
-        self._budget = CopyBudget(store.expert_bytes, copy_share * LINK_SHARE)
+        self._policy = AdaptivePolicy(
+            shape.num_layers,
+            shape.num_experts,
+            store.expert_bytes,
+            choose=choose,
+            copy_share=copy_share,
+        )
         self.num_swaps = 0
 
     @property
@@ -44,19 +45,13 @@ class AdaptivePlacement:
     def count(self, layers: Sequence[int], ids_MTK: np.ndarray) -> None:
         """A step that decoded has chosen ``ids_MTK``, row n in ``layers[n]``."""
         ids_MC = ids_MTK.reshape(len(layers), -1)
-        self._heat.count(layers, ids_MC)
-        is_used_LE = np.zeros(self._heat.heat_LE.shape, dtype=bool)
-        is_used_LE[np.asarray(layers)[:, None], ids_MC] = True
-        self._budget.earn(int((is_used_LE & ~self._store.is_resident_LE()).sum()))
+        self._policy.count(layers, ids_MC, self._store.is_resident_LE())
 
     def move(self) -> None:
         """Put into the tables what has been copied, and begin the next swaps."""
         self._swaps.advance()
-        most = self._budget.num_swaps
-        if most:
-            layers = self._swaps.idle_layers
-            swaps = self._choose(self._heat.heat_LE, self._store.is_resident_LE(), layers, most)
-            self._budget.spend(len(swaps))
+        swaps = self._policy.swaps(self._store.is_resident_LE, self._swaps.idle_layers)
+        if swaps:
             self.num_swaps += len(swaps)
             self._swaps.start(swaps)
 

@@ -32,7 +32,8 @@ class DrawnRoutes:
         self._seed = _mixed(np.array([seed & _MASK], np.uint64))
         self._layers_L = np.arange(num_layers, dtype=np.uint64)
         self._top_k = top_k
-        self._handicap_LE = self._handicaps(num_experts)
+        self._num_experts = num_experts
+        self._handicap_LE: dict[int, Floats] = {}  # by how often the ranks have changed
         self._drawn: dict[int, list[Ids]] = {}  # of each request, [L, K] by position
 
     def ids(self, request: int, start: int, stop: int) -> Ids:
@@ -47,9 +48,9 @@ class DrawnRoutes:
 
         That is drawing one after the other in proportion to the weights. Who stays is ahead.
         """
-        num_experts = self._handicap_LE.shape[1]
+        num_experts = self._num_experts
         chances_LX = self._chances(request, position, num_experts + self._top_k)
-        arrival_LE = np.log(-np.log(chances_LX[:, :num_experts])) + self._handicap_LE
+        arrival_LE = np.log(-np.log(chances_LX[:, :num_experts])) + self._handicaps(position)
         if before_LK is not None and self._law.stay > 0:
             layer_S, slot_S = np.nonzero(chances_LX[:, num_experts:] < self._law.stay)
             arrival_LE[layer_S, before_LK[layer_S, slot_S]] = -np.inf
@@ -62,14 +63,19 @@ class DrawnRoutes:
         key_L = _mixed(_mixed(key_1 + np.uint64(position)) + self._layers_L)
         return _uniform(key_L[:, None], count)
 
-    def _handicaps(self, num_experts: int) -> Floats:
+    def _handicaps(self, position: int) -> Floats:
         """Logarithms of what each expert's clock is slowed by, ``[L, E]``: skew * log(rank)."""
-        key_L = _mixed(~self._seed + self._layers_L)
-        order_LE = np.argsort(_uniform(key_L[:, None], num_experts), axis=1)
-        rank_E = np.arange(1, num_experts + 1)
-        handicap_LE = np.empty(order_LE.shape)
-        np.put_along_axis(handicap_LE, order_LE, self._law.skew * np.log(rank_E)[None], axis=1)
-        return handicap_LE
+        era = position // self._law.drift if self._law.drift else 0
+        if era not in self._handicap_LE:
+            key_L = _mixed(~self._seed + self._layers_L)
+            if era:
+                key_L = _mixed(key_L + np.uint64(era))
+            order_LE = np.argsort(_uniform(key_L[:, None], self._num_experts), axis=1)
+            slowed_E = self._law.skew * np.log(np.arange(1, self._num_experts + 1))
+            handicap_LE = np.empty(order_LE.shape)
+            np.put_along_axis(handicap_LE, order_LE, slowed_E[None], axis=1)
+            self._handicap_LE[era] = handicap_LE
+        return self._handicap_LE[era]
 
 
 def _uniform(keys: Words, count: int) -> Floats:

@@ -31,7 +31,7 @@ def probe_gpu() -> Gpu | None:
         return None
     had_context: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     index = torch.cuda.current_device() if had_context else 0
-    device = nvml.open_device(_uuid(driver, index))
+    device = nvml.open_device(device_uuid(driver, index))
     used_before = device.used_bytes() if device and not had_context else None
     free, total = torch.cuda.mem_get_info(index)
     reserved = torch.cuda.memory_reserved(index)
@@ -66,7 +66,7 @@ def context_bytes(
     return max(0, used_now - reserved)
 
 
-def _uuid(driver: ctypes.CDLL, index: int) -> str:
+def device_uuid(driver: ctypes.CDLL, index: int) -> str:
     """UUID of CUDA's device ``index``, from the driver: asking torch might make the context."""
     raw = (ctypes.c_ubyte * 16)()
     handle = ctypes.c_int()

@@ -58,6 +58,17 @@ class Device:
                 return int(row.used_bytes)
         return None
 
+    def pcie(self, which: str) -> tuple[int, int] | None:
+        """Generation and lanes of its link, ``Curr``ently or at ``Max``; None if hidden."""
+        found = []
+        for what in ("Generation", "Width"):
+            query = getattr(self.library, f"nvmlDeviceGet{which}PcieLink{what}", None)
+            value = ctypes.c_uint()
+            if query is None or query(self.handle, ctypes.byref(value)) != SUCCESS:
+                return None
+            found.append(int(value.value))
+        return found[0], found[1]
+
 
 def open_device(uuid: str) -> Device | None:
     """Find the GPU with this UUID (with or without ``GPU-``); None where NVML is missing.

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fiddler.errors import ProfileError
 from offload.placement import Placement
+from offload.whole_file import write_whole
 
 VERSION = 1
 REMAKE = "make a new one with: fiddler profile MODEL --text FILE -o profile.json"
@@ -92,7 +93,6 @@ def save_profile(profile: Profile, path: Path | str) -> None:
 
     Raises :class:`ProfileError` where the file cannot be written.
     """
-    path = Path(path)
     record = {
         "version": VERSION,
         "model": profile.model,
@@ -102,15 +102,9 @@ def save_profile(profile: Profile, path: Path | str) -> None:
         "created": profile.created,
         "counts": profile.popularity.counts_LE.tolist(),
     }
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        write_whole(Path(path), json.dumps(record).encode())
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise ProfileError(f"the profile {path} cannot be written: {error.strerror}") from error
 
 
@@ -129,15 +123,25 @@ def load_profile(path: Path | str, *, model: str, num_layers: int, num_experts: 
     Raises :class:`ProfileError` for a file that is missing, damaged or of another model. Names
     are compared without their folder or organisation, so a local copy may use the hub's profile.
     """
-    profile = _parse(_read_record(Path(path)), Path(path))
+    profile = read_profile(path)
     shape = profile.popularity.counts_LE.shape
-    if _last_part(profile.model) != _last_part(model) or shape != (num_layers, num_experts):
+    if not same_name(profile.model, model) or shape != (num_layers, num_experts):
         raise ProfileError(
             f"the profile {path} is of {profile.model} ({shape[0]} layers, {shape[1]} experts), "
             f"not of {model} ({num_layers} layers, {num_experts} experts)",
             hint=REMAKE,
         )
     return profile
+
+
+def read_profile(path: Path | str) -> Profile:
+    """Read a profile of any model; raises :class:`ProfileError` if it is missing or damaged."""
+    return _parse(_read_record(Path(path)), Path(path))
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two models are called the same, whatever folder or organisation they are in."""
+    return _last_part(one) == _last_part(other)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fiddler.errors import ConfigError, nearest
 
 MODEL = "model"  # the router's own choice: no law
-HINT = "valid: model, uniform, zipf:S (as zipf:1.2), sticky:P (as sticky:0.8)"
+HINT = "valid: model, uniform, zipf:S (as zipf:1.2), sticky:P (as sticky:0.8), drift:N (drift:500)"
+DRIFT_SKEW = 1.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,11 +16,13 @@ class Law:
     """Each token draws distinct experts; by default all are equally likely.
 
     ``skew``: the expert of rank r has weight r ** -skew, ranks being shuffled in every layer.
-    ``stay``: probability that an expert chosen for a token is kept for the next one.
+    ``stay``: probability that an expert chosen for a token is kept for the next one. ``drift``:
+    tokens after which all ranks are shuffled anew, as when the subject changes; 0: never.
     """
 
     skew: float = 0.0
     stay: float = 0.0
+    drift: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,12 @@ class _Numbered:
 _NUMBERED = {
     "zipf": _Numbered("S", "0 or more", lambda s: s >= 0, lambda s: Law(skew=s)),
     "sticky": _Numbered("P", "from 0 to 1", lambda p: 0 <= p <= 1, lambda p: Law(stay=p)),
+    "drift": _Numbered(
+        "N",
+        "a whole number from 1",
+        lambda n: n >= 1 and n == int(n),
+        lambda n: Law(skew=DRIFT_SKEW, drift=int(n)),
+    ),
 }
 
 

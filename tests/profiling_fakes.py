@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fiddler.models.config import ModelConfig, WeightNames
+from fiddler.models.dtypes import Dtypes
 from fiddler.outputs import CompletionOutput, RequestOutput
 from fiddler.sampling_params import SamplingParams
 from offload.placement import Placement
@@ -43,6 +44,7 @@ class FakeLLM:
         )
         resident = Placement.of([range(num_resident), (), ()])
         self.plan: Any = SimpleNamespace(context_tokens=context, placement=resident)
+        self.dtypes = Dtypes(compute="bfloat16", expert="bfloat16", kv="bfloat16")
         self.tokenizer: Any = SimpleNamespace(encode=lambda text: list(text.encode()))
         self.windows: list[list[int]] = []
         self.is_closed = False

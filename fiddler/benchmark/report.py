@@ -70,11 +70,16 @@ def as_csv(records: Sequence[Record]) -> str:
 
 def markdown(records: Sequence[Record]) -> str:
     """A table, and below it what the limits were computed from."""
-    columns = [column for column in _COLUMNS if any(map(column.is_shown, records))]
-    cells = [[column.text(record) for column in columns] for record in records]
-    table = markdown_table([column.heading for column in columns], cells, left=_LEFT)
+    table = markdown_table(*cells(records), left=_LEFT)
     off = [record["prediction_off"] for record in records if record["prediction_off"]]
     return "\n".join([*table, "", *off, _peaks_line(records[0]), _build_line(records[0])])
+
+
+def cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row of text for each record."""
+    columns = [column for column in _COLUMNS if any(map(column.is_shown, records))]
+    rows = [[column.text(record) for column in columns] for record in records]
+    return [column.heading for column in columns], rows
 
 
 def _peaks_line(record: Record) -> str:

@@ -15,6 +15,7 @@ COMMANDS = {
     "pull": "Download a model.",
     "plan": "Show what would run where, without loading the model.",
     "profile": "Count which experts a text uses, for better placement.",
+    "simulate": "Play placement policies on recorded or drawn routes.",
     "quantize": "Make a model's experts smaller: 4 or 8 bits a weight.",
     "bench": "Measure speed beside what the machine could give.",
     "eval": "Measure how well a model predicts a text, and against a reference.",

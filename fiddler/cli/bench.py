@@ -9,6 +9,7 @@ import click
 
 from fiddler.cli.console import note
 from fiddler.cli.options import COUNT, Decorator, some_engine_options
+from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.progress import progress_bars
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.errors import FiddlerError, reject_unknown
@@ -16,6 +17,7 @@ from fiddler.errors import FiddlerError, reject_unknown
 if TYPE_CHECKING:
     from fiddler.benchmark.cases import Case
     from fiddler.benchmark.driver import Driver, Measurement
+    from fiddler.benchmark.record import Record, Setting
     from fiddler.benchmark.subject import Subject
     from fiddler.loading import LoadedModel
     from offload.hardware import Hardware
@@ -107,7 +109,7 @@ def counts_option(*names: str, default: str, least: int, help: str) -> Decorator
     default="model",
     show_default=True,
     metavar="LAW",
-    help="Who chooses experts: model, or at random: uniform, zipf:S, sticky:P.",
+    help="Who chooses experts: model, or at random: uniform, zipf:S, sticky:P, drift:N.",
 )
 @click.option(
     "-o",
@@ -124,6 +126,7 @@ def counts_option(*names: str, default: str, least: int, help: str) -> Decorator
     metavar="FILE",
     help="Write a timeline of two steps, for ui.perfetto.dev.",
 )
+@html_option("Write the figures and a roofline as one page.")
 @some_engine_options(*ENGINE_FIELDS)
 def command(
     model: str | None,
@@ -137,6 +140,7 @@ def command(
     routing: str,
     output: str,
     trace_path: Path | None,
+    html: Path | None,
     engine: dict[str, Any],
 ) -> None:
     """Measure how fast a model reads and writes, beside what the machine could give.
@@ -163,6 +167,7 @@ def command(
     law = parse_law(routing)
     if trace_path is not None and not trace_path.parent.is_dir():
         raise click.BadParameter(f"there is no folder {trace_path.parent}", param_hint="--trace")
+    check_page(html)
     cases = make_cases(n_prompt, n_gen, pairs, n_depth, batch)
     settings = EngineConfig(
         model=shape or model or BUILTIN,
@@ -180,7 +185,10 @@ def command(
     setting = Setting(
         subject=subject, peaks=peaks, routing=routing, build=build_commit(), rates=rates
     )
-    click.echo(render([record_of(runs, setting, wrong) for runs, wrong in measured], output))
+    records = [record_of(runs, setting, wrong) for runs, wrong in measured]
+    click.echo(render(records, output))
+    if html is not None:
+        _write_page(html, setting, [runs for runs, _ in measured], records)
 
 
 def _known_rates(hardware: "Hardware") -> "MachineRates | None":
@@ -191,6 +199,27 @@ def _known_rates(hardware: "Hardware") -> "MachineRates | None":
     if rates is None:
         note(f"no predictions: {why_not}; fiddler calibrate measures it")
     return rates
+
+
+def _write_page(
+    path: Path, setting: "Setting", measurements: "list[Measurement]", records: "list[Record]"
+) -> None:
+    from fiddler.benchmark.report import cells
+    from fiddler.benchmark.roofline import points_of, roofs_of
+    from fiddler.report.page import Table
+    from fiddler.report.pages import bench_page
+
+    subject = setting.subject
+    headings, rows = cells(records)
+    machine = " and ".join(filter(None, (subject.hardware.gpu_name, subject.hardware.cpu_name)))
+    text = bench_page(
+        f"{subject.name}: measured speed",
+        f"{machine}; {setting.build}",
+        roofs_of(setting.peaks),
+        points_of(subject, measurements),
+        Table(tuple(headings), tuple(map(tuple, rows))),
+    )
+    write_page(path, text)
 
 
 def _measure(

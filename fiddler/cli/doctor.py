@@ -11,6 +11,7 @@ from fiddler.cli.errors import ISA_VARIABLE
 if TYPE_CHECKING:
     from fiddler.cli.doctor_checks import Problem
     from fiddler.cli.doctor_facts import Facts
+    from fiddler.cli.doctor_memory import Cache
 
 HANDOFFS = {
     "values": "values: the GPU's stream rings and awaits the CPU workers inside a graph",
@@ -47,13 +48,19 @@ def facts_rows(facts: "Facts") -> dict[str, str]:
         "CUDA": _cuda(facts),
         "GPU": _gpu(facts),
         "KV cache": _kv_types(facts),
+        "PCIe": _link(facts),
         "hand-off": HANDOFFS.get(facts.handoff or "", ""),
         "CPU": _joined(facts.cpu, _count(facts.physical_cores, "core")),
         "ISA": _joined(facts.isa, facts.forced_isa and f"forced by {ISA_VARIABLE}"),
         "workers": f"{facts.num_workers} (measured)" if facts.num_workers else "",
-        "NUMA": _count(facts.numa_nodes, "node"),
+        "NUMA": _joined(
+            _count(facts.numa_nodes, "node"),
+            None if facts.gpu_node is None else f"the GPU at node {facts.gpu_node}",
+        ),
         "RAM": _part(facts.ram_available_bytes, facts.ram_total_bytes),
-        "cache": _joined(facts.cache, _free(facts.cache_free_bytes)),
+        "pages": _pages(facts),
+        "caches": ", ".join(_cache(*named) for named in facts.caches.items()),
+        "models": _joined(facts.cache, _free(facts.cache_free_bytes)),
     }
     return {name: text for name, text in rows.items() if text}
 
@@ -66,6 +73,8 @@ def _print(rows: dict[str, str], problems: "list[Problem]") -> None:
         click.echo("\nno problems found")
     for problem in problems:
         click.echo(f"\n{'problem' if problem.is_fatal else 'warning'}: {problem.what}")
+        if problem.effect:
+            click.echo(f"  effect: {problem.effect}")
         click.echo(f"  do: {problem.todo}")
 
 
@@ -84,7 +93,31 @@ def _gpu(facts: "Facts") -> str:
         return "none"
     count = f"{gpu.count} x " if gpu.count > 1 else ""
     memory = _part(gpu.vram_free_bytes, gpu.vram_total_bytes)
-    return _joined(f"{count}{gpu.name}", memory, f"capability {gpu.capability}", gpu.pcie)
+    return _joined(f"{count}{gpu.name}", memory, f"capability {gpu.capability}")
+
+
+def _link(facts: "Facts") -> str:
+    link = facts.link
+    if link is None:
+        return ""
+    now = f"generation {link.generation} x{link.width} under load" if link.width else None
+    most = f"at most {link.max_generation} x{link.max_width}" if link.max_width else None
+    return _joined(now, most, f"copies at {link.copy_gbps:.1f} GB/s")
+
+
+def _pages(facts: "Facts") -> str:
+    from offload.units import size_text
+
+    if facts.huge_pages is None:
+        return ""
+    locked = "any number" if facts.memlock_bytes is None else size_text(facts.memlock_bytes)
+    return f"huge ones: {facts.huge_pages}; {locked} may be locked"
+
+
+def _cache(name: str, cache: "Cache") -> str:
+    from offload.units import size_text
+
+    return f"{name} {size_text(cache.num_bytes)} in {cache.folder}"
 
 
 def _kv_types(facts: "Facts") -> str:

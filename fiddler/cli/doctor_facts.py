@@ -9,9 +9,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fiddler.cli.doctor_gpu import Gpu, gpu_facts, handoff_facts, link_facts, node_facts
+from fiddler.cli.doctor_memory import Cache, cache_facts, memory_facts
 from fiddler.cli.errors import ISA_VARIABLE
+
+if TYPE_CHECKING:
+    from offload.link_probe import Link
 
 PACKAGES = (
     "torch",
@@ -24,20 +29,7 @@ PACKAGES = (
     "psutil",
 )
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
-PCI_DEVICES = Path("/sys/bus/pci/devices")
 NUMA_NODES = Path("/sys/devices/system/node")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """The first CUDA device, as torch sees it; sizes are bytes."""
-
-    name: str
-    count: int
-    capability: str
-    vram_total_bytes: int
-    vram_free_bytes: int
-    pcie: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +55,14 @@ class Facts:
     num_workers: int | None = None  # as a start has measured it
     physical_cores: int | None = None
     numa_nodes: int | None = None
+    link: "Link | None" = None  # of the GPU, under load
+    gpu_node: int | None = None  # of NUMA
+    cpu_nodes: list[int] = field(default_factory=list)  # whose CPUs this process may use
+    memory_nodes: int | None = None  # nodes that have memory,
+    allowed_nodes: int | None = None  # and those of them that this process may use
+    huge_pages: str | None = None  # always, madvise or never
+    memlock_bytes: int | None = None  # None: no limit
+    caches: dict[str, Cache] = field(default_factory=dict)
     ram_total_bytes: int | None = None
     ram_available_bytes: int | None = None
     cache: str | None = None
@@ -113,38 +113,6 @@ def _torch() -> dict[str, Any]:
     return {"torch_cuda": torch.version.cuda, "triton_wanted": next(iter(versions), None)}
 
 
-def _gpu() -> dict[str, Any]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info(0)
-    major, minor = torch.cuda.get_device_capability(0)
-    gpu = Gpu(
-        name=torch.cuda.get_device_name(0),
-        count=torch.cuda.device_count(),
-        capability=f"{major}.{minor}",
-        vram_total_bytes=total,
-        vram_free_bytes=free,
-        pcie=_pcie_link(),
-    )
-    return {"gpu": gpu}
-
-
-def _handoff() -> dict[str, Any]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    from offload.handoff_probe import choose_way, forced_way, probe
-
-    found = probe()
-    return {
-        "handoff": choose_way(found, forced_way()),
-        "handoff_problems": found.problems,
-    }
-
-
 def _driver() -> dict[str, Any]:
     """Versions from the kernel's module and from libcuda; nothing where there is no driver."""
     found: dict[str, Any] = {}
@@ -159,18 +127,6 @@ def _driver() -> dict[str, Any]:
     if library.cuDriverGetVersion(ctypes.byref(version)) == 0:
         found["driver_cuda"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
     return found
-
-
-def _pcie_link() -> str | None:
-    """Speed and width of the first NVIDIA display device's link, e.g. ``32.0 GT/s PCIe x16``."""
-    for device in sorted(PCI_DEVICES.glob("*")):
-        names = ("vendor", "class", "current_link_speed", "current_link_width")
-        if not all((device / name).exists() for name in names):
-            continue
-        vendor, kind, speed, width = ((device / name).read_text().strip() for name in names)
-        if vendor == "0x10de" and kind.startswith("0x03"):
-            return f"{speed} x{width}"
-    return None
 
 
 def _machine() -> dict[str, Any]:
@@ -224,9 +180,13 @@ LOOKS: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": _torch,
     "numba": _numba,
     "driver": _driver,
-    "GPU": _gpu,
-    "hand-off": _handoff,
+    "GPU": gpu_facts,
+    "hand-off": handoff_facts,
+    "PCIe": link_facts,
     "machine": _machine,
+    "memory": memory_facts,
+    "NUMA": node_facts,
+    "caches": cache_facts,
     "instructions": _isa,
     "cache": _cache,
 }

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fiddler.cli.console import output_console
 from fiddler.cli.options import ENGINE_OPTIONS
+from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.plan_table import PlanFacts, print_plan
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError, FiddlerError
@@ -52,11 +54,13 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "rtx4090-ddr5.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@html_option("Write the plan as one page.")
 def command(
     model: str | None,
     shape: str | None,
     machine_name: str | None,
     as_json: bool,
+    html: Path | None,
     **options: Any,
 ) -> None:
     """Show what would run where and how fast, without loading the model.
@@ -66,7 +70,10 @@ def command(
     machine that is like this one; the plan says from which.
     """
     given = {name: value for name, value in options.items() if value not in (None, False)}
+    check_page(html)
     facts = _facts(model, shape, machine_name, given)
+    if html is not None:
+        _write_page(facts, html)
     if as_json:
         click.echo(json.dumps(_record(facts)))
     else:
@@ -124,6 +131,15 @@ def _machine(name: str | None, device: str) -> "tuple[Hardware, RatesHere]":
     if device == "cpu":
         hardware = hardware.without_gpu()
     return hardware, RatesHere(rates=machine.rates, name=machine.name, origin=machine.origin)
+
+
+def _write_page(facts: PlanFacts, path: Path) -> None:
+    from fiddler.report.pages import plan_page
+
+    config = facts.config
+    layers = [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
+    text = plan_page(facts.name, facts.plan, facts.hardware, layers, config.num_experts)
+    write_page(path, text)
 
 
 def _one_of(model: str | None, shape: str | None) -> str:

@@ -1,31 +1,67 @@
-"""What ``fiddler profile`` may write over: profiles and pictures, never what it reads."""
+"""What commands may write over: files of the kind that they write, never what they read."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fiddler.errors import ConfigError
 
 IMAGE_MARKS = {".png": b"\x89PNG\r\n", ".svg": b"<svg"}
+TRACE_MARK = b"about.npy"  # the first file in the archive
+PAGE_MARK = b'<meta name="generator" content="fiddler'
 MARK_WITHIN = 4096  # bytes; matplotlib's own SVG has a comment of 200 before its first element
 
 
-def check_outputs(inputs: Iterable[Path], output: Path, picture: Path | None) -> None:
-    """Raise :class:`ConfigError` if writing would destroy an input or a file of another kind."""
-    taken = dict.fromkeys(inputs, "is the corpus")
-    _check_apart("-o", output, taken)
-    if _holds_something(output) and not _is_profile(output):
-        raise _refusal("-o", output, "exists and is not a profile")
-    if picture is not None:
-        _check_apart("--picture", picture, taken | {output: "is where the profile goes"})
-        if _holds_something(picture) and not _is_picture(picture):
-            raise _refusal("--picture", picture, f"exists and is not a {picture.suffix} picture")
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A file to write: ``kind`` as in "is not a profile", ``is_ours`` whether it is one."""
+
+    option: str
+    path: Path
+    kind: str
+    is_ours: Callable[[Path], bool]
 
 
-def _check_apart(option: str, path: Path, taken: dict[Path, str]) -> None:
-    for other, why in taken.items():
-        if _is_same_file(path, other):
-            raise _refusal(option, path, why)
+def profile_output(path: Path) -> Output:
+    """Where the profile goes."""
+    return Output("-o", path, "profile", _is_profile)
+
+
+def picture_output(path: Path) -> Output:
+    """A PNG or an SVG, by its name."""
+    mark = IMAGE_MARKS[path.suffix]
+    return Output("--picture", path, f"{path.suffix} picture", lambda p: mark in _beginning(p))
+
+
+def trace_output(path: Path) -> Output:
+    """A routing trace."""
+    return Output("--trace", path, "routing trace", lambda p: TRACE_MARK in _beginning(p))
+
+
+def page_output(path: Path) -> Output:
+    """A page of fiddler's."""
+    return Output("--html", path, "page of fiddler", lambda p: PAGE_MARK in _beginning(p))
+
+
+def check_outputs(inputs: Mapping[Path, str], outputs: Sequence[Output]) -> None:
+    """Raise :class:`ConfigError` if writing would fail, or destroy an input or another's file.
+
+    ``inputs`` say what each is, as in "is the corpus".
+    """
+    taken = dict(inputs)
+    for output in outputs:
+        for other, why in taken.items():
+            if _is_same_file(output.path, other):
+                raise _refusal(output, why)
+        if not output.path.parent.is_dir() or output.path.is_dir():
+            raise ConfigError(
+                f"{output.option} {output.path} cannot be written there",
+                hint="name a file in a folder that exists",
+            )
+        if _holds_something(output.path) and not output.is_ours(output.path):
+            raise _refusal(output, f"exists and is not a {output.kind}")
+        taken[output.path] = f"is where the {output.kind} goes"
 
 
 def _is_same_file(one: Path, other: Path) -> bool:
@@ -48,16 +84,16 @@ def _is_profile(path: Path) -> bool:
     return isinstance(record, dict) and {"corpus_sha256", "num_tokens"} <= record.keys()
 
 
-def _is_picture(path: Path) -> bool:
+def _beginning(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            begin = file.read(MARK_WITHIN)
+            return file.read(MARK_WITHIN)
     except OSError:
-        return False
-    return IMAGE_MARKS[path.suffix] in begin
+        return b""
 
 
-def _refusal(option: str, path: Path, why: str) -> ConfigError:
+def _refusal(output: Output, why: str) -> ConfigError:
     return ConfigError(
-        f"{option} {path} {why}: it would be overwritten", hint="name another file to write"
+        f"{output.option} {output.path} {why}: it would be overwritten",
+        hint="name another file to write",
     )

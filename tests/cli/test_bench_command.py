@@ -4,14 +4,19 @@ import csv
 import io
 import json
 import statistics
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from fiddler.benchmark.cases import Case
+from fiddler.benchmark.tally import Tally
 from fiddler.cli import cli
 from fiddler.models.shapes import SHAPES
 from offload.limits import Peaks
@@ -60,6 +65,40 @@ def records(*arguments: str) -> list[dict[str, Any]]:
     assert done.exit_code == 0, done.output
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
+
+
+def test_a_page_has_a_point_for_each_test(known_peaks: None, tmp_path: Path) -> None:
+    page = tmp_path / "bench.html"
+    done = run(*SMALL, "-pg", "4,2", "--html", str(page))
+    assert done.exit_code == 0, done.output
+    root = ET.fromstring(page.read_text().partition("\n")[2])
+    dots = [e for e in root.iter() if e.tag.endswith("}circle")]
+    assert len(dots) == 2  # a test that reads and writes is neither
+    said = " ".join(root.itertext())
+    assert "pp8" in said and "tg4" in said and "host memory, 10 GB/s" in said
+
+
+def test_a_decode_points_flops_are_counted_by_hand(known_peaks: None) -> None:
+    """Of a model without attention's share: each token multiplies by each weight it uses once."""
+    from fiddler.benchmark.roofline import _decode_flops
+    from fiddler.benchmark.work import prompt_flops
+    from fiddler.models.shapes import load_shape
+
+    config = load_shape("olmoe-1b-7b")
+    tally = Tally(config.num_layers, config.num_experts)
+    ids = {layer: np.arange(8)[None] for layer in range(16)}
+    is_resident = np.zeros((16, 64), bool)
+    is_resident[:, :2] = True
+    for _ in range(3):
+        tally.add(ids, is_resident)
+    subject = SimpleNamespace(config=config)
+    measured = SimpleNamespace(
+        case=Case(n_prompt=0, n_gen=3, n_depth=5, n_parallel=1), decode=tally, samples_ns=[1]
+    )
+    cold, hot = _decode_flops(subject, measured)
+    assert cold == 2 * 3 * 16 * 6 * config.expert_numel
+    one_by_one = sum(prompt_flops(config, at, at + 1) for at in (5, 6, 7))
+    assert cold + hot == pytest.approx(one_by_one)
 
 
 def test_json_has_the_keys_and_its_numbers_agree() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,14 @@ from click.testing import CliRunner
 from fiddler.cli import cli, doctor_facts
 from fiddler.cli.doctor import facts_rows
 from fiddler.cli.doctor_checks import execution_path, find_problems
-from fiddler.cli.doctor_facts import PACKAGES, Facts, Gpu, collect
+from fiddler.cli.doctor_facts import PACKAGES, Facts, collect
+from fiddler.cli.doctor_gpu import Gpu
+from fiddler.cli.doctor_memory import Cache, cache_of, chosen_word
+from fiddler.cli.doctor_speed import link_gbps
+from offload.link_probe import Link, measure_link
 
 GIB = 1 << 30
+GOOD_LINK = Link(generation=4, width=16, max_generation=4, max_width=16, copy_gbps=26.5)
 CPU_ONLY = Facts(
     fiddler="0.1",
     python="3.11",
@@ -40,9 +46,9 @@ WITH_GPU = replace(
         count=1,
         capability="8.9",
         vram_total_bytes=24 * GIB,
-        vram_free_bytes=22 * GIB,
-        pcie="16.0 GT/s PCIe x16",
+        vram_free_bytes=22 * GIB + GIB // 2,
     ),
+    link=GOOD_LINK,
 )
 
 
@@ -97,6 +103,151 @@ def test_each_problem_says_what_to_do(facts: Facts, what: str, todo: str) -> Non
     assert todo in problem.todo
 
 
+BUSY = replace(GOOD_LINK, copy_gbps=9.0)
+NARROW = replace(GOOD_LINK, generation=3, width=8, copy_gbps=6.5)
+HIDDEN = Link(generation=None, width=None, max_generation=None, max_width=None, copy_gbps=9.0)
+READ_ONLY = Cache("/c", 0, is_writable=False, variable="NUMBA_CACHE_DIR")
+NO_PINS = {"PCIe": "RuntimeError: CUDA error: out of memory"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "what", "todo", "effect"),
+    [
+        (
+            replace(WITH_GPU, link=NARROW),
+            "generation 3 x8 under load, generation 4 x16 is possible",
+            "x16 slot",
+            "at most 8 GB/s instead of 32",
+        ),
+        (replace(WITH_GPU, link=BUSY), "reach 9.0 of PCIe's 32 GB/s", "other programs", "slower"),
+        (
+            replace(WITH_GPU, link=None, failures=NO_PINS, memlock_bytes=64 << 10),
+            "cannot be pinned: RuntimeError: CUDA error: out of memory (memlock: 64.0 KiB)",
+            "memlock=-1",
+            "five times as slow",
+        ),
+        (
+            replace(WITH_GPU, gpu=replace(WITH_GPU.gpu, vram_free_bytes=15 * GIB)),
+            "9.0 GiB of 24.0 GiB of VRAM are in use by others",
+            "nvidia-smi",
+            "fewer experts",
+        ),
+        (
+            replace(CPU_ONLY, ram_total_bytes=64 * GIB, ram_available_bytes=20 * GIB),
+            "20.0 GiB of 64.0 GiB of RAM are free",
+            "close other programs",
+            "from disk",
+        ),
+        (
+            replace(CPU_ONLY, memory_nodes=2, allowed_nodes=1),
+            "only 1 of 2 memory nodes",
+            "--membind",
+            "channels",
+        ),
+        (
+            replace(WITH_GPU, gpu_node=1, cpu_nodes=[0]),
+            "GPU is at NUMA node 1, the CPUs in use are at 0",
+            "--cpunodebind=1",
+            "between sockets",
+        ),
+        (replace(CPU_ONLY, huge_pages="never"), "switched off", "echo madvise", "3 % slower"),
+        (
+            replace(CPU_ONLY, caches={"CPU kernels": READ_ONLY}),
+            "cache of CPU kernels, /c, cannot be written",
+            "NUMBA_CACHE_DIR",
+            "seconds",
+        ),
+        (
+            replace(WITH_GPU, handoff="hostfunc", handoff_problems={"values": "error 801"}),
+            "hand-off by values",
+            "driver",
+            "30 us",
+        ),
+    ],
+)
+def test_what_costs_speed_says_how_much(facts: Facts, what: str, todo: str, effect: str) -> None:
+    (problem,) = find_problems(facts)
+    assert what in problem.what and todo in problem.todo and effect in problem.effect
+    assert not problem.is_fatal
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        replace(WITH_GPU, link=HIDDEN),
+        replace(WITH_GPU, link=None),
+        replace(WITH_GPU, gpu_node=1, cpu_nodes=[0, 1], memory_nodes=2, allowed_nodes=2),
+        replace(CPU_ONLY, huge_pages="madvise", memlock_bytes=64 << 10),
+        replace(CPU_ONLY, failures=NO_PINS),
+        replace(CPU_ONLY, ram_total_bytes=64 * GIB, ram_available_bytes=40 * GIB),
+    ],
+)
+def test_what_is_in_order_or_unknown_is_no_problem(facts: Facts) -> None:
+    assert find_problems(facts) == []
+
+
+def test_every_problem_has_an_effect() -> None:
+    worst = replace(
+        without(WITH_GPU, "torch"),
+        link=NARROW,
+        isa_refusal="cannot",
+        has_avx2=False,
+        huge_pages="never",
+        cache_is_writable=False,
+        cache_free_bytes=GIB,
+    )
+    found = find_problems(worst)
+    assert len(found) == 7
+    assert all(problem.effect and problem.todo for problem in found)
+
+
+def test_what_a_link_carries() -> None:
+    assert link_gbps(5, 16) == pytest.approx(63.0, abs=0.1)
+    assert link_gbps(3, 4) == pytest.approx(3.94, abs=0.01)
+    assert link_gbps(9, 16) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("always [madvise] never\n", "madvise"), ("[never]", "never"), ("", None)]
+)
+def test_the_word_in_brackets(text: str, word: str | None) -> None:
+    assert chosen_word(text) == word
+
+
+def test_a_cache_is_measured_where_it_is_or_will_be(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one").write_bytes(b"123")
+    (tmp_path / "two").write_bytes(b"4567")
+    found = cache_of(tmp_path, "V")
+    assert (found.num_bytes, found.is_writable, found.variable) == (7, True, "V")
+    assert cache_of(tmp_path / "none" / "yet", "V").num_bytes == 0
+    assert not cache_of(tmp_path / "two" / "below", "V").is_writable
+
+
+def test_the_table_shows_pages_nodes_and_caches() -> None:
+    full = replace(
+        WITH_GPU,
+        numa_nodes=2,
+        gpu_node=1,
+        huge_pages="madvise",
+        memlock_bytes=64 << 10,
+        caches={"CPU kernels": Cache("/c", 5 << 20, is_writable=True, variable="V")},
+    )
+    rows = facts_rows(full)
+    assert rows["NUMA"] == "2 nodes, the GPU at node 1"
+    assert rows["pages"] == "huge ones: madvise; 64.0 KiB may be locked"
+    assert rows["caches"] == "CPU kernels 5.0 MiB in /c"
+
+
+@pytest.mark.gpu
+def test_the_link_is_seen_at_work() -> None:
+    link = measure_link()
+    print(link)
+    assert link.copy_gbps > 1
+    if link.generation and link.width:
+        assert link.copy_gbps < 1.02 * link_gbps(link.generation, link.width)
+
+
 def test_the_worst_comes_first() -> None:
     facts = replace(without(CPU_ONLY, "torch"), cache_is_writable=False, has_avx2=False)
     assert [problem.is_fatal for problem in find_problems(facts)] == [True, False, False]
@@ -110,9 +261,8 @@ def test_the_table_leaves_out_what_is_unknown() -> None:
     assert WITH_GPU.gpu is not None
     old = replace(WITH_GPU, gpu=replace(WITH_GPU.gpu, capability="8.6"))
     assert facts_rows(old)["KV cache"] == "bfloat16, int8, int4"
-    assert rows["GPU"] == (
-        "RTX 4090, 22.0 GiB of 24.0 GiB free, capability 8.9, 16.0 GT/s PCIe x16"
-    )
+    assert rows["GPU"] == ("RTX 4090, 22.5 GiB of 24.0 GiB free, capability 8.9")
+    assert rows["PCIe"] == "generation 4 x16 under load, at most 4 x16, copies at 26.5 GB/s"
     assert rows["CUDA"] == "driver 580.65 (up to CUDA 13.0), torch built for 13.0"
     forced = facts_rows(replace(CPU_ONLY, isa="kernels: avx2", forced_isa="avx2", num_workers=5))
     assert forced["ISA"] == "kernels: avx2, forced by FIDDLER_ISA"
@@ -150,6 +300,8 @@ def test_doctor_prints_json_of_this_machine() -> None:
     assert record["packages"]["torch"]
     assert record["ram_total_bytes"] > 0
     assert record["failures"] == {}
+    assert set(record["caches"]) == {"CPU kernels", "GPU kernels", "measurements"}
+    assert all("effect" in problem for problem in record["problems"])
     assert result.exit_code == int(any(problem["is_fatal"] for problem in record["problems"]))
 
 

@@ -1,6 +1,7 @@
 """``fiddler plan`` as a user runs it: tables, JSON, refusals; a made-up machine below."""
 
 import json
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,26 @@ def test_a_hub_model_is_planned_from_its_metadata(
     assert asked == {"model": "org/olmoe", "revision": "main", "offline": True, "token": "t"}
     assert "13.0 GiB are still to be downloaded" in done.stdout
     assert json.loads(run("org/olmoe", "--json").stdout)["revision"] == "c0ffee"
+
+
+def test_a_page_shows_every_byte(tmp_path: Any) -> None:
+    path = tmp_path / "plan.html"
+    options = ("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--ram-gb", "16")
+    done = run(*options, "--html", str(path))
+    assert done.exit_code == 0, done.output
+    assert f"wrote {path}" in done.stderr and "What lives where" in done.stdout
+    root = ET.fromstring(path.read_text().partition("\n")[2])
+    said = " ".join(root.itertext())
+    assert (
+        "VRAM of Test GPU, 20.0 GiB" in said
+        and "RAM, 16.0 GiB of 16.0 GiB" in said
+        and "Disk, " in said
+    )
+    assert run(*options, "--html", str(path)).exit_code == 0  # its own page may be replaced
+    path.write_text("my notes")
+    refused = run(*options, "--html", str(path))
+    assert refused.exit_code == 1 and "is not a page of fiddler" in refused.stderr
+    assert path.read_text() == "my notes"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from offload.drawn_routes import DrawnRoutes, Ids
 from offload.routing_law import Law
 
-LAWS = [Law(), Law(skew=1.2), Law(skew=300.0), Law(stay=0.8), Law(stay=1.0)]
+LAWS = [Law(), Law(skew=1.2), Law(skew=300.0), Law(stay=0.8), Law(stay=1.0), Law(skew=1.2, drift=2)]
 
 
 def routes(law: Law, **changes: Any) -> DrawnRoutes:
@@ -139,3 +139,16 @@ def test_an_expert_stays_with_the_given_probability(stay: float) -> None:
 
 def test_what_does_not_stay_is_drawn_as_if_nothing_could() -> None:
     np.testing.assert_array_equal(routes(Law(stay=0.0)).ids(0, 0, 9), routes(Law()).ids(0, 0, 9))
+
+
+def test_drift_changes_the_favourites_and_nothing_before_the_first_change() -> None:
+    """With so steep a law a token chooses the favourites alone, the same ones until they change."""
+    size = {"num_experts": 64, "top_k": 3, "num_layers": 6}
+    drifting_PLK = np.sort(routes(Law(skew=300.0, drift=5), **size).ids(0, 0, 15), axis=2)
+    still_PLK = np.sort(routes(Law(skew=300.0), **size).ids(0, 0, 15), axis=2)
+    np.testing.assert_array_equal(drifting_PLK[:5], still_PLK[:5])
+    for era in range(3):
+        assert (drifting_PLK[5 * era : 5 * era + 5] == drifting_PLK[5 * era]).all()
+    assert (drifting_PLK[::5] != drifting_PLK[[5, 10, 0]]).any(axis=(1, 2)).all()
+    again_PLK = np.sort(routes(Law(skew=300.0, drift=5), **size).ids(1, 0, 15), axis=2)
+    np.testing.assert_array_equal(again_PLK, drifting_PLK)  # one subject for all requests

@@ -171,7 +171,7 @@ def test_a_failed_save_keeps_the_earlier_file(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("offload.popularity.json.dump", full_disk)
+    monkeypatch.setattr("offload.whole_file.os.fsync", full_disk)
     with pytest.raises(ProfileError, match="cannot be written: No space left on device"):
         save_profile(profile(num_tokens=2), path)
     monkeypatch.undo()

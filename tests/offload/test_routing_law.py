@@ -15,6 +15,7 @@ from offload.routing_law import Law, parse_law
         ("zipf:0", Law()),
         ("sticky:0.8", Law(stay=0.8)),
         ("sticky:1", Law(stay=1.0)),
+        ("drift:500", Law(skew=1.2, drift=500)),
     ],
 )
 def test_forms(text: str, law: Law | None) -> None:
@@ -37,6 +38,8 @@ def test_forms(text: str, law: Law | None) -> None:
         ("stiky:0.5", "'sticky:0.5'"),
         ("sticky:1.5", "'sticky:P'"),
         ("sticky:x", "'sticky:P'"),
+        ("drift:0", "'drift:N'"),
+        ("drift:1.5", "'drift:N'"),
     ],
 )
 def test_a_wrong_spelling_gets_the_nearest_form(text: str, nearest: str) -> None:

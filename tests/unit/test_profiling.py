@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fiddler.corpus import Corpus, is_held_out
 from fiddler.errors import ConfigError, ProfileError
-from fiddler.profiling import count_routes, judge, profile_corpus
+from fiddler.held_out import judge
+from fiddler.profiling import count_routes, profile_corpus
 from offload.popularity import Popularity, Profile
 from tests.profiling_fakes import DENSE_LAYER, NUM_EXPERTS, NUM_LAYERS, FakeLLM, experts_of
 
@@ -75,7 +76,7 @@ def test_rates_are_ordered(
         created="now",
     )
     result = judge(
-        profile, held_out_LE, moe_layers=(0, 2), num_resident=num_resident, held_out_tokens=1
+        profile, held_out_LE[None], moe_layers=(0, 2), num_resident=num_resident, held_out_tokens=1
     )
     for rates in (result.present, *result.by_share):
         assert 0.0 <= rates.profile <= 1.0

@@ -9,7 +9,7 @@ import pytest
 
 from fiddler.errors import ConfigError
 from fiddler.heatmap import check_picture, draw, save_picture
-from fiddler.profiling import ProfileResult, judge
+from fiddler.held_out import ProfileResult, judge
 from offload.popularity import Popularity, Profile
 
 COUNTS = np.array([[30, 0, 0, 10], [0, 0, 0, 0], [7, 8, 9, 16]])
@@ -26,7 +26,7 @@ def result(num_resident: int = 3) -> ProfileResult:
         created="now",
     )
     return judge(
-        profile, COUNTS, moe_layers=MOE_LAYERS, num_resident=num_resident, held_out_tokens=321
+        profile, COUNTS[None], moe_layers=MOE_LAYERS, num_resident=num_resident, held_out_tokens=321
     )
 
 

@@ -1,0 +1,221 @@
+"""``fiddler simulate``: which placement policy suits which routes, without a GPU or a model."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from fiddler.cli.console import note
+from fiddler.cli.options import COUNT, GIB
+from fiddler.cli.simulate_table import print_verdicts
+from fiddler.config import DTYPES
+from fiddler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fiddler.simulating import Routes
+    from offload.limits import Peaks
+    from offload.popularity import Profile
+    from offload.routing_trace import RoutingTrace
+
+SHARES = (0.125, 0.25, 0.5)  # of all experts, where no budget is given
+ROUTING = "zipf:1.2"
+TRAIN = 0.25
+OF_SHAPES = ("routing", "num_tokens", "dtype", "seed")
+
+
+class Rates(click.ParamType[tuple[float, float, float]]):
+    """Three rates above 0 with commas between them."""
+
+    name = "rates"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float, float]:
+        try:
+            host, link, gpu = map(float, str(value).split(","))
+        except ValueError:
+            host = link = gpu = 0.0
+        if not all(0 < rate < float("inf") for rate in (host, link, gpu)):
+            self.fail(f"{value!r} is not three rates above 0, as in 155,50,3300")
+        return host, link, gpu
+
+
+@click.command()
+@click.argument("trace", type=click.Path(path_type=Path), required=False)
+@click.option("--shape", metavar="NAME", help="A named shape with drawn routes instead.")
+@click.option(
+    "--routing",
+    metavar="LAW",
+    default=ROUTING,
+    show_default=True,
+    help="With --shape: uniform, zipf:S, sticky:P or drift:N.",
+)
+@click.option(
+    "--tokens",
+    "num_tokens",
+    type=COUNT,
+    default=2048,
+    show_default=True,
+    metavar="N",
+    help="With --shape: how many.",
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), metavar="TYPE", default="auto", help="With --shape."
+)
+@click.option("--seed", type=int, default=0, metavar="N", help="With --shape.")
+@click.option(
+    "--slots", type=COUNT, multiple=True, metavar="N", help="Experts on the GPU; may be repeated."
+)
+@click.option(
+    "--vram-gb",
+    type=GIB,
+    multiple=True,
+    metavar="GIB",
+    help="As many as fit there; may be repeated.",
+)
+@click.option(
+    "--batch", type=COUNT, default=1, show_default=True, metavar="N", help="Requests at once."
+)
+@click.option("--profile", type=click.Path(path_type=Path), metavar="FILE", help="Place by it.")
+@click.option(
+    "--train",
+    type=click.FloatRange(0, 0.9),
+    default=TRAIN,
+    show_default=True,
+    metavar="SHARE",
+    help="Without --profile: place by the first routes, play the others.",
+)
+@click.option(
+    "--gbps",
+    type=Rates(),
+    metavar="HOST,PCIE,GPU",
+    help="GB/s of host memory, PCIe and GPU memory.  [default: 155,50,3300]",
+)
+@click.option(
+    "--copy-share",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Of a step's time, for the adaptive policy's copies.  [default: the engine's]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    trace: Path | None,
+    shape: str | None,
+    routing: str,
+    num_tokens: int,
+    dtype: str,
+    seed: int,
+    slots: tuple[int, ...],
+    vram_gb: tuple[float, ...],
+    batch: int,
+    profile: Path | None,
+    train: float,
+    gbps: tuple[float, float, float] | None,
+    copy_share: float | None,
+    as_json: bool,
+) -> None:
+    """Play placement policies on the routes of TRACE, which fiddler profile --trace writes.
+
+    Tells, for each policy and size of GPU memory, how many reads of experts hit, which bytes are
+    read from host memory and copied for each token, and how fast bandwidths alone would let it be.
+    """
+    from fiddler.simulating import make_study
+    from offload.routing_trace import load_trace
+
+    if (trace is None) == (shape is None):
+        raise ConfigError(
+            "a simulation needs either a TRACE or --shape NAME",
+            hint="for example: fiddler simulate --shape qwen3-30b-a3b --routing drift:500",
+        )
+    _check_given(ctx, is_shape=shape is not None)
+    recorded = load_trace(trace) if trace is not None else None
+    if recorded is not None:
+        routes = _recorded(recorded)
+    else:
+        routes = _drawn(cast(str, shape), routing, dtype, num_tokens, batch, seed)
+    known = _load_profile(profile, routes, recorded) if profile is not None else None
+    study = make_study(routes, profile=known, train=train, batch=batch, peaks=_peaks(gbps))
+    if copy_share is not None:
+        study = dataclasses.replace(study, copy_share=copy_share)
+    budgets = _budgets(routes, slots, vram_gb)
+    found = {label: study.verdicts(count) for label, count in budgets.items()}
+    if as_json:
+        rows = [dataclasses.asdict(verdict) for verdicts in found.values() for verdict in verdicts]
+        click.echo(json.dumps({"model": routes.name, "steps": len(study.steps_SMC), "rows": rows}))
+    else:
+        print_verdicts(found, f"{routes.name}: {len(study.steps_SMC):,} steps of {batch} played")
+
+
+def _recorded(trace: "RoutingTrace") -> "Routes":
+    from fiddler.simulating import Routes
+
+    return Routes(name=trace.model, footprint=trace.footprint, experts_TMK=trace.experts_TMK)
+
+
+def _drawn(
+    shape: str, routing: str, dtype: str, num_tokens: int, batch: int, seed: int
+) -> "Routes":
+    from fiddler.simulating import drawn_routes
+    from offload.routing_law import parse_law
+
+    law = parse_law(routing)
+    if law is None:
+        raise ConfigError(
+            "a shape has no router whose choices could be played",
+            hint="record a model's with: fiddler profile MODEL --text FILE --trace trace.npz",
+        )
+    return drawn_routes(shape, law, dtype=dtype, num_tokens=num_tokens, batch=batch, seed=seed)
+
+
+def _check_given(ctx: click.Context, *, is_shape: bool) -> None:
+    """Options of one kind of routes, or of one way to place, would be ignored with the other."""
+
+    def is_given(name: str) -> bool:
+        return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+    flags = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    for name in OF_SHAPES:
+        if not is_shape and is_given(name):
+            raise click.UsageError(f"a trace brings its own routes: {flags[name]} needs --shape")
+    if is_given("profile") and is_given("train"):
+        raise click.UsageError("give either --profile or --train, not both")
+
+
+def _load_profile(path: Path, routes: "Routes", trace: "RoutingTrace | None") -> "Profile":
+    from offload.popularity import load_profile
+
+    sizes = routes.footprint
+    profile = load_profile(
+        path, model=routes.name, num_layers=sizes.num_layers, num_experts=sizes.num_experts
+    )
+    if trace is not None and profile.corpus_sha256 == trace.corpus_sha256:
+        note("the profile is of the trace's own text: other texts will hit less")
+    return profile
+
+
+def _peaks(gbps: tuple[float, float, float] | None) -> "Peaks":
+    from offload.simulation import PRESET
+
+    if gbps is None:
+        return PRESET
+    host, link, gpu = gbps
+    return dataclasses.replace(PRESET, joint_gbps=host, pcie_gbps=link, gpu_read_gbps=gpu)
+
+
+def _budgets(
+    routes: "Routes", slots: tuple[int, ...], vram_gb: tuple[float, ...]
+) -> dict[str, int]:
+    """Slots to play with, by what they are called."""
+    from fiddler.simulating import slots_within
+
+    total = routes.footprint.total_experts
+    if too_many := [count for count in slots if count > total]:
+        raise ConfigError(f"--slots {too_many[0]} is more than the model's {total:,} experts")
+    counts = [(count, "") for count in slots]
+    counts += [(slots_within(routes.footprint, gib), f" ({gib:g} GiB)") for gib in vram_gb]
+    counts = counts or [(round(total * share), "") for share in SHARES]
+    return {f"{count:,} of {total:,} experts on the GPU{label}": count for count, label in counts}

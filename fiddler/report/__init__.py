@@ -1,0 +1,1 @@
+"""Pages and pictures of a plan, a profile or a benchmark: pure, data in and text out."""

@@ -1,0 +1,132 @@
+"""Routes for the policy simulator: recorded ones, or drawn for a named shape.
+
+Shapes: T tokens, L layers, M layers with experts, E experts, K top-k, R requests.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fiddler.errors import ConfigError
+from fiddler.models.dtypes import resolve_dtypes
+from fiddler.models.footprint import footprint
+from fiddler.models.shapes import load_shape
+from offload.drawn_routes import DrawnRoutes
+from offload.hardware import Hardware
+from offload.layout import MOST_CONTEXT, lay_out
+from offload.limits import Peaks
+from offload.plan import Budget, Footprint
+from offload.policies import Ids
+from offload.popularity import Profile
+from offload.routing_law import Law
+from offload.simulation import Study, counts, steps_of
+from offload.units import GIB, MIB, gib_to_bytes, size_text
+
+STEP_TOKENS = 2048
+CONTEXT_BYTES = 512 * MIB  # of a CUDA context, about
+LEAST_STEPS = 16  # of which a figure says anything
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """What is played: ``experts_TMK`` of a model called ``name``."""
+
+    name: str
+    footprint: Footprint
+    experts_TMK: Ids
+
+
+def drawn_routes(
+    shape: str, law: Law, *, dtype: str, num_tokens: int, batch: int, seed: int
+) -> Routes:
+    """Those of ``batch`` requests, one behind the other, ``num_tokens`` in all.
+
+    Raises :class:`ConfigError` for an unknown shape.
+    """
+    config = load_shape(shape)
+    dtypes = resolve_dtypes(dtype, config.dtype, has_gpu=True, packed=None)
+    sizes = footprint(
+        config,
+        dtype=dtypes.compute,
+        expert_dtype=dtypes.expert,
+        kv_dtype=dtypes.kv,
+        max_batched_tokens=STEP_TOKENS,
+        max_num_seqs=max(16, batch),
+        graph_rows=16,
+    )
+    drawn = DrawnRoutes(
+        law,
+        seed=seed,
+        num_layers=config.num_layers,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+    )
+    runs = [drawn.ids(request, 0, num_tokens // batch) for request in range(batch)]
+    experts_TLK = np.concatenate(runs)
+    return Routes(name=shape, footprint=sizes, experts_TMK=experts_TLK[:, list(sizes.moe_layers)])
+
+
+def make_study(
+    routes: Routes, *, profile: Profile | None, train: float, batch: int, peaks: Peaks
+) -> Study:
+    """Placements are made from ``profile``, or from the first ``train`` of the steps.
+
+    The steps behind those are played. Raises :class:`ConfigError` where too few are left.
+    """
+    steps_SMC = steps_of(routes.experts_TMK, batch)
+    num_trained = 0 if profile is not None else round(train * len(steps_SMC))
+    if len(steps_SMC) - num_trained < LEAST_STEPS:
+        raise ConfigError(
+            f"{len(routes.experts_TMK):,} tokens are {len(steps_SMC):,} steps of {batch}, and "
+            f"{LEAST_STEPS} have to be left after {num_trained:,} to learn from",
+            hint="give a longer trace, more --tokens, or a smaller --batch or --train",
+        )
+    sizes = routes.footprint
+    trained_ME = _trained(profile, sizes, steps_SMC[:num_trained])
+    return Study(
+        steps_SMC=steps_SMC[num_trained:],
+        trained_ME=trained_ME,
+        batch=batch,
+        footprint=sizes,
+        peaks=peaks,
+    )
+
+
+def slots_within(sizes: Footprint, vram_gb: float) -> int:
+    """Experts that a GPU of so many GiB would hold; :class:`ConfigError` if the rest does not fit.
+
+    As the planner has it, on a machine whose host memory holds all the others.
+    """
+    vram = gib_to_bytes(vram_gb)
+    layout = lay_out(sizes, _gpu_of(vram), Budget(max_context=MOST_CONTEXT, vram_bytes=vram))
+    if layout.vram_missing:
+        needed = layout.vram_needed
+        raise ConfigError(
+            f"the model needs {size_text(needed)} of VRAM before any expert, not {vram_gb:g} GiB",
+            hint=f"use --vram-gb {needed / GIB + 0.05:.1f} or more",
+        )
+    return layout.num_gpu_experts
+
+
+def _gpu_of(vram: int) -> Hardware:
+    return Hardware(
+        has_gpu=True,
+        gpu_name="",
+        vram_total_bytes=vram,
+        vram_free_bytes=vram - CONTEXT_BYTES,
+        cuda_context_bytes=CONTEXT_BYTES,
+        ram_total_bytes=1 << 50,
+        ram_available_bytes=1 << 50,
+        physical_cores=1,
+        cpu_name="",
+    )
+
+
+def _trained(profile: Profile | None, sizes: Footprint, steps_SMC: Ids) -> npt.NDArray[np.int64]:
+    """Counts ``[M, E]`` to place by."""
+    if profile is None:
+        return counts(steps_SMC, sizes.num_experts)
+    trained: npt.NDArray[Any] = profile.popularity.counts_LE[list(sizes.moe_layers)]
+    return trained

@@ -1,0 +1,192 @@
+"""``fiddler simulate`` on drawn and on recorded routes: figures that agree, and refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from fiddler.cli import cli
+from fiddler.cli.simulate_table import POLICIES
+from offload.plan import Footprint
+from offload.popularity import Popularity, Profile, save_profile
+from offload.routing_trace import RoutingTrace, save_trace
+
+SMALL = ("--shape", "olmoe-1b-7b", "--tokens", "120")
+SIZES = Footprint(
+    num_layers=3,
+    num_experts=8,
+    top_k=2,
+    moe_layers=(0, 2),
+    expert_bytes=1_000_000,
+    dense_bytes=2_000_000,
+    dense_read_bytes=1_500_000,
+    kv_bytes_per_token=64,
+    workspace_bytes=1_000,
+)
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(cli, ["simulate", *map(str, arguments)])
+
+
+def rows(*arguments: Any) -> dict[str, dict[str, float]]:
+    """Verdicts by policy, for one budget."""
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    return {row["policy"]: row for row in json.loads(done.stdout)["rows"]}
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """100 tokens that mostly use experts 0 to 3 of layer 0 and 4 to 7 of layer 2."""
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 8, (100, 2, 2))
+    near = rng.integers(0, 4, (100, 2, 2)) + np.array([0, 4])[None, :, None]
+    experts_TMK = np.where(rng.random((100, 2, 2)) < 0.8, near, wide).astype(np.int16)
+    path = tmp_path / "trace.npz"
+    save_trace(
+        RoutingTrace(
+            model="org/name",
+            revision=None,
+            corpus_sha256="text",
+            footprint=SIZES,
+            experts_TMK=experts_TMK,
+            tokens_T=np.arange(100, dtype=np.int32),
+            starts_W=np.array([0]),
+        ),
+        path,
+    )
+    return path
+
+
+def test_a_table_for_each_budget() -> None:
+    done = run(*SMALL, "--slots", "100", "--vram-gb", "6")
+    assert done.exit_code == 0, done.output
+    assert "olmoe-1b-7b: 90 steps of 1 played" in done.stdout
+    assert "100 of 1,024 experts on the GPU" in done.stdout
+    assert "experts on the GPU (6 GiB)" in done.stdout
+    assert done.stdout.count("oracle") == 3
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_law_decides_who_wins() -> None:
+    """Skew suits a static placement, a changing subject whatever follows it, and chance nobody."""
+    size = ("--slots", "256")
+    skewed = rows(*SMALL, *size, "--routing", "zipf:1.5")
+    assert skewed["static"]["hit_rate"] > skewed["no profile"]["hit_rate"] + 0.3
+    even = rows(*SMALL, *size, "--routing", "uniform")
+    for name in ("no profile", "static", "lru", "adaptive"):
+        assert abs(even[name]["hit_rate"] - 0.25) < 0.05
+    sticky = rows(*SMALL, *size, "--routing", "sticky:0.9")
+    assert sticky["lru"]["hit_rate"] > 0.85 > 0.5 > sticky["static"]["hit_rate"]
+
+
+def test_figures_agree_with_each_other(trace: Path) -> None:
+    found = rows(trace, "--slots", "6", "--gbps", "10,5,100")
+    assert set(found) == set(POLICIES)
+    for row in found.values():
+        assert row["cold_bytes"] == pytest.approx((1 - row["hit_rate"]) * reads_of(found) * 1e6)
+        assert row["hit_rate"] <= found["oracle"]["hit_rate"]
+    static = found["static"]
+    assert static["moved_bytes"] == 0
+    # all steps are bound by host memory, or by dense weights where nothing misses
+    per_token = 75 / static["tokens_per_s"] / 75
+    assert static["cold_bytes"] / 10e9 <= per_token <= static["cold_bytes"] / 10e9 + 1.5e6 / 100e9
+    lru = found["lru"]
+    assert lru["moved_bytes"] == pytest.approx(lru["cold_bytes"])
+
+
+def reads_of(found: dict[str, dict[str, float]]) -> float:
+    """Reads of a token, from the oracle's figures."""
+    oracle = found["oracle"]
+    return oracle["cold_bytes"] / 1e6 / (1 - oracle["hit_rate"])
+
+
+def test_more_copies_follow_a_changing_subject_closer() -> None:
+    options = (*SMALL[:3], "400", "--routing", "drift:100", "--slots", "300")
+    few, many = (rows(*options, "--copy-share", share)["adaptive"] for share in ("0.001", "0.2"))
+    assert many["hit_rate"] > few["hit_rate"] + 0.05
+    assert many["moved_bytes"] > few["moved_bytes"]
+
+
+def test_a_batch_shares_reads(trace: Path) -> None:
+    alone, together = (rows(trace, "--slots", "6", "--batch", n)["static"] for n in (1, 4))
+    assert together["cold_bytes"] < 0.8 * alone["cold_bytes"]
+    assert together["tokens_per_s"] > alone["tokens_per_s"]
+
+
+def test_a_profile_places(trace: Path, tmp_path: Path) -> None:
+    counts = np.zeros((3, 8), dtype=np.int64)
+    counts[0, :3], counts[2, 4:7] = 5, 5
+    profile = Profile(
+        model="name",
+        revision=None,
+        corpus_sha256="other",
+        num_tokens=15,
+        popularity=Popularity(counts),
+        created="now",
+    )
+    save_profile(profile, tmp_path / "p.json")
+    done = run(trace, "--slots", "6", "--profile", tmp_path / "p.json", "--json")
+    record = json.loads(done.stdout)
+    assert record["steps"] == 100 and "own text" not in done.stderr
+    by_name = {row["policy"]: row["hit_rate"] for row in record["rows"]}
+    assert by_name["static"] > by_name["no profile"] + 0.1
+
+
+def test_a_profile_of_the_same_text_is_told(trace: Path, tmp_path: Path) -> None:
+    profile = Profile(
+        model="org/name",
+        revision=None,
+        corpus_sha256="text",
+        num_tokens=1,
+        popularity=Popularity(np.ones((3, 8), dtype=np.int64)),
+        created="now",
+    )
+    save_profile(profile, tmp_path / "p.json")
+    done = run(trace, "--slots", "6", "--profile", tmp_path / "p.json")
+    assert "of the trace's own text" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "a simulation needs either a TRACE or --shape NAME"),
+        (("{trace}", "--shape", "olmoe-1b-7b"), "needs either a TRACE or --shape NAME"),
+        (("{trace}", "--routing", "uniform"), "brings its own routes: --routing needs --shape"),
+        (("{trace}", "--tokens", "3"), "--tokens needs --shape"),
+        (("{trace}", "--profile", "p", "--train", "0.5"), "either --profile or --train"),
+        (("{trace}", "--slots", "17"), "--slots 17 is more than the model's 16 experts"),
+        (("{trace}", "--batch", "9"), "steps of 9, and 16 have to be left"),
+        (("{trace}", "--vram-gb", "0.1"), "of VRAM before any expert, not 0.1 GiB"),
+        (("{trace}", "--profile", "none.json"), "none.json cannot be read: No such file"),
+        (("none.npz",), "the trace none.npz cannot be read: No such file"),
+        (("--shape", "olmoe"), "did you mean 'olmoe-1b-7b'?"),
+        (("--shape", "olmoe-1b-7b", "--routing", "model"), "no router whose choices"),
+        (("--shape", "olmoe-1b-7b", "--routing", "zip"), "'zipf:S'"),
+        ((*SMALL, "--gbps", "1,2"), "not three rates above 0"),
+        ((*SMALL, "--gbps", "1,0,3"), "not three rates above 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(trace: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    done = run(*[argument.format(trace=trace) for argument in arguments])
+    assert done.exit_code in (1, 2), done.output
+    assert sentence in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+def test_a_profile_of_another_model_is_refused(trace: Path, tmp_path: Path) -> None:
+    profile = Profile(
+        model="org/other",
+        revision=None,
+        corpus_sha256="x",
+        num_tokens=1,
+        popularity=Popularity(np.ones((3, 8), dtype=np.int64)),
+        created="now",
+    )
+    save_profile(profile, tmp_path / "p.json")
+    done = run(trace, "--profile", tmp_path / "p.json")
+    assert done.exit_code == 1 and "is of org/other" in done.stderr
