@@ -178,7 +178,7 @@ def test_a_gpu_in_bfloat16_stays_near_float32(model: str, kv: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kv", "most"), [("int8", 0.005), ("fp8", 0.01)])
+@pytest.mark.parametrize(("kv", "most"), [("int8", 0.005), ("fp8", 0.01), ("int4", 0.03)])
 def test_the_built_in_model_predicts_as_well(kv: str, most: float) -> None:
     arguments = ["eval", "builtin", "--kv-dtype", kv, "--max-tokens", "4000"]
     done = CliRunner().invoke(cli, [*arguments, "--against", "float32", "-o", "json"])
