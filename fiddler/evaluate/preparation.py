@@ -116,7 +116,7 @@ def prepare_reference(
         )
     has_gpu = probe(settings.device).has_gpu
     config = other.config
-    dtypes = resolve_dtypes(settings.dtype, config.dtype, has_gpu=has_gpu, packed=config.packed)
+    dtypes = resolve_dtypes(settings.dtype, config.dtype, has_gpu=has_gpu, packed=config.packed_name)
     return Reference(options=chosen, vocab_size=other.config.vocab_size, dtype=dtypes.compute)
 
 

@@ -81,10 +81,10 @@ def rounding(source: WeightSource, config: ModelConfig, kind: WeightKind) -> Fil
 
 
 def stored(source: CheckpointSource, config: ModelConfig, kind: WeightKind) -> FillPacked:
-    """Copy experts that the checkpoint holds in packed bytes of ``kind``."""
-    shape = packed_shape(config, kind)
+    """Copy experts that the checkpoint holds in packed bytes of ``kind``, or each layer's own."""
 
     def fill(layer: int, expert: int, out_B: Tensor) -> None:
+        shape = packed_shape(config, config.packed_kind(kind, layer))
         source.fill_packed_(out_B, packed_part(config, kind, layer, expert).name, shape)
 
     return fill
