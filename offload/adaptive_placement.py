@@ -33,7 +33,9 @@ class AdaptivePlacement:
         self._store, self._choose = store, choose
         self._swaps = Swaps(store, device)
         self._heat = Heat(shape.num_layers, shape.num_experts)
-        self._budget = CopyBudget(store.expert_bytes, copy_share * LINK_SHARE)
+        # the largest stand for all: what is earned and what swaps cost are counted in experts
+        largest = store.expert_bytes(store.largest_layer)
+        self._budget = CopyBudget(largest, copy_share * LINK_SHARE)
         self.num_swaps = 0
 
     @property

@@ -181,7 +181,7 @@ def _mean(shares_L: Sequence[float], footprint: Footprint) -> float:
 def _disk_rates(
     placement: Placement, cached: Placement | None, popularity: Popularity
 ) -> list[float]:
-    """Per layer, the expected share of routed tokens whose expert is neither resident nor cached."""
+    """Per layer, the expected share of routed tokens that meet an expert on disk."""
     if cached is None:
         return [0.0] * len(placement.resident)
     both = zip(placement.resident, cached.resident, strict=True)

@@ -54,8 +54,8 @@ def resolve_dtypes(
 
     Auto is bfloat16 on a GPU and float32 without one, where bfloat16 activations gain nothing.
     Experts stored in bfloat16 stay so even under float32: widening is exact, and half the bytes.
-    Packed experts stay as they are (``packed`` names their kinds): another kind of them is refused. ``kv`` is what is asked of the
-    cache; auto is the activations' type.
+    Packed experts stay as they are (``packed`` names their kinds): another kind of them is refused.
+    ``kv`` is what is asked of the cache; auto is the activations' type.
     """
     is_kind = asked not in ("auto", *FLOATS)
     compute = ("bfloat16" if has_gpu else "float32") if is_kind or asked == "auto" else asked
