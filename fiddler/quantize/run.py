@@ -1,6 +1,7 @@
 """Quantises a model folder into another: what is refused, what is made, what is told of it."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpu_kernels.weight_kind import WeightKind
+from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler.corpus import read_text_corpus
 from fiddler.errors import QuantizeError
 from fiddler.models.checkpoint import Checkpoint
@@ -17,11 +18,13 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.json_file import read_json
 from fiddler.models.quantized import VERSION, quantization_config, quantization_of
 from fiddler.models.registry import load_config
-from fiddler.models.weights import CheckpointSource
+from fiddler.models.weights import CheckpointSource, WeightSource
 from fiddler.quantize.calibration import Calibration, cut_windows
 from fiddler.quantize.expert import Method, least_tokens
 from fiddler.quantize.layers import Layers
+from fiddler.quantize.measure import measure_losses, some_windows
 from fiddler.quantize.plan import Shard, plan_shards
+from fiddler.quantize.sensitivity import choose_kinds, ladder, share_of
 from fiddler.quantize.target import Target
 from fiddler.text.tokenizer import Tokenizer
 
@@ -33,8 +36,9 @@ class QuantizeJob:
     """``kind`` experts of the model in ``source``, as the folder ``output``.
 
     ``calibration`` is a text file; "gptq" needs one. ``outliers``: as many inputs of each matrix,
-    the largest of that text, are read by columns of 8 bits. ``resume``: go on with an interrupted
-    run.
+    the largest of that text, are read by columns of 8 bits. ``sensitivity``: layers that lose most
+    on that text get more bits than ``kind`` has, until the experts take this share of bfloat16.
+    ``resume``: go on with an interrupted run.
     """
 
     source: Path
@@ -43,12 +47,16 @@ class QuantizeJob:
     method: Method
     calibration: Path | None = None
     outliers: int = 0
+    sensitivity: float | None = None
     resume: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedModel:
-    """What was made. ``unfitted``: (layer, expert) of those that saw too little of the text."""
+    """What was made. ``unfitted``: (layer, expert) of those that saw too little of the text.
+
+    ``layers_of``: the layers of each kind of experts.
+    """
 
     folder: Path
     nbytes: int
@@ -58,6 +66,7 @@ class QuantizedModel:
     calibration_tokens: int
     least_tokens: int
     unfitted: tuple[tuple[int, int], ...]
+    layers_of: dict[str, list[int]]
 
 
 def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> QuantizedModel:
@@ -71,20 +80,29 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     _check_outliers(job, config)
     planned = _with_outliers(config, job)
     shards = plan_shards(planned, job.kind)
+    _check_sensitivity(job, config)
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
         checkpoint.check(config)
         windows, text_sha256 = _windows(job, config)
         target = Target.open(job.output, _identity(job, text_sha256), resume=job.resume)
         target.check_space(shards)
         source = CheckpointSource(checkpoint)
+        if job.sensitivity is not None and windows is not None:
+            with target.writing(shards):
+                planned = _with_kinds(planned, job, source, windows, target, on_progress)
+            shards = plan_shards(planned, job.kind)
+            target.check_space(shards)
         calibration = None if windows is None else Calibration(source, config, windows)
-        count = _counter(sum(len(shard.experts) for shard in shards), on_progress)
+        num_experts = sum(len(shard.experts) for shard in shards)
+        count = _counter("quantizing experts", num_experts, on_progress)
         layers = Layers(planned, source, job.kind, job.method, calibration, count)
         with target.writing(shards):
             layers.run(shards, target)
-            made = _made(job, config, target, shards, 0 if windows is None else windows.numel())
+            made = _made(job, planned, target, shards, 0 if windows is None else windows.numel())
             outliers = layers.outliers if job.outliers else None
-            target.complete(job.source, shards, _config_json(raw, job, made, text_sha256, outliers))
+            record = _record(job, made, text_sha256)
+            scheme = quantization_config(job.kind, record, outliers, planned.mixed)
+            target.complete(job.source, shards, _config_json(raw, scheme))
     return made
 
 
@@ -123,6 +141,32 @@ def _check_outliers(job: QuantizeJob, config: ModelConfig) -> None:
         )
 
 
+def _check_sensitivity(job: QuantizeJob, config: ModelConfig) -> None:
+    if job.sensitivity is None:
+        return
+    if not 0 < job.sensitivity < 1:
+        raise QuantizeError(
+            f"the experts cannot take {job.sensitivity} of what they take in bfloat16",
+            hint="give a share between those of 4 and 8 bits: --sensitivity 0.3",
+        )
+    if job.calibration is None:
+        raise QuantizeError(
+            "what layers lose is measured on a text, and none was given",
+            hint="add --calibration FILE",
+        )
+    if job.outliers:
+        raise QuantizeError(
+            "layers of several kinds have no outliers: their experts would differ in width",
+            hint="leave out --outliers or --sensitivity",
+        )
+    least = share_of(config, job.kind)
+    if job.sensitivity < least:
+        raise QuantizeError(
+            f"{job.kind.name} alone takes {least:.4f} of bfloat16, more than {job.sensitivity}",
+            hint=f"use --sensitivity {math.ceil(least * 1000) / 1000} or more",
+        )
+
+
 def _with_outliers(config: ModelConfig, job: QuantizeJob) -> ModelConfig:
     """The model that will be, as far as sizes go: which inputs are outliers a text will tell."""
     if not job.outliers:
@@ -131,6 +175,28 @@ def _with_outliers(config: ModelConfig, job: QuantizeJob) -> ModelConfig:
     layers = range(config.num_layers)
     outliers = tuple(some if config.is_moe_layer(layer) else () for layer in layers)
     return replace(config, packed=job.kind, outliers=outliers)
+
+
+def _with_kinds(
+    config: ModelConfig,
+    job: QuantizeJob,
+    source: WeightSource,
+    windows: Tensor,
+    target: Target,
+    on_progress: Progress | None,
+) -> ModelConfig:
+    """The model with each layer's kind, chosen now or when the run began."""
+    if target.chosen is None:
+        assert job.sensitivity is not None
+        moe_layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
+        kinds = ladder(config, job.kind)
+        num_experts = len(moe_layers) * config.num_experts
+        count = _counter("measuring experts", num_experts, on_progress)
+        calibration = Calibration(source, config, some_windows(windows))
+        losses = measure_losses(config, source, kinds, calibration, count)
+        target.choose([kind.name for kind in choose_kinds(config, kinds, losses, job.sensitivity)])
+    mixed = tuple(map(parse_kind, target.chosen))
+    return replace(config, packed=job.kind, mixed=mixed)
 
 
 def _windows(job: QuantizeJob, config: ModelConfig) -> tuple[Tensor | None, str | None]:
@@ -157,18 +223,19 @@ def _identity(job: QuantizeJob, text_sha256: str | None) -> dict[str, Any]:
         "method": job.method,
         "calibration": text_sha256,
         "outliers": job.outliers,
+        **({} if job.sensitivity is None else {"sensitivity": job.sensitivity}),
         "version": VERSION,
     }
 
 
-def _counter(total: int, on_progress: Progress | None) -> Callable[[], None]:
+def _counter(what: str, total: int, on_progress: Progress | None) -> Callable[[], None]:
     done = 0
 
     def count() -> None:
         nonlocal done
         done += 1
         if on_progress is not None:
-            on_progress("quantizing experts", done, total)
+            on_progress(what, done, total)
 
     return count
 
@@ -191,22 +258,29 @@ def _made(
         calibration_tokens=calibration_tokens,
         least_tokens=least_tokens(config.hidden_size, config.expert_size),
         unfitted=tuple((note["layer"], e) for note in notes for e in note["unfitted"]),
+        layers_of=_layers_of(config, job.kind),
     )
 
 
-def _config_json(
-    raw: dict[str, Any],
-    job: QuantizeJob,
-    made: QuantizedModel,
-    text_sha256: str | None,
-    outliers: list[list[int]] | None,
-) -> dict[str, Any]:
-    record = {
+def _layers_of(config: ModelConfig, kind: WeightKind) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for layer in range(config.num_layers):
+        if config.is_moe_layer(layer):
+            found.setdefault(config.packed_kind(kind, layer).name, []).append(layer)
+    return found
+
+
+def _record(job: QuantizeJob, made: QuantizedModel, text_sha256: str | None) -> dict[str, Any]:
+    asked = {} if job.sensitivity is None else {"sensitivity": job.sensitivity}
+    return {
         "method": job.method,
+        **asked,
         "calibration_tokens": made.calibration_tokens,
         "calibration_sha256": text_sha256,
         "unfitted_experts": len(made.unfitted),
     }
+
+
+def _config_json(raw: dict[str, Any], scheme: dict[str, Any]) -> dict[str, Any]:
     raw = {key: value for key, value in raw.items() if key != "torch_dtype"}
-    scheme = quantization_config(job.kind, record, outliers)
     return raw | {"dtype": "bfloat16", "quantization_config": scheme}
