@@ -1,7 +1,5 @@
-"""Quantises a model folder into another: what is refused, what is made, what is told of it."""
+"""Quantises a model folder into another: what is made, and what is told of it."""
 
-import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,43 +10,23 @@ from torch import Tensor
 
 from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler.corpus import read_text_corpus
-from fiddler.errors import QuantizeError
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
-from fiddler.models.json_file import read_json
-from fiddler.models.quantized import VERSION, quantization_config, quantization_of
-from fiddler.models.registry import load_config
+from fiddler.models.quantized import quantization_config
 from fiddler.models.weights import CheckpointSource, WeightSource
 from fiddler.quantize.calibration import Calibration, cut_windows
-from fiddler.quantize.expert import Method, least_tokens
+from fiddler.quantize.expert import least_tokens
+from fiddler.quantize.job import QuantizeJob, checked, identity
 from fiddler.quantize.layers import Layers
 from fiddler.quantize.measure import measure_losses, some_windows
 from fiddler.quantize.plan import Shard, plan_shards
-from fiddler.quantize.sensitivity import choose_kinds, ladder, share_of
+from fiddler.quantize.sensitivity import choose_kinds, ladder
 from fiddler.quantize.target import Target
 from fiddler.text.tokenizer import Tokenizer
 
+__all__ = ["QuantizeJob", "QuantizedModel", "quantize"]
+
 Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeJob:
-    """``kind`` experts of the model in ``source``, as the folder ``output``.
-
-    ``calibration`` is a text file; "gptq" needs one. ``outliers``: as many inputs of each matrix,
-    the largest of that text, are read by columns of 8 bits. ``sensitivity``: layers that lose most
-    on that text get more bits than ``kind`` has, until the experts take this share of bfloat16.
-    ``resume``: go on with an interrupted run.
-    """
-
-    source: Path
-    output: Path
-    kind: WeightKind
-    method: Method
-    calibration: Path | None = None
-    outliers: int = 0
-    sensitivity: float | None = None
-    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +53,13 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     Raises :class:`QuantizeError`, :class:`fiddler.errors.NumericsError` for weights that are no
     numbers, and what reading a model and a text raise. ``on_progress`` counts experts.
     """
-    raw = _check(job)
-    config = load_config(job.source)
-    _check_outliers(job, config)
+    raw, config = checked(job)
     planned = _with_outliers(config, job)
     shards = plan_shards(planned, job.kind)
-    _check_sensitivity(job, config)
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
         checkpoint.check(config)
         windows, text_sha256 = _windows(job, config)
-        target = Target.open(job.output, _identity(job, text_sha256), resume=job.resume)
+        target = Target.open(job.output, identity(job, text_sha256), resume=job.resume)
         target.check_space(shards)
         source = CheckpointSource(checkpoint)
         if job.sensitivity is not None and windows is not None:
@@ -104,67 +79,6 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
             scheme = quantization_config(job.kind, record, outliers, planned.mixed)
             target.complete(job.source, shards, _config_json(raw, scheme))
     return made
-
-
-def _check(job: QuantizeJob) -> dict[str, Any]:
-    """The source's ``config.json``, of a job that can be done."""
-    raw = read_json(job.source / "config.json")
-    if quantization_of(raw):
-        raise QuantizeError(
-            f"{job.source} is quantised already", hint="take the model that it was made from"
-        )
-    if job.method == "gptq" and job.calibration is None:
-        raise QuantizeError(
-            "gptq fits the weights to a text, and none was given", hint="add --calibration FILE"
-        )
-    return raw
-
-
-def _check_outliers(job: QuantizeJob, config: ModelConfig) -> None:
-    if not job.outliers:
-        return
-    if job.calibration is None:
-        raise QuantizeError(
-            "outliers are the largest inputs of a text, and none was given",
-            hint="add --calibration FILE",
-        )
-    if job.kind.bits != 4:
-        raise QuantizeError(
-            f"outliers are kept in 8 bits, and all of {job.kind.name} has 8",
-            hint="leave out --outliers, or take a scheme of 4 bits",
-        )
-    most = min(config.hidden_size, config.expert_size)
-    if job.outliers >= most:
-        raise QuantizeError(
-            f"{job.outliers} outliers are not fewer than the {most} inputs of a matrix",
-            hint=f"take some per cent of them: --outliers {max(1, most // 32)}",
-        )
-
-
-def _check_sensitivity(job: QuantizeJob, config: ModelConfig) -> None:
-    if job.sensitivity is None:
-        return
-    if not 0 < job.sensitivity < 1:
-        raise QuantizeError(
-            f"the experts cannot take {job.sensitivity} of what they take in bfloat16",
-            hint="give a share between those of 4 and 8 bits: --sensitivity 0.3",
-        )
-    if job.calibration is None:
-        raise QuantizeError(
-            "what layers lose is measured on a text, and none was given",
-            hint="add --calibration FILE",
-        )
-    if job.outliers:
-        raise QuantizeError(
-            "layers of several kinds have no outliers: their experts would differ in width",
-            hint="leave out --outliers or --sensitivity",
-        )
-    least = share_of(config, job.kind)
-    if job.sensitivity < least:
-        raise QuantizeError(
-            f"{job.kind.name} alone takes {least:.4f} of bfloat16, more than {job.sensitivity}",
-            hint=f"use --sensitivity {math.ceil(least * 1000) / 1000} or more",
-        )
 
 
 def _with_outliers(config: ModelConfig, job: QuantizeJob) -> ModelConfig:
@@ -208,24 +122,6 @@ def _windows(job: QuantizeJob, config: ModelConfig) -> tuple[Tensor | None, str 
     assert isinstance(text, str)
     token_ids = Tokenizer.from_folder(job.source).encode(text)
     return cut_windows(token_ids, max_position=config.max_position), corpus.sha256
-
-
-def _identity(job: QuantizeJob, text_sha256: str | None) -> dict[str, Any]:
-    """What an interrupted run and the one that goes on with it must have in common."""
-    config = (job.source / "config.json").read_bytes()
-    weights = sorted(job.source.glob("*.safetensors"))
-    return {
-        "model": {
-            "config.json": hashlib.sha256(config).hexdigest(),
-            **{path.name: path.stat().st_size for path in weights},
-        },
-        "scheme": job.kind.name,
-        "method": job.method,
-        "calibration": text_sha256,
-        "outliers": job.outliers,
-        **({} if job.sensitivity is None else {"sensitivity": job.sensitivity}),
-        "version": VERSION,
-    }
 
 
 def _counter(what: str, total: int, on_progress: Progress | None) -> Callable[[], None]:
