@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.packed_layout import dequantise
 from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler import LLM, SamplingParams
@@ -31,6 +32,9 @@ from fiddler.quantize.sensitivity import Option, choose, choose_kinds, ladder, s
 from fiddler.quantize.target import JOURNAL
 from fiddler.rounding.grid import QUICK_SHRINKS
 from fiddler.rounding.matrix import round_matrix
+from offload.expert_stream import ExpertStream
+from offload.prefill import PrefillExperts
+from offload.prefill_costs import PrefillCosts
 from tests.forward import Forward, random_texts, relative_error
 from tests.model.test_parity import split_at_random
 from tests.quantize.conftest import WINDOW, Quantize
@@ -285,6 +289,40 @@ def test_tokens_equal_those_of_plain_weights(
         with loaded(folder, placement=split_at_random(folder, 1, part)) as llm:
             found.append([out.outputs[0].token_ids for out in llm.generate(prompts, params)])
     assert found[0] == found[1]
+
+
+def test_prompts_pass_through_the_ring_kind_by_kind(
+    mixed: Callable[[str], tuple[Path, Path]],
+) -> None:
+    """In Triton's interpreter; the workers compute some, and what they cost differs by kind."""
+    packed, _ = mixed("qwen3_moe")
+    texts, cpu = random_texts([34, 8], 256), torch.device("cpu")
+    with loaded(packed, placement=split_at_random(packed, 1, 0.4), max_batched_tokens=64) as llm:
+        wanted = Forward(llm).logits(texts, [33, 5])
+        hybrid, config = llm._running.experts, llm.model_config
+        costs = {
+            layer: PrefillCosts(
+                copy_s=config.mixed[layer].bits / 4, expert_s=lambda count: 1.5, hand_over=None
+            )
+            for layer in hybrid.store.shape.moe_layers
+        }
+        with ExpertPool(1) as pool:
+            hybrid._prefill = PrefillExperts(
+                *(hybrid.store, pool, ExpertStream(hybrid.store, 2, cpu)),
+                costs,
+                llm._running.plan.popularity,
+                device=cpu,
+                dtype=torch.float32,
+                activations="f32",
+                max_tokens=64,
+                top_k=config.top_k,
+            )
+            found = Forward(llm).logits(texts, [33, 5])
+            record = hybrid._prefill.record
+            hybrid._prefill.clear()
+            hybrid._prefill = None
+    assert record.cpu_experts and record.sent_experts
+    assert relative_error(found, wanted) < 1e-5
 
 
 def test_a_plan_counts_every_layers_bytes(mixed: Callable[[str], tuple[Path, Path]]) -> None:
