@@ -41,8 +41,9 @@ def plan_model(
             hint="use the static placement",
         )
     dtypes = _dtypes(settings, model, hardware)
-    if model.packed is None and dtypes.expert_kind.is_packed:
-        check_groups(model, dtypes.expert_kind, "--dtype")
+    (kind, *_) = dtypes.expert_kinds
+    if model.packed is None and kind.is_packed:
+        check_groups(model, kind, "--dtype")
     check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
     needs = _needs(settings, model, hardware, step_tokens(settings, model, hardware))
     popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
@@ -94,7 +95,7 @@ def _dtypes(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> D
         settings.dtype,
         model.dtype,
         has_gpu=hardware.has_gpu,
-        packed=model.packed,
+        packed=model.packed_name,
         kv=settings.kv_cache_dtype,
     )
 

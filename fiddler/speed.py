@@ -83,11 +83,13 @@ def demand_of(
 ) -> Demand:
     """What ``config`` asks as ``plan`` has it; ``layers`` None: tokens choose as the plan expects.
 
-    ``step_tokens``: of a prompt in one step, at most.
+    ``step_tokens``: of a prompt in one step, at most. Layers of several kinds count as equal ones
+    of the mean size.
     """
     width = DTYPE_BYTES[dtypes.compute]
     numel, shared = _layer_numels(config)
     per_token = plan.per_token
+    sizes = [expert_bytes(config, dtypes.expert, layer) for layer in moe_layers(config)]
     is_bf16 = dtypes.compute == dtypes.expert_memory == "bfloat16"
     return Demand(
         on_gpu=plan.gpu_side is GpuSide.CUDA,
@@ -95,9 +97,9 @@ def demand_of(
         layers=planned_chances(config, plan) if layers is None else layers,
         top_k=config.top_k,
         hidden=config.expert_sides[0],
-        codes=dtypes.expert_kind.codes,
+        codes=dtypes.expert_kinds[0].codes,
         activations="bf16" if is_bf16 else "f32",
-        expert_bytes=expert_bytes(config, dtypes.expert),
+        expert_bytes=round(sum(sizes) / len(sizes)),
         expert_numel=config.expert_numel,
         layer_bytes=(numel - shared) * width,
         shared_bytes=shared * width,

@@ -31,7 +31,8 @@ class AdaptivePlacement:
         self._policy = AdaptivePolicy(
             shape.num_layers,
             shape.num_experts,
-            store.expert_bytes,
+            # the largest stand for all: what is earned and what swaps cost are counted in experts
+            store.expert_bytes(store.largest_layer),
             choose=choose,
             copy_share=copy_share,
         )

@@ -16,7 +16,7 @@ is under way; tables go on the stream, before the step that is to see them.
 Shapes: L layers, T rows of the step, K top-k, H hidden, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ def why_not(store: ExpertStore, dtype: torch.dtype, top_k: int) -> str:
         for layer in store.shape.moe_layers
         if len(store[layer].gpu_w2_SHI)
     }
-    if store.packed is None and kinds - {dtype}:
+    if not store.is_packed and kinds - {dtype}:
         return f"experts on the GPU are stored in another type than {dtype}"
     return ""
 
@@ -97,7 +97,7 @@ class DecodeExperts:
         self._adaptive = adaptive
         self._version = 0 if adaptive is None else adaptive.version
         self.layers = {
-            layer: ExpertLayer(slot_weights(store[layer].gpu_parts, store.packed))
+            layer: ExpertLayer(slot_weights(store[layer].gpu_parts, store[layer].packed))
             for layer in shape.moe_layers
             if len(store[layer].gpu_w2_SHI)
         }
@@ -112,9 +112,8 @@ class DecodeExperts:
                 top_k=top_k,
             )
         pulled_layers = {} if self.pulled is None else self.pulled.layers
-        some = next(iter((self.layers | pulled_layers).values()), None)
-        self.workspace = (
-            None if some is None else DecodeWorkspace.make(some, max_rows * top_k, dtype)
+        self.workspace = _workspace(
+            (*self.layers.values(), *pulled_layers.values()), max_rows * top_k, dtype
         )
         self._host = HostBuffers(max_rows, shape.hidden_size, top_k, pin=is_gpu)
         self.record_LTK = torch.full(
@@ -174,6 +173,14 @@ class DecodeExperts:
         layer_L11 = np.asarray(moe_layers)[:, None, None]
         flat = (layer_L11 * counts_LE.shape[1] + ids_LTK).ravel()
         counts_LE += np.bincount(flat, minlength=counts_LE.size).reshape(counts_LE.shape)
+
+
+def _workspace(
+    layers: Iterable[ExpertLayer], num_pairs: int, dtype: torch.dtype
+) -> DecodeWorkspace | None:
+    """Of the layer that needs most: how many sums a row has depends on the kind of weights."""
+    made = (DecodeWorkspace.make(layer, num_pairs, dtype) for layer in layers)
+    return max(made, key=lambda workspace: workspace.part_PSH.numel(), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ arrays that hold weights and tables stay the same ones.
 The GPU side has slots in device memory; the CPU side has rows in host memory. On a machine without
 a GPU both are host memory: torch computes the slots there, the worker pool the rows. Layout of one
 expert, everywhere: ``w13 [2I, H]`` (gate rows, then up rows) and ``w2 [H, I]``, contiguous; or, of
-packed experts, their bytes (docs/packed-experts.md), w13's and then w2's. Where host memory cannot
+packed experts, their bytes (docs/packed-experts.md), w13's and then w2's. Experts of one layer are
+of one kind and size; layers may differ. Where host memory cannot
 hold all rows, only some have pages (:mod:`offload.row_cache`).
 
 Ordering: reader threads fill, and thereby create the pages of, one layer after the other; a layer's
@@ -18,7 +19,7 @@ expert.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -62,28 +63,27 @@ class ExpertStore:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        packed: WeightKind | None = None,
+        packed: WeightKind | Mapping[int, WeightKind] | None = None,
         has_spares: bool = False,
         cached: Placement | None = None,
     ) -> None:
-        """``dtype`` of packed experts is uint8.
+        """``dtype`` of packed experts is uint8; ``packed`` is their kind, or each layer's own.
 
         ``has_spares``: a slot more in each layer with experts on both sides, to swap them.
         ``cached``: host memory holds as many cold experts at a time, and begins with these; None:
         it holds them all.
         """
-        assert (packed is not None) == (dtype == torch.uint8)
+        self.is_packed = packed is not None
+        assert self.is_packed == (dtype == torch.uint8)
         assert len(placement.resident) == shape.num_layers
         self.shape = shape
         self.placement = placement
         self.dtype = dtype
         self._has_spares = has_spares
-        self.packed = (
-            None if packed is None else PackedShape(packed, shape.hidden_size, shape.expert_size)
-        )
+        kinds = packed if isinstance(packed, Mapping) else dict.fromkeys(shape.moe_layers, packed)
         self._cold: dict[int, ColdWeights] = {}
         self._layers = {
-            layer: self._allocate(placement.resident[layer], layer, device)
+            layer: self._allocate(placement.resident[layer], layer, device, kinds[layer])
             for layer in shape.moe_layers
         }
         self.cache = None if cached is None else RowCache(_keys(cached), self._let_go)
@@ -154,12 +154,17 @@ class ExpertStore:
         """Return views of one expert's ``(w13_FH, w2_HI)`` where they lie; copies if packed."""
         return self._layers[layer].weights(expert)
 
-    @property
-    def expert_bytes(self) -> int:
-        """Of one expert, in memory."""
-        if self.packed is not None:
-            return self.packed.expert_bytes
+    def expert_bytes(self, layer: int) -> int:
+        """Of one of the layer's experts, in memory."""
+        packed = self._layers[layer].packed
+        if packed is not None:
+            return packed.expert_bytes
         return 3 * self.shape.hidden_size * self.shape.expert_size * self.dtype.itemsize
+
+    @property
+    def largest_layer(self) -> int:
+        """The first layer whose experts are the largest."""
+        return max(self.shape.moe_layers, key=self.expert_bytes)
 
     def is_resident_LE(self) -> np.ndarray:
         """Which experts have a slot now, bool ``[L, E]``."""
@@ -177,7 +182,13 @@ class ExpertStore:
         self._layers.clear()
         self._cold.clear()
 
-    def _allocate(self, resident: frozenset[int], layer: int, device: torch.device) -> LayerExperts:
+    def _allocate(
+        self,
+        resident: frozenset[int],
+        layer: int,
+        device: torch.device,
+        kind: WeightKind | None,
+    ) -> LayerExperts:
         shape, dtype = self.shape, self.dtype
         slot_E = np.full(shape.num_experts, -1, dtype=np.int32)
         row_E = np.full(shape.num_experts, -1, dtype=np.int32)
@@ -187,9 +198,10 @@ class ExpertStore:
         row_E[cold] = np.arange(len(cold), dtype=np.int32)
         expert_C = np.array(cold, dtype=np.int32)
         num_slots = len(hot) + (self._has_spares and bool(hot) and bool(cold))
-        if self.packed is not None:
+        if kind is not None:
+            packed = PackedShape(kind, shape.hidden_size, shape.expert_size)
             tables = slot_E, row_E, expert_C
-            return self._allocate_packed(tables, num_slots, layer, device, self.packed)
+            return self._allocate_packed(tables, num_slots, layer, device, packed)
         f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
         rows = cold_weights(len(cold), h, i, dtype) if cold else None
         if rows is not None:

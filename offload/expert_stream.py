@@ -1,6 +1,7 @@
 """Cold experts on their way through the GPU: a ring of slots in its memory, filled over PCIe.
 
-The ring is divided into banks of some slots, which are filled, used and released together.
+The ring is divided into banks of some slots, which are filled, used and released together. A bank
+takes experts of one layer at a time, and has room for those of the layer with the largest.
 
 Ordering: two streams meet here, the one that computes (torch's current one) and the one that
 copies. A bank goes through three hands, each after an event of the hand before it:
@@ -19,12 +20,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
+from cpu_kernels.packed_layout import PackedShape
 from gpu_kernels.expert_weights import ExpertLayer
 from offload.expert_store import ExpertStore
-from offload.slot_weights import empty_parts, slot_weights
+from offload.slot_weights import empty_parts, slot_weights, slots_of
 from offload.staging import bank_slots
 
 
@@ -38,15 +41,17 @@ class ExpertStream:
         size = bank_slots(num_slots)
         num_banks = num_slots // size
         slots = num_banks * size
-        self._parts = empty_parts(store, slots, device)
+        parts = empty_parts(store, slots, device)
         self._store = store
         self._is_cuda = device.type == "cuda"
         self.bank_size = size
         self.num_slots = slots
+        shapes = {store[layer].packed for layer in store.shape.moe_layers}
         self._banks = [
-            ExpertLayer(slot_weights([part[a : a + size] for part in self._parts], store.packed))
+            {shape: _Slots.of([part[a : a + size] for part in parts], shape) for shape in shapes}
             for a in range(0, slots, size)
         ]
+        self._holds: list[PackedShape | None] = [None] * num_banks  # what the banks are filled with
         self._free = deque(range(num_banks))
         if self._is_cuda:
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -63,13 +68,14 @@ class ExpertStream:
         """Start to fill the next bank with rows (at most ``bank_size``, ascending); its number."""
         assert 0 < len(rows) <= self.bank_size
         bank = self._free.popleft()
-        there, start = self._store[layer].cpu_parts, bank * self.bank_size
+        there, shape = self._store[layer].cpu_parts, self._store[layer].packed
+        here, self._holds[bank] = self._banks[bank][shape].parts, shape
         with torch.cuda.stream(self._copies) if self._is_cuda else nullcontext():
             if self._is_cuda:
                 self._copies.wait_event(self._released[bank])
             for at, first, last in _runs(rows):  # rows side by side go in one copy
-                slots = slice(start + at, start + at + last - first)
-                for part, rows_there in zip(self._parts, there, strict=True):
+                slots = slice(at, at + last - first)
+                for part, rows_there in zip(here, there, strict=True):
                     part[slots].copy_(rows_there[first:last], non_blocking=True)
             if self._is_cuda:
                 self._arrived[bank].record(self._copies)
@@ -79,7 +85,7 @@ class ExpertStream:
         """The bank's slots; what the current stream does from now on finds them filled."""
         if self._is_cuda:
             torch.cuda.current_stream().wait_event(self._arrived[bank])
-        return self._banks[bank]
+        return self._banks[bank][self._holds[bank]].weights
 
     def release(self, bank: int) -> None:
         """The current stream has been given all that reads the bank: it may be filled again."""
@@ -144,6 +150,19 @@ class ExpertStream:
             end.synchronize()
         self.reset()
         return float(begin.elapsed_time(end)) / 1e3 / num_sent
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """A bank as experts of one shape: where copies go, and what kernels are given."""
+
+    parts: tuple[torch.Tensor, ...]
+    weights: ExpertLayer
+
+    @classmethod
+    def of(cls, bank: Sequence[torch.Tensor], shape: PackedShape | None) -> "_Slots":
+        parts = slots_of(bank, shape)
+        return cls(parts, ExpertLayer(slot_weights(parts, shape)))
 
 
 def _event() -> torch.cuda.Event:

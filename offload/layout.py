@@ -10,6 +10,7 @@ of memory.
 import math
 from dataclasses import dataclass
 
+from offload.expert_room import ExpertRoom, in_turn
 from offload.hardware import Hardware
 from offload.plan import Budget, Footprint, GpuSide
 from offload.staging import DIVISOR, LEAST_SLOTS, least_slots, staging_slots
@@ -53,6 +54,8 @@ class Layout:
     spare_bytes: int
     num_ram_experts: int  # that RAM holds at a time
     num_disk_experts: int  # that it has no room for
+    ram_expert_bytes: int
+    disk_expert_bytes: int
     expert_room: int  # VRAM that is left for experts; 0 without a GPU side
     vram_limit: int
     vram_needed: int  # without the experts
@@ -91,12 +94,11 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     context = hardware.cuda_context_bytes if side is GpuSide.CUDA else 0
     margin = margin_bytes(footprint) if side is GpuSide.CUDA else 0
     fixed = context + margin + footprint.dense_bytes + footprint.workspace_bytes
-    size = footprint.expert_bytes
-    all_experts = footprint.total_experts * size
+    size, experts = footprint.expert_bytes, footprint.room
     ram_limit = ram_limit_bytes(hardware, budget)
     vram_limit = vram_limit_bytes(hardware, budget)
 
-    room = (ram_limit - all_experts if side is GpuSide.NONE else vram_limit) - fixed
+    room = (ram_limit - experts.total if side is GpuSide.NONE else vram_limit) - fixed
     kv_reserve = _kv_reserve(footprint, budget, room)
     page_bytes = budget.page_size * footprint.kv_bytes_per_token
     num_pages = kv_reserve // page_bytes
@@ -104,16 +106,20 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # Experts get what the reserve leaves, not what its whole pages leave: with that, one more
     # byte of VRAM never costs an expert.
     free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
-    num_experts, num_staging, num_spare = _slots(footprint, budget, side, free // size)
+    num_experts, num_staging, num_spare = _slots(footprint, budget, side, free, experts)
     # of RAM, before any cold expert; without CUDA the GPU side's are there too
-    needed = 0 if side is GpuSide.CUDA else fixed + kv + num_experts * size
-    ram_room = max(0, ram_limit - needed) // size
-    if num_staging + num_spare and ram_room < footprint.total_experts - num_experts:
-        num_experts = free // size if budget.gpu_experts is None else budget.gpu_experts
+    needed = 0 if side is GpuSide.CUDA else fixed + kv + experts.bytes_of(num_experts)
+    ram_room = max(0, ram_limit - needed)
+    if num_staging + num_spare and ram_room < experts.total - experts.bytes_of(num_experts):
+        num_experts = experts.fitting(free) if budget.gpu_experts is None else budget.gpu_experts
         num_staging = num_spare = 0
     num_cold = footprint.total_experts - num_experts
-    num_in_ram = min(num_cold, max(ram_room, least_in_ram(footprint)))
-    on_gpu = num_experts * size
+    on_gpu = experts.bytes_of(num_experts)
+    cold = in_ram = experts.total - on_gpu
+    num_in_ram = num_cold
+    if cold > ram_room:  # whichever RAM holds at a time: as many as if all were of the largest
+        num_in_ram = min(num_cold, max(ram_room // size, least_in_ram(footprint)))
+        in_ram = min(cold, num_in_ram * size)
 
     return Layout(
         side=side,
@@ -127,15 +133,17 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         staging_slots=num_staging,
         has_ring=not num_cold or num_staging >= min(LEAST_SLOTS, footprint.num_experts),
         spare_slots=num_spare,
-        spare_bytes=num_spare * size,
+        spare_bytes=spare_bytes(footprint, num_spare),
         num_ram_experts=num_in_ram,
         num_disk_experts=num_cold - num_in_ram,
+        ram_expert_bytes=in_ram,
+        disk_expert_bytes=cold - in_ram,
         expert_room=free,
         vram_limit=vram_limit,
         vram_needed=0 if side is GpuSide.NONE else fixed + kv,
         is_vram_overdrawn=side is GpuSide.CUDA and vram_limit > usable_vram_bytes(hardware),
         ram_limit=ram_limit,
-        ram_needed=needed + num_in_ram * size,
+        ram_needed=needed + in_ram,
         is_ram_overdrawn=(budget.ram_bytes or 0) > hardware.ram_total_bytes,
     )
 
@@ -161,21 +169,34 @@ def _kv_reserve(footprint: Footprint, budget: Budget, room: int) -> int:
     return max(share, least * page_bytes)
 
 
-def _slots(footprint: Footprint, budget: Budget, side: GpuSide, room: int) -> tuple[int, int, int]:
-    """Slots for residents, for staging, and spare ones, out of ``room`` experts.
+def spare_bytes(footprint: Footprint, num_spare: int) -> int:
+    """Of so many spare slots, each as large as its layer's experts."""
+    return sum(in_turn(footprint.expert_bytes_M, num_spare))
 
-    Room for one more expert never makes them fewer.
+
+def _slots(
+    footprint: Footprint, budget: Budget, side: GpuSide, free: int, experts: ExpertRoom
+) -> tuple[int, int, int]:
+    """Slots for residents, for staging, and spare ones, out of ``free`` bytes.
+
+    Staging slots hold any expert. Room for one more expert never makes them fewer.
     """
-    total, asked = footprint.total_experts, budget.gpu_experts
-    is_staged = side is GpuSide.CUDA and (room < total if asked is None else asked < total)
+    total, asked, size = footprint.total_experts, budget.gpu_experts, footprint.expert_bytes
+    is_staged = side is GpuSide.CUDA and (free < experts.total if asked is None else asked < total)
     if not is_staged:
-        return (min(total, room) if asked is None else asked), 0, 0
-    kept = 0 if asked else least_slots(footprint.num_experts, room)
-    num_spare = min(room - kept, budget.spares_per_layer * len(footprint.moe_layers))
-    room -= num_spare
-    left = max(kept, room // DIVISOR) if asked is None else max(0, room - asked)
-    num_staging = staging_slots(footprint.expert_bytes, footprint.num_experts, left)
-    return (room - num_staging if asked is None else asked), num_staging, num_spare
+        return (experts.fitting(free) if asked is None else asked), 0, 0
+    kept = 0 if asked else least_slots(footprint.num_experts, free // size)
+    wanted = budget.spares_per_layer * len(footprint.moe_layers)
+    spares = ExpertRoom(in_turn(footprint.expert_bytes_M, wanted))
+    num_spare = spares.fitting(free - kept * size)
+    free -= spares.bytes_of(num_spare)
+    if asked is None:
+        left = max(kept, free // size // DIVISOR)
+    else:
+        left = max(0, free - experts.bytes_of(asked)) // size
+    num_staging = staging_slots(size, footprint.num_experts, left)
+    num_experts = experts.fitting(free - num_staging * size) if asked is None else asked
+    return num_experts, num_staging, num_spare
 
 
 def gpu_side(hardware: Hardware, budget: Budget) -> GpuSide:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
+from offload.expert_room import ExpertRoom, in_turn
 from offload.placement import Placement
 from offload.popularity import Popularity
 
@@ -22,6 +23,10 @@ class Footprint:
     ``moe_layers`` are the layers that have experts. ``dense_read_bytes`` is the part of
     ``dense_bytes`` that every token reads: all but the input embedding. ``workspace_bytes`` holds
     the activations of the largest step.
+
+    ``expert_bytes`` is one routed expert's, the largest one's where layers differ; then
+    ``layer_bytes`` has one for each of ``moe_layers``. ``order``: in which experts get room on the
+    GPU side, each by its layer's place among ``moe_layers``; (): layers in turn.
     """
 
     num_layers: int
@@ -33,6 +38,21 @@ class Footprint:
     dense_read_bytes: int
     kv_bytes_per_token: int
     workspace_bytes: int
+    layer_bytes: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
+
+    @property
+    def expert_bytes_M(self) -> tuple[int, ...]:
+        """Of one expert of each layer that has some."""
+        return self.layer_bytes or (self.expert_bytes,) * len(self.moe_layers)
+
+    @property
+    def room(self) -> ExpertRoom:
+        """All experts, in their order."""
+        sizes_M = self.expert_bytes_M
+        if self.order:
+            return ExpertRoom([sizes_M[at] for at in self.order])
+        return ExpertRoom(in_turn(sizes_M, self.total_experts))
 
     @property
     def total_experts(self) -> int:

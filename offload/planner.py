@@ -1,7 +1,8 @@
 """Which experts live where and how long the context may be: pure arithmetic, or a refusal.
 
-Experts are taken by expected use. All have the same size, so that is exact: no other choice of as
-many experts catches more.
+Experts are taken by expected use: no other choice of as many experts catches more. What a resident
+expert spares the host is its use times its bytes, and its bytes are what it costs: so use alone
+decides where experts of some layers are larger, too.
 """
 
 from collections.abc import Sequence
@@ -47,12 +48,14 @@ def plan(
     if placement is not None:
         check_placement(placement, footprint)
         budget = replace(budget, gpu_experts=placement.num_resident)
+    footprint = replace(footprint, order=_order(footprint, popularity, placement))
     layout = checked_layout(footprint, hardware, budget)
     if placement is None:
         placement = place(popularity, footprint.moe_layers, layout.num_gpu_experts)
     cached = _cached(footprint, layout, placement, popularity)
     hits_L = resident_shares(placement, popularity)
     hit_rate = _mean(hits_L, footprint)
+    disk_L = _disk_rates(placement, cached, popularity)
     return Plan(
         gpu_side=layout.side,
         placement=placement,
@@ -61,9 +64,7 @@ def plan(
         page_size=budget.page_size,
         context_tokens=layout.context_tokens,
         memory=_memory(footprint, layout),
-        per_token=_token_bytes(
-            footprint, layout, hit_rate, _disk_rate(footprint, placement, cached, popularity)
-        ),
+        per_token=_token_bytes(footprint, layout, hits_L, disk_L),
         staging_slots=layout.staging_slots,
         spare_slots=layout.spare_slots,
         vram_budget_bytes=layout.vram_limit,
@@ -112,6 +113,19 @@ def checked_layout(footprint: Footprint, hardware: Hardware, budget: Budget) -> 
     if layout.ram_missing:
         raise refuse_ram(footprint, hardware, budget, layout)
     return layout
+
+
+def _order(
+    footprint: Footprint, popularity: Popularity, placement: Placement | None
+) -> tuple[int, ...]:
+    """See :class:`Footprint`; a given placement's come first. (): sizes do not depend on it."""
+    if not footprint.layer_bytes:
+        return ()
+    order = ranked(popularity, footprint.moe_layers)
+    if placement is not None:
+        order.sort(key=lambda item: item[1] not in placement.resident[item[0]])
+    at = {layer: place for place, layer in enumerate(footprint.moe_layers)}
+    return tuple(at[layer] for layer, _ in order)
 
 
 def place(popularity: Popularity, moe_layers: Sequence[int], num_resident: int) -> Placement:
@@ -164,15 +178,15 @@ def _mean(shares_L: Sequence[float], footprint: Footprint) -> float:
     return sum(shares_L[layer] for layer in footprint.moe_layers) / len(footprint.moe_layers)
 
 
-def _disk_rate(
-    footprint: Footprint, placement: Placement, cached: Placement | None, popularity: Popularity
-) -> float:
-    """The expected share of routed tokens that meet an expert neither resident nor cached."""
+def _disk_rates(
+    placement: Placement, cached: Placement | None, popularity: Popularity
+) -> list[float]:
+    """Per layer, the expected share of routed tokens that meet an expert on disk."""
     if cached is None:
-        return 0.0
+        return [0.0] * len(placement.resident)
     both = zip(placement.resident, cached.resident, strict=True)
     held = Placement.of(some | others for some, others in both)
-    return 1.0 - _mean(resident_shares(held, popularity), footprint)
+    return [1.0 - share for share in resident_shares(held, popularity)]
 
 
 def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
@@ -187,21 +201,23 @@ def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
         workspace=footprint.workspace_bytes,
         staging=staging,
         gpu_experts=gpu_experts,
-        cpu_experts=layout.num_ram_experts * footprint.expert_bytes,
-        disk_experts=layout.num_disk_experts * footprint.expert_bytes,
+        cpu_experts=layout.ram_expert_bytes,
+        disk_experts=layout.disk_expert_bytes,
         unused=0 if layout.side is GpuSide.NONE else layout.vram_limit - used,
     )
 
 
 def _token_bytes(
-    footprint: Footprint, layout: Layout, hit_rate: float, disk_rate: float
+    footprint: Footprint, layout: Layout, hits_L: Sequence[float], disk_L: Sequence[float]
 ) -> TokenBytes:
-    routed = len(footprint.moe_layers) * footprint.top_k * footprint.expert_bytes
-    hot = round(routed * hit_rate)
+    sizes = dict(zip(footprint.moe_layers, footprint.expert_bytes_M, strict=True))
+    routed = footprint.top_k * sum(sizes.values())
+    hot = round(footprint.top_k * sum(size * hits_L[layer] for layer, size in sizes.items()))
+    from_disk = footprint.top_k * sum(size * disk_L[layer] for layer, size in sizes.items())
     return TokenBytes(
         hot_experts=hot,
         cold_experts=routed - hot,
-        disk_experts=round(routed * disk_rate),
+        disk_experts=round(from_disk),
         dense=footprint.dense_read_bytes,
         kv=layout.context_tokens * footprint.kv_bytes_per_token,
     )

@@ -23,7 +23,7 @@ Shapes: T tokens, K top-k, E experts, C a layer's cold experts (rows on the host
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class PrefillExperts:
     """The prompt's way through the experts of ``store``, one layer at a time.
 
     ``stream`` None: there is no room for a ring, and the CPU computes every cold expert. ``costs``
-    may be None where nothing is cold.
+    are those of each layer with cold experts: layers may differ in their experts' size and kind.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PrefillExperts:
         store: ExpertStore,
         pool: ExpertPool,
         stream: ExpertStream | None,
-        costs: PrefillCosts | None,
+        costs: Mapping[int, PrefillCosts],
         popularity: Popularity,
         *,
         device: torch.device,
@@ -90,12 +90,11 @@ class PrefillExperts:
         for layer in self._store.shape.moe_layers:
             experts, pool_layer = self._store[layer].cpu_experts, None
             if experts is not None:
-                assert self._costs is not None
                 pool_layer = pool.add_layer(
                     experts,
                     activations=self._activations,
                     place_of=self._store[layer].row_E,
-                    hand_over=self._costs.hand_over,
+                    hand_over=self._costs[layer].hand_over,
                 )
             self._layers[layer] = LayerParts.of(
                 layer, self._store[layer], pool_layer, self._shares_LE[layer]
@@ -115,7 +114,7 @@ class PrefillExperts:
         if self._side.stream is not None:
             self._side.stream.reset()
         self._ahead: deque[Sent] = deque()  # banks that hold rows of the layer to come
-        self._division = self._divide_step(num_tokens)
+        self._divisions = self._divide_step(num_tokens)
         self.record = StepRecord(num_tokens)
 
     def launch(
@@ -142,7 +141,7 @@ class PrefillExperts:
             write_host(weights_TK, rows.weights_TK)
             self._mark_written()
         work.send()
-        is_late = self._hands_over(counts_E[parts.cold_C[cpu_rows]])
+        is_late = self._hands_over(layer, counts_E[parts.cold_C[cpu_rows]])
         if cpu_rows and not is_late:
             self._start_pool(parts, cpu_rows, rows)
         hot_TH = work.compute(x_TH, ids_TK, weights_TK)
@@ -160,21 +159,25 @@ class PrefillExperts:
         self._layers.clear()
         self._side.stream = None
 
-    def _divide_step(self, num_tokens: int) -> Division | None:
-        """None: nothing is cold, or there is no ring and the CPU takes every cold expert."""
+    def _divide_step(self, num_tokens: int) -> dict[int, Division]:
+        """Of layers with cold experts; none if there is no ring and the CPU takes all of them."""
         stream = self._side.stream
-        if stream is None or self._costs is None:
-            return None
-        return Division(
-            costs=self._costs,
-            ring=Ring(num_slots=stream.num_slots, bank_size=stream.bank_size),
-            tokens_each=num_tokens * self._top_k / self._num_experts,
-            state_bytes=4 * num_tokens * self._hidden,
-        )
+        if stream is None:
+            return {}
+        ring = Ring(num_slots=stream.num_slots, bank_size=stream.bank_size)
+        return {
+            layer: Division(
+                costs=costs,
+                ring=ring,
+                tokens_each=num_tokens * self._top_k / self._num_experts,
+                state_bytes=4 * num_tokens * self._hidden,
+            )
+            for layer, costs in self._costs.items()
+        }
 
-    def _hands_over(self, counts: np.ndarray) -> bool:
+    def _hands_over(self, layer: int, counts: np.ndarray) -> bool:
         """Whether the CPU leaves an expert with one of these numbers of tokens to torch."""
-        return self._costs is not None and any(map(self._costs.hands_over, counts.tolist()))
+        return any(self._costs[layer].hands_over(count) for count in counts.tolist())
 
     def _divide(self, parts: LayerParts, counts_E: np.ndarray) -> tuple[list[int], LayerWork]:
         """The CPU's rows, and the device's work; what is under way already is the device's."""
@@ -183,10 +186,13 @@ class PrefillExperts:
         rest = [r for r in range(len(counts_C)) if counts_C[r] > 0 and r not in under_way]
         next_layer = self._next.get(parts.layer)
         next_rows: list[int] = []
-        if next_layer is not None and self._division is not None:
-            after = self._layers[next_layer]
-            next_rows = after.popular_rows(self._division.rows_ahead(len(after.cold_C)))
-        cpu_rows = self._cpu_rows(rest, [int(counts_C[r]) for r in rest], len(next_rows))
+        ahead_s = 0.0
+        if next_layer is not None and next_layer in self._divisions:
+            after, division = self._layers[next_layer], self._divisions[next_layer]
+            next_rows = after.popular_rows(division.rows_ahead(len(after.cold_C)))
+            ahead_s = len(next_rows) * division.costs.copy_s
+        counts = [int(counts_C[r]) for r in rest]
+        cpu_rows = self._cpu_rows(parts.layer, rest, counts, len(next_rows), ahead_s)
         on_cpu = set(cpu_rows)
         work = LayerWork(
             self._side,
@@ -200,13 +206,19 @@ class PrefillExperts:
         self._ahead = work.ahead
         return cpu_rows, work
 
-    def _cpu_rows(self, rest: list[int], counts: list[int], num_next: int) -> list[int]:
-        """Those of ``rest`` that the CPU takes, while ``num_next`` copies follow them."""
-        if self._division is None:
+    def _cpu_rows(
+        self, layer: int, rest: list[int], counts: list[int], num_next: int, ahead_s: float
+    ) -> list[int]:
+        """Those of ``rest`` that the CPU takes; ``num_next`` copies follow, for ``ahead_s``."""
+        division = self._divisions.get(layer)
+        if division is None:  # no ring, or nothing of the layer is cold
+            self.record.add_split(0, 0.0, num_next, ahead_s)
             return rest
-        costs, chosen = self._division.costs, self._division.cpu_share(counts, num_next)
+        costs, chosen = division.costs, division.cpu_share(counts, num_next, ahead_s)
         cpu_s = sum(costs.expert_s(counts[n]) for n in chosen)
-        self.record.add_split(len(chosen), cpu_s, len(rest) - len(chosen) + num_next, costs.copy_s)
+        num_sent = len(rest) - len(chosen)
+        link_s = num_sent * costs.copy_s + ahead_s
+        self.record.add_split(len(chosen), cpu_s, num_sent + num_next, link_s)
         return [rest[n] for n in chosen]
 
     def _start_pool(self, parts: LayerParts, cpu_rows: Sequence[int], rows: HostRows) -> None:

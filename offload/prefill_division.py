@@ -37,7 +37,7 @@ class Ring:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Division:
-    """Of a step in which an expert has ``tokens_each`` on average.
+    """Of one layer of a step in which an expert has ``tokens_each`` on average.
 
     ``state_bytes``: of the float32 hidden states that the CPU is sent, and gives back.
     """
@@ -59,13 +59,16 @@ class Division:
             result_s=self._transfer_s,
         )
 
-    def cpu_share(self, counts: Sequence[int], num_ahead: int) -> list[int]:
-        """Which experts, with ``counts`` tokens, the CPU takes; then ``num_ahead`` are sent."""
+    def cpu_share(self, counts: Sequence[int], num_ahead: int, ahead_s: float) -> list[int]:
+        """Which experts, with ``counts`` tokens, the CPU takes.
+
+        Then ``num_ahead`` of the next layer are sent, which takes ``ahead_s``.
+        """
         return cpu_share(
             counts,
             self.costs.expert_s,
             copy_s=self.costs.copy_s,
-            ahead_s=num_ahead * self.costs.copy_s,
+            ahead_s=ahead_s,
             start_s=self._start_s(max(counts, default=0), len(counts) + num_ahead),
             result_s=self._transfer_s,
         )

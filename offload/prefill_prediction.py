@@ -108,7 +108,7 @@ def _cpu_counts(demand: Demand, costs: PrefillCosts, counts: list[int], tokens: 
     )
     ahead = division.rows_ahead(len(counts))
     rest = counts[ahead:]  # the popular ones are under way
-    return [rest[n] for n in division.cpu_share(rest, ahead)]
+    return [rest[n] for n in division.cpu_share(rest, ahead, ahead * costs.copy_s)]
 
 
 def _gpu_experts_s(demand: Demand, rates: MachineRates, pairs: int, num_experts: int) -> float:

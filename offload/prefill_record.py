@@ -18,12 +18,12 @@ class StepRecord:
     link_s: float = 0.0
     cpu_wait_s: float = 0.0
 
-    def add_split(self, cpu_experts: int, cpu_s: float, sent_experts: int, copy_s: float) -> None:
-        """One layer: the CPU's experts and their seconds; those sent, ``copy_s`` each."""
+    def add_split(self, cpu_experts: int, cpu_s: float, sent_experts: int, link_s: float) -> None:
+        """One layer: the CPU's experts and their seconds; those sent, and theirs."""
         self.cpu_experts += cpu_experts
         self.cpu_s += cpu_s
         self.sent_experts += sent_experts
-        self.link_s += sent_experts * copy_s
+        self.link_s += link_s
 
     def __str__(self) -> str:
         return (

@@ -3,12 +3,14 @@
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.packed_layout import PackedShape
 from offload.calibration import Calibration
 from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.popularity import Popularity
 from offload.prefill import PrefillExperts
 from offload.prefill_costs import known_costs, prefill_activations
+from offload.prefill_division import PrefillCosts
 
 
 def make_prefill(
@@ -26,12 +28,20 @@ def make_prefill(
     """For a GPU: a ring of ``num_slots``, and both sides' times, which a first start measures."""
     activations = prefill_activations(dtype, store.dtype)
     stream = ExpertStream(store, num_slots, device) if num_slots > 0 else None
-    layer = max(store.shape.moe_layers, key=lambda index: len(store[index].cpu_w13_CFH))
-    experts, costs = store[layer].cpu_experts, None
-    if experts is not None:
-        costs = known_costs(calibration, pool, experts, activations, stream, layer)
+    costs: dict[PackedShape | None, PrefillCosts] = {}
+    with_cold = [layer for layer in store.shape.moe_layers if len(store[layer].cpu_w13_CFH)]
+    # each kind by the layer that has most of them on the host
+    for layer in sorted(with_cold, key=lambda index: -len(store[index].cpu_w13_CFH)):
+        at = store[layer]
+        if at.packed not in costs:
+            assert at.cpu_experts is not None
+            costs[at.packed] = known_costs(
+                calibration, pool, at.cpu_experts, activations, stream, layer
+            )
     return PrefillExperts(
-        *(store, pool, stream, costs, popularity),
+        *(store, pool, stream),
+        {layer: costs[store[layer].packed] for layer in with_cold},
+        popularity,
         device=device,
         dtype=dtype,
         activations=activations,

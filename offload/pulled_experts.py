@@ -2,16 +2,19 @@
 
 Pinned memory is mapped: kernels take the rows on the host like slots on the device. A step's cold
 experts of a layer lie end to end; the first rows stay with the workers and the others are pulled.
-How many is a table by the number of cold experts (:mod:`offload.cold_share`), which the device and
-every worker look up for themselves.
+How many is a table by the number of cold experts (:mod:`offload.cold_share`), one for each kind of
+experts, which the device and every worker look up for themselves.
 
 Shapes: L layers, B rows of a step at most, K top-k, N counts of experts.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from gpu_kernels.expert_weights import ExpertLayer
+from cpu_kernels.packed_layout import PackedShape
+from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedWeights
 from gpu_kernels.hand_over import Pulls
 from gpu_kernels.last_rows import LastRows
 from offload.cold_share import ShareCosts, kept_rows
@@ -39,25 +42,30 @@ class PulledExperts:
     ) -> None:
         """``device`` with its index, if it is a GPU; ``dtype`` is that of the hidden states."""
         shape = store.shape
-        group = store.packed.kind.group if store.packed is not None else 1
-        self._unit = max(costs.unit, group)
         self._width = shape.expert_size
-        self._host_kept_N = kept_rows(
-            shape.num_experts, shape.expert_size, store.expert_bytes, costs, group
-        )
-        self._kept_N = torch.from_numpy(self._host_kept_N).to(device)
+        shares: dict[PackedShape | None, _Share] = {}
+        for layer in shape.moe_layers:
+            packed = store[layer].packed
+            if packed not in shares:
+                group = 1 if packed is None else packed.kind.group
+                sizes = shape.num_experts, shape.expert_size, store.expert_bytes(layer)
+                kept_N = kept_rows(*sizes, costs, group)
+                unit = max(costs.unit, group)
+                shares[packed] = _Share(kept_N, torch.from_numpy(kept_N).to(device), unit)
         self._ids_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
         self._first_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
         self.rows = PlaceTable(store, "row_E", device)
-        kernels_take_it = store.packed is not None or dtype in (store.dtype, torch.float32)
+        kernels_take_it = store.is_packed or dtype in (store.dtype, torch.float32)
         self.layers = {
-            layer: ExpertLayer(slot_weights(store[layer].cpu_parts, store.packed), reader=device)
+            layer: ExpertLayer(_rows(store[layer]), reader=device)
             for layer in shape.moe_layers
             if kernels_take_it and _can_read(device, store[layer])
         }
+        self._shares = {layer: shares[store[layer].packed] for layer in self.layers}
         # the workers' views of the table, always the same ones: a layer has as many rows as it had
         self._kept_of = {
-            layer: self._host_kept_N[: len(store[layer].cpu_w2_CHI) + 1] for layer in self.layers
+            layer: share.host_kept_N[: len(store[layer].cpu_w2_CHI) + 1]
+            for layer, share in self._shares.items()
         }
 
     def kept_rows(self, layer: int) -> np.ndarray | None:
@@ -73,9 +81,22 @@ class PulledExperts:
         most = min(self._width, int((self._width * np.arange(len(kept_N)) - kept_N).max()))
         if most == 0:
             return None
-        place_E = self.rows.device_LE[layer]
-        pulls = Pulls(self._kept_N, place_E, self._width, ids_TK, first_TK)
-        return pulls, LastRows(first_TK, most, self._unit)
+        share, place_E = self._shares[layer], self.rows.device_LE[layer]
+        pulls = Pulls(share.kept_N, place_E, self._width, ids_TK, first_TK)
+        return pulls, LastRows(first_TK, most, share.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Of layers with experts of one kind: the table, for either side, and what it counts in."""
+
+    host_kept_N: np.ndarray
+    kept_N: torch.Tensor
+    unit: int
+
+
+def _rows(at: LayerExperts) -> DenseWeights | PackedWeights:
+    return slot_weights(at.cpu_parts, at.packed)
 
 
 def _can_read(device: torch.device, at: LayerExperts) -> bool:

@@ -24,6 +24,18 @@ def slot_weights(
     return PackedWeights(blob_SB, packed_layout(packed))
 
 
+def slots_of(parts: Sequence[torch.Tensor], packed: PackedShape | None) -> tuple[torch.Tensor, ...]:
+    """Whole parts as :func:`empty_parts` gives them, for experts that may be smaller.
+
+    They lie side by side from the beginning, so that one copy fills several.
+    """
+    if packed is None:
+        return tuple(parts)
+    (blob_SB,) = parts
+    num_slots, size = len(blob_SB), packed.expert_bytes
+    return (blob_SB.view(-1)[: num_slots * size].view(num_slots, size),)
+
+
 def packed_layout(packed: PackedShape) -> PackedLayout:
     """The same sizes in the GPU kernels' words."""
     kind = packed.kind
@@ -40,9 +52,9 @@ def packed_layout(packed: PackedShape) -> PackedLayout:
 def empty_parts(
     store: ExpertStore, num_slots: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    """Room for ``num_slots`` of the store's experts, not initialised."""
-    if store.packed is not None:
-        size = store.packed.expert_bytes
+    """Room for ``num_slots`` of the store's experts, of any layer; not initialised."""
+    if store.is_packed:
+        size = store.expert_bytes(store.largest_layer)
         return (torch.empty(num_slots, size, dtype=torch.uint8, device=device),)
     h, i = store.shape.hidden_size, store.shape.expert_size
     return (

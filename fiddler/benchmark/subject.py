@@ -6,7 +6,7 @@ from typing import Self
 from fiddler.loading import LoadedModel
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
-from fiddler.models.footprint import expert_bytes, kv_bytes
+from fiddler.models.footprint import kv_bytes
 from fiddler.models.manifest import dense_bytes
 from offload.hardware import Hardware
 from offload.plan import Plan
@@ -41,9 +41,11 @@ class Subject:
         )
 
     @property
-    def expert_bytes(self) -> int:
-        """Of one routed expert, in memory."""
-        return expert_bytes(self.config, self.dtypes.expert)
+    def expert_bytes(self) -> float:
+        """Of one routed expert, in memory; the mean where layers differ."""
+        memory = self.plan.memory
+        experts = memory.gpu_experts + memory.cpu_experts + memory.disk_experts
+        return experts / (num_moe_layers(self.config) * self.config.num_experts)
 
     @property
     def kv_bytes(self) -> int:

@@ -82,6 +82,9 @@ def watch(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Watched]
     pool = loaded.experts.pool
     assert isinstance(pool, ExpertPool)
     bells = BellLog(pool.workers.words, pool.num_threads)
+    store = loaded.experts.store
+    moe_layers = store.shape.moe_layers
+    each = sum(map(store.expert_bytes, moe_layers)) / len(moe_layers)  # bytes of an expert
     steps: list[tuple[str, Span, float]] = []
     with ExitStack() as log:
         for number, is_reading in enumerate(driver.walk(case, run=0)):
@@ -100,7 +103,7 @@ def watch(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Watched]
                 end_ns=time.perf_counter_ns(),
             )
             record = loaded.experts.prefill_record if is_reading else None
-            sent = record.sent_experts * loaded.experts.store.expert_bytes if record else 0
+            sent = record.sent_experts * each if record else 0
             steps.append((kind, span, float(sent)))
     spans = job_spans(bells.looks, {})
     jobs = [s for s in spans if s.thread == "jobs" and not s.name.startswith("phase")]

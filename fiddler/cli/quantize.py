@@ -45,6 +45,12 @@ EXAMPLES = 5  # experts named of those that saw too little
     help="Keep the columns of the N largest inputs of each matrix in 8 bits.",
 )
 @click.option(
+    "--sensitivity",
+    type=float,
+    metavar="SHARE",
+    help="Give layers that lose most more bits, up to this share of bfloat16's size.",
+)
+@click.option(
     "-o",
     "--output",
     required=True,
@@ -60,6 +66,7 @@ def command(
     method: "Method | None",
     calibration: Path | None,
     outliers: int,
+    sensitivity: float | None,
     output: Path,
     resume: bool,
     engine: dict[str, Any],
@@ -80,6 +87,7 @@ def command(
             method=method or ("rtn" if calibration is None else "gptq"),
             calibration=calibration,
             outliers=outliers,
+            sensitivity=sensitivity,
             resume=resume,
         )
         try:
@@ -111,6 +119,9 @@ def _print(made: "QuantizedModel") -> None:
         f"{made.num_experts:,} experts in {gigabytes(made.expert_bytes)}, {share:.1%} of bfloat16;"
         f" {gigabytes(made.nbytes)} in all"
     )
+    if len(made.layers_of) > 1:
+        parts = (f"{kind}: {', '.join(map(str, at))}" for kind, at in made.layers_of.items())
+        note(f"layers of {'; '.join(sorted(parts))}")
     if made.unfitted:
         shown = ", ".join(f"{layer}.{expert}" for layer, expert in made.unfitted[:EXAMPLES])
         more = ", ..." if len(made.unfitted) > EXAMPLES else ""

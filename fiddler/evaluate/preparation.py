@@ -115,8 +115,8 @@ def prepare_reference(
             hint="--against takes a model with the same tokenizer, or bf16",
         )
     has_gpu = probe(settings.device).has_gpu
-    config = other.config
-    dtypes = resolve_dtypes(settings.dtype, config.dtype, has_gpu=has_gpu, packed=config.packed)
+    stored, packed = other.config.dtype, other.config.packed_name
+    dtypes = resolve_dtypes(settings.dtype, stored, has_gpu=has_gpu, packed=packed)
     return Reference(options=chosen, vocab_size=other.config.vocab_size, dtype=dtypes.compute)
 
 

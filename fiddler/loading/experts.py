@@ -22,11 +22,13 @@ LOAD_THREADS = max(4, os.cpu_count() or 1)
 def load_experts(ground: Ground, weights: OpenedWeights) -> HybridExperts:
     """Read them all, or what memory holds, then learn or remember what they cost."""
     store = _fill_store(ground, weights)
-    if store.cache is not None:
+    if ground.plan.cached is not None:
+        held = ground.plan.placement.num_resident + ground.plan.cached.num_resident
+        total = len(store.shape.moe_layers) * store.shape.num_experts
         _log.warning(
             "%d of %d experts have no room in memory and are read from disk when a step needs them",
-            ground.plan.memory.disk_experts // store.expert_bytes,
-            len(store.shape.moe_layers) * store.shape.num_experts,
+            total - held,
+            total,
         )
     sizes = {"max_tokens": ground.step_tokens, "top_k": ground.config.top_k}
     prefill = None
@@ -52,13 +54,13 @@ def load_experts(ground: Ground, weights: OpenedWeights) -> HybridExperts:
 
 def _fill_store(ground: Ground, weights: OpenedWeights) -> ExpertStore:
     config, on_progress = ground.config, ground.on_progress
-    kind = ground.dtypes.expert_kind
-    packed = kind if kind.is_packed else None
+    (kind, *_) = ground.dtypes.expert_kinds
     hidden, width = config.expert_sides
+    moe_layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
     store = ExpertStore(
         ExpertShape(
             num_layers=config.num_layers,
-            moe_layers=[i for i in range(config.num_layers) if config.is_moe_layer(i)],
+            moe_layers=moe_layers,
             num_experts=config.num_experts,
             hidden_size=hidden,
             expert_size=width,
@@ -66,21 +68,22 @@ def _fill_store(ground: Ground, weights: OpenedWeights) -> ExpertStore:
         ground.plan.placement,
         device=ground.device,
         dtype=ground.expert_dtype,
-        packed=packed,
+        packed={i: config.packed_kind(kind, i) for i in moe_layers} if kind.is_packed else None,
         has_spares=ground.plan.spare_slots > 0,
         cached=ground.plan.cached,
     )
     ground.resources.callback(store.clear)
 
-    if packed is not None:
-        fill_expert: FillExpert = weights.packed(packed)
+    if kind.is_packed:
+        fill_expert: FillExpert = weights.packed(kind)
     else:
         fill_expert = functools.partial(load_expert_into, weights.numbers, config)
-    size = store.expert_bytes
+    # of all alike: experts of the last layers may take longer than it seems
+    size = sum(map(store.expert_bytes, moe_layers)) / len(moe_layers)
 
     def report(done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress("experts", done * size, total * size)
+            on_progress("experts", round(done * size), round(total * size))
 
     report(0, len(store.shape.moe_layers) * config.num_experts)
     store.fill(fill_expert, num_threads=LOAD_THREADS, on_progress=report)

@@ -35,13 +35,14 @@ def start_pool(
             f"{settings.cpu_threads} CPU threads were asked for, but there are {cores} cores",
             hint="waiting threads spin: more than cores only slow each other down",
         )
-    kind = dtypes.expert_kind
+    kinds = dtypes.expert_kinds
     has_cold = plan.memory.cpu_experts > 0
     # what hidden states are rounded to: in steps of few tokens, and of many beside a GPU
-    kernels: list[tuple[Any, ...]] = [(kind,)] if has_cold else []
+    kernels: list[tuple[Any, ...]] = [(kind,) for kind in kinds] if has_cold else []
     if has_cold and plan.gpu_side is GpuSide.CUDA:
         stored: torch.dtype = getattr(torch, dtypes.expert_memory)
-        kernels.append((kind, prefill_activations(getattr(torch, dtypes.compute), stored)))
+        rounded = prefill_activations(getattr(torch, dtypes.compute), stored)
+        kernels += [(kind, rounded) for kind in kinds]
     compiles = needs_compile() or any(needs_warm_up(*which) for which in kernels)
     report = on_progress if on_progress is not None and compiles else _no_progress
     report("compiling CPU kernels, once", 0, 1)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from cpu_kernels.weight_kind import WeightKind
+from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
 from fiddler.models.foreign.layout import Layout
 from fiddler.models.outliers import padded_size
+
+KIND_JOINT = "+"
 
 
 class QKNorm(StrEnum):
@@ -85,10 +87,23 @@ class ModelConfig:
     max_position: int = 4096
     dtype: str = "bfloat16"  # as stored
     packed: WeightKind | None = None  # what stored routed experts are, or become, if quantised
+    mixed: tuple[WeightKind, ...] = ()  # of each layer, where layers have several packed kinds
     foreign: Layout | None = None  # how another program stored them
     outliers: tuple[tuple[int, ...], ...] = ()  # of each layer: inputs of 8-bit columns, as many
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    @property
+    def packed_name(self) -> str | None:
+        """Of stored packed experts: their kind; of several kinds all, joined by ``+``."""
+        if self.packed is None or not self.mixed:
+            return None if self.packed is None else self.packed.name
+        used = {kind for layer, kind in enumerate(self.mixed) if self.is_moe_layer(layer)}
+        return KIND_JOINT.join(kind.name for kind in PACKED_KINDS if kind in used)
+
+    def packed_kind(self, kind: WeightKind, layer: int) -> WeightKind:
+        """What a layer's experts are: ``kind``, unless layers differ."""
+        return self.mixed[layer] if self.mixed else kind
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether ``layer`` routes to experts (otherwise it has one dense FFN)."""

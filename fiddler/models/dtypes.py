@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler.errors import ConfigError
+from fiddler.models.config import KIND_JOINT
 
 # bits of a number in the KV cache; each token and head of codes has besides a float32 scale, or for
 # int4 a scale and a zero of 16 bits
@@ -19,8 +20,9 @@ FLOATS = {"float32": WeightKind("f32"), "bfloat16": WeightKind("bf16")}
 class Dtypes:
     """``compute`` for dense weights and activations, ``expert`` for routed experts, ``kv``.
 
-    ``expert`` may be a kind of packed weights, such as ``w4g128z``; ``kv``, of the cache, int8,
-    int4 or fp8 too.
+    ``expert`` may be a kind of packed weights, such as ``w4g128z``, or several joined by ``+``
+    where layers differ; ``kv``, of the cache, int4, int8 or
+    fp8 too.
     """
 
     compute: str
@@ -28,9 +30,11 @@ class Dtypes:
     kv: str
 
     @property
-    def expert_kind(self) -> WeightKind:
-        """How the kernels name it."""
-        return FLOATS[self.expert] if self.expert in FLOATS else parse_kind(self.expert)
+    def expert_kinds(self) -> tuple[WeightKind, ...]:
+        """How the kernels name them: one, unless layers differ."""
+        if self.expert in FLOATS:
+            return (FLOATS[self.expert],)
+        return tuple(map(parse_kind, self.expert.split(KIND_JOINT)))
 
     @property
     def expert_memory(self) -> str:
@@ -43,7 +47,7 @@ def resolve_dtypes(
     stored: str,
     *,
     has_gpu: bool,
-    packed: WeightKind | None = None,
+    packed: str | None = None,
     kv: str = "auto",
 ) -> Dtypes:
     """Choose for ``asked`` and a checkpoint whose experts are ``packed``, or stored as ``stored``.
@@ -52,19 +56,19 @@ def resolve_dtypes(
 
     Auto is bfloat16 on a GPU and float32 without one, where bfloat16 activations gain nothing.
     Experts stored in bfloat16 stay so even under float32: widening is exact, and half the bytes.
-    Packed experts stay as they are: another kind of them is refused. ``kv`` is what is asked of the
-    cache; auto is the activations' type.
+    Packed experts stay as they are (``packed`` names their kinds): another kind of them is refused.
+    ``kv`` is what is asked of the cache; auto is the activations' type.
     """
     is_kind = asked not in ("auto", *FLOATS)
     compute = ("bfloat16" if has_gpu else "float32") if is_kind or asked == "auto" else asked
     kv = compute if kv == "auto" else kv
-    if is_kind and packed is not None and asked != packed.name:
+    if is_kind and packed is not None and asked != packed:
         raise ConfigError(
-            f"the experts are stored as {packed.name}, from which no {asked} can be made",
+            f"the experts are stored as {packed}, from which no {asked} can be made",
             hint="leave out --dtype, or take the model that they were made from",
         )
     if packed is not None or is_kind:
-        return Dtypes(compute, packed.name if packed is not None else asked, kv)
+        return Dtypes(compute, packed if packed is not None else asked, kv)
     if compute == "bfloat16" or stored == "bfloat16":
         return Dtypes(compute, "bfloat16", kv)
     return Dtypes(compute, "float32", kv)

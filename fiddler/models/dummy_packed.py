@@ -22,10 +22,10 @@ from fiddler.models.packing import FillPacked, halves
 
 
 def dummy_packing(source: DummySource, config: ModelConfig, kind: WeightKind) -> FillPacked:
-    """Random experts of ``kind``, the same ones for the same seed."""
-    shape = packed_shape(config, kind)
+    """Random experts of ``kind``, or each layer's own, the same ones for the same seed."""
 
     def fill(layer: int, expert: int, out_B: Tensor) -> None:
+        shape = packed_shape(config, config.packed_kind(kind, layer))
         is_host = out_B.device.type == "cpu"
         blob_B = out_B.numpy() if is_host else np.empty(shape.expert_bytes, np.uint8)
         parts = expert_parts(config, layer, expert)

@@ -35,7 +35,7 @@ def footprint(
 ) -> Footprint:
     """Return what ``config`` needs with dense weights and activations in ``dtype``.
 
-    ``dtype`` is ``float32`` or ``bfloat16``, ``expert_dtype`` may be a packed kind too and
+    ``dtype`` is ``float32`` or ``bfloat16``, ``expert_dtype`` may name packed kinds too and
     ``kv_dtype`` fp8, int8 or int4; a step has at most ``max_batched_tokens`` tokens of
     ``max_num_seqs`` requests. ``max_model_len`` bounds the rotary tables (None: the longest context
     that is chosen unasked). ``graph_rows``: of the largest step that is kept as a CUDA graph; 0:
@@ -44,13 +44,16 @@ def footprint(
     width = DTYPE_BYTES[dtype]
     embedding = config.vocab_size * config.hidden_size * width
     dense = dense_bytes(config, width)
+    moe_layers = tuple(i for i in range(config.num_layers) if config.is_moe_layer(i))
+    sizes = tuple(expert_bytes(config, expert_dtype, layer) for layer in moe_layers)
     positions = max_model_len or min(config.max_position, MOST_CONTEXT)
     return Footprint(
         num_layers=config.num_layers,
         num_experts=config.num_experts,
         top_k=config.top_k,
-        moe_layers=tuple(i for i in range(config.num_layers) if config.is_moe_layer(i)),
-        expert_bytes=expert_bytes(config, expert_dtype),
+        moe_layers=moe_layers,
+        expert_bytes=max(sizes),
+        layer_bytes=sizes if len(set(sizes)) > 1 else (),
         dense_bytes=dense,
         dense_read_bytes=dense if config.tie_embeddings else dense - embedding,
         kv_bytes_per_token=config.num_layers * kv_bytes(config, kv_dtype),
@@ -63,11 +66,12 @@ def footprint(
     )
 
 
-def expert_bytes(config: ModelConfig, expert_dtype: str) -> int:
-    """Of one routed expert in memory, in ``float32``, ``bfloat16`` or a packed kind."""
+def expert_bytes(config: ModelConfig, expert_dtype: str, layer: int) -> int:
+    """Of one routed expert of a layer in memory: ``float32``, ``bfloat16`` or packed."""
     if expert_dtype in DTYPE_BYTES:
         return config.expert_numel * DTYPE_BYTES[expert_dtype]
-    return packed_shape(config, parse_kind(expert_dtype)).expert_bytes
+    kind = config.mixed[layer] if config.mixed else parse_kind(expert_dtype)
+    return packed_shape(config, kind).expert_bytes
 
 
 def kv_bytes(config: ModelConfig, kv_dtype: str) -> int:

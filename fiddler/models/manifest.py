@@ -66,9 +66,12 @@ def packed_shape(config: ModelConfig, kind: WeightKind) -> PackedShape:
 
 
 def packed_part(config: ModelConfig, kind: WeightKind, layer: int, expert: int) -> Part:
-    """Return the bytes that hold gate, up and down of one routed expert in a packed checkpoint."""
+    """Return the bytes that hold gate, up and down of one routed expert in a packed checkpoint.
+
+    ``kind`` is that of all layers, unless the config says that they differ.
+    """
     stem = config.names.expert_gate.format(l=layer, e=expert).removesuffix(".weight")
-    size = packed_shape(config, kind).expert_bytes
+    size = packed_shape(config, config.packed_kind(kind, layer)).expert_bytes
     return Part(f"{stem.rpartition('.')[0]}.packed", (size,), is_packed=True)
 
 

@@ -25,6 +25,7 @@ from fiddler.errors import ConfigError, NumericsError
 from fiddler.models.config import ModelConfig
 from fiddler.models.manifest import Part, expert_parts, packed_part, packed_shape
 from fiddler.models.weights import CheckpointSource, WeightSource
+from fiddler.rounding.grid import QUICK_SHRINKS
 from fiddler.rounding.matrix import round_matrix
 
 # fill(layer, expert, out_B): write the bytes of one expert into ``out_B``, on its device
@@ -33,10 +34,6 @@ FillPacked = Callable[[int, int, Tensor], None]
 RowsOf = Callable[[Part, slice], Quantised]
 
 CHUNK = 1 << 21  # weights at a time: 8 MB as float32
-
-# Ranges tried for a group. int4, groups of 128, normal weights: 0.1006 with the whole range,
-# 0.0965 with these two in twice the time, 0.0951 with the 15 of `fiddler quantize` in eleven times.
-SHRINKS = {4: (1.0, 0.9), 8: (1.0,)}
 
 
 def packing(config: ModelConfig, kind: WeightKind, rows_of: RowsOf) -> FillPacked:
@@ -69,7 +66,7 @@ def rounding(source: WeightSource, config: ModelConfig, kind: WeightKind) -> Fil
         if not np.isfinite(w_NK.max() - w_NK.min()):
             raise NumericsError(f"tensor {part.name} holds NaN or Inf")
         try:
-            found = round_matrix(w_NK, kind, shrinks=SHRINKS[kind.bits])
+            found = round_matrix(w_NK, kind, shrinks=QUICK_SHRINKS[kind.bits])
         except ValueError as error:
             hint = f"load it with --dtype {kind.name}-bf16"
             raise ConfigError(f"tensor {part.name}: {error}", hint=hint) from error
@@ -81,10 +78,10 @@ def rounding(source: WeightSource, config: ModelConfig, kind: WeightKind) -> Fil
 
 
 def stored(source: CheckpointSource, config: ModelConfig, kind: WeightKind) -> FillPacked:
-    """Copy experts that the checkpoint holds in packed bytes of ``kind``."""
-    shape = packed_shape(config, kind)
+    """Copy experts that the checkpoint holds in packed bytes of ``kind``, or each layer's own."""
 
     def fill(layer: int, expert: int, out_B: Tensor) -> None:
+        shape = packed_shape(config, config.packed_kind(kind, layer))
         source.fill_packed_(out_B, packed_part(config, kind, layer, expert).name, shape)
 
     return fill

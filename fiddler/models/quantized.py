@@ -1,6 +1,6 @@
 """What ``config.json`` says of quantised weights. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
@@ -30,13 +30,13 @@ def quantised_experts(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not scheme:
         return {}
     if scheme.get("quant_method") == QUANT_METHOD:
-        return {"packed": _own_kind(scheme), "outliers": _outliers(scheme, raw)}
+        return _own_experts(scheme, raw)
     layout = foreign_layout(scheme)
     stored = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     return {"packed": layout.kind(stored), "foreign": layout}
 
 
-def _own_kind(scheme: Mapping[str, Any]) -> WeightKind:
+def _own_experts(scheme: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
     if scheme.get("version") != VERSION:
         raise CheckpointError(
             f"the weights are quantised in version {scheme.get('version')!r} of fiddler's layout,"
@@ -44,7 +44,17 @@ def _own_kind(scheme: Mapping[str, Any]) -> WeightKind:
             hint="upgrade fiddler, or quantise the model again",
         )
     experts = scheme.get("experts")
-    name = experts.get("kind") if isinstance(experts, dict) else None
+    experts = experts if isinstance(experts, dict) else {}
+    if "kinds" not in experts:
+        return {"packed": _kind(experts.get("kind")), "outliers": _outliers(scheme, raw)}
+    names = experts["kinds"]
+    if not isinstance(names, list) or len(names) != raw.get("num_hidden_layers"):
+        raise CheckpointError("the config.json does not name the kind of each layer's experts")
+    kinds = tuple(_kind(name) for name in names)
+    return {"packed": kinds[0], "mixed": kinds}
+
+
+def _kind(name: object) -> WeightKind:
     found = next((kind for kind in PACKED_KINDS if kind.name == name), None)
     if found is None:
         raise CheckpointError(f"the config.json names no known kind of packed experts: {name!r}")
@@ -87,13 +97,19 @@ def _fitting(config: ModelConfig, option: str) -> str:
 
 
 def quantization_config(
-    kind: WeightKind, made: dict[str, Any], outliers: list[list[int]] | None = None
+    kind: WeightKind,
+    made: dict[str, Any],
+    outliers: list[list[int]] | None = None,
+    mixed: Sequence[WeightKind] = (),
 ) -> dict[str, Any]:
     """The record that :func:`quantised_experts` reads; ``made`` tells how, for people.
 
-    ``outliers``: of each layer, the inputs whose columns have 8 bits.
+    ``outliers``: of each layer, the inputs whose columns have 8 bits. ``mixed``: each layer's kind,
+    where they differ.
     """
     experts: dict[str, Any] = {"kind": kind.name}
+    if mixed:
+        experts = {"kinds": [one.name for one in mixed]}
     if outliers is not None:
         experts["outliers"] = outliers
     return {

@@ -105,6 +105,11 @@ class Calibration:
         """Add what the routed experts of the layer give."""
         self._x_TH += out_TH
 
+    @torch.inference_mode()
+    def square_T(self) -> Tensor:
+        """Of each token's residual stream, as it is now."""
+        return self._x_TH.square().sum(dim=1)
+
 
 class _Recorder:
     """An expert backend that keeps what it is asked, and answers zeros."""

@@ -3,6 +3,7 @@
 M tokens that the expert saw, N rows, K columns, H hidden, I width, F = 2I (gate rows, then up).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ from cpu_kernels.packed_layout import (
 from cpu_kernels.weight_kind import WeightKind
 from fiddler.quantize.gptq import gptq
 from fiddler.quantize.outliers import Columns, largest_inputs, quantise_columns, rows_at
+from fiddler.rounding.grid import QUICK_SHRINKS
 from fiddler.rounding.matrix import round_matrix
 
 Method = Literal["rtn", "gptq"]
@@ -120,6 +122,32 @@ def apply_expert(
         x_MH = Columns.of(hidden, outliers, shape.kind.group).inputs(x_MH)
     y_MH = F.linear(_activate(x_MH, np.concatenate([gate, up])), torch.from_numpy(down))
     return y_MH[:, :hidden]
+
+
+def exact_and_rounded(
+    w13_FH: Tensor, w2_HI: Tensor, kinds: Sequence[WeightKind], x_MH: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """An expert's output ``[M, H]``, and those with its weights rounded to each of ``kinds``.
+
+    Rounded in a few steps, by the inputs' mean squares: to compare kinds. ValueError as
+    :func:`fiddler.rounding.grid.find_grid`.
+    """
+    exact = F.linear(_activate(x_MH, w13_FH.numpy()), w2_HI)
+    if not len(x_MH):
+        return exact, [exact] * len(kinds)
+    return exact, [_rounded(w13_FH, w2_HI, kind, x_MH) for kind in kinds]
+
+
+def _rounded(w13_FH: Tensor, w2_HI: Tensor, kind: WeightKind, x_MH: Tensor) -> Tensor:
+    act_MI = _activate(x_MH, _round(w13_FH, kind, x_MH))
+    return F.linear(act_MI, torch.from_numpy(_round(w2_HI, kind, act_MI)))
+
+
+def _round(w_NK: Tensor, kind: WeightKind, x_MK: Tensor) -> F32:
+    importance_K = x_MK.square().mean(dim=0).numpy()
+    weighing = importance_K if importance_K.any() else None
+    shrinks = QUICK_SHRINKS[kind.bits]
+    return dequantise(kind, *round_matrix(w_NK.numpy(), kind, weighing, shrinks))
 
 
 def _activate(x_MH: Tensor, w13_FH: F32) -> Tensor:

@@ -54,7 +54,6 @@ class Layers:
         self._source = source
         self._kind = kind
         self._method: Method = method
-        self._shape = packed_shape(config, kind)
         self._calibration = calibration
         self._on_expert = on_expert
         self._num_outliers = max(map(len, config.outliers), default=0)
@@ -117,17 +116,18 @@ class Layers:
         self, layer: int, expert: int, seen: "_Seen | None"
     ) -> tuple[PackedExpert, Tensor | None]:
         hidden, width = self._config.hidden_size, self._config.expert_size
+        kind = self._config.packed_kind(self._kind, layer)
         w13_FH, w2_HI = torch.empty(2 * width, hidden), torch.empty(hidden, width)
         load_expert_into(self._source, self._config, layer, expert, w13_FH, w2_HI)
         x_MH = None if seen is None else seen.inputs_of(expert)
         try:
             outliers = self.outliers[layer]
-            made = quantise_expert(w13_FH, w2_HI, self._kind, self._method, x_MH, outliers)
+            made = quantise_expert(w13_FH, w2_HI, kind, self._method, x_MH, outliers)
         except ValueError as error:
             raise QuantizeError(f"expert {expert} of layer {layer}: {error}") from error
         if x_MH is None:
             return made, None
-        return made, apply_expert(made.packed, self._shape, x_MH, outliers)
+        return made, apply_expert(made.packed, packed_shape(self._config, kind), x_MH, outliers)
 
     def _replay(
         self, path: Path, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor
@@ -135,6 +135,8 @@ class Layers:
         """Add what the packed experts of a finished file give."""
         entries = {} if seen is None else read_header(path)
         names = {tensor.expert: tensor.name for tensor in shard.tensors}
+        layer = shard.layer or 0
+        shape = packed_shape(self._config, self._config.packed_kind(self._kind, layer))
 
         @torch.inference_mode()
         def apply(expert: int) -> Tensor | None:
@@ -142,8 +144,7 @@ class Layers:
                 return None
             entry = entries[names[expert]]
             packed: U8 = np.fromfile(path, np.uint8, entry.end - entry.begin, offset=entry.begin)
-            outliers = [] if shard.layer is None else self.outliers[shard.layer]
-            return apply_expert(packed, self._shape, seen.inputs_of(expert), outliers)
+            return apply_expert(packed, shape, seen.inputs_of(expert), self.outliers[layer])
 
         experts = shard.experts
         for expert, y_MH in zip(experts, in_order(pool, apply, experts), strict=True):

@@ -1,6 +1,5 @@
-"""Quantises a model folder into another: what is refused, what is made, what is told of it."""
+"""Quantises a model folder into another: what is made, and what is told of it."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,46 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpu_kernels.weight_kind import WeightKind
+from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler.corpus import read_text_corpus
-from fiddler.errors import QuantizeError
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
-from fiddler.models.json_file import read_json
-from fiddler.models.quantized import VERSION, quantization_config, quantization_of
-from fiddler.models.registry import load_config
-from fiddler.models.weights import CheckpointSource
+from fiddler.models.quantized import quantization_config
+from fiddler.models.weights import CheckpointSource, WeightSource
 from fiddler.quantize.calibration import Calibration, cut_windows
-from fiddler.quantize.expert import Method, least_tokens
+from fiddler.quantize.expert import least_tokens
+from fiddler.quantize.job import QuantizeJob, checked, identity
 from fiddler.quantize.layers import Layers
+from fiddler.quantize.measure import measure_losses, some_windows
 from fiddler.quantize.plan import Shard, plan_shards
+from fiddler.quantize.sensitivity import choose_kinds, ladder
 from fiddler.quantize.target import Target
 from fiddler.text.tokenizer import Tokenizer
+
+__all__ = ["QuantizeJob", "QuantizedModel", "quantize"]
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeJob:
-    """``kind`` experts of the model in ``source``, as the folder ``output``.
-
-    ``calibration`` is a text file; "gptq" needs one. ``outliers``: as many inputs of each matrix,
-    the largest of that text, are read by columns of 8 bits. ``resume``: go on with an interrupted
-    run.
-    """
-
-    source: Path
-    output: Path
-    kind: WeightKind
-    method: Method
-    calibration: Path | None = None
-    outliers: int = 0
-    resume: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedModel:
-    """What was made. ``unfitted``: (layer, expert) of those that saw too little of the text."""
+    """What was made. ``unfitted``: (layer, expert) of those that saw too little of the text.
+
+    ``layers_of``: the layers of each kind of experts.
+    """
 
     folder: Path
     nbytes: int
@@ -58,6 +44,7 @@ class QuantizedModel:
     calibration_tokens: int
     least_tokens: int
     unfitted: tuple[tuple[int, int], ...]
+    layers_of: dict[str, list[int]]
 
 
 def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> QuantizedModel:
@@ -66,61 +53,32 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     Raises :class:`QuantizeError`, :class:`fiddler.errors.NumericsError` for weights that are no
     numbers, and what reading a model and a text raise. ``on_progress`` counts experts.
     """
-    raw = _check(job)
-    config = load_config(job.source)
-    _check_outliers(job, config)
+    raw, config = checked(job)
     planned = _with_outliers(config, job)
     shards = plan_shards(planned, job.kind)
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
         checkpoint.check(config)
         windows, text_sha256 = _windows(job, config)
-        target = Target.open(job.output, _identity(job, text_sha256), resume=job.resume)
+        target = Target.open(job.output, identity(job, text_sha256), resume=job.resume)
         target.check_space(shards)
         source = CheckpointSource(checkpoint)
+        if job.sensitivity is not None and windows is not None:
+            with target.writing(shards):
+                planned = _with_kinds(planned, job, source, windows, target, on_progress)
+            shards = plan_shards(planned, job.kind)
+            target.check_space(shards)
         calibration = None if windows is None else Calibration(source, config, windows)
-        count = _counter(sum(len(shard.experts) for shard in shards), on_progress)
+        num_experts = sum(len(shard.experts) for shard in shards)
+        count = _counter("quantizing experts", num_experts, on_progress)
         layers = Layers(planned, source, job.kind, job.method, calibration, count)
         with target.writing(shards):
             layers.run(shards, target)
-            made = _made(job, config, target, shards, 0 if windows is None else windows.numel())
+            made = _made(job, planned, target, shards, 0 if windows is None else windows.numel())
             outliers = layers.outliers if job.outliers else None
-            target.complete(job.source, shards, _config_json(raw, job, made, text_sha256, outliers))
+            record = _record(job, made, text_sha256)
+            scheme = quantization_config(job.kind, record, outliers, planned.mixed)
+            target.complete(job.source, shards, _config_json(raw, scheme))
     return made
-
-
-def _check(job: QuantizeJob) -> dict[str, Any]:
-    """The source's ``config.json``, of a job that can be done."""
-    raw = read_json(job.source / "config.json")
-    if quantization_of(raw):
-        raise QuantizeError(
-            f"{job.source} is quantised already", hint="take the model that it was made from"
-        )
-    if job.method == "gptq" and job.calibration is None:
-        raise QuantizeError(
-            "gptq fits the weights to a text, and none was given", hint="add --calibration FILE"
-        )
-    return raw
-
-
-def _check_outliers(job: QuantizeJob, config: ModelConfig) -> None:
-    if not job.outliers:
-        return
-    if job.calibration is None:
-        raise QuantizeError(
-            "outliers are the largest inputs of a text, and none was given",
-            hint="add --calibration FILE",
-        )
-    if job.kind.bits != 4:
-        raise QuantizeError(
-            f"outliers are kept in 8 bits, and all of {job.kind.name} has 8",
-            hint="leave out --outliers, or take a scheme of 4 bits",
-        )
-    most = min(config.hidden_size, config.expert_size)
-    if job.outliers >= most:
-        raise QuantizeError(
-            f"{job.outliers} outliers are not fewer than the {most} inputs of a matrix",
-            hint=f"take some per cent of them: --outliers {max(1, most // 32)}",
-        )
 
 
 def _with_outliers(config: ModelConfig, job: QuantizeJob) -> ModelConfig:
@@ -131,6 +89,28 @@ def _with_outliers(config: ModelConfig, job: QuantizeJob) -> ModelConfig:
     layers = range(config.num_layers)
     outliers = tuple(some if config.is_moe_layer(layer) else () for layer in layers)
     return replace(config, packed=job.kind, outliers=outliers)
+
+
+def _with_kinds(
+    config: ModelConfig,
+    job: QuantizeJob,
+    source: WeightSource,
+    windows: Tensor,
+    target: Target,
+    on_progress: Progress | None,
+) -> ModelConfig:
+    """The model with each layer's kind, chosen now or when the run began."""
+    if target.chosen is None:
+        assert job.sensitivity is not None
+        moe_layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
+        kinds = ladder(config, job.kind)
+        num_experts = len(moe_layers) * config.num_experts
+        count = _counter("measuring experts", num_experts, on_progress)
+        calibration = Calibration(source, config, some_windows(windows))
+        losses = measure_losses(config, source, kinds, calibration, count)
+        target.choose([kind.name for kind in choose_kinds(config, kinds, losses, job.sensitivity)])
+    mixed = tuple(map(parse_kind, target.chosen))
+    return replace(config, packed=job.kind, mixed=mixed)
 
 
 def _windows(job: QuantizeJob, config: ModelConfig) -> tuple[Tensor | None, str | None]:
@@ -144,31 +124,14 @@ def _windows(job: QuantizeJob, config: ModelConfig) -> tuple[Tensor | None, str 
     return cut_windows(token_ids, max_position=config.max_position), corpus.sha256
 
 
-def _identity(job: QuantizeJob, text_sha256: str | None) -> dict[str, Any]:
-    """What an interrupted run and the one that goes on with it must have in common."""
-    config = (job.source / "config.json").read_bytes()
-    weights = sorted(job.source.glob("*.safetensors"))
-    return {
-        "model": {
-            "config.json": hashlib.sha256(config).hexdigest(),
-            **{path.name: path.stat().st_size for path in weights},
-        },
-        "scheme": job.kind.name,
-        "method": job.method,
-        "calibration": text_sha256,
-        "outliers": job.outliers,
-        "version": VERSION,
-    }
-
-
-def _counter(total: int, on_progress: Progress | None) -> Callable[[], None]:
+def _counter(what: str, total: int, on_progress: Progress | None) -> Callable[[], None]:
     done = 0
 
     def count() -> None:
         nonlocal done
         done += 1
         if on_progress is not None:
-            on_progress("quantizing experts", done, total)
+            on_progress(what, done, total)
 
     return count
 
@@ -191,22 +154,29 @@ def _made(
         calibration_tokens=calibration_tokens,
         least_tokens=least_tokens(config.hidden_size, config.expert_size),
         unfitted=tuple((note["layer"], e) for note in notes for e in note["unfitted"]),
+        layers_of=_layers_of(config, job.kind),
     )
 
 
-def _config_json(
-    raw: dict[str, Any],
-    job: QuantizeJob,
-    made: QuantizedModel,
-    text_sha256: str | None,
-    outliers: list[list[int]] | None,
-) -> dict[str, Any]:
-    record = {
+def _layers_of(config: ModelConfig, kind: WeightKind) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for layer in range(config.num_layers):
+        if config.is_moe_layer(layer):
+            found.setdefault(config.packed_kind(kind, layer).name, []).append(layer)
+    return found
+
+
+def _record(job: QuantizeJob, made: QuantizedModel, text_sha256: str | None) -> dict[str, Any]:
+    asked = {} if job.sensitivity is None else {"sensitivity": job.sensitivity}
+    return {
         "method": job.method,
+        **asked,
         "calibration_tokens": made.calibration_tokens,
         "calibration_sha256": text_sha256,
         "unfitted_experts": len(made.unfitted),
     }
+
+
+def _config_json(raw: dict[str, Any], scheme: dict[str, Any]) -> dict[str, Any]:
     raw = {key: value for key, value in raw.items() if key != "torch_dtype"}
-    scheme = quantization_config(job.kind, record, outliers)
     return raw | {"dtype": "bfloat16", "quantization_config": scheme}

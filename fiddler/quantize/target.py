@@ -35,12 +35,16 @@ Notes = dict[str, Any]  # what is told of a finished file
 
 @dataclass(slots=True)
 class Target:
-    """``folder`` in the making, as ``partial``. ``job`` says what is made of what, in JSON."""
+    """``folder`` in the making, as ``partial``. ``job`` says what is made of what, in JSON.
+
+    ``chosen``: what was measured and decided before the first file, in JSON; None: nothing yet.
+    """
 
     folder: Path
     partial: Path
     job: dict[str, Any]
     finished: dict[str, Notes]
+    chosen: Any = None
 
     @classmethod
     def open(cls, folder: Path, job: dict[str, Any], *, resume: bool) -> "Target":
@@ -55,8 +59,8 @@ class Target:
             _check_replaceable(made)
         if partial.exists() and not (partial / JOURNAL).exists():
             raise QuantizeError(f"{partial} is in the way", hint="remove it, or choose another -o")
-        finished = _finished(partial, job, resume=resume) if partial.exists() else {}
-        target = cls(folder, partial, job, finished)
+        journal = _journal(partial, job, resume=resume) if partial.exists() else {}
+        target = cls(folder, partial, job, _finished(partial, journal), journal.get("chosen"))
         partial.mkdir(parents=True, exist_ok=True)
         target._write_journal()
         return target
@@ -86,6 +90,11 @@ class Target:
                 hint=f"free {missing} and run the same command with --resume",
             ) from error
 
+    def choose(self, chosen: Any) -> None:
+        """Note what was decided: who goes on with this keeps to it."""
+        self.chosen = chosen
+        self._write_journal()
+
     def finish(self, shard: Shard, notes: Notes) -> None:
         """Note a file that is whole and on the disk."""
         self.finished[shard.name] = {"bytes": (self.partial / shard.name).stat().st_size, **notes}
@@ -114,15 +123,16 @@ class Target:
         return sum(shard.nbytes for shard in shards if shard.name not in self.finished)
 
     def _write_journal(self) -> None:
-        _write_json(self.partial / JOURNAL, {"job": self.job, "finished": self.finished})
+        journal = {"job": self.job, "chosen": self.chosen, "finished": self.finished}
+        _write_json(self.partial / JOURNAL, journal)
 
 
 def _beside(folder: Path, what: str) -> Path:
     return folder.with_name(f"{folder.name}.{what}")
 
 
-def _finished(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, Notes]:
-    """Files of an interrupted run that are as its journal says."""
+def _journal(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, Any]:
+    """What an interrupted run of the same job has noted."""
     try:
         journal = read_json_object(partial / JOURNAL)
     except CheckpointError:
@@ -139,6 +149,11 @@ def _finished(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, 
             f"{partial} is what an interrupted run left",
             hint="add --resume to go on with it, or remove it",
         )
+    return journal
+
+
+def _finished(partial: Path, journal: dict[str, Any]) -> dict[str, Notes]:
+    """Files of an interrupted run that are as its journal says."""
     return {
         name: notes
         for name, notes in journal.get("finished", {}).items()

@@ -75,7 +75,7 @@ def decode(llm: LLM, prompt: list[int], num_tokens: int) -> list[float]:
 def test_two_thousand_steps_take_no_more_memory(on_disk: bool) -> None:
     options: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 1}
     with open_folder(shared_tiny("qwen3_moe"), **options) as llm:
-        needed = llm.plan.ram_needed_bytes - 20 * llm._running.experts.store.expert_bytes
+        needed = llm.plan.ram_needed_bytes - 20 * llm._running.experts.store.expert_bytes(0)
     options |= {"ram_gb": needed / 2**30} if on_disk else {}
     with open_folder(shared_tiny("qwen3_moe"), **options) as llm:
         assert (llm.plan.cached is not None) == on_disk

@@ -13,7 +13,7 @@ from fiddler import LLM, SamplingParams
 from fiddler.errors import ConfigError, NumericsError, QuantizeError
 from fiddler.models.checkpoint import SINGLE, Checkpoint
 from fiddler.models.manifest import expert_parts
-from fiddler.models.packing import SHRINKS
+from fiddler.rounding.grid import QUICK_SHRINKS
 from fiddler.rounding.matrix import round_matrix
 from tests.forward import Forward, random_texts, relative_error
 from tests.model.test_parity import split_at_random
@@ -61,7 +61,7 @@ def test_experts_are_those_of_the_checkpoint_rounded(
                 checkpoint.tensor(part.name, part.shape).numpy()
                 for part in expert_parts(llm.model_config, layer, expert)
             ]
-            shrinks = SHRINKS[kind.bits]
+            shrinks = QUICK_SHRINKS[kind.bits]
             parts = [round_matrix(w_NK, kind, shrinks=shrinks) for w_NK in stored]
             assert (blob == pack_expert(kind, *parts)).all()
             for found, wanted in zip(numbers(blob, kind), stored, strict=True):

@@ -60,7 +60,10 @@ def test_a_prompt_gives_the_same_logits_in_the_interpreter() -> None:
         with ExpertPool(1) as pool:
             hybrid._prefill = PrefillExperts(
                 *(store, pool, ExpertStream(store, 2, cpu)),
-                PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.5, hand_over=None),
+                dict.fromkeys(
+                    store.shape.moe_layers,
+                    PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.5, hand_over=None),
+                ),
                 llm._running.plan.popularity,
                 device=cpu,
                 dtype=torch.float32,
@@ -117,7 +120,8 @@ def test_the_cpu_takes_a_share_and_says_the_same(handed: bool) -> None:
         prefill = llm._running.experts._prefill
         assert prefill is not None
         everything_sent = logits(llm)
-        prefill._costs = PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.0, hand_over=None)
+        even = PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.0, hand_over=None)
+        prefill._costs = dict.fromkeys(prefill._costs, even)
         for parts in prefill._layers.values():
             hand_over = parts.pool_layer.hand_over
             if not handed:

@@ -59,9 +59,10 @@ class Layers:
         """Let the device compute so many rows of a layer's cold experts."""
         pulled = self.experts.pulled
         assert pulled is not None and len(pulled.layers) == self.num_layers, "not pinned?"
-        total_N = self.store.shape.expert_size * np.arange(len(pulled._host_kept_N))
-        pulled._host_kept_N[:] = np.maximum(total_N - rows, 0)
-        pulled._kept_N.copy_(torch.from_numpy(pulled._host_kept_N))
+        for share in pulled._shares.values():
+            total_N = self.store.shape.expert_size * np.arange(len(share.host_kept_N))
+            share.host_kept_N[:] = np.maximum(total_N - rows, 0)
+            share.kept_N.copy_(torch.from_numpy(share.host_kept_N))
 
     def compute(self) -> list[torch.Tensor]:
         """Every token's sum, on the current stream."""

@@ -53,17 +53,22 @@ def model(**changes: Any) -> Footprint:
 
 
 @st.composite
-def models(draw: st.DrawFn) -> Footprint:
+def models(draw: st.DrawFn, *, is_mixed: bool = False) -> Footprint:
+    """``is_mixed``: experts of some layers may be larger than others."""
     num_layers = draw(st.integers(1, 5))
     num_experts = draw(st.integers(1, 6))
     layers = draw(st.sets(st.integers(0, num_layers - 1), min_size=1))
     dense = draw(st.integers(1, GIB))
+    largest = draw(st.integers(1, GIB))
+    smaller = st.lists(st.integers(1, largest), min_size=len(layers), max_size=len(layers))
+    sizes = draw(st.just([]) | smaller) if is_mixed else []
     return model(
         num_layers=num_layers,
         num_experts=num_experts,
         top_k=draw(st.integers(1, num_experts)),
         moe_layers=tuple(sorted(layers)),
-        expert_bytes=draw(st.integers(1, GIB)),
+        expert_bytes=max(sizes, default=largest),
+        layer_bytes=tuple(sizes),
         dense_bytes=dense,
         dense_read_bytes=draw(st.integers(1, dense)),
         kv_bytes_per_token=draw(st.integers(1, 64 << 10)),

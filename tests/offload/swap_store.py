@@ -3,6 +3,8 @@
 E experts of each of LAYERS layers, H hidden.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -36,8 +38,11 @@ def parts_of(layer: int, expert: int, kind: WeightKind | None) -> tuple[torch.Te
 
 
 def make_store(
-    device: torch.device, *resident: set[int], kind: WeightKind | None = None
+    device: torch.device,
+    *resident: set[int],
+    kind: WeightKind | Mapping[int, WeightKind] | None = None,
 ) -> ExpertStore:
+    """``kind``: of packed experts, or each layer's own."""
     store = ExpertStore(
         SHAPE,
         Placement.of([(), *resident]),
@@ -48,7 +53,8 @@ def make_store(
     )
 
     def fill(layer: int, expert: int, *parts: torch.Tensor) -> None:
-        for mine, theirs in zip(parts, parts_of(layer, expert, kind), strict=True):
+        own = kind[layer] if isinstance(kind, Mapping) else kind
+        for mine, theirs in zip(parts, parts_of(layer, expert, own), strict=True):
             mine.copy_(theirs)
 
     store.fill(fill, num_threads=1)
@@ -60,9 +66,9 @@ def make_store(
 
 def check(store: ExpertStore, *, is_settled: bool = False) -> None:
     """Every expert is where the tables say, once; in a settled store no row is free."""
-    kind = None if store.packed is None else store.packed.kind
     for layer in MOE_LAYERS:
         at = store[layer]
+        kind = None if at.packed is None else at.packed.kind
         places = np.stack([at.slot_E, at.row_E])
         assert ((places >= 0).sum(axis=0) == 1).all(), places
         for used_E in places:

@@ -120,6 +120,9 @@ def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]], share
         assert hybrid.counts_LE.tolist() == counts.tolist()
 
 
+MIXED = {1: parse_kind("w4g32z"), 2: parse_kind("w8g32z"), 3: parse_kind("w4g32-bf16")}
+
+
 def check_routing(
     hybrid: HybridExperts,
     resident: tuple[set[int], set[int]],
@@ -139,8 +142,10 @@ def check_routing(
 
 
 @pytest.mark.parametrize("share", ["none", "half"])
-@pytest.mark.parametrize("kind", [None, parse_kind("w4g32z")])
-def test_parts_add_up_whatever_moves(share: str, kind: WeightKind | None) -> None:
+@pytest.mark.parametrize("kind", [None, parse_kind("w4g32z"), MIXED], ids=["f32", "w4", "mixed"])
+def test_parts_add_up_whatever_moves(
+    share: str, kind: WeightKind | dict[int, WeightKind] | None
+) -> None:
     rng = np.random.default_rng(0)
     store = swap_store.make_store(CPU, {0, 3}, {1, 2, 4, 5}, {5}, kind=kind)
 

@@ -87,9 +87,38 @@ def test_every_place_holds_its_experts_bytes() -> None:
 
 def test_slots_are_given_to_the_kernels_as_they_lie() -> None:
     store = filled(parse_kind("w8g64"))
-    weights = slot_weights(store[0].gpu_parts, store.packed)
+    weights = slot_weights(store[0].gpu_parts, store[0].packed)
     assert isinstance(weights, PackedWeights) and weights.sizes == (2, HIDDEN, WIDTH)
     assert weights.blob_SB.data_ptr() == store[0].gpu_parts[0].data_ptr()
+
+
+def test_layers_of_several_kinds_share_the_ring() -> None:
+    """Slots have room for the largest; smaller experts lie side by side in their bank."""
+    kinds = {0: parse_kind("w4g64"), 1: parse_kind("w8g32z"), 2: parse_kind("w4g32z")}
+    shape = ExpertShape(
+        num_layers=3, moe_layers=(0, 1, 2), num_experts=5, hidden_size=HIDDEN, expert_size=WIDTH
+    )
+    nobody = Placement.of([(), (), (0,)])
+    store = ExpertStore(shape, nobody, device=CPU, dtype=torch.uint8, packed=kinds)
+    store.fill(
+        lambda layer, e, blob_B: blob_B.copy_(torch.from_numpy(blob(kinds[layer], 10 * layer + e))),
+        num_threads=1,
+    )
+    sizes = [PackedShape(kind, HIDDEN, WIDTH).expert_bytes for kind in kinds.values()]
+    assert [store.expert_bytes(layer) for layer in (0, 1, 2)] == sizes and sizes[1] == max(sizes)
+    assert store.largest_layer == 1
+    stream = ExpertStream(store, 16, CPU)
+    assert stream.bank_size == 2 and stream.num_slots == 16
+    sent = [(layer, stream.send(layer, [1, 2])) for layer in (1, 0, 2, 1)]
+    for layer, bank in sent:
+        weights = stream.arrive(bank).weights
+        assert isinstance(weights, PackedWeights) and weights.sizes == (2, HIDDEN, WIDTH)
+        assert weights.layout == packed_layout(PackedShape(kinds[layer], HIDDEN, WIDTH))
+        for slot, row in enumerate((1, 2)):
+            expert = int(store[layer].expert_C[row])
+            assert np.array_equal(
+                weights.blob_SB[slot].numpy(), blob(kinds[layer], 10 * layer + expert)
+            )
 
 
 def test_rows_pass_through_the_ring() -> None:

@@ -62,7 +62,9 @@ def prefill(
     costs = PrefillCosts(copy_s=1.0, expert_s=lambda count: cpu_s, hand_over=hand_over)
     with ExpertPool(1) as pool:
         experts = PrefillExperts(
-            *(store, pool, stream, costs, popularity or Popularity.uniform(3, E)),
+            *(store, pool, stream),
+            dict.fromkeys(LAYERS, costs),
+            popularity or Popularity.uniform(3, E),
             device=DEVICE,
             dtype=dtype,
             activations="f32",

@@ -76,3 +76,15 @@ def test_int4_costs_little_if_fitted(make: Callable[..., QuantizedModel]) -> Non
     assert best["rise"] <= 0.02 and best["rise"] < rtn["rise"]
     assert 2 * best["against"]["kl"] < rtn["against"]["kl"]
     assert best["questions"]["accuracy"] >= 0.99
+
+
+def test_bits_by_layers_cost_less_than_as_many_by_outliers(
+    make: Callable[..., QuantizedModel],
+) -> None:
+    uniform = make("w4g32", "gptq", outliers=32)
+    share = uniform.expert_bytes / uniform.bf16_expert_bytes
+    chosen = make("w4g128", "gptq", sensitivity=share)
+    assert chosen.expert_bytes <= uniform.expert_bytes and len(chosen.layers_of) > 1
+    ours, theirs = (evaluated(made.folder) for made in (chosen, uniform))
+    assert ours["rise"] <= theirs["rise"]
+    assert ours["against"]["kl"] < theirs["against"]["kl"]

@@ -59,10 +59,11 @@ def as_numbers(packed: Path, source: Path, folder: Path, fold: Any = _as_they_ar
     shutil.copytree(source, folder)
     config, packed_config = load_config(source), load_config(packed)
     assert packed_config.packed is not None
-    shape = PackedShape(packed_config.packed, *packed_config.expert_sides)
     stored = {k: v for path in packed.glob("*.safetensors") for k, v in load_file(path).items()}
     numbers = {k: v.float() for k, v in stored.items() if not k.endswith(".packed")}
     for layer in range(config.num_layers):
+        kind = packed_config.packed_kind(packed_config.packed, layer)
+        shape = PackedShape(kind, *packed_config.expert_sides)
         for expert in range(config.num_experts) if config.is_moe_layer(layer) else ():
             parts = expert_parts(config, layer, expert)
             blob = stored[parts[0].name.rsplit(".", 2)[0] + ".packed"].numpy()

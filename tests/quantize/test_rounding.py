@@ -92,6 +92,8 @@ def test_output_errors_of_normal_weights() -> None:
 
     scale_N1 = np.abs(w_NK).max(axis=1, keepdims=True) / 7
     by_row = output_error(np.clip(np.rint(w_NK / scale_N1), -7, 7) * scale_N1)
+    names = ("w4g128z", "w4g128", "w4g64z", "w4g32z", "w8g128z", "w8g128")
+    print("; ".join(f"{name} {of_kind(name):.4f}" for name in names), f"; by row {by_row:.4f}")
     assert of_kind("w4g128z") <= 0.1 < by_row  # 0.095, 0.15
     assert of_kind("w4g32z") < of_kind("w4g64z") < of_kind("w4g128z")
     assert of_kind("w4g128") <= 0.11
