@@ -153,7 +153,7 @@ def append(head_dim: int, dtype: torch.dtype) -> None:
     cos, sin = torch.zeros(2, 64, head_dim // 2)
     index = torch.zeros(4, dtype=torch.int64)
     norm = torch.ones(head_dim, dtype=BF16)
-    q, k, v = qkv.split([HEADS[0], HEADS[1], HEADS[1]], dim=1)
+    q, k, v = torch.split(qkv, [HEADS[0], HEADS[1], HEADS[1]], dim=1)
     rope_and_append(q, k, v, cos, sin, index, index, kv_cache, norm, norm, kv_scales=kv_scales)
 
 

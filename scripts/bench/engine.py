@@ -107,7 +107,9 @@ def driver_of(loaded: LoadedModel, law: Law | None, num_experts: int | None = No
     config = loaded.files.config
     if num_experts is not None:
         config = replace(config, num_experts=num_experts)
-    return Driver(loaded, routing=law and DrawnRouting(law, config, seed=0), seed=0)
+    return Driver(
+        loaded, routing=None if law is None else DrawnRouting(law, config, seed=0), seed=0
+    )
 
 
 def shape_rows(targets: Targets, repetitions: int) -> list[Row]:

@@ -18,7 +18,10 @@ import torch
 from scripts.bench.kernels.timing import measure_peaks
 from scripts.bench.rows import Row, table, write
 
-BENCHES = ("attention_decode", "attention_prefill", "cascade", "peers", "small", "experts")
+BENCHES = (
+    *("attention_decode", "attention_prefill", "cascade", "peers"),
+    *("small", "elementwise", "experts"),
+)
 OUTPUT = Path("build/bench-gpu.json")
 
 

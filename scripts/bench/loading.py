@@ -80,7 +80,8 @@ def _round(options: argparse.Namespace, files: list[Path], state: str) -> dict[s
     settings = {"model": str(options.folder), "vram_gb": options.vram_gb, "max_model_len": 1024}
     command = [sys.executable, "-c", LOAD, json.dumps(settings)]
     ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return found | json.loads(ran.stdout)
+    loaded: dict[str, float] = json.loads(ran.stdout)
+    return found | loaded
 
 
 def _prepare(files: list[Path], state: str) -> None:
@@ -119,7 +120,7 @@ def read_to_new_memory(files: list[Path], num_threads: int) -> int:
     from cpu_kernels.arena import Arena
 
     size = sum(file.stat().st_size for file in files) + STEP * len(files)
-    memory = memoryview(Arena(size).array(np.uint8, (size,)))
+    memory = Arena(size).array(np.uint8, (size,)).data
     starts = iter(range(0, size, STEP))
     lock = threading.Lock()
 

@@ -78,7 +78,7 @@ class Model:
     def vram_gb(self) -> float:
         """GiB to use in all."""
         config = parse_config(self.fields)
-        each = expert_bytes(config, KINDS[self.kind])
+        each = expert_bytes(config, KINDS[self.kind], layer=0)
         return FIXED_GIB + self.share * config.num_layers * config.num_experts * each / GIB
 
     def __str__(self) -> str:

@@ -104,7 +104,7 @@ def tune() -> None:
         floor = read_ms(case.num_bytes)
         for milliseconds, config in try_all(
             "attention_decode",
-            lambda case=case: case.runner(),
+            case.runner,
             BLOCK_N=(32, 64, 128),
             num_stages=(5, 7, 9),
             num_warps=(4, 8),

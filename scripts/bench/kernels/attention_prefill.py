@@ -5,6 +5,7 @@ Run: PYTHONPATH=. python -m scripts.bench.kernels.attention_prefill [--tune]
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -92,10 +93,9 @@ def rows() -> list[Row]:
 def tune() -> None:
     for tokens in (4096, 16384):
         case = ([tokens], [tokens])
-        run = runner(*case)
         for milliseconds, config in try_all(
             "attention_prefill",
-            lambda run=run: run,
+            functools.partial(runner, *case),
             BLOCK_M=(64, 128),
             BLOCK_N=(32, 64, 128),
             num_stages=(2, 3, 4, 5),

@@ -5,67 +5,77 @@ Run: PYTHONPATH=. python -m scripts.bench.kernels.elementwise
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.rmsnorm import add_rms_norm, rms_norm
 from gpu_kernels.silu_mul import silu_mul
-from scripts.bench.kernels.paged_case import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, PAGE_SIZE
-from scripts.bench.kernels.timing import Peaks, measure_peaks, print_header, print_row
+from scripts.bench.kernels.paged_case import HEAD_DIM, NUM_HEADS, PAGE_SIZE
+from scripts.bench.kernels.timing import measure_peaks, median_ms
+from scripts.bench.rows import Row, at_least, table
 
-HIDDEN, EXPERT_WIDTH = 4096, 14336
+HIDDEN, EXPERT_WIDTH, NUM_KV_HEADS = 4096, 14336, 4
+NUM_TOKENS = 16384
+LEAST = 0.8  # of a copy
 
 
 def random_rows(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
 
-def bench_norms(num_tokens: int, peaks: Peaks) -> None:
-    x_TH, residual_TH = random_rows(2, num_tokens, HIDDEN)
+def norm_cases() -> dict[str, tuple[Callable[[], object], int]]:
+    x_TH, residual_TH = random_rows(2, NUM_TOKENS, HIDDEN)
     weight_H = random_rows(HIDDEN)
     num_bytes = x_TH.numel() * 2
-    name = f"{num_tokens} x {HIDDEN}"
-    print_row(f"rms_norm {name}", lambda: rms_norm(x_TH, weight_H, 1e-6), 2 * num_bytes, peaks)
-    print_row(
-        f"add_rms_norm {name}",
-        lambda: add_rms_norm(x_TH, residual_TH, weight_H, 1e-6),
-        4 * num_bytes,
-        peaks,
-    )
+    return {
+        f"rms_norm {NUM_TOKENS} x {HIDDEN}": (
+            lambda: rms_norm(x_TH, weight_H, 1e-6),
+            2 * num_bytes,
+        ),
+        f"add_rms_norm {NUM_TOKENS} x {HIDDEN}": (
+            lambda: add_rms_norm(x_TH, residual_TH, weight_H, 1e-6),
+            4 * num_bytes,
+        ),
+    }
 
 
-def bench_silu_mul(num_tokens: int, peaks: Peaks) -> None:
-    gate_up_T2I = random_rows(num_tokens, 2 * EXPERT_WIDTH)
-    num_bytes = num_tokens * EXPERT_WIDTH * 2 * 3
-    name = f"silu_mul {num_tokens} x {EXPERT_WIDTH}"
-    print_row(name, lambda: silu_mul(gate_up_T2I), num_bytes, peaks)
+def silu_mul_cases() -> dict[str, tuple[Callable[[], object], int]]:
+    gate_up_TF = random_rows(NUM_TOKENS, 2 * EXPERT_WIDTH)
+    num_bytes = NUM_TOKENS * EXPERT_WIDTH * 2 * 3
+    return {f"silu_mul {NUM_TOKENS} x {EXPERT_WIDTH}": (lambda: silu_mul(gate_up_TF), num_bytes)}
 
 
-def bench_append(num_tokens: int, peaks: Peaks) -> None:
-    sizes = [NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS]
-    q_THD, k_TKD, v_TKD = random_rows(num_tokens, sum(sizes), HEAD_DIM).split(sizes, dim=1)
-    kv_cache = random_rows(num_tokens // PAGE_SIZE + 1, 2, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    tables = torch.randn(2, num_tokens, HEAD_DIM // 2, device="cuda")
-    positions_T = torch.arange(num_tokens, device="cuda")
+def append_cases() -> dict[str, tuple[Callable[[], object], int]]:
+    num_rows = NUM_HEADS + 2 * NUM_KV_HEADS
+    x_TRD = random_rows(NUM_TOKENS, num_rows, HEAD_DIM)
+    q_THD, k_TKD, v_TKD = torch.split(x_TRD, [NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
+    kv_cache = random_rows(NUM_TOKENS // PAGE_SIZE + 1, 2, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    tables = torch.randn(2, NUM_TOKENS, HEAD_DIM // 2, device="cuda")
+    positions_T = torch.arange(NUM_TOKENS, device="cuda")
     norms = random_rows(2, HEAD_DIM)
-    run_arguments = (q_THD, k_TKD, v_TKD, *tables, positions_T, positions_T, kv_cache, *norms)
-    num_bytes = num_tokens * sum(sizes) * HEAD_DIM * 2 * 2 + tables.numel() * 4
-    print_row(
-        f"rope_and_append {num_tokens}, normed",
-        lambda: rope_and_append(*run_arguments),
-        num_bytes,
-        peaks,
-    )
+    arguments = (q_THD, k_TKD, v_TKD, *tables, positions_T, positions_T, kv_cache, *norms)
+    num_bytes = 2 * 2 * x_TRD.numel() + 4 * tables.numel()
+    return {
+        f"rope_and_append {NUM_TOKENS}, normed": (lambda: rope_and_append(*arguments), num_bytes)
+    }
+
+
+def rows() -> list[Row]:
+    """Every case of this file, measured."""
+    limit = measure_peaks().copy_gbps
+    found = []
+    for cases in (norm_cases, silu_mul_cases, append_cases):
+        for name, (run, num_bytes) in cases().items():
+            value = num_bytes / median_ms(run) / 1e6
+            found.append(at_least(f"{name}, of a copy", value, "GB/s", limit, value / limit, LEAST))
+    return found
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    peaks = measure_peaks()
-    print_header(peaks)
-    for num_tokens in (1, 512, 16384):
-        bench_norms(num_tokens, peaks)
-        bench_silu_mul(num_tokens, peaks)
-        bench_append(num_tokens, peaks)
+    print(torch.cuda.get_device_name())
+    print(table(rows()))
 
 
 if __name__ == "__main__":

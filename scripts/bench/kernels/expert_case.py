@@ -56,7 +56,8 @@ class Case:
     @property
     def touched_bytes(self) -> int:
         """Bytes of the distinct experts that the tokens chose."""
-        return self.step[1].unique().numel() * expert_bytes(self.layer)
+        chosen = set(self.step[1].flatten().tolist())
+        return len(chosen) * expert_bytes(self.layer)
 
     @property
     def flops(self) -> int:
@@ -89,7 +90,7 @@ def expert_bytes(layer: ExpertLayer) -> int:
 
 def _fill_scales(blob_SB: Tensor, layout: PackedLayout, cols: int) -> None:
     """Random finite scales in every block, weights of about unit gain."""
-    blocks = blob_SB.unflatten(1, (-1, layout.block_bytes(cols)))
+    blocks = blob_SB.view(len(blob_SB), -1, layout.block_bytes(cols))
     begin, end = layout.scale_offset(cols), layout.zero_offset(cols)
     shape = (*blocks.shape[:2], (end - begin) // 2)
     scales = (0.5 + torch.rand(shape, device=DEVICE)) * 0.2 * cols**-0.5

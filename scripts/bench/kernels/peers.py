@@ -93,7 +93,7 @@ def flex(case: DecodeCase, kv_lens: list[int]) -> Callable[[], torch.Tensor]:
         lambda b, h, q, s: s < lens_B[b], len(kv_lens), None, 1, max(kv_lens), device="cuda"
     )
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(  # type: ignore[no-any-return]
+    return lambda: compiled(
         case.q_BHD[:, :, None],
         k_BKSD,
         v_BKSD,

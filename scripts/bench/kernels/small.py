@@ -8,6 +8,7 @@ Run: PYTHONPATH=. python -m scripts.bench.kernels.small
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,12 @@ class Limits:
     def __init__(self) -> None:
         self._read_gbps = measure_peaks().read_gbps
         one = torch.zeros(1, device=DEVICE)
-        alone, twice = (
-            graph_ms(lambda count=count: [one.add_(1) for _ in range(count)]) for count in (1, 2)
-        )
-        self._launches_ms = {1: alone, 2: twice}
+
+        def launch(count: int) -> None:
+            for _ in range(count):
+                one.add_(1)
+
+        self._launches_ms = {n: graph_ms(functools.partial(launch, n)) for n in (1, 2)}
 
     def gbps(self, num_bytes: int, launches: int) -> float:
         milliseconds = self._launches_ms[launches] + num_bytes / self._read_gbps / 1e6

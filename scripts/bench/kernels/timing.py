@@ -86,20 +86,6 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
-def print_header(peaks: Peaks) -> None:
-    name = torch.cuda.get_device_name()
-    print(f"{name}: read {peaks.read_gbps:.0f} GB/s, copy {peaks.copy_gbps:.0f} GB/s")
-    print(f"{'name':<46}{'us':>10}{'GB/s':>8}{'of read':>9}{'of copy':>9}")
-
-
-def print_row(name: str, run: Callable[[], object], num_bytes: int, peaks: Peaks) -> None:
-    """Time ``run``, which must move ``num_bytes``, and print its line of the table."""
-    milliseconds = median_ms(run)
-    gbps = num_bytes / milliseconds / 1e6
-    ratios = f"{gbps / peaks.read_gbps:>9.2f}{gbps / peaks.copy_gbps:>9.2f}"
-    print(f"{name:<46}{milliseconds * 1e3:>10.1f}{gbps:>8.0f}{ratios}")
-
-
 def captured(run: Callable[[], object]) -> Callable[[], None]:
     """``run`` as the replay of a CUDA graph: its launches cost the host nothing."""
     run()  # compiles, which a capture must not
