@@ -36,7 +36,7 @@ from scripts.bench.rows import Row, at_least, at_most, table, write
 
 OUTPUT = Path("build/bench-engine.json")
 VRAM_GB = 24.0
-SKEW = Law(skew=1.0)
+SKEW = Law(skew=1.2)
 NUM_PROFILED = 512  # tokens
 MOST_HAND_OVER_US = 25.0
 
@@ -107,9 +107,8 @@ def driver_of(loaded: LoadedModel, law: Law | None, num_experts: int | None = No
     config = loaded.files.config
     if num_experts is not None:
         config = replace(config, num_experts=num_experts)
-    return Driver(
-        loaded, routing=None if law is None else DrawnRouting(law, config, seed=0), seed=0
-    )
+    routing = None if law is None else DrawnRouting(law, config, seed=0)
+    return Driver(loaded, routing=routing, seed=0)
 
 
 def shape_rows(targets: Targets, repetitions: int) -> list[Row]:
@@ -192,11 +191,14 @@ def skewed_rows(repetitions: int) -> list[Row]:
         profiled = skewed_run(repetitions, profile=str(path))
     speeds = [tokens_per_s(measured)[0] for measured in (plain, profiled)]
     missed = [1 - measured.decode.hit_rate for measured in (plain, profiled)]
+    name = f"{shape}, decode, zipf:{SKEW.skew}, with a profile, {missed[1]:.0%} missed"
+    gained = speeds[0] * missed[0] / missed[1]  # where cold bytes are all that takes time
     return [
+        at_least(name, speeds[1], "tok/s", gained, speeds[1] / gained, 0.0),
         at_least(
-            f"{shape}, decode, zipf:1, with a profile ({missed[0]:.0%} to {missed[1]:.0%} missed)",
-            *(speeds[1], "tok/s", speeds[0] * missed[0] / missed[1], speeds[1] / speeds[0], 1.0),
-        )
+            f"{name}, of {missed[0]:.0%} missed without",
+            *(speeds[1], "tok/s", speeds[0], speeds[1] / speeds[0], 1.0),
+        ),
     ]
 
 

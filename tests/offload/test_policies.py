@@ -123,7 +123,7 @@ def test_adaptive_is_what_the_engine_does(seed: int) -> None:
     resident = [set(rng.permutation(E)[:n].tolist()) for n in (2, 4, 1)]
     store = make_store(torch.device("cpu"), *resident)
     engine = AdaptivePlacement(store, torch.device("cpu"))
-    mine = Adaptive(store.is_resident_LE()[list(MOE_LAYERS)], store.expert_bytes)
+    mine = Adaptive(store.is_resident_LE()[list(MOE_LAYERS)], store.expert_bytes(MOE_LAYERS[0]))
     hot = np.array([rng.permutation(E) for _ in MOE_LAYERS])
     num_moved = 0
     for step in range(400):
