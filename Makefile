@@ -2,11 +2,12 @@
 # make test  run the tests that need no GPU
 PYTHON ?= python3
 PIP_ARGS ?=
+SANITIZER ?= compute-sanitizer
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check gpu-test bench bench-cpu bench-gpu setup clean
+.PHONY: run test check gpu-test memcheck bench bench-cpu bench-gpu setup clean
 setup: $(READY)
 
 $(READY): setup.py constraints.txt
@@ -29,6 +30,12 @@ check: $(READY)
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest -q -m gpu
+
+# every GPU kernel's tests under NVIDIA's checker; a graph may not ask the driver for memory, and speed is no matter here
+memcheck: $(READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --target-processes application-only \
+		--report-api-errors no --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -o timeout=0 tests/kernels \
+		-k "not graph and not speed and not costs and not passes_a_large_copy"
 
 bench-cpu: $(READY)
 	$(BIN)/python -m scripts.bench.cpu_experts

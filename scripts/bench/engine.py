@@ -37,6 +37,7 @@ from scripts.bench.rows import Row, at_least, at_most, table, write
 OUTPUT = Path("build/bench-engine.json")
 VRAM_GB = 24.0
 SKEW = Law(skew=1.2)
+SKEWED = 90.0  # tokens a second
 NUM_PROFILED = 512  # tokens
 MOST_HAND_OVER_US = 25.0
 
@@ -194,7 +195,15 @@ def skewed_rows(repetitions: int) -> list[Row]:
     name = f"{shape}, decode, zipf:{SKEW.skew}, with a profile, {missed[1]:.0%} missed"
     gained = speeds[0] * missed[0] / missed[1]  # where cold bytes are all that takes time
     return [
-        at_least(name, speeds[1], "tok/s", gained, speeds[1] / gained, 0.0),
+        Row(
+            name=name,
+            value=speeds[1],
+            unit="tok/s",
+            limit=gained,
+            ratio=speeds[1] / gained,
+            target=SKEWED,
+            met=speeds[1] >= SKEWED,
+        ),
         at_least(
             f"{name}, of {missed[0]:.0%} missed without",
             *(speeds[1], "tok/s", speeds[0], speeds[1] / speeds[0], 1.0),
