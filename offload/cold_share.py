@@ -23,16 +23,22 @@ class ShareCosts:
     """Bytes a second of either side while the other one reads too, and what comes before them.
 
     The preset is one H200 on a server with 16 cores: 14 workers read 110 GB/s and the device 45
-    over PCIe 5 at the same time (126 and 50 alone). ``link_start_s``: two launches and the link's
-    latency. ``unit``: rows that a share is a multiple of, a power of two; of a row of w2 in bf16 64
-    are the 128 bytes that the device reads at once.
+    over PCIe 5 at the same time (126 and 50 alone). ``packed_part``: of the workers' rate where
+    weights are packed. ``link_start_s``: the residents' launches before it, and the link's latency.
+    ``unit``: rows that a share is a multiple of, a power of two; of a row of w2 in bf16 64 are the
+    128 bytes that the device reads at once.
     """
 
     cpu_bytes_per_s: float = 110 * GIGA
     link_bytes_per_s: float = 45 * GIGA
     cpu_start_s: float = 10e-6
-    link_start_s: float = 15e-6
+    packed_part: float = 0.77
+    link_start_s: float = 20e-6
     unit: int = 64
+
+    def cpu_rate(self, *, is_packed: bool) -> float:
+        """Bytes a second of the workers."""
+        return self.cpu_bytes_per_s * (self.packed_part if is_packed else 1.0)
 
 
 def kept_rows(
@@ -40,17 +46,18 @@ def kept_rows(
 ) -> npt.NDArray[np.int32]:
     """Of n distinct cold experts of a layer, end to end, the rows that stay with the workers.
 
-    int32 ``[largest + 1]``: whole experts and a multiple of the unit and of ``group``, powers of
-    two; that number which makes the slower side fastest, of equally good ones the largest. Tokens
-    of an expert beyond its first cost neither side much and are not counted.
+    int32 ``[largest + 1]``: whole experts and a multiple of the unit and of ``group`` (1: plain
+    weights), powers of two; that number which makes the slower side fastest, of equally good ones
+    the largest. Tokens of an expert beyond its first cost neither side much and are not counted.
     """
     row_bytes = expert_bytes / width
+    cpu_row_s = row_bytes / costs.cpu_rate(is_packed=group > 1)
     part_C = np.array([width, *reversed(range(0, width, max(costs.unit, group)))])
     kept_N = np.zeros(largest + 1, np.int32)
     for count in range(1, largest + 1):
         total = count * width
         kept_C = ((count - 1 - np.arange(count))[:, None] * width + part_C).ravel()
-        cpu_C = _seconds(kept_C, row_bytes / costs.cpu_bytes_per_s, costs.cpu_start_s)
+        cpu_C = _seconds(kept_C, cpu_row_s, costs.cpu_start_s)
         link_C = _seconds(total - kept_C, row_bytes / costs.link_bytes_per_s, costs.link_start_s)
         kept_N[count] = kept_C[np.maximum(cpu_C, link_C).argmin()]
     return kept_N

@@ -38,6 +38,11 @@ class Demand:
     disk_share: float
     step_tokens: int
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether experts are of packed weights."""
+        return self.codes in ("int8", "int4")
+
 
 def decode_work(demand: Demand, *, rows: int, depth: int) -> Work:
     """What one step must read and compute, for its limit."""

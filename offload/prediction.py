@@ -144,7 +144,7 @@ def cold_sides(
 
     They are shared as :mod:`offload.cold_share` has them shared, but to the very row.
     """
-    share = _kept_share(num_cold * demand.expert_bytes) if pulls else 1.0
+    share = _kept_share(num_cold * demand.expert_bytes, demand.is_packed) if pulls else 1.0
     each_s = _expert_s(demand, rates, "f32", tokens_each)
     if share < 1:
         each_s = rates.beside_s(each_s, demand.expert_bytes)
@@ -155,10 +155,10 @@ def cold_sides(
 
 
 @cache
-def _kept_share(cold_bytes: float) -> float:
+def _kept_share(cold_bytes: float, is_packed: bool) -> float:
     """The part of so many bytes that the workers keep, so that both sides end at once."""
     costs = ShareCosts()
-    cpu, link = costs.cpu_bytes_per_s, costs.link_bytes_per_s
+    cpu, link = costs.cpu_rate(is_packed=is_packed), costs.link_bytes_per_s
     ahead_s = costs.link_start_s - costs.cpu_start_s
     return min(1.0, (cold_bytes / link + ahead_s) / (cold_bytes / link + cold_bytes / cpu))
 

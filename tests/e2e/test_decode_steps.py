@@ -55,7 +55,12 @@ def loaded(model: str, share: float, **options: Any) -> Iterator[LLM]:
 # sides without a start, which is all that counts for tiny experts: the device pulls about half
 # of each expert
 HALF = ShareCosts(
-    cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0, unit=16
+    cpu_bytes_per_s=1e9,
+    link_bytes_per_s=1.1e9,
+    cpu_start_s=0.0,
+    link_start_s=0.0,
+    unit=16,
+    packed_part=1.0,
 )
 
 

@@ -46,7 +46,12 @@ def make_store(*resident: set[int], dtype: torch.dtype = torch.float32) -> Exper
 SHARES = {
     "none": None,
     "half": ShareCosts(
-        cpu_bytes_per_s=1e9, link_bytes_per_s=1.1e9, cpu_start_s=0.0, link_start_s=0.0, unit=16
+        cpu_bytes_per_s=1e9,
+        link_bytes_per_s=1.1e9,
+        cpu_start_s=0.0,
+        link_start_s=0.0,
+        unit=16,
+        packed_part=1.0,
     ),
     "all": ShareCosts(
         cpu_bytes_per_s=1.0, link_bytes_per_s=1e12, cpu_start_s=1.0, link_start_s=0.0
