@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 SANITIZER ?= compute-sanitizer
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -19,7 +20,7 @@ run: $(READY)
 	$(BIN)/python -m scripts.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -48,6 +48,7 @@ setup(
             "pexpect",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "transformers>=5.17,<6",
         ],

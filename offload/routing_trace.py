@@ -142,11 +142,12 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
 def _footprint(record: Any) -> Footprint:
     """From JSON types; raises KeyError, TypeError or ValueError."""
     values = {field.name: record[field.name] for field in fields(Footprint)}
-    values["moe_layers"] = tuple(values["moe_layers"])
-    numbers = [*values.pop("moe_layers"), *values.values()]
+    names = ("moe_layers", "layer_bytes", "order")
+    lists: dict[str, Any] = {name: tuple(values.pop(name)) for name in names}
+    numbers = [*values.values(), *(number for listed in lists.values() for number in listed)]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("a size is no count")
-    found = Footprint(moe_layers=tuple(record["moe_layers"]), **values)
+    found = Footprint(**values, **lists)
     if not found.moe_layers or not 0 < found.top_k <= found.num_experts or not found.expert_bytes:
         raise ValueError("no such model")
     return found

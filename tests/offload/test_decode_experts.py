@@ -146,7 +146,7 @@ def check_routing(
     assert hybrid.routing.cold_T.tolist() == (2 * K - num_hot_T).tolist()
 
 
-@pytest.mark.parametrize("share", ["none", "half"])
+@pytest.mark.parametrize("share", [pytest.param("none", marks=pytest.mark.slow), "half"])
 @pytest.mark.parametrize("kind", [None, parse_kind("w4g32z"), MIXED], ids=["f32", "w4", "mixed"])
 def test_parts_add_up_whatever_moves(
     share: str, kind: WeightKind | dict[int, WeightKind] | None
