@@ -65,7 +65,7 @@ def group_pairs(
         num_pairs,
         num_steps,
         **sizes,
-        num_warps=8,
+        num_warps=4,  # with 8 the slots of a step are loaded for every pair of pairs
     )
     return out
 
@@ -124,7 +124,7 @@ def _place_kernel(
 ):
     chunk = tl.program_id(0)
     num_chunks = tl.num_programs(0)
-    X: tl.constexpr = 8192 // BINS  # 32 counts a thread
+    X: tl.constexpr = 8192 // BINS  # 64 counts a thread
     bin_B = tl.arange(0, BINS)
     total_XB = tl.zeros([X, BINS], tl.int32)
     before_XB = tl.zeros([X, BINS], tl.int32)
