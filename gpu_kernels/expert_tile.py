@@ -269,10 +269,30 @@ def _packed_products(
                 b_MF = _add_product(b_MD, b_scale_M, b_zero_M, x_DF, sum_MF, b_MF, SPEC)
             a_scale_M, a_zero_M = next_a_scale_M, next_a_zero_M
             b_scale_M, b_zero_M = next_b_scale_M, next_b_zero_M
+        if SPEC.waits:
+            _wait_for_products()
     if is_used_F is None:
         return a_MN, b_MN, a_MN, b_MN
     else:
         return a_MN, b_MN, a_MF, b_MF
+
+
+@triton.jit
+def _wait_for_products():
+    """Let no product of this step be under way when the next step's weights are decoded.
+
+    A wgmma reads its weights from registers while it runs. Triton waits for as many as have results
+    to come, not for those whose registers the next step writes (its issue 9433): undefined, and
+    right or wrong by timing.
+    """
+    tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
