@@ -241,6 +241,8 @@ def _packed_products(
         a_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
         b_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
     for first in range(first_unit, tl.minimum(first_unit + share, NUM_UNITS), STEP // UNIT):
+        if SPEC.waits:
+            _wait_for_products()
         for part in tl.static_range(STEP // UNIT):
             # beyond the last unit the columns are 0: any weights will do
             unit = tl.minimum(first + part, NUM_UNITS - 1)
@@ -269,8 +271,6 @@ def _packed_products(
                 b_MF = _add_product(b_MD, b_scale_M, b_zero_M, x_DF, sum_MF, b_MF, SPEC)
             a_scale_M, a_zero_M = next_a_scale_M, next_a_zero_M
             b_scale_M, b_zero_M = next_b_scale_M, next_b_zero_M
-        if SPEC.waits:
-            _wait_for_products()
     if is_used_F is None:
         return a_MN, b_MN, a_MN, b_MN
     else:
@@ -279,11 +279,10 @@ def _packed_products(
 
 @triton.jit
 def _wait_for_products():
-    """Let no product of this step be under way when the next step's weights are decoded.
+    """Let no product of the last step be under way when this step's weights are decoded.
 
-    A wgmma reads its weights from registers while it runs. Triton waits for as many as have results
-    to come, not for those whose registers the next step writes (its issue 9433): undefined, and
-    right or wrong by timing.
+    A wgmma reads its weights from registers while it runs. Triton 3.6 waits for what writes the
+    same sums only, and lets the next step write these registers (triton-lang/triton issue 9433).
     """
     tl.inline_asm_elementwise(
         "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;",
