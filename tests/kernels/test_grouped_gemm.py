@@ -207,14 +207,13 @@ def test_half_dtypes_on_the_gpu(dtype: torch.dtype, kind: str, num_tokens: int) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("launch", [(64, 4, 3), (64, 4, 4), (128, 8, 3), (128, 8, 4)])
-@pytest.mark.parametrize("kind", ["bf16", "w4g128"])
-def test_fast_tiles_never_race_on_the_gpu(kind: str, launch: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("launch", [(64, 4, 3), (128, 8, 4)])  # the table's, one that was wrong
+def test_decoded_weights_never_race_on_the_gpu(launch: tuple[int, int, int]) -> None:
     """Products under way while the next weights are decoded: wrong by timing, if at all."""
     from scripts.bench.kernels import expert_case as bench  # a whole layer of 128 experts
 
     shape = bench.SHAPES["qwen3-30b-a3b"]
-    case = bench.Case(shape, bench.make_layer(shape, kind), 2048)
+    case = bench.Case(shape, bench.make_layer(shape, "w4g128"), 2048)
     expected = case.run(grouped_experts_reference)
     rows, num_warps, num_stages = launch
     tile = TileConfig(rows, 128, 64, num_warps, num_stages)
