@@ -12,7 +12,7 @@ import torch
 from gpu_kernels.device import family
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer
 from gpu_kernels.tile_spec import TileConfig
-from gpu_kernels.tuned import choose
+from gpu_kernels.tuned import Config, choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,16 @@ def prefill_config(layer: ExpertLayer, num_pairs: int, dtype: torch.dtype) -> Ex
     """Tiles for ``num_pairs`` pairs spread over the slots."""
     per_slot = -(-num_pairs // layer.num_slots)
     sizes = {"bits": _bits(layer, dtype), "per_slot": per_slot}
-    chosen = dict(choose("grouped_experts", family(layer.device), **sizes))
-    tile = TileConfig(in_registers=bool(chosen.pop("in_registers")), **chosen)
-    return ExpertConfig(tile, tile)
+    gate_up, down = (
+        _prefill_tile(choose("grouped_experts", family(layer.device), **sizes, depth=depth))
+        for depth in (layer.hidden, layer.width)
+    )
+    return ExpertConfig(gate_up, down)
+
+
+def _prefill_tile(chosen: Config) -> TileConfig:
+    sizes = dict(chosen)
+    return TileConfig(in_registers=bool(sizes.pop("in_registers")), **sizes)
 
 
 def _bits(layer: ExpertLayer, dtype: torch.dtype) -> int:

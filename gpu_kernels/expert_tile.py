@@ -6,7 +6,7 @@ as its last ones and never stored, so that no loop needs a mask for them. With `
 the last rows of w13 and columns of w2 are read: ``first`` is then the first of them, else None.
 A few more columns (F) may share the weights, read and decoded once: where N are just too few, a
 second program would read all of them again.
-Shapes: M rows of each tile, N columns, F more of them, D depth of a step, B blocks of 16 rows.
+Shapes: M rows of each tile, N columns, F more of them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gpu_kernels.dense_products import dense_products
 from gpu_kernels.gated_activation import activate
-from gpu_kernels.packed_tile import decode_words, load_group, load_words, order_depth, tile_row
+from gpu_kernels.packed_products import packed_products
+from gpu_kernels.packed_tile import tile_row
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def expert_tile(
         first_row += first
     begin = None if PAIRED or SPEC.unit == 0 else first
     if SPEC.bits == 0:
-        a_MN, b_MN, a_MF, b_MF = _dense_products(
+        a_MN, b_MN, a_MF, b_MF = dense_products(
             w_ptr,
             first_row,
             split,
@@ -63,7 +65,7 @@ def expert_tile(
         )
         a_row_M = first_row + tl.arange(0, M)
     else:
-        a_MN, b_MN, a_MF, b_MF = _packed_products(
+        a_MN, b_MN, a_MF, b_MF = packed_products(
             w_ptr,
             first_row,
             split,
@@ -115,207 +117,3 @@ def _store(
         b_mask_MN = b_mask_M[:, None] & is_used_N[None, :]
         tl.store(out_ptr_1N + a_row_M[:, None], a_MN.to(dtype), mask=a_mask_MN)
         tl.store(out_ptr_1N + b_row_M[:, None], b_MN.to(dtype), mask=b_mask_MN)
-
-
-@triton.jit
-def _load_columns(x_ptr, x_offset_N, is_used_N, first, SIZE: tl.constexpr, SPEC: tl.constexpr):
-    """Depth ``first .. first + SIZE`` of each column, ``[N, SIZE]``; 0 beyond the matrix."""
-    DEPTH: tl.constexpr = SPEC.depth
-    d_D = first + tl.arange(0, SIZE)
-    mask_ND = is_used_N[:, None]
-    if SPEC.is_ragged:
-        mask_ND = mask_ND & (d_D < DEPTH)[None, :]
-    return tl.load(x_ptr + x_offset_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
-
-
-@triton.jit
-def _dense_products(
-    w_ptr,
-    first_row,
-    split,
-    begin,
-    x_ptr,
-    x_offset_N,
-    is_used_N,
-    x_offset_F,
-    is_used_F,
-    SPEC: tl.constexpr,
-):
-    """Both tiles times the columns, float32 ``[M, N]`` and ``[M, F]``, of row-major weights.
-
-    The depth starts at ``begin``; None: at 0. Without more columns the first stand in for them.
-    """
-    M: tl.constexpr = SPEC.tile_rows
-    N: tl.constexpr = SPEC.columns
-    STEP: tl.constexpr = SPEC.step
-    DEPTH: tl.constexpr = SPEC.depth
-    ROWS: tl.constexpr = SPEC.rows
-    PAIRED: tl.constexpr = SPEC.paired
-    d_D = tl.arange(0, STEP)
-    a_row_M = tl.minimum(first_row + tl.arange(0, M), ROWS - 1)
-    b_row_M = first_row + (ROWS if PAIRED else M) + tl.arange(0, M)
-    b_row_M = tl.minimum(b_row_M, 2 * ROWS - 1 if PAIRED else ROWS - 1)
-    a_ptr_MD = w_ptr + a_row_M[:, None] * DEPTH + d_D[None, :]
-    b_ptr_MD = w_ptr + b_row_M[:, None] * DEPTH + d_D[None, :]
-    a_MN = tl.zeros([M, N], tl.float32)
-    b_MN = tl.zeros([M, N], tl.float32)
-    if is_used_F is not None:
-        a_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
-        b_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
-    SPLIT_STEP: tl.constexpr = STEP * SPEC.splits
-    if begin is None:
-        share = (DEPTH + SPLIT_STEP - 1) // SPLIT_STEP * STEP
-        start = split * share
-    else:
-        share = (DEPTH - begin + SPLIT_STEP - 1) // SPLIT_STEP * STEP
-        start = begin + split * share
-    for first in tl.range(start, tl.minimum(start + share, DEPTH), STEP, disable_licm=True):
-        x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, first, STEP, SPEC)
-        if is_used_F is not None:
-            x_FD = _load_columns(x_ptr, x_offset_F, is_used_F, first, STEP, SPEC)
-        if SPEC.is_ragged:
-            mask_1D = (first + d_D < DEPTH)[None, :]
-            a_MD = tl.load(a_ptr_MD + first, mask=mask_1D, other=0.0)
-            b_MD = tl.load(b_ptr_MD + first, mask=mask_1D, other=0.0)
-        else:
-            a_MD = tl.load(a_ptr_MD + first)
-            b_MD = tl.load(b_ptr_MD + first)
-        # bf16 weights of float32 columns are widened, which is exact
-        a_MN = tl.dot(a_MD.to(x_ND.dtype), tl.trans(x_ND), a_MN, input_precision="ieee")
-        b_MN = tl.dot(b_MD.to(x_ND.dtype), tl.trans(x_ND), b_MN, input_precision="ieee")
-        if is_used_F is not None:
-            a_MF = tl.dot(a_MD.to(x_ND.dtype), tl.trans(x_FD), a_MF, input_precision="ieee")
-            b_MF = tl.dot(b_MD.to(x_ND.dtype), tl.trans(x_FD), b_MF, input_precision="ieee")
-    if is_used_F is None:
-        return a_MN, b_MN, a_MN, b_MN
-    else:
-        return a_MN, b_MN, a_MF, b_MF
-
-
-@triton.jit
-def _packed_products(
-    w_ptr,
-    first_row,
-    split,
-    begin,
-    x_ptr,
-    x_offset_N,
-    is_used_N,
-    x_offset_F,
-    is_used_F,
-    SPEC: tl.constexpr,
-):
-    """Both tiles times the columns, float32 ``[M, N]`` and ``[M, F]``, of packed weights.
-
-    A unit is the depth that one scale covers, or a step if that is less; a step is some units.
-    The depth starts at ``begin``, where a unit does; None: at 0. Without more columns the first
-    stand in for them.
-    """
-    M: tl.constexpr = SPEC.tile_rows
-    N: tl.constexpr = SPEC.columns
-    STEP: tl.constexpr = SPEC.step
-    GROUP: tl.constexpr = SPEC.group
-    DEPTH: tl.constexpr = SPEC.depth
-    UNIT: tl.constexpr = STEP if STEP < GROUP else GROUP
-    NUM_UNITS: tl.constexpr = (DEPTH + UNIT - 1) // UNIT
-    WORDS: tl.constexpr = UNIT * SPEC.bits // 32
-    SPLIT_STEP: tl.constexpr = STEP * SPEC.splits
-    if begin is None:
-        share = (DEPTH + SPLIT_STEP - 1) // SPLIT_STEP * (STEP // UNIT)
-        first_unit = split * share
-    else:
-        share = (DEPTH - begin + SPLIT_STEP - 1) // SPLIT_STEP * (STEP // UNIT)
-        first_unit = begin // UNIT + split * share
-    row_M = tile_row(tl.arange(0, M), SPEC)
-    first_block = first_row // 16
-    a_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 0, SPEC)
-    b_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 1, SPEC)
-    a_ptr_M = _block_ptr(w_ptr, first_block + row_M // 16, 0, SPEC)
-    b_ptr_M = _block_ptr(w_ptr, first_block + row_M // 16, 1, SPEC)
-    first_group = tl.minimum(first_unit, NUM_UNITS - 1) * UNIT // GROUP
-    a_scale_M, a_zero_M = load_group(a_ptr_M, row_M, first_group, SPEC)
-    b_scale_M, b_zero_M = load_group(b_ptr_M, row_M, first_group, SPEC)
-    a_MN = tl.zeros([M, N], tl.float32)
-    b_MN = tl.zeros([M, N], tl.float32)
-    if is_used_F is not None:
-        a_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
-        b_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
-    for first in range(first_unit, tl.minimum(first_unit + share, NUM_UNITS), STEP // UNIT):
-        for part in tl.static_range(STEP // UNIT):
-            # beyond the last unit the columns are 0: any weights will do
-            unit = tl.minimum(first + part, NUM_UNITS - 1)
-            depth = (first + part) * UNIT
-            x_ND = _load_columns(x_ptr, x_offset_N, is_used_N, depth, UNIT, SPEC)
-            x_DN = tl.trans(order_depth(x_ND, SPEC))
-            if is_used_F is not None:
-                x_FD = _load_columns(x_ptr, x_offset_F, is_used_F, depth, UNIT, SPEC)
-                x_DF = tl.trans(order_depth(x_FD, SPEC))
-            a_words_MS = load_words(a_ptr_B, unit * WORDS, WORDS, SPEC)
-            b_words_MS = load_words(b_ptr_B, unit * WORDS, WORDS, SPEC)
-            # read a unit ahead, since loads of 2 bytes do not join the asynchronous copies
-            group = tl.minimum(unit + 1, NUM_UNITS - 1) * UNIT // GROUP
-            next_a_scale_M, next_a_zero_M = load_group(a_ptr_M, row_M, group, SPEC)
-            next_b_scale_M, next_b_zero_M = load_group(b_ptr_M, row_M, group, SPEC)
-            # the second tile is decoded while the first is multiplied
-            a_MD = _decode(a_words_MS, a_scale_M, a_zero_M, x_DN.dtype, SPEC)
-            sum_MN = _column_sums(x_DN, SPEC)
-            a_MN = _add_product(a_MD, a_scale_M, a_zero_M, x_DN, sum_MN, a_MN, SPEC)
-            if is_used_F is not None:
-                sum_MF = _column_sums(x_DF, SPEC)
-                a_MF = _add_product(a_MD, a_scale_M, a_zero_M, x_DF, sum_MF, a_MF, SPEC)
-            b_MD = _decode(b_words_MS, b_scale_M, b_zero_M, x_DN.dtype, SPEC)
-            b_MN = _add_product(b_MD, b_scale_M, b_zero_M, x_DN, sum_MN, b_MN, SPEC)
-            if is_used_F is not None:
-                b_MF = _add_product(b_MD, b_scale_M, b_zero_M, x_DF, sum_MF, b_MF, SPEC)
-            a_scale_M, a_zero_M = next_a_scale_M, next_a_zero_M
-            b_scale_M, b_zero_M = next_b_scale_M, next_b_zero_M
-    if is_used_F is None:
-        return a_MN, b_MN, a_MN, b_MN
-    else:
-        return a_MN, b_MN, a_MF, b_MF
-
-
-@triton.jit
-def _block_ptr(w_ptr, block_X, WHICH: tl.constexpr, SPEC: tl.constexpr):
-    """Where blocks of the first (0) or second (1) tile begin; ``block_X`` are the first's."""
-    LAST: tl.constexpr = (SPEC.rows - 1) // 16
-    BYTES: tl.constexpr = SPEC.block_bytes
-    if SPEC.paired:
-        return w_ptr + (tl.minimum(block_X, LAST) * 2 + WHICH) * BYTES
-    else:
-        NEXT: tl.constexpr = SPEC.tile_rows // 16
-        return w_ptr + tl.minimum(block_X + WHICH * NEXT, LAST) * BYTES
-
-
-@triton.jit
-def _decode(words_MS, scale_M, zero_M, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """What enters a product, ``[M, D]``: codes minus their middle in registers, else weights."""
-    if SPEC.in_registers:
-        return decode_words(words_MS, 1 << (SPEC.bits - 1), DTYPE, SPEC)
-    else:
-        codes_MD = decode_words(words_MS, zero_M[:, None], DTYPE, SPEC)
-        return codes_MD * scale_M.to(DTYPE)[:, None]
-
-
-@triton.jit
-def _column_sums(x_DN, SPEC: tl.constexpr):
-    """Each column's sum, in every row ``[M, N]``; a number where none is needed."""
-    if SPEC.in_registers and SPEC.has_zeros:
-        # the product's own layout, without exchange
-        ones_MD = tl.full([SPEC.tile_rows, x_DN.shape[0]], 1.0, x_DN.dtype)
-        return tl.dot(ones_MD, x_DN, input_precision="ieee")
-    else:
-        return 0.0
-
-
-@triton.jit
-def _add_product(weights_MD, scale_M, zero_M, x_DN, x_sum_MN, total_MN, SPEC: tl.constexpr):
-    """``total_MN`` plus the product of one unit."""
-    if SPEC.in_registers:
-        MIDDLE: tl.constexpr = 1 << (SPEC.bits - 1)
-        product_MN = tl.dot(weights_MD, x_DN, input_precision="ieee")
-        if SPEC.has_zeros:
-            product_MN += (MIDDLE - zero_M).to(tl.float32)[:, None] * x_sum_MN
-        return total_MN + product_MN * scale_M[:, None]
-    else:
-        return tl.dot(weights_MD, x_DN, total_MN, input_precision="ieee")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import triton.language as tl
 
+from gpu_kernels.device import family
 from gpu_kernels.expert_weights import Activation, DenseWeights, ExpertLayer
 
 Matrix = Literal["w13", "w2"]
@@ -52,7 +53,8 @@ class TileSpec:
     ``paired`` is w13: the two tiles are gate rows and the same rows of up. ``rows`` are those of
     gate, or of w2. ``bits`` is 0 for dense weights, and what belongs to packed ones is then 0 too.
     ``unit``: 0, or only the last rows of w13 (columns of w2) are computed, from one on that is
-    known when the kernel runs, a multiple of ``unit``.
+    known when the kernel runs, a multiple of ``unit``. ``waits``: decoded weights enter wgmma from
+    registers, which must not be written before it is done.
     """
 
     paired: bool
@@ -72,6 +74,7 @@ class TileSpec:
     block_bytes: int = 0
     scale_offset: int = 0
     zero_offset: int = 0
+    waits: bool = False
 
     @property
     def is_ragged(self) -> bool:
@@ -100,6 +103,7 @@ def tile_spec(layer: ExpertLayer, matrix: Matrix, config: TileConfig, unit: int 
             "block_bytes": layout.block_bytes(depth),
             "scale_offset": layout.scale_offset(depth),
             "zero_offset": layout.zero_offset(depth),
+            "waits": not config.in_registers and family(layer.device) == "sm90",
         }
     return TileSpec(
         paired=paired,

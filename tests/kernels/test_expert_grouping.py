@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from paged_batch import DEVICE
 
 from gpu_kernels.expert_grouping import (
-    CHUNK,
+    MAX_CHUNKS,
     MAX_SLOTS,
+    STEP,
     Grouping,
     group_pairs,
     group_pairs_reference,
@@ -56,7 +57,14 @@ def test_equals_a_stable_sort(num_tokens: int, top_k: int, num_experts: int, see
 
 
 def test_many_chunks() -> None:
-    check(*make_routing(9 * CHUNK // 4 + 3, 4, 20, 15, seed=0), 15)
+    check(*make_routing(9 * STEP + 3, 4, 20, 15, seed=0), 15)
+
+
+def test_more_pairs_take_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_kernels.expert_grouping.MAX_CHUNKS", 3)
+    check(
+        *make_routing(2 * STEP + 3, 4, 20, 15, seed=0), 15
+    )  # chunks of 3 steps, the last not full
 
 
 def test_one_slot_takes_all() -> None:
@@ -85,5 +93,6 @@ def test_bad_arguments_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_slots", [1, 8, 128, 1023])
-def test_large_batches_on_the_gpu(num_slots: int) -> None:
-    check(*make_routing(16384, 8, 1200, num_slots, seed=2), num_slots)
+@pytest.mark.parametrize("num_pairs", [STEP * MAX_CHUNKS, STEP * MAX_CHUNKS + 8, 131072])
+def test_large_batches_on_the_gpu(num_pairs: int, num_slots: int) -> None:
+    check(*make_routing(num_pairs // 8, 8, 1200, num_slots, seed=2), num_slots)

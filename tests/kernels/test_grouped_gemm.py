@@ -207,6 +207,25 @@ def test_half_dtypes_on_the_gpu(dtype: torch.dtype, kind: str, num_tokens: int) 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("launch", [(64, 4, 3), (128, 8, 4)])  # the table's, one that was wrong
+def test_decoded_weights_never_race_on_the_gpu(launch: tuple[int, int, int]) -> None:
+    """Products under way while the next weights are decoded: wrong by timing, if at all."""
+    from scripts.bench.kernels import expert_case as bench  # a whole layer of 128 experts
+
+    shape = bench.SHAPES["qwen3-30b-a3b"]
+    case = bench.Case(shape, bench.make_layer(shape, "w4g128"), 2048)
+    expected = case.run(grouped_experts_reference)
+    rows, num_warps, num_stages = launch
+    tile = TileConfig(rows, 128, 64, num_warps, num_stages)
+    first = case.run(grouped_experts, config=ExpertConfig(tile, tile))
+    assert frobenius_error(first, expected) <= 5e-3
+    for repeat in range(20):
+        again = case.run(grouped_experts, config=ExpertConfig(tile, tile))
+        differ = (again != first).any(1).sum().item()
+        assert torch.equal(again, first), f"repeat {repeat}: {differ} tokens differ"
+
+
+@pytest.mark.gpu
 def test_a_graph_follows_the_slot_table_on_the_gpu() -> None:
     sizes = {"num_tokens": 300, "top_k": 3, "hidden": 512, "width": 256}
     case = make_case("dense", dtype=torch.bfloat16, **sizes)

@@ -6,6 +6,7 @@ to time them. Each launch is tuned on its own while the other keeps its present 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import statistics
@@ -116,7 +117,9 @@ def tune_case(case: Case, which: Which, weights: str) -> None:
         if which == "decode":
             return decode_ms(case, config=config)
         error = relative_error(case.run(kernel, config=config), expected)
-        assert error <= 5e-3, f"{config}: relative error {error:.1e}"
+        if not error <= 5e-3:  # goes on with the others: a run costs minutes
+            print(f"WRONG, relative error {error:.1e}: {config}", flush=True)
+            return math.inf
         return prefill_ms(case, config=config)
 
     now = best = present(case, which)
@@ -149,7 +152,7 @@ def launches(run: partial[torch.Tensor], times: int = 9) -> list[tuple[str, floa
         for _ in range(times):
             run()
         torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.name.startswith("_")]
+    events = [e for e in profile.events() if e.name.endswith("_kernel")]
     events.sort(key=lambda event: event.time_range.start)
     each = len(events) // times
     return [
