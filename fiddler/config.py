@@ -14,6 +14,7 @@ PAGE_SIZE = 16  # tokens per KV page
 BUILTIN = "builtin"
 
 DTYPES = ("auto", "float32", "bfloat16", *(kind.name for kind in PACKED_KINDS))
+CPU_ACTIVATIONS = ("auto", "f32", "int8")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "int8", "int4")
 DEVICES = ("auto", "cuda", "cpu")
 LOAD_FORMATS = ("auto", "dummy")
@@ -38,6 +39,7 @@ class EngineConfig:
     load_format: str = "auto"
     dtype: str = "auto"  # a kind of packed experts: rounded while loading, the rest as by auto
     kv_cache_dtype: str = "auto"  # auto: that of the activations
+    cpu_activations: str = "auto"  # of decode steps, before packed experts on the CPU
     device: str = "auto"
     vram_gb: float | None = None
     ram_gb: float | None = None
@@ -60,6 +62,7 @@ class EngineConfig:
             raise ConfigError(f"model must be a name or a folder, not {self.model!r}")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        _one_of("cpu_activations", self.cpu_activations, CPU_ACTIVATIONS)
         _one_of("device", self.device, DEVICES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("placement_policy", self.placement_policy, PLACEMENT_POLICIES)

@@ -97,6 +97,7 @@ def _dtypes(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> D
         has_gpu=hardware.has_gpu,
         packed=model.packed_name,
         kv=settings.kv_cache_dtype,
+        cpu_activations=settings.cpu_activations,
     )
 
 

@@ -99,6 +99,7 @@ def demand_of(
         hidden=config.expert_sides[0],
         codes=dtypes.expert_kinds[0].codes,
         activations="bf16" if is_bf16 else "f32",
+        few=dtypes.few,
         expert_bytes=round(sum(sizes) / len(sizes)),
         expert_numel=config.expert_numel,
         layer_bytes=(numel - shared) * width,

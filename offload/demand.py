@@ -13,9 +13,10 @@ class Demand:
     ``layers`` are those with experts, of ``num_layers`` in all. ``layer_bytes`` are the dense
     weights of a layer but the shared expert's ``shared_bytes``; ``layer_numel`` is the number of
     both. ``codes`` are those of the weights' kind, ``activations`` what the CPU rounds hidden
-    states to for many tokens. ``kv_bytes``: of a token in a layer. ``staging_slots``: those that
-    experts pass through. ``disk_share``: of the choices that meet a cold expert, those whose expert
-    is on disk. ``step_tokens``: of a prompt in one step, at most.
+    states to for many tokens, ``few`` for those of decode steps. ``kv_bytes``: of a token in a
+    layer. ``staging_slots``: those that experts pass through. ``disk_share``: of the choices that
+    meet a cold expert, those whose expert is on disk. ``step_tokens``: of a prompt in one step, at
+    most.
     """
 
     on_gpu: bool
@@ -25,6 +26,7 @@ class Demand:
     hidden: int
     codes: str
     activations: str
+    few: str
     expert_bytes: int
     expert_numel: int
     layer_bytes: float

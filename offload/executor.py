@@ -43,9 +43,10 @@ def needs_warm_up(kind: WeightKind, activations: Activations = "f32") -> bool:
 def warm_up(pool: WorkerPool, kind: WeightKind, activations: Activations = "f32") -> None:
     """Compile the kernels for experts of ``kind``, by adding a layer of one small expert.
 
-    With activations other than "f32", also those around the products that are handed over.
+    With bf16 activations, also those around the products that are handed over.
     """
-    experts, hand_over = _small(kind), None if activations == "f32" else 1
+    experts = _small(kind)
+    hand_over = None if activations == "f32" or kind.is_packed else 1
     pool.remove_layer(pool.add_layer(experts, activations=activations, hand_over=hand_over))
 
 
@@ -80,9 +81,13 @@ class HybridExperts:
         max_tokens: int,
         top_k: int,
         prefill: "PrefillExperts | None" = None,
+        activations: Activations = "f32",
     ) -> None:
-        """``prefill`` takes the steps of many tokens; None: they go the way of the others."""
-        self._store = store
+        """``prefill`` takes the steps of many tokens; None: they go the way of the others.
+
+        ``activations``: what the pool rounds those of the others to.
+        """
+        self._store, self._activations = store, activations
         self._prefill = prefill
         self._device = device
         self._top_k = top_k
@@ -148,7 +153,9 @@ class HybridExperts:
         for layer in self._store.shape.moe_layers:
             experts = self._store[layer]
             if experts.cpu_experts is not None:
-                added = pool.add_layer(experts.cpu_experts, place_of=experts.row_E)
+                added = pool.add_layer(
+                    experts.cpu_experts, activations=self._activations, place_of=experts.row_E
+                )
                 self._pool_layers[layer] = added
 
     def begin_step(self, num_tokens: int) -> None:

@@ -29,6 +29,7 @@ from offload.units import MIB
 KERNELS: tuple[tuple[str, Activations], ...] = (
     *(("bf16", "f32"), ("bf16", "bf16")),
     *(("w8g128", "f32"), ("w4g128", "f32")),
+    *(("w8g128", "int8"), ("w4g128", "int8")),
 )
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FEW_TOKENS = (1, 2, 4, 8, 16, 32)  # of large experts: 256 take seconds where cores are few

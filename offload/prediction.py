@@ -25,8 +25,10 @@ DENSE_RATE = 0.8
 HOT_RATE = {"f32": 0.9, "bf16": 0.9, "int8": 0.75, "int4": 0.7}
 PULL_START_S = 5e-6  # the latency of the link, beside launches that a hand-over has anyway
 SAMPLING_KERNELS = 6
-# Python between two tokens: an array is filled, a graph started, choices counted.
-STEP_S = 2e-4
+# Python between two tokens: an array is filled, a graph started, choices counted, a token told.
+STEP_S = 8.5e-4
+# Rows of a decode step's experts beside those of experts that were measured, a few to a call.
+STEP_PART = 0.88
 # Calls of torch and Triton in a layer where steps are no graph: decoder, routing, copies.
 EAGER_CALLS = 45
 EAGER_LAYER_S = 1e-4  # the pool is started and awaited from Python
@@ -145,10 +147,10 @@ def cold_sides(
     They are shared as :mod:`offload.cold_share` has them shared, but to the very row.
     """
     share = _kept_share(num_cold * demand.expert_bytes, demand.is_packed) if pulls else 1.0
-    each_s = _expert_s(demand, rates, "f32", tokens_each)
+    each_s = _expert_s(demand, rates, demand.few, tokens_each)
     if share < 1:
         each_s = rates.beside_s(each_s, demand.expert_bytes)
-    cpu_s = num_cold * share * each_s
+    cpu_s = num_cold * share * each_s * STEP_PART
     pulled_bytes = num_cold * (1 - share) * demand.expert_bytes
     link = (rates.beside_pull_gbps or rates.pull_gbps) * GIGA
     return cpu_s, pulled_bytes / link + PULL_START_S if pulled_bytes else 0.0
@@ -174,7 +176,7 @@ def _on_cpu(demand: Demand, rates: MachineRates, rows: int, depth: int, total: S
         hot, cold = distinct(layer.hot, rows), distinct(layer.cold, rows)
         total.add(
             "experts",
-            cold * _expert_s(demand, rates, "f32", _tokens_each(demand, rows, hot + cold)),
+            cold * _expert_s(demand, rates, demand.few, _tokens_each(demand, rows, hot + cold)),
         )
         total.add("experts by torch", hot * demand.expert_bytes / read)
     _disk(demand, rates, rows, total)

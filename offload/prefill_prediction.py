@@ -26,7 +26,8 @@ from offload.staging import bank_slots
 
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
-LAYER_S = 7e-4  # Python and small kernels of a layer of a prompt on a GPU
+LAYER_S = 1.5e-3  # Python and small kernels of a layer of a prompt on a GPU
+SEND_S = 7e-5  # Python for each expert that is sent
 
 
 def predict_prefill(
@@ -62,20 +63,22 @@ def _step(demand: Demand, rates: MachineRates, tokens: int, begin: int) -> Predi
     many = tokens >= LEAST_TOKENS and demand.disk_share == 0
     sides = cache(lambda layer: _gpu_sides(demand, rates, layer, tokens, streams=many))
     for layer in demand.layers:
-        link_s, cpu_s, experts_s = sides(layer)
-        before = {"layers in Python": LAYER_S, "GPU dense": dense_s, "attention": attention_s}
+        link_s, cpu_s, experts_s, num_sent = sides(layer)
+        python_s = LAYER_S + num_sent * SEND_S
+        before = {"GPU dense": dense_s, "attention": attention_s}
         total.add_slower(
             {"cold experts, PCIe": link_s},
             before | {"GPU experts": experts_s},
-            {"layers in Python": LAYER_S, "cold experts, CPU": cpu_s},
+            {"layers in Python": python_s},
+            {"cold experts, CPU": cpu_s},
         )
     return total.prediction()
 
 
 def _gpu_sides(
     demand: Demand, rates: MachineRates, layer: LayerChances, tokens: int, *, streams: bool
-) -> tuple[float, float, float]:
-    """Seconds of the link, of the CPU and of the GPU for one layer's experts."""
+) -> tuple[float, float, float, int]:
+    """Seconds of the link, of the CPU and of the GPU for one layer's experts; how many are sent."""
     expert_s = rates.expert_s(demand.codes, demand.activations, demand.expert_bytes)
     hand_over = rates.switch_over(demand.codes, demand.activations, demand.expert_bytes)
 
@@ -94,7 +97,8 @@ def _gpu_sides(
     cpu_s = sum(map(cpu_expert_s, on_cpu)) + (CPU_START_S + 2 * transfer_s if on_cpu else 0.0)
     hot = token_counts(layer.hot, tokens)
     pairs = sum(hot) + sum(counts) - sum(on_cpu)
-    return sent * copy_s + transfer_s, cpu_s, _gpu_experts_s(demand, rates, pairs, len(hot) + sent)
+    experts_s = _gpu_experts_s(demand, rates, pairs, len(hot) + sent)
+    return sent * copy_s + transfer_s, cpu_s, experts_s, sent
 
 
 def _cpu_counts(demand: Demand, costs: PrefillCosts, counts: list[int], tokens: int) -> list[int]:

@@ -18,7 +18,10 @@ from offload.machine_rates import MachineRates, from_json, to_json
 FORMAT = 1
 FOLDER = Path(__file__).parent / "machines"
 DEFAULT = "rtx4090-ddr5"
-NEEDED = (("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int4", "f32"))
+NEEDED = (
+    *(("bf16", "f32"), ("bf16", "bf16")),
+    *(("int8", "f32"), ("int4", "f32"), ("int8", "int8"), ("int4", "int8")),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ ENGINE_FIELDS = (
     "ram_gb",
     "dtype",
     "kv_cache_dtype",
+    "cpu_activations",
     "device",
     "cpu_threads",
     "profile",

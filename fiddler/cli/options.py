@@ -9,6 +9,7 @@ import click
 
 from fiddler.config import (
     BUILTIN,
+    CPU_ACTIVATIONS,
     DEVICES,
     DTYPES,
     KV_CACHE_DTYPES,
@@ -63,6 +64,13 @@ ENGINE_OPTIONS = (
         click.Choice(KV_CACHE_DTYPES),
         None,
         "Type of the KV cache; fp8 and int8 hold twice the tokens of bfloat16, int4 four times.",
+    ),
+    Shared(
+        "--cpu-activations",
+        "cpu_activations",
+        click.Choice(CPU_ACTIVATIONS),
+        None,
+        "What the CPU rounds activations to before packed experts; auto: int8 beside bfloat16.",
     ),
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
     Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),

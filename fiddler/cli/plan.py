@@ -25,6 +25,7 @@ PLAN_FIELDS = {
     "ram_gb",
     "dtype",
     "kv_cache_dtype",
+    "cpu_activations",
     "device",
     "max_model_len",
     "profile",

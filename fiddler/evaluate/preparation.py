@@ -20,7 +20,7 @@ MOST_WINDOW = 2048  # unasked: what a step computes at once
 BUILTIN_CONVERSATIONS = 130  # ten of each task
 DTYPE_NAMES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 # what makes a run other than the model is stored, and what belongs to one model only
-SCHEME_FIELDS = ("dtype", "kv_cache_dtype")
+SCHEME_FIELDS = ("dtype", "kv_cache_dtype", "cpu_activations")
 OWN_FIELDS = ("revision", "profile")
 
 

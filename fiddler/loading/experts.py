@@ -46,7 +46,12 @@ def load_experts(ground: Ground, weights: OpenedWeights) -> HybridExperts:
             **sizes,
         )
     experts = HybridExperts(
-        store, ground.keeper.pool, device=ground.device, prefill=prefill, **sizes
+        store,
+        ground.keeper.pool,
+        device=ground.device,
+        prefill=prefill,
+        activations=ground.dtypes.few,
+        **sizes,
     )
     ground.resources.callback(experts.clear)
     return experts

@@ -38,7 +38,7 @@ def start_pool(
     kinds = dtypes.expert_kinds
     has_cold = plan.memory.cpu_experts > 0
     # what hidden states are rounded to: in steps of few tokens, and of many beside a GPU
-    kernels: list[tuple[Any, ...]] = [(kind,) for kind in kinds] if has_cold else []
+    kernels: list[tuple[Any, ...]] = [(kind, dtypes.few) for kind in kinds] if has_cold else []
     if has_cold and plan.gpu_side is GpuSide.CUDA:
         stored: torch.dtype = getattr(torch, dtypes.expert_memory)
         rounded = prefill_activations(getattr(torch, dtypes.compute), stored)

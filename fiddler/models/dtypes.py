@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler.errors import ConfigError
 from fiddler.models.config import KIND_JOINT
@@ -20,6 +21,8 @@ FLOATS = {"float32": WeightKind("f32"), "bfloat16": WeightKind("bf16")}
 class Dtypes:
     """``compute`` for dense weights and activations, ``expert`` for routed experts, ``kv``.
 
+    ``few``: what the CPU rounds the activations of few tokens to before each product of an expert.
+
     ``expert`` may be a kind of packed weights, such as ``w4g128z``, or several joined by ``+``
     where layers differ; ``kv``, of the cache, int4, int8 or
     fp8 too.
@@ -28,6 +31,7 @@ class Dtypes:
     compute: str
     expert: str
     kv: str
+    few: Activations = "f32"
 
     @property
     def expert_kinds(self) -> tuple[WeightKind, ...]:
@@ -49,6 +53,7 @@ def resolve_dtypes(
     has_gpu: bool,
     packed: str | None = None,
     kv: str = "auto",
+    cpu_activations: str = "auto",
 ) -> Dtypes:
     """Choose for ``asked`` and a checkpoint whose experts are ``packed``, or stored as ``stored``.
 
@@ -57,7 +62,10 @@ def resolve_dtypes(
     Auto is bfloat16 on a GPU and float32 without one, where bfloat16 activations gain nothing.
     Experts stored in bfloat16 stay so even under float32: widening is exact, and half the bytes.
     Packed experts stay as they are (``packed`` names their kinds): another kind of them is refused.
-    ``kv`` is what is asked of the cache; auto is the activations' type.
+    ``kv`` is what is asked of the cache; auto is the activations' type. ``cpu_activations`` is
+    auto, f32 or int8, which packed experts alone can be multiplied with; auto is int8 for them
+    where activations are bfloat16: it takes half the time, and of normal numbers it rounds off 0.65
+    % where four bits cost 10 %.
     """
     is_kind = asked not in ("auto", *FLOATS)
     compute = ("bfloat16" if has_gpu else "float32") if is_kind or asked == "auto" else asked
@@ -68,7 +76,14 @@ def resolve_dtypes(
             hint="leave out --dtype, or take the model that they were made from",
         )
     if packed is not None or is_kind:
-        return Dtypes(compute, packed if packed is not None else asked, kv)
+        rounds = cpu_activations == "int8" or (cpu_activations, compute) == ("auto", "bfloat16")
+        kinds = packed if packed is not None else asked
+        return Dtypes(compute, kinds, kv, "int8" if rounds else "f32")
+    if cpu_activations == "int8":
+        raise ConfigError(
+            "int8 activations are for packed experts, and this model's are not",
+            hint="leave out --cpu-activations, or round the experts with --dtype w4g128",
+        )
     if compute == "bfloat16" or stored == "bfloat16":
         return Dtypes(compute, "bfloat16", kv)
     return Dtypes(compute, "float32", kv)

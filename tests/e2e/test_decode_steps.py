@@ -177,10 +177,8 @@ def test_tokens_are_the_same_where_the_device_pulls_experts() -> None:
         pulled = steps._shared.experts.pulled  # type: ignore[union-attr]
         assert pulled is not None and pulled.layers
         for layer in pulled.layers:
-            kept_N = pulled.kept_rows(layer)
-            assert pulled.pulls(layer, 4) and kept_N.tolist() == [
-                16 * n for n in range(len(kept_N))
-            ]
+            shares = [kept / (n * 40) for n, kept in enumerate(pulled.kept_rows(layer)) if n]
+            assert pulled.pulls(layer, 4) and all(0.3 < share < 0.6 for share in shares)
 
 
 @pytest.mark.parametrize("model", ["olmoe", pytest.param("qwen3_moe", marks=pytest.mark.slow)])

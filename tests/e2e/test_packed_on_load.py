@@ -12,6 +12,7 @@ from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler import LLM, SamplingParams
 from fiddler.errors import ConfigError, NumericsError, QuantizeError
 from fiddler.models.checkpoint import SINGLE, Checkpoint
+from fiddler.models.dtypes import resolve_dtypes
 from fiddler.models.manifest import expert_parts
 from fiddler.rounding.grid import QUICK_SHRINKS
 from fiddler.rounding.matrix import round_matrix
@@ -153,3 +154,19 @@ def test_a_gpu_holds_the_same_bytes_and_gives_the_same_logits(
     error = relative_error(results[1][1], results[0][1])
     print(f"{load_format}, share {share}: {compute} against float32: relative error {error:.1e}")
     assert error < 0.1
+
+
+def test_the_cpu_may_round_activations() -> None:
+    """To int8, which shows, but less than the weights' rounding; and not before plain weights."""
+    texts, found = random_texts([9, 30], 256), {}
+    for activations in ("auto", "f32", "int8"):
+        with loaded(tiny(), "w4g32z", cpu_activations=activations) as llm:
+            found[activations] = Forward(llm).logits(texts, [5, 20])
+    assert np.array_equal(found["auto"], found["f32"])  # beside float32 nothing is rounded unasked
+    assert 1e-4 < relative_error(found["int8"], found["f32"]) < 0.03
+    with pytest.raises(ConfigError, match="int8 activations are for packed experts"):
+        loaded(tiny(), "float32", cpu_activations="int8")
+    assert resolve_dtypes("w4g128", "bfloat16", has_gpu=True).few == "int8"
+    assert resolve_dtypes("bfloat16", "bfloat16", has_gpu=True).few == "f32"
+    asked = resolve_dtypes("auto", "", has_gpu=True, packed="w4g32", cpu_activations="f32")
+    assert asked.few == "f32"

@@ -54,7 +54,7 @@ def test_publish(num_tokens: int, num_used: int, top_k: int, hidden: int, dtype:
     )
     kept_TK = publish(x_TH, ids_TK, weights_TK, slot_E, used, record_TK, cold)
     synchronize()
-    wanted_TK, cold_TK, _ = publish_reference(ids_TK, slot_E, num_used)
+    wanted_TK, cold_TK = publish_reference(ids_TK, slot_E, num_used)
     assert torch.equal(kept_TK, wanted_TK) and torch.equal(record_TK, wanted_TK.cpu())
     assert torch.equal(cold.ids_TK, cold_TK.cpu())
     assert torch.equal(cold.x_TH[:num_used], x_TH[:num_used].float().cpu())
