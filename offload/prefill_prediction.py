@@ -27,7 +27,7 @@ from offload.staging import bank_slots
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
 LAYER_S = 1.5e-3  # Python and small kernels of a layer of a prompt on a GPU
-SEND_S = 7e-5  # Python for each expert that is sent
+SEND_S = 3.5e-5  # Python for each expert that is sent
 
 
 def predict_prefill(
