@@ -18,7 +18,7 @@ from offload.hardware import Hardware, probe
 from offload.limits import Peaks
 from offload.machine_facts import Machine
 from offload.machine_rates import RATES, ExpertTimes, MachineRates, from_json, to_json
-from offload.measuring import Setting, Step, disk_gbps, machine_steps, measure_rates
+from offload.measuring import KERNELS, Setting, Step, disk_gbps, machine_steps, measure_rates
 
 PEAKS = Peaks(
     cpu_read_gbps=100.0, joint_gbps=150.0, pcie_gbps=50.0, gpu_read_gbps=3000.0, gemm_tflops=700.0
@@ -41,7 +41,8 @@ def times(kernel: str, expert_bytes: int, first_s: float) -> ExpertTimes:
 TIMES = (
     *(times("bf16/f32", 10_000, 1e-3), times("bf16/f32", 100_000, 8e-3)),
     *(times("bf16/bf16", 10_000, 1e-3), times("w8g128/f32", 5_000, 7e-4)),
-    times("w4g128/f32", 2_500, 5e-4),
+    *(times("w4g128/f32", 2_500, 5e-4), times("w4g128/int8", 2_500, 3e-4)),
+    times("w8g128/int8", 5_000, 5e-4),
 )
 RATES_HERE = MachineRates(
     num_threads=4,
@@ -170,7 +171,7 @@ def test_this_machine_is_calibrated_within_a_minute(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 60
     assert from_json(json.loads(json.dumps(to_json(rates)))) == rates
     kernels = {one.table.kernel for one in rates.times}
-    assert kernels == {"bf16/f32", "bf16/bf16", "w8g128/f32", "w4g128/f32"}
+    assert kernels == {"/".join(kernel) for kernel in KERNELS}
 
 
 @pytest.mark.gpu
