@@ -1,6 +1,7 @@
 """``fiddler plan`` as a user runs it: tables, JSON, refusals; a made-up machine below."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -201,7 +202,7 @@ def test_speeds_stand_beside_their_limits_and_say_whose_they_are(cache: Path) ->
     assert "- this machine is not calibrated: fiddler calibrate" in done.stdout
     keep(H200.rates)
     done = run(*OPTIONS)
-    assert "Predicted decode: 3" in done.stdout and "calibrate" not in done.stdout
+    assert re.search(r"Predicted decode: \d\d", done.stdout) and "calibrate" not in done.stdout
     assert "by the rates" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
     speeds = json.loads(run(*OPTIONS, "--json").stdout)["speeds"]
     assert speeds["machine"] == "this machine" and speeds["num_tokens"] == 1024
