@@ -14,7 +14,7 @@ def test_kernels_are_compiled_before_experts_are_loaded(
     monkeypatch: pytest.MonkeyPatch, needs_compile: bool
 ) -> None:
     monkeypatch.setattr(workers, "needs_compile", lambda: False)
-    monkeypatch.setattr(workers, "needs_warm_up", lambda kind: needs_compile)
+    monkeypatch.setattr(workers, "needs_warm_up", lambda kind, activations: needs_compile)
     seen: list[tuple[str, int, int]] = []
     open_folder(shared_tiny("mixtral"), on_progress=lambda *at: seen.append(at)).close()
     if needs_compile:

@@ -33,7 +33,8 @@ class Float64Pool:
         self.layers: list[tuple[Experts, Any]] = []
         self.steps: list[tuple[np.ndarray, ...]] = []
 
-    def add_layer(self, experts: Experts, *, place_of: Any = None) -> int:
+    def add_layer(self, experts: Experts, *, activations: str = "f32", place_of: Any = None) -> int:
+        assert activations == "f32"
         self.layers.append((experts, place_of))
         return len(self.layers) - 1
 
