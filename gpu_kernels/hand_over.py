@@ -70,7 +70,7 @@ def publish(
     """Return ``ids_TK`` with -1 for padding rows, for the device's own experts.
 
     ``ids_TK`` int32 in ``slot_E`` (int32; below 0: not on the device), ``num_used`` int32 ``[1]``
-    on the device. ``record_TK`` (int32, mapped host memory) gets the ids too. ``cold`` gets x as
+    on the device. ``record_TK`` (int32) gets the ids too. ``cold`` gets x as
     float32, the weights, and the ids with -1 for padding and for experts on the device; None: no
     expert of the layer is elsewhere. ``pulls`` gets the same ids, and rows. Safe in a CUDA graph.
     """

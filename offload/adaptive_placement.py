@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from offload.adaptive import COPY_SHARE, AdaptivePolicy, Chooser, choose_swaps
+from offload.adaptive import COPY_SHARE, AdaptivePolicy, Chooser, Swap, choose_swaps
 from offload.expert_store import ExpertStore
 from offload.swaps import Swaps
 
@@ -36,6 +36,7 @@ class AdaptivePlacement:
             choose=choose,
             copy_share=copy_share,
         )
+        self._chosen: list[Swap] = []  # and not begun
         self.num_swaps = 0
 
     @property
@@ -48,13 +49,23 @@ class AdaptivePlacement:
         ids_MC = ids_MTK.reshape(len(layers), -1)
         self._policy.count(layers, ids_MC, self._store.is_resident_LE())
 
+    @property
+    def must_move(self) -> bool:
+        """Whether :meth:`move` has anything to do, so that it has to come before another step."""
+        if self._swaps.is_idle and not self._chosen:
+            self._chosen = self._choose()
+        return not self._swaps.is_idle or bool(self._chosen)
+
     def move(self) -> None:
         """Put into the tables what has been copied, and begin the next swaps."""
         self._swaps.advance()
-        swaps = self._policy.swaps(self._store.is_resident_LE, self._swaps.idle_layers)
+        swaps, self._chosen = self._chosen or self._choose(), []
         if swaps:
             self.num_swaps += len(swaps)
             self._swaps.start(swaps)
+
+    def _choose(self) -> list[Swap]:
+        return self._policy.swaps(self._store.is_resident_LE, self._swaps.idle_layers)
 
     def settle(self) -> None:
         """End what has begun, before a step that wants each expert in one place."""

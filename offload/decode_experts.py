@@ -3,23 +3,25 @@
 Where an expert lives is data: ``slot_LE`` on the device says what the device computes, and the
 workers are given the ids of the rest. Of their rows the device pulls the last ones: it reads
 them from host memory itself, while the workers read the others (:mod:`offload.cold_share`). So the
-same operations serve every step, and a CUDA graph may hold them; what was chosen is read from a
-record after the step. How many rows are pulled depends on how many cold experts the step has: with
-other requests beside it a token's sums may be rounded elsewhere.
+same operations serve every step, and a CUDA graph may hold them; what was chosen is found in a
+record that the device keeps. How many rows are pulled depends on how many cold experts the step
+has: with other requests beside it a token's sums may be rounded elsewhere.
 
 Ordering: per layer the stream publishes what the workers need and rings them, computes its own
 experts, then those that it pulls, and waits. All layers share the buffers in mapped memory: only
 one is under way at a time, since what reads the workers' part precedes the next layer's publishing
-on the stream. The host binds the buffers, reads the record and sends new tables only while no step
-is under way; tables go on the stream, before the step that is to see them.
+on the stream. The host binds the buffers and sends new tables only while no step is under way;
+tables go on the stream, before the step that is to see them. A step may be put behind one that is
+under way, as long as neither changes.
 
 Shapes: L layers, T rows of the step, K top-k, H hidden, E experts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cpu_kernels.threads import WorkerPool
@@ -116,13 +118,24 @@ class DecodeExperts:
             (*self.layers.values(), *pulled_layers.values()), max_rows * top_k, dtype
         )
         self._host = HostBuffers(max_rows, shape.hidden_size, top_k, pin=is_gpu)
-        self.record_LTK = torch.full(
-            (shape.num_layers, max_rows, top_k), -1, dtype=torch.int32, pin_memory=is_gpu
-        )
 
-    def step(self, num_rows: int, num_used: torch.Tensor) -> "StepExperts":
-        """What a decoder runs for ``num_rows`` rows, of which ``num_used`` (int32 [1]) count."""
-        return StepExperts(self, self._host.rows(num_rows), num_used)
+    def record_shape(self, num_rows: int) -> tuple[int, int, int]:
+        """Of the record of what so many rows choose, ``[L, T, K]``."""
+        return self._experts.store.shape.num_layers, num_rows, self._experts.top_k
+
+    def step(
+        self, num_rows: int, num_used: torch.Tensor, record_LTK: torch.Tensor
+    ) -> "StepExperts":
+        """What a decoder runs for ``num_rows`` rows, of which ``num_used`` (int32 [1]) count.
+
+        What they choose is written to ``record_LTK``, int32 on the device.
+        """
+        return StepExperts(self, self._host.rows(num_rows), num_used, record_LTK)
+
+    @property
+    def must_move(self) -> bool:
+        """Whether experts are to change places before another step."""
+        return self._adaptive is not None and self._adaptive.must_move
 
     def move_experts(self) -> None:
         """Let experts change places; before a step, on the stream that it will run on."""
@@ -142,8 +155,8 @@ class DecodeExperts:
             kept_N = None if self.pulled is None else self.pulled.kept_rows(layer)
             self.pool.bind(pool_layer, *arrays, kept_N)
 
-    def run_stream(self, work: Callable[[], None], is_done: Callable[[], bool]) -> None:
-        """Call ``work``, which puts steps on a stream, and return when ``is_done`` says they are.
+    def run_stream(self, work: Callable[[], None], is_idle: Callable[[], bool]) -> None:
+        """Call ``work``, which puts steps on a stream, and return when ``is_idle`` says it is.
 
         WorkerError if the pool failed meanwhile: it, and all that is bound to it, has to be
         replaced.
@@ -152,26 +165,42 @@ class DecodeExperts:
             try:
                 work()
             finally:
-                await_stream(is_done, self._workers.words, self._numbers, self._patience_s)
+                self._await(is_idle, is_idle)
 
-    def finish(self, num_tokens: int) -> None:
-        """Count what the step that has ended chose; WorkerError if the pool failed."""
+    def await_step(self, is_done: Callable[[], bool], is_idle: Callable[[], bool]) -> None:
+        """Return when a step that is on a stream is done, with others behind it or not.
+
+        WorkerError as from :meth:`run_stream`; then the stream is idle. Workers that have gone to
+        sleep since the step was put there are woken.
+        """
+        with self._workers.awake():
+            self._await(is_done, is_idle)
+
+    def _await(self, is_done: Callable[[], bool], is_idle: Callable[[], bool]) -> None:
+        words = self._workers.words
+        await_stream(is_done, is_idle, words, self._numbers, self._patience_s)
+
+    def finish(self, record_LTK: npt.NDArray[np.int32], rows: Sequence[int]) -> None:
+        """Take over what a step that has ended chose; the choices of ``rows`` count.
+
+        WorkerError if the pool failed.
+        """
         with workers_errors():
             self.pool.wait()
         moe_layers = list(self._experts.store.shape.moe_layers)
-        ids_LTK = self.record_LTK.numpy()[moe_layers, :num_tokens]
+        ids_LTK = record_LTK[moe_layers]
         slot_LTK = np.take_along_axis(
             self._slots.host_LE[moe_layers], ids_LTK.reshape(len(moe_layers), -1), axis=1
         ).reshape(ids_LTK.shape)
         num_hot_T = (slot_LTK >= 0).sum(axis=(0, 2))
         num_cold_T = len(moe_layers) * ids_LTK.shape[2] - num_hot_T
         if self._adaptive is not None:
-            self._adaptive.count(moe_layers, ids_LTK)
+            self._adaptive.count(moe_layers, ids_LTK[:, rows])
         chosen = dict(zip(moe_layers, ids_LTK.astype(np.int16), strict=True))
         self._experts.routing = StepRouting(num_hot_T, num_cold_T, chosen, self._slots.host_LE >= 0)
         counts_LE = self._experts.counts_LE
         layer_L11 = np.asarray(moe_layers)[:, None, None]
-        flat = (layer_L11 * counts_LE.shape[1] + ids_LTK).ravel()
+        flat = (layer_L11 * counts_LE.shape[1] + ids_LTK[:, rows]).ravel()
         counts_LE += np.bincount(flat, minlength=counts_LE.size).reshape(counts_LE.shape)
 
 
@@ -190,6 +219,7 @@ class StepExperts:
     _shared: DecodeExperts
     _rows: HostRows
     _num_used: torch.Tensor
+    _record_LTK: torch.Tensor
 
     def launch(
         self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -198,12 +228,12 @@ class StepExperts:
         shared, rows = self._shared, self._rows
         slot_E, pool_layer = shared.slot_LE[layer], shared.pool_layers.get(layer)
         cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK) if pool_layer else None
-        record_TK = shared.record_LTK[layer, : len(ids_TK)]
         pulled = shared.pulled
         pulling = None if pulled is None else pulled.pulls(layer, len(ids_TK))
         pulls, last_rows = pulling or (None, None)
         used_TK = publish(
-            x_TH, ids_TK, weights_TK, slot_E, self._num_used, record_TK, cold, pulls=pulls
+            *(x_TH, ids_TK, weights_TK, slot_E, self._num_used, self._record_LTK[layer], cold),
+            pulls=pulls,
         )
         number = 0
         if pool_layer is not None:

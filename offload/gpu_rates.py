@@ -108,7 +108,9 @@ def _layers_s(way: Way, num_threads: int, num_resident: int) -> float:
 
 def _chain(experts: DecodeExperts, device: torch.device) -> Callable[[], None]:
     """All layers' experts, one after the other, each added to what the one before gave."""
-    backend = experts.step(1, torch.ones(1, dtype=torch.int32, device=device))
+    num_used = torch.ones(1, dtype=torch.int32, device=device)
+    record_LTK = torch.zeros(experts.record_shape(1), dtype=torch.int32, device=device)
+    backend = experts.step(1, num_used, record_LTK)
     x_TH = torch.ones(1, HIDDEN, dtype=torch.bfloat16, device=device)
     norm_H = torch.ones(HIDDEN, dtype=torch.bfloat16, device=device)
     ids_TK = torch.arange(TOP_K, dtype=torch.int32, device=device).unsqueeze(0)

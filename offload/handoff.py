@@ -155,20 +155,21 @@ class Watchdog:
 
 def await_stream(
     is_done: Callable[[], bool],
+    is_idle: Callable[[], bool],
     words: Words,
     numbers: Iterable[int],
     patience_s: float = PATIENCE_S,
 ) -> None:
-    """Return when a stream that feeds a pool has come to its end; WorkerError if the pool failed.
+    """Return when what was put on a stream that feeds a pool is done; WorkerError if it failed.
 
-    An interrupt is raised only then. After an error the stream has come to its end too, with wrong
-    results: each awaited word was stored for it, and the pool is not to be used again. ``numbers``
-    are the jobs that the stream may wait for.
+    An interrupt is raised only then. After an error the stream is idle, with wrong results: each
+    awaited word was stored for it, and the pool is not to be used again. ``numbers`` are the jobs
+    that the stream may wait for.
     """
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
-            _watch(is_done, words, numbers, patience_s)
+            _watch(is_done, is_idle, words, numbers, patience_s)
             break
         except KeyboardInterrupt as error:  # workers that park now would hold the stream for ever
             interrupt = error
@@ -177,13 +178,17 @@ def await_stream(
 
 
 def _watch(
-    is_done: Callable[[], bool], words: Words, numbers: Iterable[int], patience_s: float
+    is_done: Callable[[], bool],
+    is_idle: Callable[[], bool],
+    words: Words,
+    numbers: Iterable[int],
+    patience_s: float,
 ) -> None:
     watchdog = Watchdog(words, patience_s)
     while not is_done():
         complaint = watchdog.complaint()
         if complaint:
-            _help_past(is_done, words, numbers, patience_s)
+            _help_past(is_idle, words, numbers, patience_s)
             raise _error(complaint)
         time.sleep(POLL_S)
 
@@ -205,7 +210,7 @@ def _error(complaint: str) -> WorkerError:
 
 
 def _help_past(
-    is_done: Callable[[], bool], words: Words, numbers: Iterable[int], patience_s: float
+    is_idle: Callable[[], bool], words: Words, numbers: Iterable[int], patience_s: float
 ) -> None:
     """Store what the stream waits for until it has run through.
 
@@ -214,7 +219,7 @@ def _help_past(
     """
     turn = itertools.cycle(numbers)
     deadline = time.monotonic() + max(patience_s, 1.0)
-    while not is_done():
+    while not is_idle():
         words[DONE_BELL] = words[DOORBELL] or next(turn)
         if time.monotonic() > deadline:
             raise WorkerError(

@@ -5,11 +5,11 @@ its row on the host to a spare slot; once it is there the one that leaves is cop
 that row, and its slot is the next spare one. At any time every expert lies complete where the
 store's tables say.
 
-Ordering: all calls come between steps, when the streams that compute have come to their end. Copies
-have a stream of their own and run beside the next step, which neither reads the slot nor the row
-that they write to: no table names them. Only after the host has waited for a copy do the tables
-change. The host waits at the first call after the step, when the copy is long done, rather than
-ask whether it is done: so equal requests meet equal tables.
+Ordering: all calls but ``is_idle`` come between steps, when the streams that compute have come to
+their end. Copies have a stream of their own and run beside the next step, which neither reads the
+slot nor the row that they write to: no table names them. Only after the host has waited for a copy
+do the tables change. The host waits at the first call after the step, when the copy is long done,
+rather than ask whether it is done: so equal requests meet equal tables.
 """
 
 from collections.abc import Iterable, Iterator
@@ -51,6 +51,11 @@ class Swaps:
         self.version = 0
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing moves."""
+        return not (self._coming or self._leaving)
+
+    @property
     def idle_layers(self) -> list[int]:
         """Layers in which a swap may start."""
         return sorted(self._spare)
@@ -68,7 +73,7 @@ class Swaps:
 
     def advance(self) -> None:
         """Wait for the copies under way, put what they have moved into the tables, and go on."""
-        if not (self._coming or self._leaving):
+        if self.is_idle:
             return
         if self._copies is not None:
             self._copies.synchronize()
@@ -89,7 +94,7 @@ class Swaps:
 
     def settle(self) -> None:
         """End all swaps that have begun: every slot but the spare ones and every row is in use."""
-        while self._coming or self._leaving:
+        while not self.is_idle:
             self.advance()
 
     def _put_on_host(self, move: _Move) -> None:

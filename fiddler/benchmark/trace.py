@@ -31,6 +31,11 @@ def trace_case(cases: Sequence[Case]) -> Case:
 
 def trace(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Any]:
     """Run ``case`` twice and record two steps of the second run, as a Chrome trace."""
+    with loaded.engine.one_by_one():
+        return _trace(loaded, driver, case)
+
+
+def _trace(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Any]:
     for _ in driver.walk(case, run=0):
         loaded.engine.step()
     pool = loaded.experts.pool

@@ -87,6 +87,7 @@ def watch(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Watched]
     each = sum(map(store.expert_bytes, moe_layers)) / len(moe_layers)  # bytes of an expert
     steps: list[tuple[str, Span, float]] = []
     with ExitStack() as log:
+        log.enter_context(loaded.engine.one_by_one())
         for number, is_reading in enumerate(driver.walk(case, run=0)):
             if number == 0:  # what has filled the cache before it is not of interest
                 log.enter_context(bells)

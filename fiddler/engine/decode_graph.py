@@ -1,29 +1,34 @@
 """Decode steps with static shapes: one CUDA graph for each bucket of batch sizes.
 
-Between two tokens Python fills one array, replays a graph and reads the ids; the CPU workers are
-rung and awaited by the graph itself. A step takes the smallest bucket that its requests fit; the
-rows beyond them are padding. The first step of a bucket captures its graph: twice it runs as it is,
-so that everything is compiled and allocated, then it is recorded.
+For a token Python fills one array, replays a graph and reads the ids; the CPU workers are rung and
+awaited by the graph itself. A step takes the smallest bucket that its requests fit; the rows beyond
+them are padding. The first step of a bucket captures its graph: twice it runs as it is, so that
+everything is compiled and allocated, then it is recorded.
+
+The next step may be put behind one that is under way, before anybody knows what that draws: its
+tokens are taken on the device. So the device does not wait for Python between two tokens.
 
 ``is_eager`` runs the same operations without a graph, with the same bits as result.
 
 Ordering: everything runs in torch's current stream but the capture, which has a stream of its own
 and is awaited. All buckets share the memory of their intermediate results and the buffers of
-:class:`offload.decode_experts.DecodeExperts`, so one step is under way at a time, and what it gives
-back is good until the next.
+:class:`offload.decode_experts.DecodeExperts`; steps on the stream use them one after the other.
+Only copies from and to the host have two sides, one for either of two steps. What else a step gives
+back is good until the next one starts.
 
 Shapes: B rows of a bucket, R requests, H hidden, V vocabulary.
 """
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from fiddler.engine.decode_staging import DrawnIds, Staging
+from fiddler.engine.decode_staging import NUM_SIDES, DrawnIds, Results, Staging
 from fiddler.engine.scheduler import Chunk
 from fiddler.errors import WorkerError
 from fiddler.models.buckets import bucket_for, largest_bucket
@@ -56,15 +61,28 @@ class DecodeSetup:
     max_num_seqs: int
     pages_per_request: int
     is_eager: bool
+    runs_ahead: bool  # whether a step may be put behind one that is under way
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Results of one step, good until the next; ``drawn_ids``: -1 where logits are not finite."""
+    """Results of one step; ``drawn_ids``: -1 where logits are not finite.
+
+    The others are good until the next step starts.
+    """
 
     hidden_RH: torch.Tensor
     logits_RV: torch.Tensor
     drawn_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """A step on the stream, for :meth:`DecodeSteps.collect`."""
+
+    chunks: Sequence[Chunk]
+    bucket: "_Bucket"
+    side: int
 
 
 class DecodeSteps:
@@ -79,29 +97,48 @@ class DecodeSteps:
     def bucket(self, chunks: Sequence[Chunk], is_drawn: bool = False) -> int | None:
         """The bucket of a step, or None if it has to run another way.
 
-        ``is_drawn``: its expert ids will be given to :meth:`run`.
+        ``is_drawn``: its expert ids will be given to :meth:`start`.
         """
         num_rows = bucket_for(len(chunks), self._largest)
         if num_rows is None or not self._bucket(num_rows, is_drawn).staging.fits(chunks):
             return None
         return num_rows
 
-    @torch.inference_mode()
-    def run(
+    def start(
         self, chunks: Sequence[Chunk], num_rows: int, drawn_LTK: np.ndarray | None = None
-    ) -> Decoded:
-        """Run one step in the bucket of ``num_rows``; ``drawn_LTK``: see :class:`StepBatch`.
+    ) -> UnderWay:
+        """Put a step in the bucket of ``num_rows`` on the stream, while none is under way.
 
-        WorkerError if the CPU workers failed; the next step has new ones.
+        ``drawn_LTK``: see :class:`StepBatch`. WorkerError if the CPU workers failed while it was
+        captured; the next step has new ones.
         """
-        try:
+        with self._new_workers_after_errors():
             bucket = self._bucket(num_rows, drawn_LTK is not None)
-            bucket.run(chunks, drawn_LTK)
-            return bucket.results(len(chunks))
-        except WorkerError:
-            self.clear()
-            self._setup.renew_workers()
-            raise
+            bucket.prepare()
+            return UnderWay(chunks, bucket, bucket.put(chunks, drawn_LTK))
+
+    def may_follow(self, step: UnderWay, chunks: Sequence[Chunk]) -> bool:
+        """Whether ``chunks``, the next tokens of the same requests, may be put behind ``step``."""
+        is_still = self._setup.runs_ahead and not step.bucket.must_move
+        return is_still and step.bucket.staging.fits(chunks)
+
+    def start_next(
+        self, step: UnderWay, chunks: Sequence[Chunk], drawn_LTK: np.ndarray | None = None
+    ) -> UnderWay:
+        """Put a step behind the one that is under way, which draws its tokens."""
+        bucket, side = step.bucket, 1 - step.side
+        with self._new_workers_after_errors():
+            return UnderWay(chunks, bucket, bucket.put(chunks, drawn_LTK, side, is_next=True))
+
+    def collect(self, step: UnderWay) -> Decoded:
+        """Wait for a step. What those requests chose that are finished by now is not counted.
+
+        WorkerError if the CPU workers failed; then nothing is under way, and the next step has new
+        ones.
+        """
+        with self._new_workers_after_errors():
+            rows = [r for r, c in enumerate(step.chunks) if not c.request.is_finished]
+            return step.bucket.collect(step.side, len(step.chunks), rows)
 
     def settle(self) -> None:
         """Before a step that runs another way: every expert is in its one place."""
@@ -111,6 +148,21 @@ class DecodeSteps:
         """Drop graphs and buffers; the next step makes new ones."""
         self._buckets.clear()
         self._shared = None
+
+    def abandon(self) -> None:
+        """Wait until nothing is under way, for what it gives nobody wants."""
+        with contextlib.suppress(WorkerError), self._new_workers_after_errors():
+            if self._shared is not None:
+                self._shared.wait()
+
+    @contextlib.contextmanager
+    def _new_workers_after_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except WorkerError:
+            self.clear()
+            self._setup.renew_workers()
+            raise
 
     def _bucket(self, num_rows: int, is_drawn: bool) -> "_Bucket":
         key = num_rows, is_drawn
@@ -136,6 +188,12 @@ class _Shared:
             self.stream = _capture_stream()
             self.memory = torch.cuda.graph_pool_handle()
 
+    def wait(self, event: "torch.cuda.Event | None" = None) -> None:
+        """Until the stream has passed ``event``, or is idle; as DecodeExperts.await_step."""
+        if self.device.type == "cuda":
+            is_idle = torch.cuda.current_stream().query
+            self.experts.await_step(is_idle if event is None else event.query, is_idle)
+
 
 class _Bucket:
     """One number of rows: its static buffers and, after the first step, its graph."""
@@ -148,45 +206,68 @@ class _Bucket:
         self._batch, self._draws = self.staging.batch(), self.staging.draws()
         if self._drawn is not None:
             self._batch = replace(self._batch, drawn_LTK=self._drawn.device_LBK)
-        experts = shared.experts.step(num_rows, self.staging.num_used)
+        self._results = Results(shared.experts.record_shape(num_rows), shared.device)
+        experts = shared.experts.step(num_rows, self.staging.num_used, self._results.record_LBK)
         self._decoder = setup.decoder.plugged(setup.kernels.copy(), experts)
         self._kv_caches = setup.kv_caches
-        is_gpu = shared.device.type == "cuda"
-        self._ids_B = torch.zeros(num_rows, dtype=torch.int64, device=shared.device)
-        self._host_ids_B = torch.zeros(num_rows, dtype=torch.int64, pin_memory=is_gpu)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._ends = [_event(shared.device) for _ in range(NUM_SIDES)]
 
-    def run(self, chunks: Sequence[Chunk], drawn_LTK: np.ndarray | None) -> None:
-        """Return when the step's results are there."""
+    @property
+    def must_move(self) -> bool:
+        """Whether experts are to change places before another step."""
+        return self._shared.experts.must_move
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Before a step that none is under way with: experts move, and a graph is made."""
         experts = self._shared.experts
         experts.move_experts()
         experts.bind(self._num_rows)
         if not self._is_eager and self._graph is None:
             self._graph = self._capture()
-        self.staging.fill(chunks)
+
+    @torch.inference_mode()
+    def put(
+        self,
+        chunks: Sequence[Chunk],
+        drawn_LTK: np.ndarray | None,
+        side: int = 0,
+        *,
+        is_next: bool = False,
+    ) -> int:
+        """Put a step on the stream; returns ``side``.
+
+        ``is_next``: the step under way has the other side, and draws this one's tokens.
+        """
+        self.staging.fill(chunks, side)
+        self.staging.send(side, is_next=is_next)
         if self._drawn is not None and drawn_LTK is not None:
-            self._drawn.fill(drawn_LTK)
+            self._drawn.fill(drawn_LTK, side)
+            self._drawn.send(side)
         if self._graph is None:
             self._compute()
-            _synchronize(self._shared.device)
         else:
-            experts.run_stream(self._graph.replay, torch.cuda.current_stream().query)
-        experts.finish(len(chunks))
+            self._graph.replay()
+        self._results.fetch(side)
+        event = self._ends[side]
+        if event is not None:
+            event.record()
+        return side
 
-    def results(self, num_requests: int) -> Decoded:
-        """Of the step that has ended."""
+    def collect(self, side: int, num_requests: int, rows: Sequence[int]) -> Decoded:
+        """Wait for a step; the choices of ``rows`` count."""
+        self._shared.wait(self._ends[side])
+        self._shared.experts.finish(self._results.record(side)[:, :num_requests], rows)
         return Decoded(
             self._shared.hidden_BH[:num_requests],
             self._shared.logits_BV[:num_requests],
-            self._host_ids_B[:num_requests].tolist(),
+            self._results.ids(side)[:num_requests],
         )
 
     def _compute(self) -> None:
-        """The step: everything from the staging array to the ids, on the current stream."""
+        """The step: everything from what was sent to the ids, on the current stream."""
         shared, rows = self._shared, slice(0, self._num_rows)
-        self.staging.send()
-        if self._drawn is not None:
-            self._drawn.send()
         hidden_BH = self._decoder.forward(self._batch, self._kv_caches)
         shared.hidden_BH[rows].copy_(hidden_BH)
         shared.logits_BV[rows].copy_(self._decoder.logits(hidden_BH))
@@ -194,13 +275,14 @@ class _Bucket:
             shared.logits_BV[rows],
             self._draws,
             scratch=shared.scratch,
-            out=self._ids_B,
+            out=self._results.ids_B,
         )
-        self._host_ids_B.copy_(self._ids_B, non_blocking=True)
+        self.staging.take_tokens(self._results.ids_B)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record the step, with padding alone in it so that it changes nothing."""
         self.staging.fill([])
+        self.staging.send()
         stream = self._shared.stream
         free_before = torch.cuda.mem_get_info()[0]
         stream.wait_stream(torch.cuda.current_stream())
@@ -228,6 +310,6 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream().synchronize()
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """None without a GPU, where nothing is ever under way."""
+    return torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]

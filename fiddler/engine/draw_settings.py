@@ -52,6 +52,6 @@ def next_draws(requests: Sequence[Request], device: torch.device) -> SamplingSet
     """How each request draws its next token; the copy is put on the current stream."""
     array = StagedArray(draw_sizes(len(requests)), device)
     for row, request in enumerate(requests):
-        write_draw(array.host, row, request, len(request.tokens))
+        write_draw(array.sides[0], row, request, len(request.tokens))
     array.send()
     return draws_of(array.device)

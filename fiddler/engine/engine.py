@@ -1,22 +1,30 @@
 """The engine: token ids in, token ids out. ``step`` is the architecture.
 
 It knows nothing of text; stop strings and detokenisation live above it.
+
+While a step that decodes is under way, the next one is put behind it where nothing but tokens is
+unknown of that, so a device that decodes never waits for Python. Who turns out to have ended with
+the first of them is passed over in the second.
 """
 
+import itertools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fiddler.engine.logprobs import DecodeToken, token_logprobs
 from fiddler.engine.request import Request
-from fiddler.engine.runner import Forwarded, Runner
-from fiddler.engine.sampler import sample
+from fiddler.engine.runner import Forwarded, Runner, Started
+from fiddler.engine.sampler import adjusts, sample
 from fiddler.engine.scheduler import Chunk, Schedule, Scheduler
 from fiddler.models.footprint import LOGIT_ROWS
 from fiddler.outputs import FinishReason, Logprob
 from offload.executor import HybridExperts
+
+ChunkRows = tuple[Chunk, slice]  # and its rows of the step's arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,8 @@ class Engine:
         self._experts = experts
         self._eos_ids = eos_ids
         self._decode_token = decode_token
+        self._ahead: Started | None = None  # has requests that are not finished
+        self._may_run_ahead = True
 
     def step(self) -> list[StepOutput]:
         """Schedule, run, sample, emit. Returns the tokens that became known.
@@ -53,57 +63,100 @@ class Engine:
         """
         try:
             began = time.perf_counter()
-            schedule = self.scheduler.schedule()
-            forwarded = self._forward(schedule)
-            outputs = self._commit(schedule, self._sample(schedule, forwarded))
-            self.scheduler.took(schedule, time.perf_counter() - began)
+            started = self._ahead or self._start(self.scheduler.schedule())
+            self._ahead = self._start_next(started)
+            forwarded = self._runner.collect(started)
+            rows = _live_rows(started.schedule)
+            outputs = self._commit(rows, self._sample(rows, forwarded))
+            self._end_idle()
+            self.scheduler.took(started.schedule, time.perf_counter() - began)
             return outputs
         except BaseException:
-            for request in self.scheduler.drop_all():
-                request.finish_reason = "cancelled"
+            self._drop_all()
             raise
+
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """Within, no step starts before the one before it has ended: for who watches one alone."""
+        self._may_run_ahead = False
+        try:
+            yield
+        finally:
+            self._may_run_ahead = True
 
     def cancel(self, request: Request, reason: FinishReason = "cancelled") -> None:
         """End a request now and give back its pages. Idempotent."""
         if not request.is_finished:
             request.finish_reason = reason
         self.scheduler.finish(request)
+        self._end_idle()
 
-    def _forward(self, schedule: Schedule) -> Forwarded:
+    def _start(self, schedule: Schedule) -> Started:
         now = time.perf_counter()
         for chunk in schedule.prefills:
             chunk.request.admitted_s = chunk.request.admitted_s or now
         self._experts.begin_step(sum(c.num_tokens for c in schedule.chunks))
-        return self._runner.forward(schedule)
+        return self._runner.start(schedule)
+
+    def _start_next(self, started: Started) -> Started | None:
+        """The step behind ``started``, if that one's tokens are all that is unknown of it."""
+        following = started.schedule.next_decodes
+        may_follow = (
+            self._may_run_ahead
+            and all(_goes_on(chunk.request) for chunk in started.schedule.decodes)
+            and self._runner.may_follow(started, following)
+            and self.scheduler.may_follow(started.schedule)
+        )
+        return self._runner.start_next(started, following) if may_follow else None
+
+    def _end_idle(self) -> None:
+        """Wait for a step ahead that nobody needs any more, so that nothing runs unasked."""
+        ahead = self._ahead
+        if ahead is not None and all(c.request.is_finished for c in ahead.schedule.chunks):
+            self._ahead = None
+            self._runner.collect(ahead)
+
+    def _drop_all(self) -> None:
+        self._ahead = None
+        try:
+            self._runner.abandon()
+        finally:
+            for request in self.scheduler.drop_all():
+                request.finish_reason = "cancelled"
 
     @torch.inference_mode()
-    def _sample(self, schedule: Schedule, forwarded: Forwarded) -> list[StepOutput]:
+    def _sample(self, rows: list[ChunkRows], forwarded: Forwarded) -> list[StepOutput]:
         hidden_TH = forwarded.hidden_TH
-        ends = np.cumsum([c.num_tokens for c in schedule.chunks])
-        for chunk, end in zip(schedule.chunks, ends, strict=True):
+        for chunk, at in rows:
             if chunk.request.params.prompt_logprobs is not None:
-                self._prompt_logprobs(chunk, hidden_TH[end - chunk.num_tokens : end])
+                self._prompt_logprobs(chunk, hidden_TH[at])
             if chunk.request.reader is not None:
-                self._show_logits(chunk, hidden_TH[end - chunk.num_tokens : end])
-        last = [
-            (c.request, end - 1) for c, end in zip(schedule.chunks, ends, strict=True) if c.is_last
-        ]
+                self._show_logits(chunk, hidden_TH[at])
+        last = [(chunk.request, at.stop - 1) for chunk, at in rows if chunk.is_last]
         if not last:
             return []
-        requests = [request for request, _ in last]
-        logits_RV = forwarded.logits_TV  # of decode steps, where every row is a request's last
-        if logits_RV is None:
-            rows_R = torch.as_tensor([row for _, row in last], device=hidden_TH.device)
-            logits_RV = self._runner.decoder.logits(hidden_TH[rows_R])
-        tokens = sample(logits_RV, requests, self._eos_ids, forwarded.drawn_ids)
+        requests, last_rows = [request for request, _ in last], [row for _, row in last]
+        logits_RV = self._logits(forwarded, last_rows)
+        drawn_ids = forwarded.drawn_ids and [forwarded.drawn_ids[row] for row in last_rows]
+        tokens = sample(logits_RV, requests, self._eos_ids, drawn_ids)
         return [
             StepOutput(request, token, self._logprobs(request, token, logits_RV[r : r + 1]))
             for r, (request, token) in enumerate(zip(requests, tokens, strict=True))
         ]
 
-    def _commit(self, schedule: Schedule, outputs: list[StepOutput]) -> list[StepOutput]:
-        self._record_routing(schedule)
-        for chunk in schedule.chunks:
+    def _logits(self, forwarded: Forwarded, rows: list[int]) -> torch.Tensor:
+        """Of these rows; a step that decodes has them all, and mostly all are asked for."""
+        logits_TV, hidden_TH = forwarded.logits_TV, forwarded.hidden_TH
+        if logits_TV is not None and len(rows) == len(logits_TV):
+            return logits_TV
+        rows_R = torch.as_tensor(rows, device=hidden_TH.device)
+        if logits_TV is not None:
+            return logits_TV[rows_R]
+        return self._runner.decoder.logits(hidden_TH[rows_R])
+
+    def _commit(self, rows: list[ChunkRows], outputs: list[StepOutput]) -> list[StepOutput]:
+        self._record_routing(rows)
+        for chunk, _ in rows:
             chunk.request.num_computed = chunk.end
         now = time.perf_counter()
         for output in outputs:
@@ -126,16 +179,13 @@ class Engine:
         elif request.num_outputs >= request.max_tokens:
             request.finish_reason = "length"
 
-    def _record_routing(self, schedule: Schedule) -> None:
+    def _record_routing(self, rows: list[ChunkRows]) -> None:
         routing = self._experts.routing
-        start = 0
-        for chunk in schedule.chunks:
-            rows = slice(start, start + chunk.num_tokens)
-            chunk.request.expert_tokens_gpu += int(routing.hot_T[rows].sum())
-            chunk.request.expert_tokens_cpu += int(routing.cold_T[rows].sum())
+        for chunk, at in rows:
+            chunk.request.expert_tokens_gpu += int(routing.hot_T[at].sum())
+            chunk.request.expert_tokens_cpu += int(routing.cold_T[at].sum())
             if chunk.request.params.routed_experts:
-                chunk.request.routed.append(self._experts.routed_ids(rows))
-            start += chunk.num_tokens
+                chunk.request.routed.append(self._experts.routed_ids(at))
 
     def _logprobs(
         self, request: Request, token: int, logits_1V: torch.Tensor
@@ -165,3 +215,22 @@ class Engine:
         for row in range(max(chunk.start, reader.first), end, LOGIT_ROWS):
             rows = slice(row - chunk.start, min(row + LOGIT_ROWS, end) - chunk.start)
             reader.read(row, self._runner.decoder.logits(hidden_TH[rows]))
+
+
+def _live_rows(schedule: Schedule) -> list[ChunkRows]:
+    """The chunks of a step with their rows, but for requests that have ended meanwhile."""
+    ends = itertools.accumulate(chunk.num_tokens for chunk in schedule.chunks)
+    return [
+        (chunk, slice(end - chunk.num_tokens, end))
+        for chunk, end in zip(schedule.chunks, ends, strict=True)
+        if not chunk.request.is_finished
+    ]
+
+
+def _goes_on(request: Request) -> bool:
+    """Whether it will decode again after this step, and asks for no more than what is drawn.
+
+    It may end all the same, by what it draws.
+    """
+    is_plain = request.params.logprobs is None and not adjusts(request)
+    return is_plain and request.num_outputs + 1 < request.max_tokens

@@ -1,4 +1,8 @@
-"""Turns a schedule into one forward pass: copies pages, builds the batch, calls the decoder."""
+"""Turns a schedule into one forward pass: copies pages, builds the batch, calls the decoder.
+
+A pass is started and collected. One that decodes on the device may be under way in between, and the
+next one be started behind it; others are complete when they have been started.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +19,7 @@ from fiddler.models.kv_cache import new_kv_caches
 from gpu_kernels.page_table import PageTable
 
 if TYPE_CHECKING:
-    from fiddler.engine.decode_graph import DecodeSteps
+    from fiddler.engine.decode_graph import DecodeSteps, UnderWay
 
 # The expert ids ``[L, T, K]`` of a step's tokens, for benchmarks that do not ask the routers.
 DrawExperts = Callable[[tuple[Chunk, ...]], np.ndarray]
@@ -23,7 +27,7 @@ DrawExperts = Callable[[tuple[Chunk, ...]], np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """A step's final hidden states ``[T, H]``, good until the next step.
+    """A step's final hidden states ``[T, H]``, good until the next step starts.
 
     A step that decodes on the device brings its float32 logits ``[T, V]`` too, and the tokens that
     it has drawn from them as they are (-1: the row holds NaN or nothing finite).
@@ -32,6 +36,14 @@ class Forwarded:
     hidden_TH: torch.Tensor
     logits_TV: torch.Tensor | None = None
     drawn_ids: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A pass, for :meth:`Runner.collect`: one that is under way, or what has come of it."""
+
+    schedule: Schedule
+    found: "UnderWay | Forwarded"
 
 
 class Runner:
@@ -58,8 +70,8 @@ class Runner:
         self.kv_caches = new_kv_caches(decoder.config.num_layers, shape, kv_dtype, device)
         self.decode_steps: DecodeSteps | None = None
 
-    def forward(self, schedule: Schedule) -> Forwarded:
-        """Run all chunks, in batch order."""
+    def start(self, schedule: Schedule) -> Started:
+        """Run all chunks, in batch order, while nothing is under way."""
         for source, target in schedule.page_copies:
             for kv_cache in self.kv_caches:
                 kv_cache.copy_page(source, target)
@@ -67,8 +79,8 @@ class Runner:
         if self.decode_steps is not None and not schedule.prefills:
             bucket = self.decode_steps.bucket(schedule.decodes, drawn_LTK is not None)
             if bucket is not None:
-                decoded = self.decode_steps.run(schedule.decodes, bucket, drawn_LTK)
-                return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.drawn_ids)
+                step = self.decode_steps.start(schedule.decodes, bucket, drawn_LTK)
+                return Started(schedule, step)
         if self.decode_steps is not None:
             self.decode_steps.settle()
         batch = build_batch(
@@ -78,7 +90,36 @@ class Runner:
             self._device,
             drawn_LTK,
         )
-        return Forwarded(self.decoder.forward(batch, self.kv_caches))
+        return Started(schedule, Forwarded(self.decoder.forward(batch, self.kv_caches)))
+
+    def may_follow(self, started: Started, schedule: Schedule) -> bool:
+        """Whether ``schedule``, the next tokens of all, may be started before ``started`` ends."""
+        steps, step = self.decode_steps, started.found
+        return (
+            steps is not None
+            and not isinstance(step, Forwarded)
+            and steps.may_follow(step, schedule.decodes)
+        )
+
+    def start_next(self, started: Started, schedule: Schedule) -> Started:
+        """Run ``schedule`` behind ``started``, which it may follow; its tokens are drawn there."""
+        assert self.decode_steps is not None and not isinstance(started.found, Forwarded)
+        drawn_LTK = self.draw_experts(schedule.chunks) if self.draw_experts else None
+        step = self.decode_steps.start_next(started.found, schedule.decodes, drawn_LTK)
+        return Started(schedule, step)
+
+    def collect(self, started: Started) -> Forwarded:
+        """Wait for what was started first of all that is under way."""
+        if isinstance(started.found, Forwarded):
+            return started.found
+        assert self.decode_steps is not None
+        decoded = self.decode_steps.collect(started.found)
+        return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.drawn_ids)
+
+    def abandon(self) -> None:
+        """Wait until nothing is under way."""
+        if self.decode_steps is not None:
+            self.decode_steps.abandon()
 
     def clear(self) -> None:
         """Drop the cache's memory, and what decodes with it."""

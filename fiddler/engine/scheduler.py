@@ -47,6 +47,12 @@ class Schedule:
         """All chunks in batch order."""
         return self.decodes + self.prefills
 
+    @property
+    def next_decodes(self) -> "Schedule":
+        """The step behind this one if it only decodes and every request goes on."""
+        following = (Chunk(c.request, c.end, 1) for c in self.decodes)
+        return Schedule(tuple(following), (), ())
+
 
 class Scheduler:
     """Continuous batching over a page pool. Requests enter by ``add`` and leave by ``finish``."""
@@ -89,6 +95,23 @@ class Scheduler:
         prefills = self._schedule_prefills(self._prompt_budget.most_tokens(len(decodes), room))
         assert decodes or prefills or not self.has_work, "the scheduler is stuck"
         return Schedule(tuple(decodes), tuple(prefills), tuple(self._copies))
+
+    def may_follow(self, schedule: Schedule) -> bool:
+        """Whether ``schedule.next_decodes`` can come next for all that is known before it ends.
+
+        If so, its requests hold the pages that it needs.
+        """
+        if schedule.prefills or [c.request for c in schedule.decodes] != self.running:
+            return False
+        if self.waiting and len(self.running) < self._max_num_seqs:
+            return False
+        ends = [(c.request, self._num_pages(c.end)) for c in schedule.next_decodes.decodes]
+        if not self._make_room(sum(max(0, pages - len(r.pages)) for r, pages in ends)):
+            return False
+        for request, num_pages in ends:
+            while len(request.pages) < num_pages:
+                request.pages.append(self._pool.allocate())
+        return True
 
     def took(self, schedule: Schedule, seconds: float) -> None:
         """Learn how long a step has taken."""

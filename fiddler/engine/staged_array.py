@@ -1,4 +1,4 @@
-"""Several small arrays as one: a single copy brings all of them to the device."""
+"""Several small arrays as one: a single copy brings all of them to the device, or from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,19 +47,31 @@ def lay_out(sizes: Mapping[str, tuple[Kind, int]]) -> tuple[dict[str, Field], in
 
 
 class StagedArray:
-    """Fields on the host (pinned where there is a GPU), zeros at first, and on the device.
+    """Fields on the device, and on the host (pinned where there is a GPU), zeros at first.
 
-    Ordering: write to ``host`` only while no work is under way that has :meth:`send` in it.
+    The host may have several sides, to write or read one while a copy of another is under way.
+
+    Ordering: use a side only while no copy of it is under way.
     """
 
-    def __init__(self, sizes: Mapping[str, tuple[Kind, int]], device: torch.device) -> None:
-        fields, size = lay_out(sizes)
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    def __init__(
+        self, sizes: Mapping[str, tuple[Kind, int]], device: torch.device, num_sides: int = 1
+    ) -> None:
+        self._fields, size = lay_out(sizes)
+        is_gpu = device.type == "cuda"
+        self._host = torch.zeros((num_sides, size), dtype=torch.int32, pin_memory=is_gpu)
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        host = self._host.numpy()
-        self.host = {name: field.on_host(host) for name, field in fields.items()}
-        self.device = {name: field.on_device(self._device) for name, field in fields.items()}
+        self.sides = tuple(
+            {name: field.on_host(side) for name, field in self._fields.items()}
+            for side in self._host.numpy()
+        )
+        self.device = {name: field.on_device(self._device) for name, field in self._fields.items()}
 
-    def send(self) -> None:
-        """Put the copy to the device on the current stream."""
-        self._device.copy_(self._host, non_blocking=True)
+    def send(self, side: int = 0, *, before: str | None = None) -> None:
+        """Put the copy to the device on the current stream; ``before``: of the fields before it."""
+        end = None if before is None else self._fields[before].first
+        self._device[:end].copy_(self._host[side, :end], non_blocking=True)
+
+    def fetch(self, side: int = 0) -> None:
+        """Put the copy from the device on the current stream."""
+        self._host[side].copy_(self._device, non_blocking=True)

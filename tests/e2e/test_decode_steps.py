@@ -68,6 +68,8 @@ def add_decode_steps(
     llm: LLM,
     share: ShareCosts | None = None,
     adaptive: AdaptivePlacement | None = None,
+    *,
+    runs_ahead: bool = True,
 ) -> DecodeSteps:
     """As a GPU would have them, but for the graph."""
     from fiddler.models.triton_kernels import TritonKernels
@@ -102,6 +104,7 @@ def add_decode_steps(
             max_num_seqs=4,
             pages_per_request=8,
             is_eager=True,
+            runs_ahead=runs_ahead,
         )
     )
     return runner.decode_steps
@@ -141,6 +144,42 @@ def test_tokens_and_counts_are_those_of_plain_steps(model: str, share: float) ->
         assert run(llm) == wanted
         assert sorted(steps._buckets) == [(rows, False) for rows in (1, 2, 4)]
         assert (torch.tensor(llm.expert_counts()) == 2 * torch.tensor(counts)).all()
+
+
+def test_steps_follow_before_tokens_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind a token that ends a request: that step counts for nothing."""
+    followed: list[int] = []
+
+    def start_next(self: DecodeSteps, step: Any, chunks: Any, *rest: Any) -> Any:
+        followed.append(len(chunks))
+        return put_behind(self, step, chunks, *rest)
+
+    put_behind = DecodeSteps.start_next
+    monkeypatch.setattr(DecodeSteps, "start_next", start_next)
+    with loaded("qwen2_moe", 0.5) as llm:
+        prompts = random_texts([15, 30], llm.model_config.vocab_size, seed=4)
+
+        def tokens_and_counts(**params: Any) -> tuple[list[list[int]], list[list[int]]]:
+            llm._running.engine.scheduler._cache.evict(10**6)  # type: ignore[union-attr]
+            before = torch.tensor(llm.expert_counts())
+            given = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, **params)
+            found = [o.outputs[0].token_ids for o in llm.generate(prompts, given)]
+            return found, (torch.tensor(llm.expert_counts()) - before).tolist()
+
+        all_tokens, _ = wanted = tokens_and_counts()
+        stop = all_tokens[0][3]
+        assert stop not in all_tokens[0][:3]
+        stopped = tokens_and_counts(stop_token_ids=[stop])
+        assert not followed
+        add_decode_steps(llm)
+        assert tokens_and_counts() == wanted
+        assert followed == [2] * 6
+        followed.clear()
+        assert tokens_and_counts(stop_token_ids=[stop]) == stopped
+        assert 0 < len(followed) < 6
+        followed.clear()
+        add_decode_steps(llm, runs_ahead=False)
+        assert tokens_and_counts() == wanted and not followed
 
 
 def test_draws_are_those_of_plain_steps() -> None:

@@ -66,7 +66,9 @@ class Layers:
 
     def compute(self) -> list[torch.Tensor]:
         """Every token's sum, on the current stream."""
-        found, step = [], self.experts.step(1, self.used)
+        found = []
+        record_LTK = torch.zeros(self.experts.record_shape(1), dtype=torch.int32, device="cuda")
+        step = self.experts.step(1, self.used, record_LTK)
         for n, token in enumerate(self.tokens):
             layer = n % self.num_layers
             parts = step.launch(layer, token.x_TH, token.ids_TK, token.weights_TK).parts()

@@ -100,7 +100,8 @@ def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]], share
         counts = torch.zeros(4, E, dtype=torch.int64)
         for num_rows, num_used in ((1, 1), (4, 3), (2, 2), (4, 4)):
             used = torch.tensor([num_used], dtype=torch.int32)
-            backend = experts.step(num_rows, used)
+            record_LTK = torch.zeros(experts.record_shape(num_rows), dtype=torch.int32)
+            backend = experts.step(num_rows, used, record_LTK)
             experts.bind(num_rows)
             hybrid.begin_step(num_used)
             chosen = {}
@@ -120,7 +121,7 @@ def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]], share
                 assert found_TH[num_used:].eq(0).all()
                 chosen[layer] = ids_TK[:num_used]
                 counts[layer] += ids_TK[:num_used].flatten().bincount(minlength=E)
-            experts.finish(num_used)
+            experts.finish(record_LTK.numpy()[:, :num_used], range(num_used))
             check_routing(hybrid, resident, chosen, num_used)
         assert hybrid.counts_LE.tolist() == counts.tolist()
 
@@ -183,9 +184,11 @@ def test_parts_add_up_whatever_moves(
             swap_store.check(store)
             experts.bind(4)
             hybrid.begin_step(3)
+            record_LTK = torch.zeros(experts.record_shape(4), dtype=torch.int32)
+            backend = experts.step(4, used, record_LTK)
             for layer in swap_store.MOE_LAYERS:
                 x_TH, ids_TK, weights_TK = make_step(4, seed=10 * step + layer)
-                parts = experts.step(4, used).launch(layer, x_TH, ids_TK, weights_TK).parts()
+                parts = backend.launch(layer, x_TH, ids_TK, weights_TK).parts()
                 found_TH = sum(part.clone() for part in parts)
                 wanted_TH = brute_force(store, layer, x_TH, ids_TK, weights_TK)
                 torch.testing.assert_close(
@@ -198,7 +201,7 @@ def test_parts_add_up_whatever_moves(
                     for layer in swap_store.MOE_LAYERS
                 )
             )
-            experts.finish(3)
+            experts.finish(record_LTK.numpy()[:, :3], range(3))
             assert hybrid.routing.hot_T.sum() == num_hot
     assert adaptive.num_swaps > 4
 

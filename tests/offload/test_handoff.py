@@ -45,7 +45,8 @@ def feed(pool: WorkerPool, numbers: list[int], patience_s: float = 20.0) -> None
     bell = HostBell(pool.words)
     work = [lambda n=n, do=do: do(n) for n in numbers for do in (bell.ring, bell.wait)]
     with pool.awake():
-        await_stream(Stream(*work).is_done, pool.words, numbers, patience_s)
+        stream = Stream(*work)
+        await_stream(stream.is_done, stream.is_done, pool.words, numbers, patience_s)
 
 
 def test_jobs_run_in_the_order_of_the_stream(pool: WorkerPool) -> None:
@@ -96,6 +97,38 @@ def test_workers_that_stand_still_do_not_hold_the_stream(comes_back: bool) -> No
     pool.close()
 
 
+def test_a_step_is_awaited_without_the_one_behind_it(pool: WorkerPool) -> None:
+    may_end = threading.Event()
+    numbers = [add_python_job(pool, lambda: None), add_python_job(pool, may_end.wait)]
+    bell, seen = HostBell(pool.words), list[int]()
+    work = [lambda n=n, do=do: do(n) for n in numbers for do in (bell.ring, bell.wait)]
+    work.insert(2, lambda: seen.append(1))
+    stream = Stream(*work)
+    with pool.awake():
+        await_stream(lambda: bool(seen), stream.is_done, pool.words, numbers)
+    assert not stream.is_done()
+    may_end.set()
+    with pool.awake():
+        await_stream(stream.is_done, stream.is_done, pool.words, numbers)
+
+
+def test_a_failure_of_the_step_behind_is_told_when_that_is_awaited() -> None:
+    pool = WorkerPool(2, caller_works=False)
+    numbers = [add_python_job(pool, lambda: None), add_python_job(pool, lambda: 1 / 0)]
+    bell, seen = HostBell(pool.words), list[int]()
+    work = [lambda n=n, do=do: do(n) for n in numbers for do in (bell.ring, bell.wait)]
+    work.insert(2, lambda: seen.append(1))
+    stream = Stream(*work)
+    with pool.awake():
+        await_stream(lambda: bool(seen), stream.is_done, pool.words, numbers)
+        with pytest.raises(WorkerError, match="a CPU worker failed"):
+            await_stream(stream.is_done, stream.is_done, pool.words, numbers)
+    assert stream.is_done()
+    with pytest.raises(ZeroDivisionError):
+        pool.wait()
+    pool.close()
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """SIGINT raises, also where the process was started with it ignored (in the background)."""
@@ -123,7 +156,7 @@ def test_an_interrupt_waits_for_the_stream(pool: WorkerPool) -> None:
         return stream.is_done()
 
     with pytest.raises(KeyboardInterrupt), pool.awake():
-        await_stream(is_done, pool.words, [number])
+        await_stream(is_done, is_done, pool.words, [number])
     assert seen == ["end"]
 
 

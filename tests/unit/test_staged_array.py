@@ -20,9 +20,9 @@ def test_fields_are_aligned_and_apart() -> None:
 
 def test_numbers_come_over_as_they_are() -> None:
     array = StagedArray({"n": ("int32", 2), "seed": ("int64", 2), "t": ("float32", 3)}, CPU)
-    array.host["n"][:] = [-1, 7]
-    array.host["seed"][:] = [2**63 - 1, -(2**63)]
-    array.host["t"][:] = [0.1, -np.inf, 1e-30]
+    array.sides[0]["n"][:] = [-1, 7]
+    array.sides[0]["seed"][:] = [2**63 - 1, -(2**63)]
+    array.sides[0]["t"][:] = [0.1, -np.inf, 1e-30]
     assert not array.device["seed"].any()
     array.send()
     assert array.device["n"].tolist() == [-1, 7]
