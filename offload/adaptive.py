@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 DECAY = 0.99  # of a step's weight at the next: 100 steps count, a paragraph of text
-MARGIN = 5.0  # tokens in that time by which a newcomer has to lead: below it, chance decides
-COPY_SHARE = 0.02  # of a step's time, for copies of experts
+# Standard errors by which a newcomer has to lead. A heat's variance is half of it, if choices are
+# independent; of thousands of pairs, a few are 3 standard errors apart by chance alone.
+MARGIN = 4.0
+COPY_SHARE = 0.1  # of a step's time, for copies of experts
 # Copies go over the link, which is a third of what reads host memory in a step (see cold_share).
 LINK_SHARE = 1 / 3
 
@@ -77,8 +79,9 @@ def choose_swaps(
 ) -> list[Swap]:
     """At most ``most`` swaps, at most one in each of ``layers``, the most useful first.
 
-    Of equally hot experts the lower id counts, of equal gains the lower layer. ``layers`` have
-    experts on both sides.
+    A newcomer leads by more than ``margin`` standard errors of the difference. Of equally hot
+    experts the lower id counts, of equal gains the lower layer. ``layers`` have experts on both
+    sides.
     """
     rows = sorted(layers)
     if not rows or most <= 0:
@@ -87,11 +90,11 @@ def choose_swaps(
     comes = np.where(is_resident, -np.inf, heat).argmax(axis=1)
     leaves = np.where(is_resident, heat, np.inf).argmin(axis=1)
     row = np.arange(len(rows))
-    gain = heat[row, comes] - heat[row, leaves]
-    order = np.argsort(-gain, kind="stable")[:most]
-    return [
-        Swap(rows[n], int(comes[n]), int(leaves[n])) for n in order.tolist() if gain[n] > margin
-    ]
+    hotter, colder = heat[row, comes], heat[row, leaves]
+    gain = hotter - colder
+    is_sure = gain > margin * np.sqrt((hotter + colder) / 2)
+    order = np.argsort(-np.where(is_sure, gain, -np.inf), kind="stable")[:most]
+    return [Swap(rows[n], int(comes[n]), int(leaves[n])) for n in order.tolist() if is_sure[n]]
 
 
 # (heat_LE, is_resident_LE, layers, most) to swaps; see choose_swaps
