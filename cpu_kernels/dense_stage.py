@@ -35,14 +35,7 @@ from cpu_kernels.expert_parts import (
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS, KernelPath
-from cpu_kernels.pieces import (
-    DOWN,
-    GATE_UP,
-    forget_pieces,
-    next_piece,
-    num_rounds,
-    piece_range,
-)
+from cpu_kernels.pieces import DOWN, GATE_UP, forget_pieces, num_rounds, pieces
 from cpu_kernels.routes import (
     kept_rows,
     kept_width,
@@ -195,11 +188,8 @@ def gate_up(path, part, form, row_bytes, job, worker, num_workers):
     cost = total_cost(starts, kept, job.width, ROWS)
     rounds = num_rounds(2 * kept * row_bytes, num_workers)
     forget_pieces(job.taken, DOWN, worker)
-    piece = worker
-    while piece < num_workers * (rounds + 1):
-        begin, end = piece_range(cost, piece, rounds, num_workers)
+    for begin, end in pieces(job.taken, GATE_UP, cost, rounds, worker, num_workers):
         gate_up_piece(path, part, form, row_bytes, job, kept, worker, begin, end)
-        piece = next_piece(job.taken, GATE_UP, rounds, num_workers)
 
 
 @jit
@@ -242,12 +232,9 @@ def down(path, part, weight_bytes, job, worker, num_workers):
     tiles = (job.hidden + ROWS - 1) // ROWS
     rounds = num_rounds(kept * job.hidden * weight_bytes, num_workers)
     forget_pieces(job.taken, GATE_UP, worker)
-    piece = worker
-    while piece < num_workers * (rounds + 1):
-        begin, end = piece_range(tiles, piece, rounds, num_workers)
-        begin, end = begin * ROWS, min(end * ROWS, job.hidden)
+    for first, last in pieces(job.taken, DOWN, tiles, rounds, worker, num_workers):
+        begin, end = first * ROWS, min(last * ROWS, job.hidden)
         down_piece(path, part, row_bytes, job, kept, worker, begin, end)
-        piece = next_piece(job.taken, DOWN, rounds, num_workers)
 
 
 def num_phases(kernel: KernelPath) -> int:

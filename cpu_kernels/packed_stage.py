@@ -28,14 +28,7 @@ from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS, KernelPath
 from cpu_kernels.packed_rows import prepare_rows
 from cpu_kernels.packed_tile import FULL_TOKENS, PART_TOKENS, ROWS, packed_tile
-from cpu_kernels.pieces import (
-    DOWN,
-    GATE_UP,
-    forget_pieces,
-    next_piece,
-    num_rounds,
-    piece_range,
-)
+from cpu_kernels.pieces import DOWN, GATE_UP, forget_pieces, num_rounds, pieces
 from cpu_kernels.routes import (
     kept_rows,
     kept_width,
@@ -113,11 +106,8 @@ def gate_up(path, job, sizes, worker, num_workers):
     cost = total_cost(starts, kept, job.width, ROWS)
     rounds = num_rounds(2 * kept // ROWS * sizes[1], num_workers)
     forget_pieces(job.taken, DOWN, worker)
-    piece = worker
-    while piece < num_workers * (rounds + 1):
-        begin, end = piece_range(cost, piece, rounds, num_workers)
+    for begin, end in pieces(job.taken, GATE_UP, cost, rounds, worker, num_workers):
         gate_up_piece(path, job, sizes, kept, worker, begin, end)
-        piece = next_piece(job.taken, GATE_UP, rounds, num_workers)
 
 
 @jit
@@ -162,11 +152,8 @@ def down(path, job, group, group_bytes, worker, num_workers):
     blocks = (job.hidden + ROWS - 1) // ROWS
     rounds = num_rounds(blocks * (kept // group) * group_bytes, num_workers)
     forget_pieces(job.taken, GATE_UP, worker)
-    piece = worker
-    while piece < num_workers * (rounds + 1):
-        begin, end = piece_range(blocks, piece, rounds, num_workers)
+    for begin, end in pieces(job.taken, DOWN, blocks, rounds, worker, num_workers):
         down_piece(path, job, group, group_bytes, kept, worker, begin, end)
-        piece = next_piece(job.taken, DOWN, rounds, num_workers)
 
 
 @jit

@@ -38,11 +38,20 @@ def piece_range(total, piece, rounds, num_workers):
 
 
 @jit
-def next_piece(taken, phase, rounds, num_workers):
-    """The first piece that nobody has taken; one past the last if there is none.
+def pieces(taken, phase, total, rounds, worker, num_workers):
+    """Yield [begin, end) of each piece of ``total`` that this worker takes, until none is left.
 
     ``taken``: address of the pool's words TAKEN.
     """
+    piece = worker
+    while piece < num_workers * (rounds + 1):
+        yield piece_range(total, piece, rounds, num_workers)
+        piece = _next_piece(taken, phase, rounds, num_workers)
+
+
+@jit
+def _next_piece(taken, phase, rounds, num_workers):
+    """The first piece that nobody has taken; one past the last if there is none."""
     if rounds == 0:
         return num_workers
     number = num_workers + atomic_add(i64_array(taken, 2 * LINE), phase * LINE, 1)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from cpu_kernels.addresses import i64_array
 from cpu_kernels.compiled import stage_address
 from cpu_kernels.intrinsics import jit
-from cpu_kernels.pieces import GATE_UP, forget_pieces, next_piece, num_rounds, piece_range
+from cpu_kernels.pieces import GATE_UP, forget_pieces, num_rounds, pieces
 from cpu_kernels.threads import WorkerPool
 from cpu_kernels.worker import JOB_HEADER, TAKEN
 
@@ -52,12 +52,11 @@ def make_read_stage():
         if phase > 0:
             forget_pieces(taken, GATE_UP, worker)
             return
-        total, piece = 0, worker
-        rounds = num_rounds(8 * num_words, num_readers)
-        while worker < num_readers and piece < num_readers * (rounds + 1):
-            begin, end = piece_range(num_words, piece, rounds, num_readers)
-            total ^= xor_words(address + 8 * begin, end - begin)
-            piece = next_piece(taken, GATE_UP, rounds, num_readers)
+        total = 0
+        if worker < num_readers:
+            rounds = num_rounds(8 * num_words, num_readers)
+            for begin, end in pieces(taken, GATE_UP, num_words, rounds, worker, num_readers):
+                total ^= xor_words(address + 8 * begin, end - begin)
         i64_array(out, num_workers)[worker] = total
 
     return read_stage

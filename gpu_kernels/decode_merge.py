@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E
+from gpu_kernels.split_kv import queries_of_unit
 
 MERGE_DIMS = 32
 FEW_ROWS = 1024
@@ -58,10 +59,7 @@ def merge_kernel(
     unit = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_BLOCKS
     row_R = tl.program_id(1) % ROW_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
-    first_query, count = unit, 1
-    if HAS_BLOCKS:
-        first_query = tl.load(first_ptr + unit)
-        count = tl.load(count_ptr + unit)
+    first_query, count = queries_of_unit(first_ptr, count_ptr, unit, HAS_BLOCKS)
     is_row_R = row_R < count * GROUP
     head_R = kv_head * GROUP + row_R % GROUP
     first_part = tl.load(ranges_ptr + 2 * unit)

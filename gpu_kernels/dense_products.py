@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.expert_columns import load_columns
+from gpu_kernels.split_depth import part_of_depth
 
 
 @triton.jit
@@ -47,14 +48,8 @@ def dense_products(
     if is_used_F is not None:
         a_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
         b_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
-    SPLIT_STEP: tl.constexpr = STEP * SPEC.splits
-    if begin is None:
-        share = (DEPTH + SPLIT_STEP - 1) // SPLIT_STEP * STEP
-        start = split * share
-    else:
-        share = (DEPTH - begin + SPLIT_STEP - 1) // SPLIT_STEP * STEP
-        start = begin + split * share
-    for first in tl.range(start, tl.minimum(start + share, DEPTH), STEP, disable_licm=True):
+    start, length = part_of_depth(split, begin, 1, SPEC)
+    for first in tl.range(start, tl.minimum(start + length, DEPTH), STEP, disable_licm=True):
         x_ND = load_columns(x_ptr, x_offset_N, is_used_N, first, STEP, SPEC)
         if is_used_F is not None:
             x_FD = load_columns(x_ptr, x_offset_F, is_used_F, first, STEP, SPEC)

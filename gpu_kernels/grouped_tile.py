@@ -100,41 +100,29 @@ def _compute(
     """Tile ``tile`` of one slot's weights times up to N + MORE of its ``num`` pairs from one on."""
     column_N = tl.arange(0, SPEC.columns)
     x_offset_N, out_offset_N = _find_columns(pair_ptr, first, column_N, num, stride_x, TOP_K, SPEC)
-    if MORE == 0:
-        expert_tile(
-            w_ptr,
-            bias_ptr,
-            x_ptr,
-            out_ptr,
-            tile,
-            0,
-            None,
-            x_offset_N,
-            out_offset_N,
-            column_N < num,
-            SPEC,
-        )
-    else:
+    x_offset_F, out_offset_F, is_used_F = None, None, None
+    if MORE > 0:
         column_F = SPEC.columns + tl.arange(0, MORE)
         x_offset_F, out_offset_F = _find_columns(
             pair_ptr, first, column_F, num, stride_x, TOP_K, SPEC
         )
-        expert_tile(
-            w_ptr,
-            bias_ptr,
-            x_ptr,
-            out_ptr,
-            tile,
-            0,
-            None,
-            x_offset_N,
-            out_offset_N,
-            column_N < num,
-            SPEC,
-            x_offset_F,
-            out_offset_F,
-            column_F < num,
-        )
+        is_used_F = column_F < num
+    expert_tile(
+        w_ptr,
+        bias_ptr,
+        x_ptr,
+        out_ptr,
+        tile,
+        0,
+        None,
+        x_offset_N,
+        out_offset_N,
+        column_N < num,
+        SPEC,
+        x_offset_F,
+        out_offset_F,
+        is_used_F,
+    )
 
 
 @triton.jit

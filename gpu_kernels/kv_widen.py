@@ -116,18 +116,19 @@ def widen(x, DTYPE: tl.constexpr, IN_PLACE: tl.constexpr):
     is_int8: tl.constexpr = x.dtype == tl.int8
     if is_int8 or x.dtype == tl.uint8:
         if HAS_PTX and tl.float16 == DTYPE:
-            # what is not "pure" is not moved behind a change of layout
-            return tl.inline_asm_elementwise(
-                _INT8_TO_F16 if is_int8 else _E4M3_TO_F16,
-                "=r,=r,r",
-                [x],
-                dtype=tl.float16,
-                is_pure=IN_PLACE,
-                pack=4,
-            )
+            return _bytes_to_float16(x, _INT8_TO_F16 if is_int8 else _E4M3_TO_F16, IN_PLACE)
         return (x if is_int8 else x.to(tl.float8e4nv, bitcast=True)).to(DTYPE)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def _bytes_to_float16(x, PTX: tl.constexpr, IN_PLACE: tl.constexpr):
+    """``PTX`` makes four float16 of four bytes; ``IN_PLACE`` as in :func:`widen`."""
+    # what is not "pure" is not moved behind a change of layout
+    return tl.inline_asm_elementwise(
+        PTX, "=r,=r,r", [x], dtype=tl.float16, is_pure=IN_PLACE, pack=4
+    )
 
 
 @triton.jit
@@ -160,14 +161,7 @@ def zero_and_scale(word):
 def widen_half(x, DTYPE: tl.constexpr, HIGH: tl.constexpr, IN_PLACE: tl.constexpr):
     """The low or the high codes of ``x``, uint8 with two in each, exactly; as :func:`widen`."""
     if HAS_PTX and tl.float16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            _HIGH_TO_F16 if HIGH else _LOW_TO_F16,
-            "=r,=r,r",
-            [x],
-            dtype=tl.float16,
-            is_pure=IN_PLACE,
-            pack=4,
-        )
+        return _bytes_to_float16(x, _HIGH_TO_F16 if HIGH else _LOW_TO_F16, IN_PLACE)
     else:
         nibble = (x >> 4 if HIGH else x & 15) ^ NIBBLE_OFFSET
         return (nibble.to(tl.int8) - NIBBLE_OFFSET).to(DTYPE)

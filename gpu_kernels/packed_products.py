@@ -12,6 +12,7 @@ import triton.language as tl
 
 from gpu_kernels.expert_columns import load_columns
 from gpu_kernels.packed_tile import decode_words, load_group, load_words, order_depth, tile_row
+from gpu_kernels.split_depth import part_of_depth
 
 
 @triton.jit
@@ -41,13 +42,7 @@ def packed_products(
     UNIT: tl.constexpr = STEP if STEP < GROUP else GROUP
     NUM_UNITS: tl.constexpr = (DEPTH + UNIT - 1) // UNIT
     WORDS: tl.constexpr = UNIT * SPEC.bits // 32
-    SPLIT_STEP: tl.constexpr = STEP * SPEC.splits
-    if begin is None:
-        share = (DEPTH + SPLIT_STEP - 1) // SPLIT_STEP * (STEP // UNIT)
-        first_unit = split * share
-    else:
-        share = (DEPTH - begin + SPLIT_STEP - 1) // SPLIT_STEP * (STEP // UNIT)
-        first_unit = begin // UNIT + split * share
+    first_unit, length = part_of_depth(split, begin, UNIT, SPEC)
     row_M = tile_row(tl.arange(0, M), SPEC)
     first_block = first_row // 16
     a_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 0, SPEC)
@@ -62,7 +57,7 @@ def packed_products(
     if is_used_F is not None:
         a_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
         b_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
-    for first in range(first_unit, tl.minimum(first_unit + share, NUM_UNITS), STEP // UNIT):
+    for first in range(first_unit, tl.minimum(first_unit + length, NUM_UNITS), STEP // UNIT):
         if SPEC.waits:
             _wait_for_products()
         for part in tl.static_range(STEP // UNIT):

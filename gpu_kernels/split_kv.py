@@ -103,6 +103,15 @@ def items_of_units(
 
 
 @triton.jit
+def queries_of_unit(first_ptr, count_ptr, unit, HAS_BLOCKS: tl.constexpr):
+    """Return a unit's first query and how many it has."""
+    if HAS_BLOCKS:
+        return tl.load(first_ptr + unit), tl.load(count_ptr + unit)
+    else:
+        return unit, 1
+
+
+@triton.jit
 def share_of(
     program, num_programs, items_U, total, SPLIT_TILES: tl.constexpr, START_TILES: tl.constexpr
 ):

@@ -5,29 +5,30 @@ of a stream; all three may be captured into a CUDA graph. The runtime's Python b
 but for two things: they may be absent, and their host function frees its argument after the first
 call, so that a second replay of a graph crashes.
 
+Registration of host memory, which torch offers through ``cudart()``: there a refusal would stay
+behind as the runtime's last error, and the next kernel launch would complain of it.
+
 Ordering: a store to a word is a release for all that the stream did before it (the driver's default
 flag), and what follows a wait on the stream sees what the host wrote before the awaited value.
 """
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 WAIT_UNTIL_EQUAL = 0x1  # CU_STREAM_WAIT_VALUE_EQ
 WRITE_AFTER_ALL_BEFORE = 0x0  # CU_STREAM_WRITE_VALUE_DEFAULT: with a memory barrier
+PORTABLE, MAPPED = 0x1, 0x2  # of CU_MEMHOSTREGISTER: for all contexts, and in the GPU's addresses
 
 HostFunction = Callable[[int], None]
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class DriverError(RuntimeError):
-    """A call of the driver returned ``code`` (a CUresult)."""
-
-    def __init__(self, call: str, code: int) -> None:
-        super().__init__(f"{call} failed with CUDA error {code}")
-        self.code = code
+    """A call of the driver was refused; the text says which, why, and with what CUresult."""
 
 
 class HostCallback:
@@ -42,7 +43,10 @@ class HostCallback:
 
 
 class CudaDriver:
-    """Stream operations on addresses as the device sees them; raises DriverError."""
+    """Calls of the driver; each raises DriverError.
+
+    Stream operations take addresses as the device sees them, registration as the host does.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -75,6 +79,36 @@ class CudaDriver:
             ctypes.c_void_p(argument),
         )
 
+    def current_context(self) -> int:
+        """The context of this thread, which must have one."""
+        found = ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(found))
+        assert found.value is not None
+        return found.value
+
+    @contextlib.contextmanager
+    def inside(self, context: int) -> Iterator[None]:
+        """Within, this thread's calls are for ``context``."""
+        self._call("cuCtxPushCurrent_v2", ctypes.c_void_p(context))
+        try:
+            yield
+        finally:
+            popped = ctypes.c_void_p()
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(popped))
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Pin host memory and let the device read it where it lies; refused, it is as it was."""
+        self._call(
+            "cuMemHostRegister_v2",
+            ctypes.c_void_p(address),
+            ctypes.c_size_t(num_bytes),
+            ctypes.c_uint(PORTABLE | MAPPED),
+        )
+
+    def unregister(self, address: int) -> None:
+        """Undo :meth:`register`."""
+        self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+
     def _word(self, name: str, stream: int, address: int, value: int, flags: int) -> None:
         self._call(
             name,
@@ -88,10 +122,15 @@ class CudaDriver:
         try:
             function = getattr(self._library, name)
         except AttributeError as error:  # a driver before CUDA 11.7
-            raise DriverError(name, -1) from error
+            raise DriverError(f"{name} failed: this driver does not have it") from error
         code = function(*arguments)
         if code != 0:
-            raise DriverError(name, code)
+            raise DriverError(f"{name} failed: {self._reason(code)} (CUDA error {code})")
+
+    def _reason(self, code: int) -> str:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text))
+        return (text.value or b"unknown error").decode()
 
 
 @functools.cache

@@ -30,8 +30,9 @@ import torch
 from cpu_kernels.packed_layout import PackedShape
 from cpu_kernels.weight_kind import WeightKind
 from offload.cold_weights import ColdWeights, cold_packed, cold_weights
+from offload.cuda_driver import DriverError
 from offload.layer_experts import LayerExperts
-from offload.pinning import PinError, PinnedMemory
+from offload.pinning import PinnedMemory
 from offload.placement import Placement
 from offload.reader_threads import reader_threads
 from offload.row_cache import Key, RowCache, give_back_pages
@@ -133,7 +134,7 @@ class ExpertStore:
                     on_progress(done, len(work))
         refused = [error for pin in pins if (error := pin.exception()) is not None]
         for error in refused[:1]:
-            if not isinstance(error, PinError):
+            if not isinstance(error, DriverError):
                 raise error
             text = _pageable_text(error, len(refused), len(self._cold))
             warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -250,7 +251,7 @@ def _keys(placement: Placement) -> list[Key]:
     return [(layer, e) for layer, some in enumerate(placement.resident) for e in sorted(some)]
 
 
-def _pageable_text(error: PinError, num_refused: int, num_layers: int) -> str:
+def _pageable_text(error: DriverError, num_refused: int, num_layers: int) -> str:
     return (
         f"the host memory of {num_refused} of {num_layers} layers could not be pinned ({error}): "
         "prompts are computed more slowly, and the GPU takes no part in their cold experts; "

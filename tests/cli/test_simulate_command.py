@@ -5,20 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from click.testing import CliRunner, Result
 
 from fiddler.cli import cli
 from fiddler.cli.simulate_table import POLICIES
-from offload.plan import Footprint
 from offload.popularity import Popularity, Profile, save_profile
 from offload.routing_trace import RoutingTrace, save_trace
+from tests.offload.planner_cases import model
 
 SMALL = ("--shape", "olmoe-1b-7b", "--tokens", "120")
-SIZES = Footprint(
+SIZES = model(
     num_layers=3,
-    num_experts=8,
-    top_k=2,
     moe_layers=(0, 2),
     expert_bytes=1_000_000,
     dense_bytes=2_000_000,
@@ -60,6 +59,22 @@ def trace(tmp_path: Path) -> Path:
         path,
     )
     return path
+
+
+def saved_profile(
+    folder: Path, *, of: str, text: str, counts: npt.NDArray[np.int64] | None = None
+) -> Path:
+    """A profile of layers 0 and 2, all experts chosen alike unless ``counts`` says otherwise."""
+    profile = Profile(
+        model=of,
+        revision=None,
+        corpus_sha256=text,
+        num_tokens=15,
+        popularity=Popularity(np.ones((3, 8), dtype=np.int64) if counts is None else counts),
+        created="now",
+    )
+    save_profile(profile, folder / "p.json")
+    return folder / "p.json"
 
 
 def test_a_table_for_each_budget() -> None:
@@ -121,16 +136,8 @@ def test_a_batch_shares_reads(trace: Path) -> None:
 def test_a_profile_places(trace: Path, tmp_path: Path) -> None:
     counts = np.zeros((3, 8), dtype=np.int64)
     counts[0, :3], counts[2, 4:7] = 5, 5
-    profile = Profile(
-        model="name",
-        revision=None,
-        corpus_sha256="other",
-        num_tokens=15,
-        popularity=Popularity(counts),
-        created="now",
-    )
-    save_profile(profile, tmp_path / "p.json")
-    done = run(trace, "--slots", "6", "--profile", tmp_path / "p.json", "--json")
+    profile = saved_profile(tmp_path, of="name", text="other", counts=counts)
+    done = run(trace, "--slots", "6", "--profile", profile, "--json")
     record = json.loads(done.stdout)
     assert record["steps"] == 100 and "own text" not in done.stderr
     by_name = {row["policy"]: row["hit_rate"] for row in record["rows"]}
@@ -138,16 +145,8 @@ def test_a_profile_places(trace: Path, tmp_path: Path) -> None:
 
 
 def test_a_profile_of_the_same_text_is_told(trace: Path, tmp_path: Path) -> None:
-    profile = Profile(
-        model="org/name",
-        revision=None,
-        corpus_sha256="text",
-        num_tokens=1,
-        popularity=Popularity(np.ones((3, 8), dtype=np.int64)),
-        created="now",
-    )
-    save_profile(profile, tmp_path / "p.json")
-    done = run(trace, "--slots", "6", "--profile", tmp_path / "p.json")
+    profile = saved_profile(tmp_path, of="org/name", text="text")
+    done = run(trace, "--slots", "6", "--profile", profile)
     assert "of the trace's own text" in done.stderr
 
 
@@ -179,14 +178,6 @@ def test_bad_input_is_one_sentence(trace: Path, arguments: tuple[str, ...], sent
 
 
 def test_a_profile_of_another_model_is_refused(trace: Path, tmp_path: Path) -> None:
-    profile = Profile(
-        model="org/other",
-        revision=None,
-        corpus_sha256="x",
-        num_tokens=1,
-        popularity=Popularity(np.ones((3, 8), dtype=np.int64)),
-        created="now",
-    )
-    save_profile(profile, tmp_path / "p.json")
-    done = run(trace, "--profile", tmp_path / "p.json")
+    profile = saved_profile(tmp_path, of="org/other", text="x")
+    done = run(trace, "--profile", profile)
     assert done.exit_code == 1 and "is of org/other" in done.stderr

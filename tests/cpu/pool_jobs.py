@@ -1,7 +1,8 @@
-"""Jobs that check the pool which runs them, and a feeder without Python."""
+"""Pools of every make, jobs that check the pool which runs them, and a feeder without Python."""
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from cpu_kernels.addresses import i64_array
 from cpu_kernels.compiled import stage_address
 from cpu_kernels.intrinsics import atomic_add, atomic_load, pause, store_release
 from cpu_kernels.threads import WorkerPool
-from cpu_kernels.worker import DONE_BELL, DOORBELL, JOB_HEADER, NUM_WORDS
+from cpu_kernels.worker import DONE_BELL, DOORBELL, JOB_HEADER, NUM_WORDS, PARKED
+
+MODES = [(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)]
+modes = pytest.mark.parametrize(("num_threads", "caller_works"), MODES)
 
 HEADER_BYTES = 16
 # stamp: of this run; board: of [phases, workers] int64; faults: address of a count.
@@ -120,3 +125,14 @@ def busy_neighbour() -> Iterator[None]:
     finally:
         hog.kill()
         hog.wait()
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def is_parked(pool: WorkerPool) -> bool:
+    return int(pool.words[PARKED]) == pool.num_threads - pool.caller_works

@@ -1,7 +1,5 @@
-"""The worker pool: jobs run whole and in order, however they are rung; it parks, fails and ends."""
+"""The worker pool: jobs run whole and in order, however they are rung, and tell of their errors."""
 
-import dataclasses
-import gc
 import threading
 import time
 from collections.abc import Callable
@@ -15,32 +13,17 @@ from pool_jobs import (
     busy_neighbour,
     count_job,
     feed,
+    modes,
     python_job,
+    wait_until,
 )
 
 from cpu_kernels.addresses import f32_array, i64_array
 from cpu_kernels.compiled import stage_address
 from cpu_kernels.intrinsics import atomic_store
 from cpu_kernels.isa import host_isa
-from cpu_kernels.read_kernel import read
-from cpu_kernels.threads import StageError, WorkerPool, default_num_threads
-from cpu_kernels.topology import num_cores, read_machine
-from cpu_kernels.worker import DONE_BELL, DOORBELL, ERROR, JOB_HEADER, NUM_WORDS, PARKED
-
-MODES = [(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)]
-modes = pytest.mark.parametrize(("num_threads", "caller_works"), MODES)
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def is_parked(pool: WorkerPool) -> bool:
-    return int(pool.words[PARKED]) == pool.num_threads - pool.caller_works
-
+from cpu_kernels.threads import StageError, WorkerPool
+from cpu_kernels.worker import DONE_BELL, DOORBELL, ERROR, JOB_HEADER, NUM_WORDS
 
 # --- jobs ---
 
@@ -167,69 +150,6 @@ def test_an_exception_in_a_python_phase(num_threads: int, caller_works: bool, fa
     assert threading.active_count() == before
 
 
-# --- interrupts ---
-
-
-def interrupt_once(pool: WorkerPool, name: str, *, after: bool) -> None:
-    """Raise KeyboardInterrupt just before or after the next call of a compiled entry point."""
-    crew = pool._crew
-    kernels = crew.kernels
-
-    def interrupted(*args: int) -> object:
-        crew.kernels = kernels
-        if after:
-            getattr(kernels, name)(*args)
-        raise KeyboardInterrupt
-
-    crew.kernels = dataclasses.replace(kernels, **{name: interrupted})
-
-
-@pytest.mark.parametrize("after", [False, True])
-@modes
-def test_a_wait_may_be_interrupted(num_threads: int, caller_works: bool, after: bool) -> None:
-    with WorkerPool(num_threads, caller_works=caller_works) as pool:
-        job = CheckJob(pool)
-        for _ in range(3):
-            interrupt_once(pool, "work_as_caller" if caller_works else "wait_while", after=after)
-            with pytest.raises(KeyboardInterrupt):
-                job.run()
-            pool.wait()
-            job.check()
-            job.run()
-
-
-@modes
-def test_a_ring_may_be_interrupted_before_it_wakes_the_parked(
-    num_threads: int, caller_works: bool
-) -> None:
-    with WorkerPool(num_threads, caller_works=caller_works, spin_us=0) as pool:
-        job = CheckJob(pool)
-        wait_until(lambda: is_parked(pool))
-        interrupt_once(pool, "ring", after=True)
-        with pytest.raises(KeyboardInterrupt):
-            job.run()
-        pool.wait()
-        job.check()
-        job.run()
-
-
-def test_an_interrupt_within_a_phase_ends_the_pool() -> None:
-    def stage(phase: int, worker: int, num_workers: int) -> None:
-        if phase == 1 and worker == 0:
-            raise KeyboardInterrupt
-
-    before = threading.active_count()
-    pool = WorkerPool(2, caller_works=True)
-    number = python_job(pool, 3, stage)
-    pool.ring(number)
-    with pytest.raises(KeyboardInterrupt):
-        pool.wait()
-    with pytest.raises(KeyboardInterrupt):
-        pool.ring(number)
-    pool.close()
-    assert threading.active_count() == before
-
-
 # --- errors and float modes ---
 
 
@@ -278,135 +198,3 @@ def test_workers_flush_denormals_and_the_caller_does_not(
         pool.wait()
     assert (factors[2:] == 0).all()
     assert factors[0] * factors[1] > 0
-
-
-# --- sleep ---
-
-
-@modes
-def test_idle_workers_park_cost_nothing_and_wake(num_threads: int, caller_works: bool) -> None:
-    with WorkerPool(num_threads, caller_works=caller_works, spin_us=1000) as pool:
-        job = CheckJob(pool)
-        wait_until(lambda: is_parked(pool))
-        busy = time.process_time()
-        time.sleep(0.1)
-        assert time.process_time() - busy < 0.02
-        job.run()
-
-
-def test_ringing_while_workers_fall_asleep() -> None:
-    with WorkerPool(2, caller_works=False, spin_us=20) as pool:  # the caller falls asleep too
-        job = CheckJob(pool)
-        for pause_us in np.random.default_rng(1).integers(0, 200, 500):
-            until = time.perf_counter_ns() + 1000 * int(pause_us)
-            while time.perf_counter_ns() < until:
-                pass
-            job.run()
-
-
-def test_wake_and_awake() -> None:
-    counter = np.zeros(1, np.int64)
-    with WorkerPool(2, caller_works=False, spin_us=1000) as pool:
-        number = count_job(pool, counter, 1, 1)
-        seen = np.zeros(1, np.int64)
-        for _ in range(3):
-            wait_until(lambda: is_parked(pool))
-            pool.wake()
-            wait_until(lambda: is_parked(pool))  # nothing came
-            with pool.awake(), pool.awake():
-                time.sleep(0.01)
-                feed(pool.words.ctypes.data, np.array([number]), counter.ctypes.data, seen)
-        assert counter[0] == 6
-
-
-# --- beginning and end ---
-
-
-def test_two_hundred_starts_and_stops_leave_no_thread() -> None:
-    before = threading.active_count()
-    for n in range(200):
-        num_threads, caller_works = MODES[n % len(MODES)]
-        with WorkerPool(num_threads, caller_works=caller_works) as pool:
-            assert threading.active_count() == before + num_threads - caller_works
-            if n % 3:
-                CheckJob(pool).run()
-        assert threading.active_count() == before
-
-
-@modes
-def test_close_lets_a_running_job_end(num_threads: int, caller_works: bool) -> None:
-    pool = WorkerPool(num_threads, caller_works=caller_works)
-    job = CheckJob(pool)
-    job.start(5)
-    pool.close()
-    pool.close()
-    job.check()
-    with pytest.raises(AssertionError, match="closed"):
-        job.start()
-
-
-def test_close_lets_another_feeders_job_end() -> None:
-    counter = np.zeros(1, np.int64)
-    pool = WorkerPool(2, caller_works=False, spin_us=0)
-    number = count_job(pool, counter, 3, 1)
-    wait_until(lambda: is_parked(pool))
-    pool.words[DOORBELL] = number
-    pool.close()
-    assert counter[0] == 6
-
-
-@modes
-def test_close_while_parked(num_threads: int, caller_works: bool) -> None:
-    pool = WorkerPool(num_threads, caller_works=caller_works, spin_us=0)
-    wait_until(lambda: is_parked(pool))
-    pool.close()
-
-
-def test_close_reports_a_failure_that_nobody_waited_for() -> None:
-    def stage(phase: int, worker: int, num_workers: int) -> None:
-        raise OSError("gone")
-
-    pool = WorkerPool(2)
-    pool.ring(python_job(pool, 1, stage))
-    with pytest.raises(OSError, match="gone"):
-        pool.close()
-
-
-def test_a_pool_that_is_dropped_ends_its_threads() -> None:
-    before = threading.active_count()
-    pool = WorkerPool(3, caller_works=True)
-    pool.ring(CheckJob(pool).number)  # nobody works on it
-    assert threading.active_count() == before + 2
-    del pool
-    gc.collect()
-    assert threading.active_count() == before
-
-
-def test_default_number_of_threads() -> None:
-    cores = (1, 2, 3, 4, 6, 8, 16)
-    assert [default_num_threads(n) for n in cores] == [1, 2, 3, 3, 5, 6, 14]
-    here = num_cores(read_machine())
-    with WorkerPool() as pool:
-        assert pool.num_threads == default_num_threads(here)
-        assert pool.caller_works == (pool.num_threads == here)
-    with pytest.raises(ValueError, match="num_threads"):
-        WorkerPool(0)
-
-
-# --- a plain read ---
-
-
-@pytest.mark.parametrize("num_words", [0, 1, 7, 2047, 2048, 2049, 100_003])
-def test_a_plain_read_reads_every_word_once(num_words: int) -> None:
-    arena = np.random.default_rng(num_words).integers(-(2**62), 2**62, num_words)
-    with WorkerPool(3) as pool:
-        for readers in (1, 2, 3):
-            assert read(pool, arena, readers) == np.bitwise_xor.reduce(arena)
-
-
-def test_a_plain_read_refuses_what_it_cannot_read() -> None:
-    arena = np.zeros((8, 8), np.int64)
-    with WorkerPool(2) as pool:
-        for bad, readers in ((arena.T, 1), (np.zeros(3, np.uint16), 1), (arena, 0), (arena, 3)):
-            with pytest.raises(ValueError):
-                read(pool, bad, readers)

@@ -1,4 +1,4 @@
-"""Random small models, machines and budgets for the planner's property tests."""
+"""Small models, machines and budgets: some of a size, and random ones for property tests."""
 
 from typing import Any
 

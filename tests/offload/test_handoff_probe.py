@@ -8,7 +8,8 @@ from offload.cuda_driver import HostCallback, cuda_driver
 from offload.handoff_probe import Probe, choose_way, probe
 
 ALL = Probe(("values", "hostfunc", "eager"), {})
-OLD = Probe(("hostfunc", "eager"), {"values": "cuStreamWaitValue32_v2 failed with CUDA error 801"})
+REFUSED = "cuStreamWaitValue32_v2 failed: operation not supported (CUDA error 801)"
+OLD = Probe(("hostfunc", "eager"), {"values": REFUSED})
 
 
 def test_the_fastest_that_works_unless_forced() -> None:

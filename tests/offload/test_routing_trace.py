@@ -9,20 +9,10 @@ import numpy as np
 import pytest
 
 from fiddler.errors import ProfileError
-from offload.plan import Footprint
 from offload.routing_trace import RoutingTrace, TraceRecorder, load_trace, save_trace
+from tests.offload.planner_cases import model
 
-SIZES = Footprint(
-    num_layers=3,
-    num_experts=8,
-    top_k=2,
-    moe_layers=(0, 2),
-    expert_bytes=100,
-    dense_bytes=1000,
-    dense_read_bytes=900,
-    kv_bytes_per_token=16,
-    workspace_bytes=64,
-)
+SIZES = model(num_layers=3, moe_layers=(0, 2))
 
 
 def recorded() -> RoutingTrace:
