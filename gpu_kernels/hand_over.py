@@ -32,11 +32,15 @@ BLOCK_H = 1024  # of a program of publish: two write a token of 2,048
 
 @dataclass(frozen=True, slots=True)
 class ColdWork:
-    """What the CPU reads, in mapped host memory: its expert ids (-1: not its own) and inputs."""
+    """What the CPU reads, in mapped host memory: its expert ids (-1: not its own) and inputs.
+
+    ``bell``: a word there that shall be 0 when these are; None: there is none.
+    """
 
     x_TH: Tensor  # float32
     ids_TK: Tensor  # int32
     weights_TK: Tensor  # float32
+    bell: Tensor | None = None  # int64 [1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ def publish(
         assert cold.x_TH.shape == x_TH.shape and cold.weights_TK.shape == ids_TK.shape
         assert cold.x_TH.dtype == cold.weights_TK.dtype == torch.float32
         assert cold.x_TH.is_contiguous() and cold.weights_TK.is_contiguous()
+        assert cold.bell is None or (cold.bell.shape, cold.bell.dtype) == ((1,), torch.int64)
     if pulls is not None:
         assert cold is not None and pulls.width > 0
         for table in (pulls.kept_N, pulls.place_E):
@@ -109,7 +114,7 @@ def publish(
         slot_E,
         num_used,
         record_TK,
-        *((None,) * 3 if cold is None else (cold.x_TH, cold.ids_TK, cold.weights_TK)),
+        *((None,) * 4 if cold is None else (cold.x_TH, cold.ids_TK, cold.weights_TK, cold.bell)),
         *(
             (None,) * 4
             if pulls is None
@@ -223,6 +228,7 @@ def _publish_kernel(
     cold_x_ptr,
     cold_ids_ptr,
     cold_weights_ptr,
+    bell_ptr,
     kept_ptr,
     place_ptr,
     pulled_ptr,
@@ -261,6 +267,8 @@ def _publish_kernel(
             cold_K = tl.where(slot_K >= 0, -1, ids_K)
             tl.store(cold_ids_ptr + at_K, cold_K, mask=is_choice_K)
             tl.store(cold_weights_ptr + at_K, weights_K, mask=is_choice_K)
+            if bell_ptr is not None:
+                tl.store(bell_ptr, 0)
             if pulled_ptr is not None:
                 tl.store(pulled_ptr + at_K, cold_K, mask=is_choice_K)
                 num_pairs = tl.minimum(num_used, tl.num_programs(0)) * TOP_K

@@ -227,7 +227,9 @@ class StepExperts:
         """Put one layer on the stream, up to where its result is needed."""
         shared, rows = self._shared, self._rows
         slot_E, pool_layer = shared.slot_LE[layer], shared.pool_layers.get(layer)
-        cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK) if pool_layer else None
+        cold = None
+        if pool_layer is not None:
+            cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK, shared.hand_off.bell)
         pulled = shared.pulled
         pulling = None if pulled is None else pulled.pulls(layer, len(ids_TK))
         pulls, last_rows = pulling or (None, None)

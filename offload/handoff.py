@@ -8,8 +8,8 @@ has a pool whose caller does not work.
 
 Ordering: what the stream wrote to mapped host memory before ``ring`` is seen by the workers, who
 acquire the bell; what they wrote before DONE_BELL is seen by what follows ``wait`` on the stream.
-The driver's store has a barrier for all earlier work of the stream, and its two stores stay in
-order. A pool that fails is passed by: :func:`await_stream` stores the awaited words itself.
+The driver's store has a barrier for all earlier work of the stream, the 0 in DONE_BELL too. A pool
+that fails is passed by: :func:`await_stream` stores the awaited words itself.
 """
 
 import itertools
@@ -40,6 +40,14 @@ LINE_WORDS = 16  # int64 in the two cache lines of a word
 class HandOff(Protocol):
     """How a stream hands jobs to a pool; see the module."""
 
+    @property
+    def bell(self) -> torch.Tensor | None:
+        """DONE_BELL, if the kernel in front of ``ring`` has to store 0 to it; None: ``ring`` does.
+
+        A stream would take an operation more for it.
+        """
+        ...
+
     def ring(self, number: int) -> None:
         """Start job ``number`` after what is on the current stream so far."""
         ...
@@ -57,11 +65,11 @@ class ValueHandOff:
         self._driver = cuda_driver()
         address = self._driver.device_address(words.ctypes.data)
         self._doorbell, self._done_bell = address + 8 * DOORBELL, address + 8 * DONE_BELL
+        self.bell = torch.from_numpy(words[DONE_BELL : DONE_BELL + 1])
 
     def ring(self, number: int) -> None:
-        stream = current_stream()
-        self._driver.write_word(stream, self._done_bell, 0)  # the lower half: the upper is always 0
-        self._driver.write_word(stream, self._doorbell, number)
+        # the lower half: the upper is always 0
+        self._driver.write_word(current_stream(), self._doorbell, number)
 
     def wait(self, number: int) -> None:
         self._driver.wait_word(current_stream(), self._done_bell, number)
@@ -88,6 +96,8 @@ class HostBell:
 class HostFunctionHandOff:
     """By functions that the driver calls on a thread of its own; they take Python's lock."""
 
+    bell = None
+
     def __init__(self, words: Words) -> None:
         bell = HostBell(words)
         self._driver = cuda_driver()
@@ -102,6 +112,8 @@ class HostFunctionHandOff:
 
 class EagerHandOff:
     """By Python, which waits for the stream first: no graph can hold it."""
+
+    bell = None
 
     def __init__(self, workers: WorkerPool, synchronize: Callable[[], None]) -> None:
         self._workers, self._synchronize = workers, synchronize

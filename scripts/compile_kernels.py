@@ -179,7 +179,7 @@ def hand_over() -> None:
     x, weight = torch.zeros(4, 2048, dtype=BF16), torch.ones(2048, dtype=BF16)
     ids, weights = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(4, 8)
     part, slot, used = torch.zeros(4, 2048), torch.zeros(128, dtype=torch.int32), ids.view(-1)[:1]
-    cold = ColdWork(part, ids, weights)
+    cold = ColdWork(part, ids, weights, torch.zeros(1, dtype=torch.int64))
     publish(x, ids, weights, slot, used, ids, cold)
     publish(x, ids, weights, slot, used, ids, cold, pulls=Pulls(slot, slot, 768, ids, ids))
     publish(x, ids, weights, slot, used, ids, None)

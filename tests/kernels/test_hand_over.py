@@ -51,11 +51,13 @@ def test_publish(num_tokens: int, num_used: int, top_k: int, hidden: int, dtype:
         host((num_tokens, hidden)),
         host((num_tokens, top_k), torch.int32),
         host((num_tokens, top_k)),
+        bell=host((1,), torch.int64),
     )
     kept_TK = publish(x_TH, ids_TK, weights_TK, slot_E, used, record_TK, cold)
     synchronize()
     wanted_TK, cold_TK = publish_reference(ids_TK, slot_E, num_used)
     assert torch.equal(kept_TK, wanted_TK) and torch.equal(record_TK, wanted_TK.cpu())
+    assert cold.bell is not None and cold.bell.item() == 0
     assert torch.equal(cold.ids_TK, cold_TK.cpu())
     assert torch.equal(cold.x_TH[:num_used], x_TH[:num_used].float().cpu())
     assert cold.x_TH[num_used:].eq(UNTOUCHED).all()
