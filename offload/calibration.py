@@ -15,8 +15,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,6 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from cpu_kernels.thread_count import cache_file
 from offload.machine_facts import Machine, changes, name_of, plain
+from offload.whole_file import write_whole
 
 T = TypeVar("T")
 Section = dict[str, Any]
@@ -118,7 +117,8 @@ class Calibration:
                     "of": plain(subject),
                     "found": json.loads(text),
                 }
-                _write_whole(self.path, {"format": FORMAT, "machines": sections})
+                record = {"format": FORMAT, "machines": sections}
+                write_whole(self.path, json.dumps(record, indent=1).encode())
         except OSError as error:
             warnings.warn(
                 f"{self.path} cannot be written ({error.strerror}): the next start measures anew, "
@@ -202,13 +202,3 @@ def _locked(path: Path) -> Iterator[None]:
         with suppress(OSError):  # a file system without locks: the last one wins
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _write_whole(path: Path, record: Any) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        with whole.open("w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        whole.replace(path)

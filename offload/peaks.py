@@ -6,7 +6,6 @@ buffer; who wants to know whether the copies are done asks their event.
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +18,6 @@ from cpu_kernels.topology import read_cache_bytes
 from offload.hardware import Hardware
 from offload.limits import GIGA, TERA, Peaks
 from offload.units import GIB, MIB
-
-if TYPE_CHECKING:
-    pass
 
 TIMES = 7  # measurements of each thing; the fastest counts, as a limit must not be exceeded
 CALLS = 10  # on a GPU, enqueued together: a launch takes 10 us, a read of 1 GiB 250

@@ -10,7 +10,6 @@ T tokens of the calibration, M tokens of one expert, H hidden, I width, F = 2I.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from fiddler.quantize.expert import Method, PackedExpert, apply_expert, quantise
 from fiddler.quantize.outliers import largest_inputs
 from fiddler.quantize.plan import PlannedTensor, Shard
 from fiddler.quantize.target import Target
-from fiddler.quantize.threads import in_order, num_workers, quantizing_threads
+from fiddler.quantize.threads import Threads, num_workers, quantizing_threads
 from fiddler.quantize.writing import write_shard
 
 Contents = Iterator[npt.NDArray[Any]]
@@ -61,14 +60,14 @@ class Layers:
 
     def run(self, shards: tuple[Shard, ...], target: Target) -> None:
         """Make the files that ``target`` lacks, in order; :attr:`outliers` are known then."""
-        with quantizing_threads(num_workers(self._config, self._method)) as pool:
+        with quantizing_threads(num_workers(self._config, self._method)) as threads:
             for layer, files in groupby(shards, key=lambda shard: shard.layer):
                 seen = self._enter(layer)
                 for shard in files:
                     if shard.name in target.finished:
-                        self._replay(target.partial / shard.name, shard, seen, pool)
+                        self._replay(target.partial / shard.name, shard, seen, threads)
                     else:
-                        self._write(target, shard, seen, pool)
+                        self._write(target, shard, seen, threads)
                 if self._calibration is not None and seen is not None:
                     self._calibration.leave(seen.out_TH)
 
@@ -82,16 +81,14 @@ class Layers:
             self.outliers[layer] = largest_inputs(inputs.x_TH, self._num_outliers)
         return _Seen(inputs)
 
-    def _write(
-        self, target: Target, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor
-    ) -> None:
+    def _write(self, target: Target, shard: Shard, seen: "_Seen | None", threads: Threads) -> None:
         unfitted: list[int] = []
-        contents = self._contents(shard, seen, pool, unfitted)
+        contents = self._contents(shard, seen, threads, unfitted)
         write_shard(target.partial / shard.name, shard.tensors, contents)
         target.finish(shard, {"layer": shard.layer, "unfitted": unfitted})
 
     def _contents(
-        self, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor, unfitted: list[int]
+        self, shard: Shard, seen: "_Seen | None", threads: Threads, unfitted: list[int]
     ) -> Contents:
         """Each tensor of the plan: experts, then what is copied."""
 
@@ -100,7 +97,7 @@ class Layers:
             return self._expert(shard.layer, expert, seen)
 
         experts = shard.experts
-        for expert, (made, y_MH) in zip(experts, in_order(pool, make, experts), strict=True):
+        for expert, (made, y_MH) in zip(experts, threads.in_order(make, experts), strict=True):
             if seen is not None and y_MH is not None:
                 seen.add(expert, y_MH)
                 if not made.is_fitted:
@@ -129,9 +126,7 @@ class Layers:
             return made, None
         return made, apply_expert(made.packed, packed_shape(self._config, kind), x_MH, outliers)
 
-    def _replay(
-        self, path: Path, shard: Shard, seen: "_Seen | None", pool: ThreadPoolExecutor
-    ) -> None:
+    def _replay(self, path: Path, shard: Shard, seen: "_Seen | None", threads: Threads) -> None:
         """Add what the packed experts of a finished file give."""
         entries = {} if seen is None else read_header(path)
         names = {tensor.expert: tensor.name for tensor in shard.tensors}
@@ -147,7 +142,7 @@ class Layers:
             return apply_expert(packed, shape, seen.inputs_of(expert), self.outliers[layer])
 
         experts = shard.experts
-        for expert, y_MH in zip(experts, in_order(pool, apply, experts), strict=True):
+        for expert, y_MH in zip(experts, threads.in_order(apply, experts), strict=True):
             if seen is not None and y_MH is not None:
                 seen.add(expert, y_MH)
             self._on_expert()

@@ -11,7 +11,6 @@ T tokens, M tokens of one expert, K kinds, H hidden, I width, F = 2I.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.weights import WeightSource, load_expert_into
 from fiddler.quantize.calibration import Calibration, ExpertInputs
 from fiddler.quantize.expert import exact_and_rounded
-from fiddler.quantize.threads import in_order, num_workers, quantizing_threads
+from fiddler.quantize.threads import Threads, num_workers, quantizing_threads
 
 # Of the calibration's windows. Losses of layers differ by factors; 32,768 tokens tell them apart.
 MOST_WINDOWS = 16
@@ -49,12 +48,12 @@ def measure_losses(
     """
     losses: Losses = {}
     # all of them are rounded, however experts will be quantised
-    with quantizing_threads(num_workers(config, "rtn")) as pool:
+    with quantizing_threads(num_workers(config, "rtn")) as threads:
         for layer in range(config.num_layers):
             inputs = calibration.enter(layer)
             if inputs is not None:
                 measured = _Layer(config, source, kinds, layer, inputs)
-                out_TH, error_KT = measured.run(pool, on_expert)
+                out_TH, error_KT = measured.run(threads, on_expert)
                 calibration.leave(out_TH)
                 square_T = calibration.square_T().clamp_(min=torch.finfo(torch.float32).tiny)
                 losses[layer] = (error_KT / square_T).double().sum(dim=1).tolist()
@@ -75,13 +74,13 @@ class _Layer:
         self._config, self._source, self._kinds = config, source, kinds
         self._layer, self._inputs = layer, inputs
 
-    def run(self, pool: ThreadPoolExecutor, on_expert: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    def run(self, threads: Threads, on_expert: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """The exact sum of what the experts answer, and the squared errors of each token."""
         x_TH = self._inputs.x_TH
         out_TH = torch.zeros_like(x_TH)
         error_KT = torch.zeros(len(self._kinds), len(x_TH))
         experts = range(self._config.num_experts)
-        for token_M, y_MH, error_KM in in_order(pool, self._expert, experts):
+        for token_M, y_MH, error_KM in threads.in_order(self._expert, experts):
             out_TH.index_add_(0, token_M, y_MH)
             error_KT.index_add_(1, token_M, error_KM)
             on_expert()

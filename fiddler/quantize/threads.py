@@ -34,35 +34,41 @@ def num_workers(config: ModelConfig, method: Method) -> int:
     return max(1, min(machine.physical_cores, config.num_experts, fitting))
 
 
+class Threads:
+    """Some threads that are given work in order."""
+
+    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
+        self._pool, self._count = pool, count
+
+    def in_order(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Results in the order of ``items``, few of them waiting; the first error ends it."""
+        waiting: deque[Future[R]] = deque()
+        most = AHEAD * self._count
+        try:
+            for item in items:
+                waiting.append(self._pool.submit(work, item))
+                if len(waiting) >= most:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 @contextmanager
-def quantizing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that shares the cores out to torch: ``workers`` threads that each use their part.
+def quantizing_threads(count: int) -> Iterator[Threads]:
+    """``count`` threads that share the cores out to torch: each uses its part.
 
     torch gives the last number that any thread has set to threads that come later: so the caller's
     is set once more at the end.
     """
     before = torch.get_num_threads()
-    share = max(1, before // workers)
+    share = max(1, before // count)
     try:
         with ThreadPoolExecutor(
-            workers, "fiddler-quantize", lambda: torch.set_num_threads(share)
+            count, "fiddler-quantize", lambda: torch.set_num_threads(share)
         ) as pool:
-            yield pool
+            yield Threads(pool, count)
     finally:
         torch.set_num_threads(before)
-
-
-def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results in the order of ``items``, few of them waiting; the first error ends it."""
-    waiting: deque[Future[R]] = deque()
-    most = AHEAD * pool._max_workers
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) >= most:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
