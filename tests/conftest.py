@@ -18,6 +18,10 @@ settings.load_profile("same")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.triton_interpreter import make_quick
+
+    make_quick()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,7 +33,9 @@ TIMER_SLACK = 29  # of prctl; naps of 10 us take 60 us as Linux rounds them up b
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a look found that differs from the look before, whose time was ``before_ns``.
+    """What a look found that differs from the look before, which began at ``before_ns``.
+
+    It came to be so between then and ``at_ns``, when this look was over.
 
     ``arrived``: the generation that each worker but the first waits for; see the words.
     """
@@ -87,14 +89,14 @@ class BellLog:
         _nap_exactly()
         seen, before_ns = b"", time.perf_counter_ns()
         while not self._must_stop.is_set():
-            now_ns = time.perf_counter_ns()
+            began_ns = time.perf_counter_ns()
             found = self._words[self._places]
             if found.tobytes() != seen:
-                seen = found.tobytes()
+                now_ns, seen = time.perf_counter_ns(), found.tobytes()
                 job, generation, *arrived = found.tolist()
                 self.looks.append(Look(before_ns, now_ns, job, generation, tuple(arrived)))
-            self._gaps_ns.append(now_ns - before_ns)
-            before_ns = now_ns
+            self._gaps_ns.append(began_ns - before_ns)
+            before_ns = began_ns
             time.sleep(NAP_S)
 
 

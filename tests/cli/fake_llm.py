@@ -150,7 +150,7 @@ class FakeLLM:
         params = params or self.default_params()
         self.asked.append((asked, params, kwargs))
         delay_s = 0.05 if "slow" in text else 0.0
-        first_s = 3.0 if "stall" in text else 0.0
+        first_s = 60.0 if "stall" in text else 0.0
         stream = FakeStream(
             _words(text), (first_s, delay_s), len(text.split()), params.max_tokens or 10**9
         )

@@ -42,15 +42,18 @@ class Terminal:
         assert "\x1b[?2004h" in self.transcript
         self.process.send(f"\x1b[200~{text}\x1b[201~")
 
-    def expect(self, text: str, timeout_s: float = 20) -> str:
+    def expect(self, text: str, timeout_s: float = 60) -> str:
         """Wait until ``text`` appears, whatever the colours; return the plain text before it."""
-        deadline_s = time.monotonic() + timeout_s
-        while text not in self._unread:
-            rest_s = deadline_s - time.monotonic()
-            assert rest_s > 0, f"no {text!r} in {self._unread!r}"
-            self._read(rest_s)
+        assert self.shows(text, timeout_s), f"no {text!r} in {self._unread!r}"
         before, _, self._unread = self._unread.partition(text)
         return before
+
+    def shows(self, text: str, within_s: float) -> bool:
+        """Whether ``text`` appears so soon, or is there already."""
+        deadline_s = time.monotonic() + within_s
+        while text not in self._unread and (rest_s := deadline_s - time.monotonic()) > 0:
+            self._read(rest_s)
+        return text in self._unread
 
     def exit_code(self) -> int:
         """Wait for the end."""

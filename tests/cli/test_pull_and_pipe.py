@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -34,15 +33,21 @@ def test_a_pipe_that_keeps_silent_is_explained(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_end, write_end = os.pipe()
+    is_explained, note = threading.Event(), prompt_input.note
+
+    def noted(text: str) -> None:
+        note(text)
+        is_explained.set()
 
     def speak() -> None:
-        time.sleep(0.3)
+        is_explained.wait(60)
         os.write(write_end, b"late\n")
         os.close(write_end)
 
     with os.fdopen(read_end) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         monkeypatch.setattr(prompt_input, "PATIENCE_S", 0.05)
+        monkeypatch.setattr(prompt_input, "note", noted)
         speaker = threading.Thread(target=speak)
         speaker.start()
         assert prompt_input.full_prompt("say") == "say\n\nlate"

@@ -114,7 +114,8 @@ def busy_neighbour() -> Iterator[None]:
         hog.wait()
 
 
-def test_ten_thousand_calls_beside_a_busy_process(pool: ExpertPool, rng: Rng) -> None:
+@pytest.mark.parametrize("num_calls", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_calls_beside_a_busy_process(pool: ExpertPool, rng: Rng, num_calls: int) -> None:
     names = 2 * FEW_PATHS
     layers = [
         add_layer(pool, random_weights(rng, name, num_experts=4, hidden=24, width=17))
@@ -127,7 +128,7 @@ def test_ten_thousand_calls_beside_a_busy_process(pool: ExpertPool, rng: Rng) ->
     ]
     expected = [run_step(pool, *call) for call in calls]
     with busy_neighbour():
-        for n in rng.integers(0, len(calls), 10_000):
+        for n in rng.integers(0, len(calls), num_calls):
             assert np.array_equal(run_step(pool, *calls[n]), expected[n])
     for layer in layers:
         pool.remove_layer(layer)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from conftest import OpenModel, open_folder
 
 from fiddler import LLM, SamplingParams
 from fiddler.benchmark.cases import Case
@@ -16,6 +15,7 @@ from fiddler.benchmark.work import done_work, least_work
 from offload.drawn_routes import DrawnRoutes
 from offload.placement import Placement
 from offload.routing_law import Law
+from tests.e2e.conftest import OpenModel, open_folder
 from tests.tiny_models import VOCAB_SIZE, shared_tiny
 
 DEPTH, NEW = 21, 6

@@ -1,6 +1,7 @@
 """KV caches of fewer bits: what they store, what it costs, and that every path reads it alike."""
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,6 +25,14 @@ from tests.tiny_models import MODEL_TYPES
 LARGEST_STEP = {"int8": 0.5001 / 127, "fp8": 2**-4, "bfloat16": 2**-8, "int4": 0.0675}
 LARGEST_ERROR = {"bfloat16": 0.01, "int8": 0.02, "fp8": 0.12, "int4": 0.2}
 PROMPTS = [1, 7, 16, 33]
+# In bfloat16 most of the error comes from tokens whose rounded states choose other experts, and
+# which these are depends on what is rounded when. CPU runs with other experts on the device's side,
+# which round elsewhere, tell how much: over 356 positions the errors of four such runs lay within a
+# factor of 1.35 for each model, cache and text (2.2 over 89, so it takes many). GPU kernels round
+# in yet other places, so they may have twice the largest error of these runs.
+MANY_PROMPTS = 4 * PROMPTS
+ROUNDINGS = (2, 3, 4)  # seeds of placements
+SPREAD = 2.0
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
@@ -34,10 +43,37 @@ def loaded(model: str, kv: str, **options: Any) -> LLM:
     return LLM(str(folder), kv_cache_dtype=kv, **(settings | options))
 
 
-def logits(model: str, kv: str, **options: Any) -> list[torch.Tensor]:
+def logits(model: str, kv: str, prompts: list[int] = PROMPTS, **options: Any) -> list[torch.Tensor]:
     with loaded(model, kv, **options) as llm:
-        texts = random_texts([n + 8 for n in PROMPTS], llm.model_config.vocab_size)
-        return Forward(llm).logits(texts, PROMPTS)
+        texts = random_texts([n + 8 for n in prompts], llm.model_config.vocab_size)
+        return Forward(llm).logits(texts, prompts)
+
+
+@cache
+def exact_logits(model: str) -> list[torch.Tensor]:
+    return logits(model, "auto", MANY_PROMPTS)
+
+
+@cache
+def bfloat16_error(model: str, kv: str, seed: int = 1, **options: Any) -> float:
+    """Of a run in bfloat16 whose placement has this seed, on the CPU unless options differ."""
+    placement = split_at_random(folder_of(model), seed)
+    options = {"dtype": "bfloat16", "placement": placement} | options
+    return relative_error(logits(model, kv, MANY_PROMPTS, **options), exact_logits(model))
+
+
+def check_bfloat16(model: str, kv: str, **options: Any) -> None:
+    """No further from float32 than others in bfloat16 over the same cache; see :data:`SPREAD`."""
+    found = bfloat16_error(model, kv, **options)
+    others = [bfloat16_error(model, kv, seed) for seed in ROUNDINGS]
+    plain = bfloat16_error(model, "auto", **options)
+    figures = (
+        f"{model}, {options or 'CPU'}, relative errors: with {kv} KV {found:.1e}, on the CPU with "
+        f"other roundings {', '.join(f'{other:.1e}' for other in others)}; "
+        f"with bfloat16 KV {plain:.1e}"
+    )
+    print(figures)
+    assert found < SPREAD * max(others), figures
 
 
 @pytest.mark.parametrize("kv", LARGEST_ERROR)
@@ -169,12 +205,13 @@ def test_a_gpu_gives_the_logits_of_the_cpu(kv: str, enforce_eager: bool) -> None
 @pytest.mark.parametrize("kv", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("model", [*MODEL_TYPES, "builtin"])
 def test_a_gpu_in_bfloat16_stays_near_float32(model: str, kv: str) -> None:
-    exact = logits(model, "auto")
-    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "vram_gb": 8}
-    errors = [relative_error(logits(model, k, **options), exact) for k in ("auto", kv)]
-    print(f"{model}: relative error with bfloat16 KV {errors[0]:.1e}, with {kv} {errors[1]:.1e}")
-    # two runs in bfloat16 that round elsewhere differ by as much as each from float32
-    assert errors[1] < 1.5 * errors[0] + 1.5 * LARGEST_ERROR[kv]
+    check_bfloat16(model, kv, device="cuda", vram_gb=8)
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+def test_the_spread_of_bfloat16_holds_on_the_cpu(kv: str) -> None:
+    """For the model of the largest errors: the measure that GPUs are held against."""
+    check_bfloat16("mixtral", kv)
 
 
 @pytest.mark.slow

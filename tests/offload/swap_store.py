@@ -3,6 +3,7 @@
 E experts of each of LAYERS layers, H hidden.
 """
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,8 +29,9 @@ def weights_of(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     return w13_FH, torch.randn(H, WIDTH, generator=generator) * WIDTH**-0.5
 
 
+@functools.cache
 def parts_of(layer: int, expert: int, kind: WeightKind | None) -> tuple[torch.Tensor, ...]:
-    """What the store holds of an expert; ``kind``: of packed ones."""
+    """What the store holds of an expert; ``kind``: of packed ones. Leave them as they are."""
     w13_FH, w2_HI = weights_of(layer, expert)
     if kind is None:
         return w13_FH, w2_HI

@@ -517,7 +517,7 @@ def test_a_plan_survives_json() -> None:
 def test_512_experts_in_60_layers_take_well_under_a_second() -> None:
     footprint = model(num_layers=60, num_experts=512, moe_layers=tuple(range(60)), expert_bytes=MIB)
     counts_LE = np.random.default_rng(0).integers(0, 1000, (60, 512))
-    started = time.perf_counter()
+    started = time.thread_time()  # others' turns on a busy machine are no part of it
     plan(
         footprint,
         machine(),
@@ -525,4 +525,4 @@ def test_512_experts_in_60_layers_take_well_under_a_second() -> None:
         Popularity(counts_LE),
         popularity_name="random",
     )
-    assert time.perf_counter() - started < 0.5  # 0.04 s on two cores
+    assert time.thread_time() - started < 0.5  # 0.04 s on two cores

@@ -106,17 +106,31 @@ def test_a_disk_that_is_full(
     assert contents(run("w4g32", resume=True).folder) == wanted
 
 
+STOP_AFTER_TWO = """
+import time
+from fiddler.cli import cli
+from fiddler.quantize import layers
+
+write, written = layers.write_shard, []
+
+def write_two(*arguments):
+    if len(written) == 2:
+        time.sleep(600)
+    written.append(write(*arguments))
+
+layers.write_shard = write_two
+cli()
+"""
+
+
 def test_a_process_that_was_killed_half_way(
     run: Quantize, tiny: Path, tmp_path: Path, old: Path
 ) -> None:
     """By a signal that nobody can catch, once a layer is on the disk."""
     wanted = contents(run("w4g32", output=tmp_path / "whole").folder)
-    slow = "import fiddler.quantize.layers as l; import time; w = l.write_shard\n"
-    slow += "def write(*a):\n    time.sleep(0.5)\n    w(*a)\n"
-    slow += "l.write_shard = write\nfrom fiddler.cli import cli; cli()"
     arguments = ["quantize", str(tiny), "--scheme", "w4g32", "-o", str(tmp_path / "out")]
     with kept(old):
-        child = subprocess.Popen([sys.executable, "-c", slow, *arguments])
+        child = subprocess.Popen([sys.executable, "-c", STOP_AFTER_TWO, *arguments])
         journal = tmp_path / "out.partial" / JOURNAL
         _wait_until(lambda: journal.exists() and "00002" in journal.read_text())
         child.send_signal(signal.SIGKILL)

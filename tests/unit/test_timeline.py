@@ -91,32 +91,40 @@ def test_jobs_phases_and_shares_from_what_was_seen() -> None:
 
 def test_changes_of_words_are_seen_when_they_are_made() -> None:
     words = np.zeros(NUM_WORDS, np.int64)
+    changes = [(DOORBELL, 3), (ARRIVED + 2 * LINE, 1), (GENERATION, 1)]
+    changes += [(DOORBELL, job) for job in range(4, 20)]
     made_ns = []
     with BellLog(words, num_workers=3) as log:
-        for place, value in [(DOORBELL, 3), (ARRIVED + 2 * LINE, 1), (GENERATION, 1)]:
-            time.sleep(0.02)
+        _wait_until_seen(log, words)
+        for place, value in changes:
+            began_ns = time.perf_counter_ns()
             words[place] = value
-            made_ns.append(time.perf_counter_ns())
-        time.sleep(0.02)
+            made_ns.append((began_ns, time.perf_counter_ns()))
+            _wait_until_seen(log, words)
     assert [(x.job, x.generation, x.arrived) for x in log.looks] == [
-        *((0, 0, (0, 0)), (3, 0, (0, 0)), (3, 0, (0, 1)), (3, 1, (0, 1)))
+        *((0, 0, (0, 0)), (3, 0, (0, 0)), (3, 0, (0, 1))),
+        *((job, 1, (0, 1)) for job in range(3, 20)),
     ]
-    for found, made in zip(log.looks[1:], made_ns, strict=True):
-        assert found.before_ns <= made <= found.at_ns + 10_000_000
-    errors_ns = [abs(x.changed_ns - made) for x, made in zip(log.looks[1:], made_ns, strict=True)]
+    errors_ns = []
+    for found, (began_ns, ended_ns) in zip(log.looks[1:], made_ns, strict=True):
+        assert found.before_ns <= ended_ns and began_ns <= found.at_ns
+        errors_ns.append(abs(found.changed_ns - began_ns))
     assert min(errors_ns) < 10_000_000  # 0.02 ms on a free machine
     assert log.gap_us > 0
 
 
 def _wait_until_seen(log: BellLog, words: npt.NDArray[np.int64]) -> None:
     """Until the log has looked at the words as they are: on a busy machine it naps for long."""
-    deadline = time.monotonic() + 20
-    while not log.looks or (log.looks[-1].job, log.looks[-1].generation) != (
-        words[DOORBELL],
-        words[GENERATION],
-    ):
+    deadline = time.monotonic() + 60
+    while not log.looks or not _is_seen(log.looks[-1], words):
         assert time.monotonic() < deadline
         time.sleep(1e-4)
+
+
+def _is_seen(last: Look, words: npt.NDArray[np.int64]) -> bool:
+    arrived = tuple(words[ARRIVED + LINE * n] for n, _ in enumerate(last.arrived, start=1))
+    found = (last.job, last.generation, last.arrived)
+    return found == (words[DOORBELL], words[GENERATION], arrived)
 
 
 def test_a_pools_jobs_are_seen() -> None:
@@ -129,14 +137,18 @@ def test_a_pools_jobs_are_seen() -> None:
         number = pool.add_job(np.array([(0, 2)], JOB_HEADER), stage)
         with BellLog(pool.words, pool.num_threads) as log:
             _wait_until_seen(log, pool.words)
+            entered_ns = log.looks[-1].before_ns
             for _ in range(2):
                 pool.ring(number)
                 pool.wait()
                 _wait_until_seen(log, pool.words)
+            left_ns = time.perf_counter_ns()
     spans = job_spans(log.looks, {number: "the job"})
     jobs = [s for s in spans if s.name == "the job"]
     assert len(jobs) == 2
-    assert all(0.04e9 < job.end_ns - job.begin_ns < 1e9 for job in jobs)
+    assert all(job.end_ns - job.begin_ns > 0.04e9 for job in jobs)
+    assert entered_ns <= jobs[0].begin_ns < jobs[0].end_ns <= jobs[1].begin_ns
+    assert jobs[1].end_ns <= left_ns
     shares = [s for s in spans if s.thread == "worker 1"]
     assert [s.name for s in shares] == ["phase 1", "phase 2"] * 2
     assert all(s.end_ns - s.begin_ns > 0.014e9 for s in shares)  # dated by half, at the worst
@@ -185,17 +197,23 @@ def test_the_marks_bring_clocks_together() -> None:
 
 def test_the_profilers_clock_is_found() -> None:
     """Of what the profiler records here too: the host's part."""
+    taken_us = []
     with GpuLog() as log:
-        began_ns = time.perf_counter_ns()
-        with record_function("a nap"):
-            time.sleep(0.02)
-        ended_ns = time.perf_counter_ns()
+        for _ in range(5):
+            began_ns = time.perf_counter_ns()
+            with record_function("a nap"):
+                time.sleep(0.004)
+            taken_us.append((began_ns / 1e3, time.perf_counter_ns() / 1e3))
     events = log.events
     offset_us = clock_offset_us(events, log._marks_ns)
-    [nap] = [e for e in events if e.get("name") == "a nap" and e["cat"] == "user_annotation"]
-    assert nap["ts"] + offset_us == pytest.approx(began_ns / 1e3, abs=5000)
-    assert nap["ts"] + nap["dur"] + offset_us == pytest.approx(ended_ns / 1e3, abs=5000)
-    print(f"off by {nap['ts'] + offset_us - began_ns / 1e3:.1f} us")
+    naps = [e for e in events if e.get("name") == "a nap" and e["cat"] == "user_annotation"]
+    naps.sort(key=lambda nap: nap["ts"])
+    errors_us = [
+        max(abs(nap["ts"] + offset_us - began), abs(nap["ts"] + nap["dur"] + offset_us - ended))
+        for nap, (began, ended) in zip(naps, taken_us, strict=True)
+    ]
+    print(f"off by {', '.join(f'{error:.1f}' for error in errors_us)} us")
+    assert min(errors_us) < 5000  # the others were kept waiting by a busy machine
     assert log.spans() == [] or torch.cuda.is_available()
 
 
