@@ -3,6 +3,7 @@
 Everything that can be refused is refused before the first weight is read.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,11 +25,15 @@ from fiddler.loading.weights import load_weights
 from fiddler.loading.workers import start_pool
 from fiddler.models.dtypes import Dtypes
 from fiddler.planning import plan_model, step_tokens
+from fiddler.speed import rates_for
 from fiddler.text.tokenizer import Tokenizer
 from offload.executor import HybridExperts
 from offload.hardware import Hardware, probe
+from offload.machine_rates import MachineRates
 from offload.plan import Plan
 from offload.pool_keeper import PoolKeeper
+
+_log = logging.getLogger("fiddler.loading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +97,7 @@ def load_model(
             resources=resources,
             on_progress=on_progress,
             step_tokens=max(num_tokens, settings.max_num_seqs),
+            rates=_rates(hardware),
         )
         runner, experts = load_weights(ground, weights)
         pages = PagePool(plan.num_pages)
@@ -115,6 +121,16 @@ def load_model(
             peak_vram_bytes=vram_meter(plan, device),
             resources=resources.pop_all(),
         )
+
+
+def _rates(hardware: Hardware) -> MachineRates | None:
+    """Those of this machine, or of one like it; says so."""
+    if not hardware.has_gpu:
+        return None
+    used = rates_for(hardware)
+    if used.name:
+        _log.info("%s: steps are divided by the rates of %s", used.why_not_own, used.name)
+    return used.rates
 
 
 def _scheduler(settings: EngineConfig, pages: PagePool, num_tokens: int) -> Scheduler:
