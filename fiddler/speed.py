@@ -78,13 +78,11 @@ def demand_of(
     dtypes: Dtypes,
     plan: Plan,
     *,
-    step_tokens: int,
     layers: tuple[LayerChances, ...] | None = None,
 ) -> Demand:
     """What ``config`` asks as ``plan`` has it; ``layers`` None: tokens choose as the plan expects.
 
-    ``step_tokens``: of a prompt in one step, at most. Layers of several kinds count as equal ones
-    of the mean size.
+    Layers of several kinds count as equal ones of the mean size.
     """
     width = DTYPE_BYTES[dtypes.compute]
     numel, shared = _layer_numels(config)
@@ -111,7 +109,7 @@ def demand_of(
         attention_width=config.num_heads * config.head_dim,
         staging_slots=plan.staging_slots,
         disk_share=per_token.disk_experts / max(per_token.cold_experts, 1),
-        step_tokens=step_tokens,
+        step_tokens=plan.step_tokens,
     )
 
 
@@ -173,9 +171,11 @@ def rates_for(hardware: Hardware) -> RatesHere:
 def _layer_numels(config: ModelConfig) -> tuple[float, float]:
     """Dense weights of a layer, and those of them that are a shared expert's; means over layers."""
     every = shared = 0
-    for layer in range(config.num_layers):
-        for field, parts in layer_parts(config, layer).items():
-            size = sum(prod(part.shape) for part in parts)
+    has_experts = [config.is_moe_layer(layer) for layer in range(config.num_layers)]
+    for kind in set(has_experts):  # layers with experts are alike, and so are those without
+        number = has_experts.count(kind)
+        for field, parts in layer_parts(config, has_experts.index(kind)).items():
+            size = number * sum(prod(part.shape) for part in parts)
             every += size
             shared += size if field.startswith("shared_") else 0
     return every / config.num_layers, shared / config.num_layers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from offload.expert_room import ExpertRoom, in_turn
 from offload.hardware import Hardware
 from offload.plan import Budget, Footprint, GpuSide
-from offload.staging import DIVISOR, LEAST_SLOTS, least_slots, staging_slots
+from offload.staging import DIVISOR, LEAST_SLOTS, least_slots, wanted_slots
 from offload.units import MIB
 
 LEAST_CONTEXT = 2048  # tokens that an unasked context has at least
@@ -179,7 +179,8 @@ def _slots(
 ) -> tuple[int, int, int]:
     """Slots for residents, for staging, and spare ones, out of ``free`` bytes.
 
-    Staging slots hold any expert. Room for one more expert never makes them fewer.
+    Staging slots hold any expert. Room for one more expert never makes them fewer. Those that were
+    chosen come before residents; else they take a part of the room.
     """
     total, asked, size = footprint.total_experts, budget.gpu_experts, footprint.expert_bytes
     is_staged = side is GpuSide.CUDA and (free < experts.total if asked is None else asked < total)
@@ -190,11 +191,15 @@ def _slots(
     spares = ExpertRoom(in_turn(footprint.expert_bytes_M, wanted))
     num_spare = spares.fitting(free - kept * size)
     free -= spares.bytes_of(num_spare)
-    if asked is None:
-        left = max(kept, free // size // DIVISOR)
-    else:
+    chosen = budget.staging_slots
+    if asked is not None:
         left = max(0, free - experts.bytes_of(asked)) // size
-    num_staging = staging_slots(size, footprint.num_experts, left)
+    elif chosen is not None:
+        left = free // size
+    else:
+        left = max(kept, free // size // DIVISOR)
+    wanted = wanted_slots(size) if chosen is None else max(chosen, LEAST_SLOTS)
+    num_staging = min(wanted, footprint.num_experts, left)
     num_experts = experts.fitting(free - num_staging * size) if asked is None else asked
     return num_experts, num_staging, num_spare
 

@@ -98,7 +98,7 @@ def predict_decode(demand: Demand, rates: MachineRates, *, rows: int, depth: int
     total.add("attention", demand.num_layers * kv_bytes / read)
     for layer in demand.layers:
         _gpu_layer(demand, rates, layer, rows, total, pulls=is_graph)
-    _disk(demand, rates, rows, total)
+    add_disk(demand, rates, rows, total)
     total.add("head", demand.head_bytes / read)
     total.add("sampling", SAMPLING_KERNELS * rates.launch_s + 3 * 4 * rows * demand.vocab / read)
     total.add("step in Python", STEP_S)
@@ -178,14 +178,14 @@ def _on_cpu(demand: Demand, rates: MachineRates, rows: int, depth: int, total: S
             cold * _expert_s(demand, rates, demand.few, _tokens_each(demand, rows, hot + cold)),
         )
         total.add("experts by torch", hot * demand.expert_bytes / read)
-    _disk(demand, rates, rows, total)
+    add_disk(demand, rates, rows, total)
     total.add("head", demand.head_bytes / read)
     total.add("step in Python", STEP_S)
     return total.prediction()
 
 
-def _disk(demand: Demand, rates: MachineRates, rows: int, total: Sum) -> None:
-    """What has to come from disk first; nothing is known of a disk that was not measured."""
+def add_disk(demand: Demand, rates: MachineRates, rows: int, total: Sum) -> None:
+    """What ``rows`` tokens want from disk first; of one that was not measured nothing is known."""
     if demand.disk_share and rates.disk_gbps:
         cold = sum(distinct(layer.cold, rows) for layer in demand.layers)
         from_disk = demand.disk_share * cold * demand.expert_bytes

@@ -86,7 +86,7 @@ def _facts(
 ) -> PlanFacts:
     from fiddler.models.registry import load_config
     from fiddler.models.shapes import load_shape
-    from fiddler.planning import plan_model, step_tokens
+    from fiddler.planning import plan_model
     from fiddler.speed import demand_of, predict_speeds
 
     settings = EngineConfig(model=_one_of(model, shape), **options)
@@ -100,8 +100,9 @@ def _facts(
         hardware,
         name=folder.name if folder else settings.model,
         folder=folder.path if folder else None,
+        used=used,
     )
-    demand = demand_of(config, dtypes, plan, step_tokens=step_tokens(settings, config, hardware))
+    demand = demand_of(config, dtypes, plan)
     return PlanFacts(
         name=folder.name if folder else settings.model,
         revision=folder.revision if folder else None,

@@ -46,7 +46,7 @@ def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, Hybrid
             ground.way,
             dtype=ground.dtype,
             page_size=PAGE_SIZE,
-            max_num_seqs=ground.settings.max_num_seqs,
+            max_num_seqs=ground.settings.num_seqs,
             context_tokens=plan.context_tokens,
             share=cold_share(ground),
             is_adaptive=plan.spare_slots > 0,

@@ -21,6 +21,7 @@ SIZES = Footprint(
     dense_bytes=1000,
     dense_read_bytes=900,
     kv_bytes_per_token=16,
+    step_tokens=512,
     workspace_bytes=64,
 )
 
