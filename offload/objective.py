@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from fiddler.errors import ConfigError
+from fiddler.errors import ConfigError, nearest
 
 # A chat's request: four tokens are read for one that is written. As long as this so that pieces of
 # long prompts pay: the largest cost a decoded token 1 % or 2, smaller ones bring every cold expert
@@ -33,11 +33,11 @@ class Objective:
         return self.behind + self.answer_tokens // 2
 
     def within(self, context_tokens: int) -> Self:
-        """The same in proportion, no longer than a context."""
-        length = max(self.prompt_tokens, self.behind) + self.answer_tokens
-        part = min(1.0, context_tokens / length)
+        """The same in proportion, with no prompt and no answer longer than a context."""
+        longest = max(self.prompt_tokens, self.answer_tokens, self.behind)
+        part = min(1.0, context_tokens / longest)
         prompt, answer, behind = (
-            max(1, int(part * tokens)) if tokens else 0
+            max(1, round(part * tokens)) if tokens else 0
             for tokens in (self.prompt_tokens, self.answer_tokens, self.behind)
         )
         return type(self)(name=self.name, prompt_tokens=prompt, answer_tokens=answer, behind=behind)
@@ -56,7 +56,8 @@ def parse_objective(text: str) -> Objective:
         )
     given = [int(number) for number in numbers if number.isdecimal() and number.isascii()]
     if kind != "mix" or len(given) != len(numbers) or len(given) not in (0, 2):
-        raise ConfigError(f"{text!r} is no objective", hint=f"use {FORMS}")
+        suggested = nearest(kind, ("decode", "prefill", "mix"))
+        raise ConfigError(f"{text!r} is no objective{suggested}", hint=f"use {FORMS}")
     prompt, answer = given or MIX
     if prompt + answer == 0:
         raise ConfigError(
