@@ -5,12 +5,12 @@ from typing import Self
 
 from fiddler.errors import ConfigError, nearest
 
-# A chat's request: four tokens are read for one that is written. As long as this so that pieces of
-# long prompts pay: the largest cost a decoded token 1 % or 2, smaller ones bring every cold expert
-# again, and such a prompt takes up to twice the time.
-DEFAULT = "mix:4096:1024"
+# A chat's request: its history and what was pasted, then an answer of a page. A mix of shorter
+# prompts gives up large pieces for half a percent of decode, or one, and a prompt of
+# 4,096 then takes up to three times as long, since each piece brings every cold expert again.
+DEFAULT = "mix:4096:512"
 MIX = (1024, 256)
-PROMPT, ANSWER = 4096, 1024
+PROMPT = 4096
 FORMS = "decode, prefill, mix or mix:P:N, a request's prompt and answer in tokens"
 
 

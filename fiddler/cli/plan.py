@@ -11,7 +11,14 @@ import click
 from fiddler.cli.console import output_console
 from fiddler.cli.options import ENGINE_OPTIONS
 from fiddler.cli.page_file import check_page, html_option, write_page
-from fiddler.cli.plan_table import PlanFacts, choice_lines, price_lines, print_plan, speed_lines
+from fiddler.cli.plan_table import (
+    PlanFacts,
+    choice_lines,
+    price_lines,
+    print_plan,
+    rates_lines,
+    speed_lines,
+)
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError, FiddlerError
 
@@ -157,10 +164,12 @@ def _write_page(facts: PlanFacts, path: Path) -> None:
 
     config = facts.config
     layers = [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
+    speeds = facts.speeds
+    whose = [] if speeds is None else [line.strip("- ") for line in rates_lines(speeds.rates)]
     text = plan_page(
         *(facts.name, facts.plan, facts.hardware, layers, config.num_experts),
-        more_facts=[*choice_lines(facts), *speed_lines(facts), *price_lines(facts)],
-        more=advice_sections(facts.speeds, facts.faster) if facts.speeds is not None else (),
+        more_facts=[*choice_lines(facts), *speed_lines(facts), *price_lines(facts), *whose],
+        more=advice_sections(speeds, facts.faster) if speeds is not None else (),
     )
     write_page(path, text)
 

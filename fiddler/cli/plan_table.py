@@ -137,7 +137,7 @@ def _closing_lines(facts: PlanFacts) -> list[str]:
         lines += _placement_lines(facts)
     lines += choice_lines(facts)
     if facts.speeds is not None:
-        lines += [*speed_lines(facts), *_rates_lines(facts.speeds.rates)]
+        lines += [*speed_lines(facts), *rates_lines(facts.speeds.rates)]
     notes = [*plan.notes, *_waiting_notes(facts)]
     if facts.missing_bytes:
         notes.append(f"{size_text(facts.missing_bytes)} are still to be downloaded: fiddler pull")
@@ -193,10 +193,15 @@ def speed_lines(facts: PlanFacts) -> list[str]:
         f"Predicted decode{of} at {speeds.num_tokens:,} tokens: {_rate(speeds.decode_rate)} tok/s "
         f"(limit {_rate(most_decode)})",
         f"Predicted reading of {prompts} of as many: {_rate(speeds.prefill_rate)} tok/s "
-        f"(limit {_rate(most_prefill)})",
+        f"({_beside(speeds.prefill_rate, most_prefill)})",
         f"A decoded token waits for {_reasons(speeds)}",
         *_share_lines(facts),
     ]
+
+
+def _beside(rate: float, most: float) -> str:
+    """What a prompt's speed stands beside: the CPU's share of experts may beat the link's limit."""
+    return f"limit {_rate(most)}" if rate <= most else f"PCIe alone: {_rate(most)}"
 
 
 def _share_lines(facts: PlanFacts) -> list[str]:
@@ -216,7 +221,7 @@ def _reasons(speeds: "Speeds") -> str:
     return "; ".join(f"{name} {part / speeds.decode.seconds:.0%}" for name, part in largest)
 
 
-def _rates_lines(used: "RatesHere") -> list[str]:
+def rates_lines(used: "RatesHere") -> list[str]:
     """Whose rates they are, by which a plan is chosen and speeds are predicted."""
     if not used.name:
         return ["- by this machine's rates: measured here"]
