@@ -18,7 +18,9 @@ from offload.units import MIB
 
 LEAST_CONTEXT = 2048  # tokens that an unasked context has at least
 MOST_CONTEXT = 32_768  # tokens that an unasked context has at most
-KV_DIVISOR = 10  # KV pages beyond the least take at most 1/10 of what the fixed parts leave
+# KV pages beyond the least take at most 1/10 of what the fixed parts leave, but on a GPU that holds
+# all experts whatever those leave.
+KV_DIVISOR = 10
 
 # Safety margin, on a real GPU only. Kernels that the driver loads at first use grow the context:
 MARGIN_FIXED_BYTES = 192 * MIB
@@ -107,6 +109,9 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # byte of VRAM never costs an expert.
     free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
     num_experts, num_staging, num_spare = _slots(footprint, budget, side, free, experts)
+    if side is GpuSide.CUDA and num_experts == footprint.total_experts:
+        num_pages += _more_pages(footprint, budget, free - experts.total, num_pages)
+        kv = num_pages * page_bytes
     # of RAM, before any cold expert; without CUDA the GPU side's are there too
     needed = 0 if side is GpuSide.CUDA else fixed + kv + experts.bytes_of(num_experts)
     ram_room = max(0, ram_limit - needed)
@@ -167,6 +172,13 @@ def _kv_reserve(footprint: Footprint, budget: Budget, room: int) -> int:
     page_bytes = budget.page_size * footprint.kv_bytes_per_token
     share = min(room // KV_DIVISOR, most * budget.max_num_seqs * page_bytes)
     return max(share, least * page_bytes)
+
+
+def _more_pages(footprint: Footprint, budget: Budget, room: int, num_pages: int) -> int:
+    """KV pages that ``room`` bytes hold beside ``num_pages``, as many as requests may want."""
+    page_bytes = budget.page_size * footprint.kv_bytes_per_token
+    most = math.ceil(context_range(budget)[1] / budget.page_size) * budget.max_num_seqs
+    return max(0, min(room // page_bytes, most - num_pages))
 
 
 def spare_bytes(footprint: Footprint, num_spare: int) -> int:

@@ -67,7 +67,8 @@ class Budget:
 
     ``vram_bytes`` counts as the driver does, CUDA context included. ``context_tokens`` is what one
     request may hold; the KV pool grows beyond it towards ``max_num_seqs`` such requests as long as
-    it takes at most a tenth of what the fixed parts leave. ``gpu_experts`` is how many experts the
+    it takes at most a tenth of what the fixed parts leave, or, on a GPU that holds all experts,
+    what those leave. ``gpu_experts`` is how many experts the
     GPU side has to hold. ``spares_per_layer``: slots that are kept free on a GPU where not all
     experts fit, for experts that change places. ``staging_slots``: those that cold experts pass
     through; None: by their size.
