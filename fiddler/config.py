@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from cpu_kernels.weight_kind import PACKED_KINDS
 from fiddler.errors import ConfigError, named_arguments
+from offload.objective import DEFAULT as DEFAULT_OBJECTIVE
+from offload.objective import parse_objective
 
 if TYPE_CHECKING:
     from offload.placement import Placement
 
 PAGE_SIZE = 16  # tokens per KV page
+MAX_NUM_SEQS = 16  # unasked
 BUILTIN = "builtin"
 
 DTYPES = ("auto", "float32", "bfloat16", *(kind.name for kind in PACKED_KINDS))
@@ -44,8 +47,9 @@ class EngineConfig:
     vram_gb: float | None = None
     ram_gb: float | None = None
     max_model_len: int | None = None  # tokens of context; None: the model's, if it fits
-    max_num_seqs: int = 16  # requests that run at once
-    max_batched_tokens: int | None = None  # tokens of one step; None: as memory allows
+    max_num_seqs: int | None = None  # requests at once; None: up to 16, planned for one
+    max_batched_tokens: int | None = None  # tokens of one step; None: by the objective
+    objective: str = DEFAULT_OBJECTIVE  # least time of: decode, prefill, mix or mix:P:N tokens
     tbt_target_ms: float | None = None  # longest step while requests decode; None: any
     prefix_caching: bool = True
     enforce_eager: bool = False  # no CUDA graphs, for finding out what goes wrong
@@ -70,6 +74,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value, Real) and 0 <= value < float("inf")):
                 raise ConfigError(f"{name} must be 0 or more GiB, not {value!r}")
+        parse_objective(self.objective)
         tbt = self.tbt_target_ms
         if tbt is not None and not (_is_number(tbt, Real) and 0 < tbt < float("inf")):
             raise ConfigError(f"tbt_target_ms must be more than 0 milliseconds, not {tbt!r}")
@@ -77,6 +82,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value, Integral) and value >= 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+    @property
+    def num_seqs(self) -> int:
+        """The most requests that run at once."""
+        return MAX_NUM_SEQS if self.max_num_seqs is None else self.max_num_seqs
 
 
 def _is_number(value: object, kind: type) -> bool:

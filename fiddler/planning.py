@@ -1,6 +1,13 @@
-"""One way to a plan, for `fiddler plan` and for loading: settings and a model in, plan out."""
+"""One way to a plan, for `fiddler plan` and for loading: settings and a model in, plan out.
 
-import itertools
+On a GPU that does not hold everything, the largest step and the ring that cold experts pass through
+take their room from resident experts. How large they are is chosen: of all candidates, those whose
+predicted time is least by the objective (:mod:`offload.objective`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from fiddler.config import PAGE_SIZE, EngineConfig
@@ -8,22 +15,76 @@ from fiddler.errors import ConfigError
 from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
-from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
+from fiddler.models.footprint import footprint
 from fiddler.models.quantized import check_groups
+from fiddler.speed import RatesHere, demand_of, rates_for
 from offload.hardware import Hardware
-from offload.layout import Layout, lay_out, vram_limit_bytes
-from offload.plan import Budget, Footprint, Plan
+from offload.layout import Layout, lay_out
+from offload.objective import parse_objective
+from offload.objective_time import objective_s
+from offload.plan import Budget, Chosen, Footprint, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
+from offload.staging import slot_choices
 from offload.units import gib_to_bytes
 
-STEP_TOKENS = 2048  # of a step, unasked
+STEP_TOKENS = 2048  # of a step without a GPU
 # On a GPU each step with a prompt brings every cold expert once, however many tokens it has: more
-# are cheaper, as long as their activations take at most 1/16 of the VRAM from experts.
+# are cheaper, but their activations take room from experts.
 GPU_STEP_TOKENS = (4096, 2048, 1024, 512)
-WORKSPACE_DIVISOR = 16
 
 SHIPPED_PROFILE = "profile.json"  # a model folder may bring its own
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What may be chosen; ``slots`` of the ring, None: by the size of experts."""
+
+    step_tokens: int
+    slots: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """All that a plan follows from but what is chosen; ``needs(step_tokens)`` are the bytes."""
+
+    settings: EngineConfig
+    model: ModelConfig
+    hardware: Hardware
+    dtypes: Dtypes
+    popularity: Popularity
+    popularity_name: str
+    needs: Callable[[int], Footprint]
+
+    def layout(self, sizes: Sizes) -> Layout:
+        """How ``sizes`` spend the budget."""
+        return lay_out(self.needs(sizes.step_tokens), self.hardware, self._budget(sizes))
+
+    def plan(self, sizes: Sizes) -> Plan:
+        """The plan with ``sizes``; raises as the planner does."""
+        return make_plan(
+            self.needs(sizes.step_tokens),
+            self.hardware,
+            self._budget(sizes),
+            self.popularity,
+            popularity_name=self.popularity_name,
+            placement=self.settings.placement,
+        )
+
+    def _budget(self, sizes: Sizes) -> Budget:
+        settings = self.settings
+        given = settings.placement
+        return Budget(
+            max_context=self.model.max_position,
+            vram_bytes=_bytes(settings.vram_gb),
+            ram_bytes=_bytes(settings.ram_gb),
+            context_tokens=settings.max_model_len,
+            page_size=PAGE_SIZE,
+            max_num_seqs=settings.num_seqs,
+            gpu_experts=None if given is None else given.num_resident,
+            spares_per_layer=int(settings.placement_policy == "adaptive"),
+            staging_slots=sizes.slots,
+        )
 
 
 def plan_model(
@@ -33,65 +94,38 @@ def plan_model(
     *,
     name: str,
     folder: Path | None,
+    used: RatesHere | None = None,
 ) -> tuple[Plan, Dtypes]:
-    """Return where everything will live, or raise as the planner and the profile do."""
+    """Return where everything will live, or raise as the planner and the profile do.
+
+    ``used``: the rates by which layouts are compared; None: this machine's, or those of one like
+    it. Equal settings and rates give equal plans.
+    """
     if settings.placement_policy == "adaptive" and not hardware.has_gpu:
         raise ConfigError(
             "experts change places on a GPU only, and there is none",
             hint="use the static placement",
         )
-    dtypes = _dtypes(settings, model, hardware)
-    (kind, *_) = dtypes.expert_kinds
-    if model.packed is None and kind.is_packed:
-        check_groups(model, kind, "--dtype")
-    check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
-    needs = _needs(settings, model, hardware, step_tokens(settings, model, hardware))
-    popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
-    plan = make_plan(
-        needs,
-        hardware,
-        _budget(settings, model),
-        popularity,
-        popularity_name=popularity_name,
-        placement=settings.placement,
-    )
+    question = ask(settings, model, hardware, name=name, folder=folder)
+    plan = answer(question, lambda: used or rates_for(hardware))
     if plan.cached is not None and settings.placement_policy == "adaptive":
         raise ConfigError(
             "experts change places between GPU and RAM only, and some are on disk",
             hint="use the static placement, or a larger --vram-gb or --ram-gb",
         )
-    return plan, dtypes
+    return plan, question.dtypes
 
 
-def step_tokens(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> int:
-    """The most tokens of one step: as asked, or what memory allows.
-
-    Fewer, rather than without the ring that brings cold experts: each step would be the CPU's.
-    """
-    if settings.max_batched_tokens is not None:
-        return settings.max_batched_tokens
-    if not hardware.has_gpu:
-        return STEP_TOKENS
-    width = DTYPE_BYTES[_dtypes(settings, model, hardware).compute]
-    budget = _budget(settings, model)
-    allowed = vram_limit_bytes(hardware, budget) // WORKSPACE_DIVISOR
-
-    def workspace(tokens: int) -> int:
-        seqs = settings.max_num_seqs
-        return workspace_bytes(model, width, max_batched_tokens=tokens, max_num_seqs=seqs)
-
-    def layout(tokens: int) -> Layout:
-        return lay_out(_needs(settings, model, hardware, tokens), hardware, budget)
-
-    layouts = {n: layout(n) for n in GPU_STEP_TOKENS if workspace(n) <= allowed}
-    with_ring = (n for n, layout in layouts.items() if layout.has_ring)
-    fitting = (n for n, layout in layouts.items() if not layout.vram_missing)
-    from_disk = (n for n in fitting if layouts[n].num_disk_experts)  # which needs no ring
-    return next(itertools.chain(with_ring, from_disk), GPU_STEP_TOKENS[-1])
-
-
-def _dtypes(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> Dtypes:
-    return resolve_dtypes(
+def ask(
+    settings: EngineConfig,
+    model: ModelConfig,
+    hardware: Hardware,
+    *,
+    name: str,
+    folder: Path | None,
+) -> Question:
+    """Resolve what ``settings`` leave open but for sizes; reads the profile."""
+    dtypes = resolve_dtypes(
         settings.dtype,
         model.dtype,
         has_gpu=hardware.has_gpu,
@@ -99,37 +133,89 @@ def _dtypes(settings: EngineConfig, model: ModelConfig, hardware: Hardware) -> D
         kv=settings.kv_cache_dtype,
         cpu_activations=settings.cpu_activations,
     )
+    (kind, *_) = dtypes.expert_kinds
+    if model.packed is None and kind.is_packed:
+        check_groups(model, kind, "--dtype")
+    check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
+    popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
+    return Question(
+        settings=settings,
+        model=model,
+        hardware=hardware,
+        dtypes=dtypes,
+        popularity=popularity,
+        popularity_name=popularity_name,
+        needs=cache(partial(_needs, settings, model, hardware, dtypes)),
+    )
 
 
 def _needs(
-    settings: EngineConfig, model: ModelConfig, hardware: Hardware, tokens: int
+    settings: EngineConfig, model: ModelConfig, hardware: Hardware, dtypes: Dtypes, tokens: int
 ) -> Footprint:
-    """Bytes of the model, with steps of up to ``tokens``."""
-    dtypes = _dtypes(settings, model, hardware)
     return footprint(
         model,
         dtype=dtypes.compute,
         expert_dtype=dtypes.expert,
         kv_dtype=dtypes.kv,
         max_batched_tokens=tokens,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=settings.num_seqs,
         max_model_len=settings.max_model_len,
-        graph_rows=largest_bucket(settings.max_num_seqs) if hardware.has_gpu else 0,
+        graph_rows=largest_bucket(settings.num_seqs) if hardware.has_gpu else 0,
     )
 
 
-def _budget(settings: EngineConfig, model: ModelConfig) -> Budget:
-    given = settings.placement
-    return Budget(
-        max_context=model.max_position,
-        vram_bytes=_bytes(settings.vram_gb),
-        ram_bytes=_bytes(settings.ram_gb),
-        context_tokens=settings.max_model_len,
-        page_size=PAGE_SIZE,
-        max_num_seqs=settings.max_num_seqs,
-        gpu_experts=None if given is None else given.num_resident,
-        spares_per_layer=int(settings.placement_policy == "adaptive"),
-    )
+def answer(question: Question, rates: Callable[[], RatesHere]) -> Plan:
+    """The best plan; ``rates`` is asked where there is something to choose."""
+    every = candidates(question)
+    layouts = {sizes: question.layout(sizes) for sizes in every}
+    fitting = {sizes: layout for sizes, layout in layouts.items() if layout.fits}
+    if not fitting:
+        return question.plan(every[-1])  # refuses, by what would need least
+    largest = next(iter(fitting))
+    num_cold = fitting[largest].num_ram_experts + fitting[largest].num_disk_experts
+    if len(fitting) == 1 or not num_cold:
+        return question.plan(largest)
+    return _least(question, fitting, rates())
+
+
+def candidates(question: Question) -> list[Sizes]:
+    """What may be chosen, the largest steps first; what was asked for is the only one of its kind.
+
+    A given placement takes its room itself: its ring has what is left.
+    """
+    settings, model = question.settings, question.model
+    if not question.hardware.has_gpu:
+        return [Sizes(settings.max_batched_tokens or STEP_TOKENS)]
+    asked = settings.max_batched_tokens
+    steps = GPU_STEP_TOKENS if asked is None else (asked,)
+    choices = slot_choices(model.num_experts, question.needs(steps[0]).expert_bytes)
+    slots = (None,) if settings.placement is not None else choices[::-1]
+    return [Sizes(tokens, number) for tokens in steps for number in slots]
+
+
+def _least(question: Question, layouts: dict[Sizes, Layout], used: RatesHere) -> Plan:
+    """Of plans with those layouts the one of the least predicted time."""
+    context = min(layout.context_tokens for layout in layouts.values())
+    score = partial(plan_s, question, used, context_tokens=context)
+    # equal layouts are tried once: a small room has slots for few
+    tried = {(sizes.step_tokens, layout): sizes for sizes, layout in layouts.items()}
+    best = min((question.plan(sizes) for sizes in tried.values()), key=score)
+    objective = question.settings.objective
+    chosen = Chosen(objective=objective, machine=used.name, num_layouts=len(tried))
+    return replace(best, chosen=chosen)
+
+
+def plan_s(
+    question: Question, used: RatesHere, plan: Plan, *, context_tokens: int
+) -> tuple[float, float]:
+    """What is made least: seconds of the objective's request, and of equal ones its prompt's.
+
+    ``context_tokens``: it is no longer than that.
+    """
+    asked = parse_objective(question.settings.objective)
+    rows = question.settings.max_num_seqs or 1
+    demand = demand_of(question.model, question.dtypes, plan)
+    return objective_s(asked.within(context_tokens), demand, used.rates, rows=rows)
 
 
 def find_popularity(

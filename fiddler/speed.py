@@ -40,17 +40,29 @@ class RatesHere:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """What is predicted of one request: a step behind ``num_tokens``, and reading as many.
+    """What is predicted of ``rows`` requests at once: a step behind ``num_tokens``, and reading as
+    many of each.
 
     Limits are the least seconds of either.
     """
 
     rates: RatesHere
+    rows: int
     num_tokens: int
     decode: Prediction
     prefill: Prediction
     decode_limit_s: float
     prefill_limit_s: float
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second of all requests."""
+        return self.rows / self.decode.seconds
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.rows * self.num_tokens / self.prefill.seconds
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -58,6 +70,7 @@ class Speeds:
             "machine": self.rates.name or "this machine",
             "origin": self.rates.origin,
             "why_not_this_machine": self.rates.why_not_own,
+            "batch": self.rows,
             "num_tokens": self.num_tokens,
             **{
                 name: {
@@ -66,8 +79,8 @@ class Speeds:
                     "terms": [asdict(term) for term in prediction.terms],
                 }
                 for name, prediction, limit_s, num_tokens in (
-                    ("decode", self.decode, self.decode_limit_s, 1),
-                    ("prefill", self.prefill, self.prefill_limit_s, self.num_tokens),
+                    ("decode", self.decode, self.decode_limit_s, self.rows),
+                    ("prefill", self.prefill, self.prefill_limit_s, self.rows * self.num_tokens),
                 )
             },
         }
@@ -78,13 +91,11 @@ def demand_of(
     dtypes: Dtypes,
     plan: Plan,
     *,
-    step_tokens: int,
     layers: tuple[LayerChances, ...] | None = None,
 ) -> Demand:
     """What ``config`` asks as ``plan`` has it; ``layers`` None: tokens choose as the plan expects.
 
-    ``step_tokens``: of a prompt in one step, at most. Layers of several kinds count as equal ones
-    of the mean size.
+    Layers of several kinds count as equal ones of the mean size.
     """
     width = DTYPE_BYTES[dtypes.compute]
     numel, shared = _layer_numels(config)
@@ -111,7 +122,7 @@ def demand_of(
         attention_width=config.num_heads * config.head_dim,
         staging_slots=plan.staging_slots,
         disk_share=per_token.disk_experts / max(per_token.cold_experts, 1),
-        step_tokens=step_tokens,
+        step_tokens=plan.step_tokens,
     )
 
 
@@ -134,18 +145,31 @@ def moe_layers(config: ModelConfig) -> list[int]:
     return [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
 
 
-def predict_speeds(demand: Demand, used: RatesHere, context_tokens: int) -> Speeds:
-    """One request that has read a prompt of PROMPT tokens, or what its context holds of them."""
-    num_tokens = min(PROMPT, context_tokens)
+def predict_speeds(demand: Demand, used: RatesHere, *, num_tokens: int, rows: int) -> Speeds:
+    """Of ``rows`` requests at once that read ``num_tokens`` each, and then write."""
     peaks = used.rates.peaks_for(on_gpu=demand.on_gpu)
+    step = {"rows": rows, "depth": num_tokens}
+    prompt = {"num_tokens": num_tokens, "prompts": rows}
     return Speeds(
         rates=used,
+        rows=rows,
         num_tokens=num_tokens,
-        decode=predict_decode(demand, used.rates, rows=1, depth=num_tokens),
-        prefill=predict_prefill(demand, used.rates, num_tokens=num_tokens),
-        decode_limit_s=decode_limit_s(decode_work(demand, rows=1, depth=num_tokens), peaks),
-        prefill_limit_s=prefill_limit_s(prefill_work(demand, num_tokens=num_tokens), peaks),
+        decode=predict_decode(demand, used.rates, **step),
+        prefill=predict_prefill(demand, used.rates, **prompt),
+        decode_limit_s=decode_limit_s(decode_work(demand, **step), peaks),
+        prefill_limit_s=prefill_limit_s(prefill_work(demand, **prompt), peaks),
     )
+
+
+def request_of(plan: Plan, context: int | None, batch: int | None) -> tuple[int, int]:
+    """Tokens of the requests that speeds are said of, and how many there are at once.
+
+    As many tokens as the asked ``context`` has, unasked PROMPT; no more requests than the KV cache
+    has room for.
+    """
+    num_tokens = min(context or PROMPT, plan.context_tokens)
+    room = plan.num_pages * plan.page_size // num_tokens
+    return num_tokens, min(batch or 1, max(1, room))
 
 
 def own_rates(hardware: Hardware) -> tuple[MachineRates | None, str]:
@@ -173,9 +197,11 @@ def rates_for(hardware: Hardware) -> RatesHere:
 def _layer_numels(config: ModelConfig) -> tuple[float, float]:
     """Dense weights of a layer, and those of them that are a shared expert's; means over layers."""
     every = shared = 0
-    for layer in range(config.num_layers):
-        for field, parts in layer_parts(config, layer).items():
-            size = sum(prod(part.shape) for part in parts)
+    has_experts = [config.is_moe_layer(layer) for layer in range(config.num_layers)]
+    for kind in set(has_experts):  # layers with experts are alike, and so are those without
+        number = has_experts.count(kind)
+        for field, parts in layer_parts(config, has_experts.index(kind)).items():
+            size = number * sum(prod(part.shape) for part in parts)
             every += size
             shared += size if field.startswith("shared_") else 0
     return every / config.num_layers, shared / config.num_layers

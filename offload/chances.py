@@ -96,8 +96,9 @@ def token_counts(chances: Sequence[float], num_tokens: int) -> list[int]:
         return []
     pairs = float(chance_N.sum()) * num_tokens
     kept_N = chance_N[:number]
-    count_N = kept_N * pairs / max(float(kept_N.sum()), 1e-300)
-    return [max(1, round(count)) for count in count_N.tolist()]
+    count_N = np.rint(kept_N * pairs / max(float(kept_N.sum()), 1e-300))
+    counts: list[int] = np.maximum(count_N, 1).astype(np.int64).tolist()
+    return counts
 
 
 def _drawn(weight_E: Floats, time: float) -> Floats:

@@ -4,8 +4,10 @@ Both read host memory at the same time, the device over PCIe, so the step waits 
 only. The cold experts of a layer lie end to end; the first rows of gate and up (columns of w2) are
 the workers', the last ones the device's: whole experts, and one in part, since short rows of w2 are
 slow to read. Where they meet depends on nothing but how many experts there are. The shares follow
-from figures that do not come from a measurement of this start: one that differs from start
-to start would divide equal steps differently, and they would round differently.
+from a machine's rates (:meth:`offload.machine_rates.MachineRates.share_costs`), which were measured
+once and are read from a file, or are those of a shipped machine. Never from a measurement of this
+start: one that differs from start to start would divide equal steps differently, and they would
+round differently.
 
 Shapes: N counts of distinct cold experts, 0, 1, ...; C ways to divide an expert.
 """
@@ -22,11 +24,11 @@ GIGA = 1e9
 class ShareCosts:
     """Bytes a second of either side while the other one reads too, and what comes before them.
 
-    The preset is one H200 on a server with 16 cores: 14 workers read 110 GB/s and the device 45
-    over PCIe 5 at the same time (126 and 50 alone). ``packed_part``: of the workers' rate where
-    weights are packed. ``link_start_s``: the residents' launches before it, and the link's latency.
-    ``unit``: rows that a share is a multiple of, a power of two; of a row of w2 in bf16 64 are the
-    128 bytes that the device reads at once.
+    The preset, for who measures a machine, is one H200 on a server with 16 cores: 14 workers read
+    110 GB/s and the device 45 over PCIe 5 at the same time (126 and 50 alone). ``packed_part``: of
+    the workers' rate where weights are packed. ``link_start_s``: the residents' launches before it,
+    and the link's latency. ``unit``: rows that a share is a multiple of, a power of two; of a row
+    of w2 in bf16 64 are the 128 bytes that the device reads at once.
     """
 
     cpu_bytes_per_s: float = 110 * GIGA

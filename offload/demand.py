@@ -52,10 +52,10 @@ def decode_work(demand: Demand, *, rows: int, depth: int) -> Work:
     return _work(demand, rows, keys, kv_bytes=demand.num_layers * demand.kv_bytes * keys)
 
 
-def prefill_work(demand: Demand, *, num_tokens: int, depth: int = 0) -> Work:
-    """Of a whole prompt, in one step; reading its own KV is little beside the arithmetic."""
-    keys = num_tokens * (depth + (num_tokens + 1) / 2)
-    return _work(demand, num_tokens, keys, kv_bytes=0.0)
+def prefill_work(demand: Demand, *, num_tokens: int, depth: int = 0, prompts: int = 1) -> Work:
+    """Of whole prompts, in one step; reading their own KV is little beside the arithmetic."""
+    keys = prompts * num_tokens * (depth + (num_tokens + 1) / 2)
+    return _work(demand, prompts * num_tokens, keys, kv_bytes=0.0)
 
 
 def _work(demand: Demand, tokens: int, keys: float, *, kv_bytes: float) -> Work:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from offload.expert_room import ExpertRoom, in_turn
 from offload.hardware import Hardware
 from offload.plan import Budget, Footprint, GpuSide
-from offload.staging import DIVISOR, LEAST_SLOTS, least_slots, staging_slots
+from offload.staging import DIVISOR, LEAST_SLOTS, least_slots, wanted_slots
 from offload.units import MIB
 
 LEAST_CONTEXT = 2048  # tokens that an unasked context has at least
 MOST_CONTEXT = 32_768  # tokens that an unasked context has at most
-KV_DIVISOR = 10  # KV pages beyond the least take at most 1/10 of what the fixed parts leave
+# KV pages beyond the least take at most 1/10 of what the fixed parts leave, but on a GPU that holds
+# all experts whatever those leave.
+KV_DIVISOR = 10
 
 # Safety margin, on a real GPU only. Kernels that the driver loads at first use grow the context:
 MARGIN_FIXED_BYTES = 192 * MIB
@@ -107,6 +109,9 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # byte of VRAM never costs an expert.
     free = 0 if side is GpuSide.NONE else max(0, room - kv_reserve)
     num_experts, num_staging, num_spare = _slots(footprint, budget, side, free, experts)
+    if side is GpuSide.CUDA and num_experts == footprint.total_experts:
+        num_pages += _more_pages(footprint, budget, free - experts.total, num_pages)
+        kv = num_pages * page_bytes
     # of RAM, before any cold expert; without CUDA the GPU side's are there too
     needed = 0 if side is GpuSide.CUDA else fixed + kv + experts.bytes_of(num_experts)
     ram_room = max(0, ram_limit - needed)
@@ -169,6 +174,13 @@ def _kv_reserve(footprint: Footprint, budget: Budget, room: int) -> int:
     return max(share, least * page_bytes)
 
 
+def _more_pages(footprint: Footprint, budget: Budget, room: int, num_pages: int) -> int:
+    """KV pages that ``room`` bytes hold beside ``num_pages``, as many as requests may want."""
+    page_bytes = budget.page_size * footprint.kv_bytes_per_token
+    most = math.ceil(context_range(budget)[1] / budget.page_size) * budget.max_num_seqs
+    return max(0, min(room // page_bytes, most - num_pages))
+
+
 def spare_bytes(footprint: Footprint, num_spare: int) -> int:
     """Of so many spare slots, each as large as its layer's experts."""
     return sum(in_turn(footprint.expert_bytes_M, num_spare))
@@ -179,7 +191,8 @@ def _slots(
 ) -> tuple[int, int, int]:
     """Slots for residents, for staging, and spare ones, out of ``free`` bytes.
 
-    Staging slots hold any expert. Room for one more expert never makes them fewer.
+    Staging slots hold any expert. Room for one more expert never makes them fewer. Those that were
+    chosen come before residents; else they take a part of the room.
     """
     total, asked, size = footprint.total_experts, budget.gpu_experts, footprint.expert_bytes
     is_staged = side is GpuSide.CUDA and (free < experts.total if asked is None else asked < total)
@@ -190,11 +203,15 @@ def _slots(
     spares = ExpertRoom(in_turn(footprint.expert_bytes_M, wanted))
     num_spare = spares.fitting(free - kept * size)
     free -= spares.bytes_of(num_spare)
-    if asked is None:
-        left = max(kept, free // size // DIVISOR)
-    else:
+    chosen = budget.staging_slots
+    if asked is not None:
         left = max(0, free - experts.bytes_of(asked)) // size
-    num_staging = staging_slots(size, footprint.num_experts, left)
+    elif chosen is not None:
+        left = free // size
+    else:
+        left = max(kept, free // size // DIVISOR)
+    wanted = wanted_slots(size) if chosen is None else max(chosen, LEAST_SLOTS)
+    num_staging = min(wanted, footprint.num_experts, left)
     num_experts = experts.fitting(free - num_staging * size) if asked is None else asked
     return num_experts, num_staging, num_spare
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cpu_kernels.times import TimeTable
 from offload.calibration import Quantity
+from offload.cold_share import ShareCosts
 from offload.limits import GIGA, Peaks
 
 # Kinds that are not measured take as long a byte as one that is: codes of as many bits, and float32
@@ -82,6 +83,24 @@ class MachineRates:
         if not self.beside_cpu_gbps:
             return own_s
         return max(own_s, num_bytes / (self.beside_cpu_gbps * GIGA))
+
+    def share_costs(self, codes: str, activations: str, expert_bytes: int) -> ShareCosts:
+        """By what decode steps share cold experts of such weights between workers and GPU.
+
+        Plain weights are read as fast as memory delivers them beside the link; packed ones by the
+        table, if that is slower. What was not measured beside the other side is taken alone.
+        Nothing is measured here: equal rates, which a calibration's file keeps, divide equal steps
+        equally at every start.
+        """
+        cpu = (self.beside_cpu_gbps or self.peaks.cpu_read_gbps) * GIGA
+        packed = cpu
+        if codes in KERNELS:
+            packed = expert_bytes / self.expert_s(codes, activations, expert_bytes)(1, False)
+        return ShareCosts(
+            cpu_bytes_per_s=cpu,
+            link_bytes_per_s=(self.beside_pull_gbps or self.pull_gbps) * GIGA,
+            packed_part=min(1.0, packed / cpu),
+        )
 
     def expert_s(
         self, codes: str, activations: str, expert_bytes: int

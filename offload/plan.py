@@ -22,7 +22,7 @@ class Footprint:
 
     ``moe_layers`` are the layers that have experts. ``dense_read_bytes`` is the part of
     ``dense_bytes`` that every token reads: all but the input embedding. ``workspace_bytes`` holds
-    the activations of the largest step.
+    the activations of the largest step, which has ``step_tokens``.
 
     ``expert_bytes`` is one routed expert's, the largest one's where layers differ; then
     ``layer_bytes`` has one for each of ``moe_layers``. ``order``: in which experts get room on the
@@ -38,6 +38,7 @@ class Footprint:
     dense_read_bytes: int
     kv_bytes_per_token: int
     workspace_bytes: int
+    step_tokens: int
     layer_bytes: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
 
@@ -66,9 +67,11 @@ class Budget:
 
     ``vram_bytes`` counts as the driver does, CUDA context included. ``context_tokens`` is what one
     request may hold; the KV pool grows beyond it towards ``max_num_seqs`` such requests as long as
-    it takes at most a tenth of what the fixed parts leave. ``gpu_experts`` is how many experts the
+    it takes at most a tenth of what the fixed parts leave, or, on a GPU that holds all experts,
+    what those leave. ``gpu_experts`` is how many experts the
     GPU side has to hold. ``spares_per_layer``: slots that are kept free on a GPU where not all
-    experts fit, for experts that change places.
+    experts fit, for experts that change places. ``staging_slots``: those that cold experts pass
+    through; None: by their size.
     """
 
     max_context: int
@@ -79,6 +82,7 @@ class Budget:
     max_num_seqs: int = 1
     gpu_experts: int | None = None
     spares_per_layer: int = 0
+    staging_slots: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +113,18 @@ class TokenBytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Why steps and ring are as large as they are: of ``num_layouts`` the least predicted time.
+
+    By the rates of ``machine``, for ``objective`` (see :mod:`offload.objective`).
+    """
+
+    objective: str
+    machine: str
+    num_layouts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Where everything lives. ``num_pages`` KV pages hold ``page_size`` tokens each.
 
@@ -116,7 +132,8 @@ class Plan:
     the others are on disk until a step needs them. None: it holds them all.
     ``expected_hit_rate`` is the share of (token, expert) pairs that meet a resident expert if the
     future is like ``popularity``. ``staging_slots`` are those that cold experts pass through
-    on a GPU, ``spare_slots`` those that are kept free. ``vram_budget_bytes`` is 0 without a GPU
+    on a GPU, ``spare_slots`` those that are kept free. ``step_tokens``: of the largest step;
+    ``chosen`` None: there was nothing to choose. ``vram_budget_bytes`` is 0 without a GPU
     side; ``ram_needed_bytes`` counts what the GPU side does not hold, which without CUDA is
     everything.
     """
@@ -131,6 +148,7 @@ class Plan:
     per_token: TokenBytes
     staging_slots: int
     spare_slots: int
+    step_tokens: int
     vram_budget_bytes: int
     ram_needed_bytes: int
     ram_budget_bytes: int
@@ -138,6 +156,7 @@ class Plan:
     popularity_name: str
     popularity: Popularity = field(repr=False, compare=False)
     notes: tuple[str, ...] = ()
+    chosen: Chosen | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Everything as JSON types; placements become sorted expert ids per layer."""

@@ -7,6 +7,7 @@ decides where experts of some layers are larger, too.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -67,6 +68,7 @@ def plan(
         per_token=_token_bytes(footprint, layout, hits_L, disk_L),
         staging_slots=layout.staging_slots,
         spare_slots=layout.spare_slots,
+        step_tokens=footprint.step_tokens,
         vram_budget_bytes=layout.vram_limit,
         ram_needed_bytes=layout.ram_needed,
         ram_budget_bytes=layout.ram_limit,
@@ -121,7 +123,7 @@ def _order(
     """See :class:`Footprint`; a given placement's come first. (): sizes do not depend on it."""
     if not footprint.layer_bytes:
         return ()
-    order = ranked(popularity, footprint.moe_layers)
+    order = list(ranked(popularity, footprint.moe_layers))
     if placement is not None:
         order.sort(key=lambda item: item[1] not in placement.resident[item[0]])
     at = {layer: place for place, layer in enumerate(footprint.moe_layers)}
@@ -134,12 +136,13 @@ def place(popularity: Popularity, moe_layers: Sequence[int], num_resident: int) 
     Spread, because a layer is fastest when both sides have work in it.
     """
     resident: list[set[int]] = [set() for _ in popularity.counts_LE]
-    for layer, expert in ranked(popularity, moe_layers)[:num_resident]:
+    for layer, expert in ranked(popularity, tuple(moe_layers))[:num_resident]:
         resident[layer].add(expert)
     return Placement.of(resident)
 
 
-def ranked(popularity: Popularity, moe_layers: Sequence[int]) -> list[tuple[int, int]]:
+@lru_cache(maxsize=2)  # many layouts of one model are compared
+def ranked(popularity: Popularity, moe_layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """All (layer, expert), the most used first."""
     shares_ME = popularity.shares()[list(moe_layers)]  # M: layers with experts
     order_ME = np.argsort(-shares_ME, axis=1, kind="stable")
@@ -148,7 +151,7 @@ def ranked(popularity: Popularity, moe_layers: Sequence[int]) -> list[tuple[int,
     # by share, ties by rank within the layer, further ties by layer (lexsort is stable)
     best = np.lexsort((rank_ME.ravel(), -ranked_ME.ravel()))
     places = zip(*np.unravel_index(best, order_ME.shape), strict=True)
-    return [(moe_layers[row], int(order_ME[row, rank])) for row, rank in places]
+    return tuple((moe_layers[row], int(order_ME[row, rank])) for row, rank in places)
 
 
 def resident_shares(placement: Placement, popularity: Popularity) -> list[float]:

@@ -9,7 +9,6 @@ the GPU pulls. Of two that work at the same time only the slower one counts in t
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
 from offload.chances import LayerChances, distinct
 from offload.cold_share import ShareCosts
@@ -99,7 +98,7 @@ def predict_decode(demand: Demand, rates: MachineRates, *, rows: int, depth: int
     total.add("attention", demand.num_layers * kv_bytes / read)
     for layer in demand.layers:
         _gpu_layer(demand, rates, layer, rows, total, pulls=is_graph)
-    _disk(demand, rates, rows, total)
+    add_disk(demand, rates, rows, total)
     total.add("head", demand.head_bytes / read)
     total.add("sampling", SAMPLING_KERNELS * rates.launch_s + 3 * 4 * rows * demand.vocab / read)
     total.add("step in Python", STEP_S)
@@ -146,20 +145,20 @@ def cold_sides(
 
     They are shared as :mod:`offload.cold_share` has them shared, but to the very row.
     """
-    share = _kept_share(num_cold * demand.expert_bytes, demand.is_packed) if pulls else 1.0
+    costs = rates.share_costs(demand.codes, demand.few, demand.expert_bytes)
+    kept = _kept_share(costs, num_cold * demand.expert_bytes, is_packed=demand.is_packed)
+    share = kept if pulls else 1.0
     each_s = _expert_s(demand, rates, demand.few, tokens_each)
     if share < 1:
         each_s = rates.beside_s(each_s, demand.expert_bytes)
     cpu_s = num_cold * share * each_s * STEP_PART
     pulled_bytes = num_cold * (1 - share) * demand.expert_bytes
-    link = (rates.beside_pull_gbps or rates.pull_gbps) * GIGA
+    link = costs.link_bytes_per_s
     return cpu_s, pulled_bytes / link + PULL_START_S if pulled_bytes else 0.0
 
 
-@cache
-def _kept_share(cold_bytes: float, is_packed: bool) -> float:
+def _kept_share(costs: ShareCosts, cold_bytes: float, *, is_packed: bool) -> float:
     """The part of so many bytes that the workers keep, so that both sides end at once."""
-    costs = ShareCosts()
     cpu, link = costs.cpu_rate(is_packed=is_packed), costs.link_bytes_per_s
     ahead_s = costs.link_start_s - costs.cpu_start_s
     return min(1.0, (cold_bytes / link + ahead_s) / (cold_bytes / link + cold_bytes / cpu))
@@ -179,14 +178,14 @@ def _on_cpu(demand: Demand, rates: MachineRates, rows: int, depth: int, total: S
             cold * _expert_s(demand, rates, demand.few, _tokens_each(demand, rows, hot + cold)),
         )
         total.add("experts by torch", hot * demand.expert_bytes / read)
-    _disk(demand, rates, rows, total)
+    add_disk(demand, rates, rows, total)
     total.add("head", demand.head_bytes / read)
     total.add("step in Python", STEP_S)
     return total.prediction()
 
 
-def _disk(demand: Demand, rates: MachineRates, rows: int, total: Sum) -> None:
-    """What has to come from disk first; nothing is known of a disk that was not measured."""
+def add_disk(demand: Demand, rates: MachineRates, rows: int, total: Sum) -> None:
+    """What ``rows`` tokens want from disk first; of one that was not measured nothing is known."""
     if demand.disk_share and rates.disk_gbps:
         cold = sum(distinct(layer.cold, rows) for layer in demand.layers)
         from_disk = demand.disk_share * cold * demand.expert_bytes

@@ -1,11 +1,14 @@
 """How long a prompt will take, as a sum of named parts: pure.
 
-On a GPU a layer takes as long as the slowest of three: the link, which brings cold experts without
-a pause, and the GPU or the CPU with theirs, behind what a layer needs besides.
+On a GPU a layer takes as long as the slowest of three: the link, which brings cold experts and only
+pauses where the ring is full before a layer's router has run, and the GPU or the CPU with theirs,
+behind what a layer needs besides.
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 
 from offload.chances import LayerChances, token_counts
 from offload.demand import Demand
@@ -17,26 +20,40 @@ from offload.prediction import (
     STEP_S,
     Prediction,
     Sum,
+    add_disk,
     chunk_sizes,
     total_of,
 )
-from offload.prefill_division import CPU_START_S, LINK_BYTES_PER_S, Division, PrefillCosts, Ring
-from offload.prefill_split import LEAST_TOKENS
+from offload.prefill_division import (
+    BANK_S,
+    CPU_START_S,
+    LINK_BYTES_PER_S,
+    Division,
+    PrefillCosts,
+    Ring,
+)
+from offload.prefill_split import GAP_S, LEAST_TOKENS
 from offload.staging import bank_slots
 
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
 LAYER_S = 1.5e-3  # Python and small kernels of a layer of a prompt on a GPU
-SEND_S = 3.5e-5  # Python for each expert that is sent
+SEND_S = 1.6e-5  # Python for each expert that is sent, beside BANK_S for each bank
 
 
 def predict_prefill(
-    demand: Demand, rates: MachineRates, *, num_tokens: int, depth: int = 0
+    demand: Demand, rates: MachineRates, *, num_tokens: int, depth: int = 0, prompts: int = 1
 ) -> Prediction:
-    """A prompt of ``num_tokens`` behind ``depth`` others, up to its first token."""
+    """Prompts of ``num_tokens``, each behind ``depth`` others, up to their first tokens.
+
+    Several are read one behind the other, in steps that may hold parts of two.
+    """
+    sides = cache(partial(_gpu_sides, demand, rates, cache(partial(_divider, demand, rates))))
+    middle = depth + (num_tokens + 1) / 2
     begin, parts = depth, []
-    for size in chunk_sizes(num_tokens, demand.step_tokens):
-        parts.append(_step(demand, rates, size, begin))
+    for size in chunk_sizes(prompts * num_tokens, demand.step_tokens):
+        keys = size * (begin + (size + 1) / 2 if prompts == 1 else middle)
+        parts.append(_step(demand, rates, size, keys, sides))
         begin += size
     end = Sum()
     read = rates.peaks.gpu_read_gbps if demand.on_gpu else rates.peaks.cpu_read_gbps
@@ -44,11 +61,13 @@ def predict_prefill(
     return total_of([*parts, end.prediction()])
 
 
-def _step(demand: Demand, rates: MachineRates, tokens: int, begin: int) -> Prediction:
+def _step(
+    demand: Demand, rates: MachineRates, tokens: int, keys: float, sides: "Sides"
+) -> Prediction:
+    """``keys``: those that all its tokens look at, in a layer."""
     total = Sum()
     total.add("step in Python", STEP_S)
     flops_per_s = rates.peaks_for(on_gpu=demand.on_gpu).gemm_tflops * TERA
-    keys = tokens * (begin + (tokens + 1) / 2)
     attention_s = 4 * demand.attention_width * keys / (flops_per_s * ATTENTION_PART)
     read = rates.peaks.gpu_read_gbps if demand.on_gpu else rates.peaks.cpu_read_gbps
     dense_bytes = demand.layer_bytes + demand.shared_bytes
@@ -60,49 +79,93 @@ def _step(demand: Demand, rates: MachineRates, tokens: int, begin: int) -> Predi
         return total.prediction()
     num_dense = demand.num_layers - len(demand.layers)
     total.add("dense layers", num_dense * (dense_s + attention_s))
-    many = tokens >= LEAST_TOKENS and demand.disk_share == 0
-    sides = cache(lambda layer: _gpu_sides(demand, rates, layer, tokens, streams=many))
-    for layer in demand.layers:
-        link_s, cpu_s, experts_s, num_sent = sides(layer)
-        python_s = LAYER_S + num_sent * SEND_S
+    streams = tokens >= LEAST_TOKENS and demand.disk_share == 0 and demand.staging_slots > 0
+    for layer, number in Counter(demand.layers).items():
+        side = sides(layer, tokens, streams)
         before = {"GPU dense": dense_s, "attention": attention_s}
+        link = {"cold experts, PCIe": side.link_s}
+        if side.link_s:
+            link["PCIe, ring full"] = max(0.0, max(GAP_S, dense_s + attention_s) - side.ahead_s)
         total.add_slower(
-            {"cold experts, PCIe": link_s},
-            before | {"GPU experts": experts_s},
-            {"layers in Python": python_s},
-            {"cold experts, CPU": cpu_s},
+            link,
+            before | {"GPU experts": side.experts_s},
+            {"layers in Python": LAYER_S + side.python_s},
+            {"cold experts, CPU": side.cpu_s},
+            weight=number,
         )
+    add_disk(demand, rates, tokens, total)
     return total.prediction()
 
 
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """Seconds of the link, the CPU, the GPU and Python for one layer's experts.
+
+    ``ahead_s``: of the link, with what is sent before the layer's router has run.
+    """
+
+    link_s: float
+    cpu_s: float
+    experts_s: float
+    python_s: float
+    ahead_s: float
+
+
+Sides = Callable[[LayerChances, int, bool], _Sides]
+
+
 def _gpu_sides(
-    demand: Demand, rates: MachineRates, layer: LayerChances, tokens: int, *, streams: bool
-) -> tuple[float, float, float, int]:
-    """Seconds of the link, of the CPU and of the GPU for one layer's experts; how many are sent."""
-    expert_s = rates.expert_s(demand.codes, demand.activations, demand.expert_bytes)
-    hand_over = rates.switch_over(demand.codes, demand.activations, demand.expert_bytes)
-
-    def cpu_expert_s(count: int) -> float:
-        handed = hand_over is not None and count >= hand_over
-        return rates.beside_s(expert_s(count, handed), demand.expert_bytes)
-
+    demand: Demand,
+    rates: MachineRates,
+    divider: "Callable[[int], _Divider]",
+    layer: LayerChances,
+    tokens: int,
+    streams: bool,
+) -> _Sides:
+    costs = _costs(rates, demand.codes, demand.activations, demand.expert_bytes)
     counts = token_counts(layer.cold, tokens)
-    copy_s = demand.expert_bytes / (rates.peaks.pcie_gbps * GIGA)
+    copy_s = costs.copy_s
     on_cpu: Sequence[int] = counts
-    if streams and demand.staging_slots:
-        costs = PrefillCosts(copy_s=copy_s, expert_s=cpu_expert_s, hand_over=hand_over)
-        on_cpu = _cpu_counts(demand, costs, counts, tokens)
+    ahead = 0
+    if streams:
+        ahead, on_cpu = divider(tokens)(counts)
     sent = len(counts) - len(on_cpu)
     transfer_s = 4 * tokens * demand.hidden / LINK_BYTES_PER_S if on_cpu else 0.0
-    cpu_s = sum(map(cpu_expert_s, on_cpu)) + (CPU_START_S + 2 * transfer_s if on_cpu else 0.0)
+    cpu_s = sum(map(costs.expert_s, on_cpu)) + (CPU_START_S + 2 * transfer_s if on_cpu else 0.0)
     hot = token_counts(layer.hot, tokens)
     pairs = sum(hot) + sum(counts) - sum(on_cpu)
     experts_s = _gpu_experts_s(demand, rates, pairs, len(hot) + sent)
-    return sent * copy_s + transfer_s, cpu_s, experts_s, sent
+    banks = -(-sent // bank_slots(demand.staging_slots))
+    return _Sides(
+        link_s=sent * copy_s + transfer_s,
+        cpu_s=cpu_s,
+        experts_s=experts_s,
+        python_s=sent * SEND_S + banks * BANK_S,
+        ahead_s=ahead * copy_s,
+    )
 
 
-def _cpu_counts(demand: Demand, costs: PrefillCosts, counts: list[int], tokens: int) -> list[int]:
-    """Tokens of the experts that the CPU takes, as the engine divides a layer between others."""
+@lru_cache(maxsize=8)
+def _costs(rates: MachineRates, codes: str, activations: str, expert_bytes: int) -> PrefillCosts:
+    """What an expert costs; by its tokens it is worked out once for all layouts of a model."""
+    hand_over = rates.switch_over(codes, activations, expert_bytes)
+    expert_s = rates.expert_s(codes, activations, expert_bytes)
+
+    def seconds(count: int) -> float:
+        handed = hand_over is not None and count >= hand_over
+        return rates.beside_s(expert_s(count, handed), expert_bytes)
+
+    copy_s = expert_bytes / (rates.peaks.pcie_gbps * GIGA)
+    return PrefillCosts(copy_s=copy_s, expert_s=cache(seconds), hand_over=hand_over)
+
+
+_Divider = Callable[[list[int]], tuple[int, list[int]]]
+
+
+def _divider(demand: Demand, rates: MachineRates, tokens: int) -> _Divider:
+    """How the engine divides a layer between others: by the tokens of its cold experts, descending,
+    how many are sent ahead, and tokens of those that the CPU takes."""
+    costs = _costs(rates, demand.codes, demand.activations, demand.expert_bytes)
     num_experts = len(demand.layers[0].hot) + len(demand.layers[0].cold)
     division = Division(
         costs=costs,
@@ -110,9 +173,15 @@ def _cpu_counts(demand: Demand, costs: PrefillCosts, counts: list[int], tokens: 
         tokens_each=tokens * demand.top_k / num_experts,
         state_bytes=4 * tokens * demand.hidden,
     )
-    ahead = division.rows_ahead(len(counts))
-    rest = counts[ahead:]  # the popular ones are under way
-    return [rest[n] for n in division.cpu_share(rest, ahead, ahead * costs.copy_s)]
+    rows_ahead = cache(division.rows_ahead)
+
+    def divided(counts: list[int]) -> tuple[int, list[int]]:
+        ahead = rows_ahead(len(counts))
+        rest = counts[ahead:]  # the popular ones are under way
+        taken = division.cpu_share(rest, ahead, ahead * costs.copy_s)
+        return ahead, [rest[n] for n in taken]
+
+    return divided
 
 
 def _gpu_experts_s(demand: Demand, rates: MachineRates, pairs: int, num_experts: int) -> float:

@@ -38,7 +38,7 @@ def cpu_share(
     ``result_s`` for what the CPU gives back. What is still under way for this layer counts for
     neither: as much will be when the next one begins. Experts without tokens are nobody's.
     """
-    order = sorted((e for e, count in enumerate(counts) if count > 0), key=lambda e: counts[e])
+    order = sorted([e for e, count in enumerate(counts) if count > 0], key=counts.__getitem__)
     best_s, best = ahead_s + len(order) * copy_s, 0
     cpu_s = start_s + (GAP_S if ahead_s else 0.0)
     for taken, e in enumerate(order, start=1):

@@ -176,7 +176,7 @@ def opened(folder: Path, device: str, seed: int) -> Iterator[Soak]:
                 copy_share=1e9,
             )
             stack.enter_context(mock.patch("offload.adaptive_placement.AdaptivePlacement", make))
-            shares = mock.patch("fiddler.engine.decode_setup.cold_share", lambda: HALF)
+            shares = mock.patch("fiddler.loading.weights.cold_share", lambda _: HALF)
             stack.enter_context(shares)
             placement = solo.plan.placement.of(
                 range(solo.model_config.num_experts // 2) for _ in solo.plan.placement.resident

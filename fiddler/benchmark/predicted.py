@@ -45,13 +45,7 @@ def predict_case(
 
     def demand(hit_rate: float) -> Demand:
         layers = drawn_chances(subject.config, subject.plan, law, hit_rate)
-        return demand_of(
-            subject.config,
-            subject.dtypes,
-            subject.plan,
-            step_tokens=subject.step_tokens,
-            layers=layers,
-        )
+        return demand_of(subject.config, subject.dtypes, subject.plan, layers=layers)
 
     return predict_demands(
         case, rates, demand(measured.prompt.hit_rate), demand(measured.decode.hit_rate)

@@ -14,10 +14,7 @@ from offload.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model as it was loaded; outlives its weights.
-
-    ``step_tokens``: of a prompt in one step, at most.
-    """
+    """A model as it was loaded; outlives its weights."""
 
     name: str
     config: ModelConfig
@@ -25,7 +22,6 @@ class Subject:
     hardware: Hardware
     plan: Plan
     num_threads: int
-    step_tokens: int
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Self:
@@ -37,7 +33,6 @@ class Subject:
             hardware=loaded.hardware,
             plan=loaded.plan,
             num_threads=loaded.num_threads,
-            step_tokens=loaded.step_tokens,
         )
 
     @property

@@ -31,6 +31,7 @@ ENGINE_FIELDS = (
     "kv_cache_dtype",
     "cpu_activations",
     "device",
+    "objective",
     "cpu_threads",
     "profile",
     "placement_policy",

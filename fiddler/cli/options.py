@@ -74,6 +74,13 @@ ENGINE_OPTIONS = (
     ),
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
     Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),
+    Shared(
+        "--objective",
+        "objective",
+        click.STRING,
+        "WHAT",
+        "Least time of: decode, prefill, or mix:P:N, which reads P tokens and writes N.",
+    ),
     Shared("--cpu-threads", "cpu_threads", COUNT, "N", "Threads that compute experts."),
     Shared(
         "--tbt-target-ms",

@@ -11,7 +11,14 @@ import click
 from fiddler.cli.console import output_console
 from fiddler.cli.options import ENGINE_OPTIONS
 from fiddler.cli.page_file import check_page, html_option, write_page
-from fiddler.cli.plan_table import PlanFacts, print_plan
+from fiddler.cli.plan_table import (
+    PlanFacts,
+    choice_lines,
+    price_lines,
+    print_plan,
+    rates_lines,
+    speed_lines,
+)
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError, FiddlerError
 
@@ -28,6 +35,7 @@ PLAN_FIELDS = {
     "cpu_activations",
     "device",
     "max_model_len",
+    "objective",
     "profile",
     "revision",
     "token",
@@ -47,6 +55,9 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("model", required=False)
 @click.option("--shape", metavar="NAME", help="A named shape instead of a model.")
 @plan_options
+@click.option(
+    "--batch", "max_num_seqs", type=click.INT, metavar="N", help="Plan for N requests at once."
+)
 @click.option(
     "--hardware",
     "machine_name",
@@ -70,6 +81,7 @@ def command(
     are downloaded. Speeds are predicted from what fiddler calibrate has measured here, or from a
     machine that is like this one; the plan says from which.
     """
+    _check_batch(options["max_num_seqs"])  # below, 0 would be as good as not given
     given = {name: value for name, value in options.items() if value not in (None, False)}
     check_page(html)
     facts = _facts(model, shape, machine_name, given)
@@ -81,36 +93,48 @@ def command(
         print_plan(facts, output_console())
 
 
+def _check_batch(batch: int | None) -> None:
+    if batch is not None and batch < 1:
+        raise ConfigError(
+            f"a batch of {batch} requests cannot be planned for", hint="use --batch 1 or more"
+        )
+
+
 def _facts(
     model: str | None, shape: str | None, machine_name: str | None, options: dict[str, Any]
 ) -> PlanFacts:
+    from fiddler.advice import Case, make, price_of_context, ways_to_go_faster
     from fiddler.models.registry import load_config
     from fiddler.models.shapes import load_shape
-    from fiddler.planning import plan_model, step_tokens
-    from fiddler.speed import demand_of, predict_speeds
 
     settings = EngineConfig(model=_one_of(model, shape), **options)
     found = None if shape else _fetch_metadata(settings)
     folder = found.folder if found else None
-    config = load_config(folder.path) if folder else load_shape(settings.model)
     hardware, used = _machine(machine_name, settings.device)
-    plan, dtypes = plan_model(
-        settings,
-        config,
-        hardware,
-        name=folder.name if folder else settings.model,
-        folder=folder.path if folder else None,
+    name = folder.name if folder else settings.model
+    made = make(
+        Case(
+            settings=settings,
+            model=load_config(folder.path) if folder else load_shape(settings.model),
+            hardware=hardware,
+            name=name,
+            folder=folder.path if folder else None,
+            used=used,
+        )
     )
-    demand = demand_of(config, dtypes, plan, step_tokens=step_tokens(settings, config, hardware))
     return PlanFacts(
-        name=folder.name if folder else settings.model,
+        name=name,
         revision=folder.revision if folder else None,
         missing_bytes=found.missing_bytes if found else 0,
-        config=config,
-        dtypes=dtypes,
+        config=made.case.model,
+        dtypes=made.question.dtypes,
         hardware=hardware,
-        plan=plan,
-        speeds=predict_speeds(demand, used, plan.context_tokens),
+        plan=made.plan,
+        batch=settings.max_num_seqs,
+        speeds=made.speeds,
+        pulled_share=made.pulled_share,
+        price=price_of_context(made),
+        faster=ways_to_go_faster(made),
     )
 
 
@@ -136,10 +160,17 @@ def _machine(name: str | None, device: str) -> "tuple[Hardware, RatesHere]":
 
 def _write_page(facts: PlanFacts, path: Path) -> None:
     from fiddler.report.pages import plan_page
+    from fiddler.report.plan_sections import advice_sections
 
     config = facts.config
     layers = [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
-    text = plan_page(facts.name, facts.plan, facts.hardware, layers, config.num_experts)
+    speeds = facts.speeds
+    whose = [] if speeds is None else [line.strip("- ") for line in rates_lines(speeds.rates)]
+    text = plan_page(
+        *(facts.name, facts.plan, facts.hardware, layers, config.num_experts),
+        more_facts=[*choice_lines(facts), *speed_lines(facts), *price_lines(facts), *whose],
+        more=advice_sections(speeds, facts.faster) if speeds is not None else (),
+    )
     write_page(path, text)
 
 
@@ -186,4 +217,7 @@ def _record(facts: PlanFacts) -> dict[str, Any]:
         "hardware": dataclasses.asdict(facts.hardware),
         "plan": facts.plan.to_dict(),
         "speeds": facts.speeds.to_dict() if facts.speeds is not None else None,
+        "pulled_share_of_cold_experts": facts.pulled_share,
+        "context_price": facts.price and dataclasses.asdict(facts.price),
+        "faster": [way.to_dict() for way in facts.faster],
     }

@@ -1,20 +1,27 @@
 """A plan as a person reads it: what lives where, what a token costs, what to expect."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fiddler.cli.memory_bars import bar_lines
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
+from fiddler.report.memory_map import memory_map
 from offload.hardware import Hardware
 from offload.plan import GpuSide, Plan
 from offload.units import size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from rich.table import Table
 
+    from fiddler.advice import Faster, Price
     from fiddler.speed import RatesHere, Speeds
 
+MOST_REASONS = 3
 GPU_HEADING = {GpuSide.CUDA: "GPU", GpuSide.EMULATED: "GPU side", GpuSide.NONE: "RAM"}
 
 
@@ -22,7 +29,8 @@ GPU_HEADING = {GpuSide.CUDA: "GPU", GpuSide.EMULATED: "GPU side", GpuSide.NONE: 
 class PlanFacts:
     """A plan with what it was made from; ``missing_bytes`` of the weights are still on the hub.
 
-    ``speeds`` None: nothing is predicted.
+    ``batch``: requests at once, if that was asked. ``speeds`` None: nothing is predicted.
+    ``pulled_share``: the part of a decode step's cold experts that the GPU reads itself.
     """
 
     name: str
@@ -32,13 +40,20 @@ class PlanFacts:
     dtypes: Dtypes
     hardware: Hardware
     plan: Plan
+    batch: int | None = None
     speeds: "Speeds | None" = None
+    pulled_share: float | None = None
+    price: "Price | None" = None
+    faster: "Sequence[Faster]" = ()
 
 
 def print_plan(facts: PlanFacts, console: "Console") -> None:
-    """Print two lines of facts, two tables, what to expect and the notes."""
+    """Print two lines of facts, bars, two tables, what to expect, the notes and what would help."""
     console.print(_model_line(facts), style="bold")
     console.print(_machine_line(facts))
+    console.print()
+    for bar in bar_lines(memory_map(facts.plan, facts.hardware)):
+        console.print(bar)
     console.print()
     console.print(_memory_table(facts))
     console.print()
@@ -46,6 +61,9 @@ def print_plan(facts: PlanFacts, console: "Console") -> None:
     console.print()
     for line in _closing_lines(facts):
         console.print(line)
+    if facts.faster:
+        console.print()
+        console.print(_faster_table(facts.faster))
 
 
 def _model_line(facts: PlanFacts) -> str:
@@ -114,33 +132,99 @@ def _token_table(plan: Plan) -> "Table":
 
 def _closing_lines(facts: PlanFacts) -> list[str]:
     plan = facts.plan
-    lines = [f"Context of one request: {plan.context_tokens:,} tokens"]
+    lines = [f"Context of one request: {plan.context_tokens:,} tokens", *price_lines(facts)]
     if plan.gpu_side is not GpuSide.NONE:
         lines += _placement_lines(facts)
+    lines += choice_lines(facts)
     if facts.speeds is not None:
-        lines += _speed_lines(facts.speeds)
-    notes = list(plan.notes)
+        lines += [*speed_lines(facts), *rates_lines(facts.speeds.rates)]
+    notes = [*plan.notes, *_waiting_notes(facts)]
     if facts.missing_bytes:
         notes.append(f"{size_text(facts.missing_bytes)} are still to be downloaded: fiddler pull")
     return [*lines, *(f"- {note}" for note in notes)]
 
 
-def _speed_lines(speeds: "Speeds") -> list[str]:
-    decode, prefill = 1 / speeds.decode.seconds, speeds.num_tokens / speeds.prefill.seconds
-    most_decode = 1 / speeds.decode_limit_s
-    most_prefill = speeds.num_tokens / speeds.prefill_limit_s
+def _waiting_notes(facts: PlanFacts) -> list[str]:
+    """Requests that were asked for and find no room."""
+    speeds, batch = facts.speeds, facts.batch
+    if speeds is None or batch is None or speeds.rows == batch:
+        return []
     return [
-        f"Predicted decode: {_rate(decode)} tok/s (limit {_rate(most_decode)})",
-        f"Predicted prompt of {speeds.num_tokens:,} tokens: {_rate(prefill)} tok/s "
-        f"(limit {_rate(most_prefill)})",
-        *_rates_lines(speeds.rates),
+        f"the KV cache has room for {speeds.rows:,} of {batch:,} requests of "
+        f"{speeds.num_tokens:,} tokens: others wait"
     ]
 
 
-def _rates_lines(used: "RatesHere") -> list[str]:
-    """Whose rates they are."""
-    if not used.name:
+def price_lines(facts: PlanFacts) -> list[str]:
+    """What more context costs."""
+    price = facts.price
+    if price is None:
         return []
+    if not price.experts:
+        return [f"{price.tokens:,} more tokens of context take no expert's room"]
+    return [
+        f"{price.tokens:,} more tokens of context take the room of {price.experts:.1f} experts: "
+        f"{price.decode_tokens_per_s:.2g} tok/s"
+    ]
+
+
+def choice_lines(facts: PlanFacts) -> list[str]:
+    """What was chosen, and for what."""
+    plan = facts.plan
+    if plan.gpu_side is not GpuSide.CUDA:
+        return []
+    ring = f", ring of {plan.staging_slots} experts" if plan.staging_slots else ""
+    chosen = ""
+    if plan.chosen is not None:
+        chosen = f": best of {plan.chosen.num_layouts} for {plan.chosen.objective}"
+    return [f"Steps of {plan.step_tokens:,} tokens{ring}{chosen}"]
+
+
+def speed_lines(facts: PlanFacts) -> list[str]:
+    """Speeds beside their limits, and what a decoded token waits for."""
+    speeds = facts.speeds
+    if speeds is None:
+        return []
+    of = f" of {speeds.rows:,} requests" if speeds.rows > 1 else ""
+    prompts = "a prompt" if speeds.rows == 1 else f"{speeds.rows:,} prompts"
+    most_decode = speeds.rows / speeds.decode_limit_s
+    most_prefill = speeds.rows * speeds.num_tokens / speeds.prefill_limit_s
+    return [
+        f"Predicted decode{of} at {speeds.num_tokens:,} tokens: {_rate(speeds.decode_rate)} tok/s "
+        f"(limit {_rate(most_decode)})",
+        f"Predicted reading of {prompts} of as many: {_rate(speeds.prefill_rate)} tok/s "
+        f"({_beside(speeds.prefill_rate, most_prefill)})",
+        f"A decoded token waits for {_reasons(speeds)}",
+        *_share_lines(facts),
+    ]
+
+
+def _beside(rate: float, most: float) -> str:
+    """What a prompt's speed stands beside: the CPU's share of experts may beat the link's limit."""
+    return f"limit {_rate(most)}" if rate <= most else f"PCIe alone: {_rate(most)}"
+
+
+def _share_lines(facts: PlanFacts) -> list[str]:
+    """Who computes cold experts while decoding."""
+    pulled = facts.pulled_share
+    if pulled is None:
+        return []
+    return [f"Cold experts of a decode step: {1 - pulled:.0%} by the CPU, {pulled:.0%} by the GPU"]
+
+
+def _reasons(speeds: "Speeds") -> str:
+    """The parts of a step that take most of its time."""
+    seconds: dict[str, float] = defaultdict(float)
+    for term in speeds.decode.terms:
+        seconds[term.name.partition(",")[0]] += term.seconds  # cold experts, by either side
+    largest = sorted(seconds.items(), key=lambda item: -item[1])[:MOST_REASONS]
+    return "; ".join(f"{name} {part / speeds.decode.seconds:.0%}" for name, part in largest)
+
+
+def rates_lines(used: "RatesHere") -> list[str]:
+    """Whose rates they are, by which a plan is chosen and speeds are predicted."""
+    if not used.name:
+        return ["- by this machine's rates: measured here"]
     lines = [f"- by the rates of {used.name}: {used.origin}"]
     if used.why_not_own:
         lines.append(f"- {used.why_not_own}: fiddler calibrate")
@@ -164,6 +248,26 @@ def _placement_lines(facts: PlanFacts) -> list[str]:
         f"Experts on the GPU side: {span} of {config.num_experts} in each layer",
         f"Expected hit rate there: {hits}",
     ]
+
+
+def _faster_table(ways: "Sequence[Faster]") -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading, justify in (
+        *(("To go faster", "left"), ("decode tok/s", "right"), ("prompt tok/s", "right")),
+        ("cost", "left"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for way in ways:
+        table.add_row(way.option, *(change(pair) for pair in (way.decode, way.prefill)), way.cost)
+    return table
+
+
+def change(rates: tuple[float, float]) -> str:
+    """Tokens a second, before and after."""
+    return " -> ".join(map(_rate, rates))
 
 
 def _table(title: str, plan: Plan) -> "Table":

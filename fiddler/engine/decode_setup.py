@@ -30,11 +30,6 @@ def _stay() -> None:
     """Nothing moves."""
 
 
-def cold_share() -> ShareCosts | None:
-    """How decode steps share cold experts; None: the CPU computes them all."""
-    return ShareCosts()
-
-
 def add_decode_steps(
     runner: Runner,
     decoder: Decoder,
@@ -47,9 +42,13 @@ def add_decode_steps(
     page_size: int,
     max_num_seqs: int,
     context_tokens: int,
+    share: ShareCosts | None,
     is_adaptive: bool,
 ) -> None:
-    """Give ``runner`` what it decodes with on a GPU; says what that is, once."""
+    """Give ``runner`` what it decodes with on a GPU; says what that is, once.
+
+    ``share``: how steps share cold experts; None: the CPU computes them all.
+    """
     from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps
     from fiddler.models.triton_kernels import TritonKernels
     from offload.adaptive_placement import AdaptivePlacement
@@ -74,7 +73,7 @@ def add_decode_steps(
             make_hand_off(way, workers),
             dtype=dtype,
             max_rows=largest_bucket(max_num_seqs),
-            share=cold_share(),
+            share=share,
             adaptive=adaptive,
         )
 

@@ -11,6 +11,7 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
 from offload.handoff_probe import Way
 from offload.hardware import Hardware
+from offload.machine_rates import MachineRates
 from offload.plan import Plan
 from offload.pool_keeper import PoolKeeper
 
@@ -30,6 +31,7 @@ class Ground:
     resources: ExitStack
     on_progress: Progress | None
     step_tokens: int  # of the largest step
+    rates: MachineRates | None  # that steps are divided by; None without a GPU
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 Everything that can be refused is refused before the first weight is read.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,20 +24,20 @@ from fiddler.loading.vram import give_back_memory, limit_vram, vram_meter
 from fiddler.loading.weights import load_weights
 from fiddler.loading.workers import start_pool
 from fiddler.models.dtypes import Dtypes
-from fiddler.planning import plan_model, step_tokens
+from fiddler.planning import plan_model
+from fiddler.speed import RatesHere, rates_for
 from fiddler.text.tokenizer import Tokenizer
 from offload.executor import HybridExperts
 from offload.hardware import Hardware, probe
 from offload.plan import Plan
 from offload.pool_keeper import PoolKeeper
 
+_log = logging.getLogger("fiddler.loading")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A running engine and what must be given back when it ends.
-
-    ``step_tokens``: of a prompt in one step, at most.
-    """
+    """A running engine and what must be given back when it ends."""
 
     files: ModelFiles
     hardware: Hardware
@@ -47,7 +48,6 @@ class LoadedModel:
     experts: HybridExperts
     pages: PagePool
     num_threads: int
-    step_tokens: int
     peak_vram_bytes: Callable[[], int]
     resources: ExitStack
 
@@ -66,10 +66,10 @@ def load_model(
     with ExitStack() as reading, ExitStack() as resources:
         weights = open_weights(settings, files, reading)
         hardware = probe(settings.device)
+        used = _rates(hardware)
         plan, dtypes = plan_model(
-            settings, files.config, hardware, name=files.name, folder=files.folder
+            settings, files.config, hardware, name=files.name, folder=files.folder, used=used
         )
-        num_tokens = step_tokens(settings, files.config, hardware)
         if check_plan is not None:
             check_plan(plan)
         if plan.cached is not None:  # the files are read for as long as the model runs
@@ -91,7 +91,8 @@ def load_model(
             keeper=keeper,
             resources=resources,
             on_progress=on_progress,
-            step_tokens=max(num_tokens, settings.max_num_seqs),
+            step_tokens=max(plan.step_tokens, settings.num_seqs),
+            rates=None if used is None else used.rates,
         )
         runner, experts = load_weights(ground, weights)
         pages = PagePool(plan.num_pages)
@@ -101,7 +102,7 @@ def load_model(
             dtypes=dtypes,
             plan=plan,
             engine=Engine(
-                _scheduler(settings, pages, num_tokens),
+                _scheduler(settings, pages, plan.step_tokens),
                 runner,
                 experts,
                 eos_ids=frozenset(_eos_ids(files)),
@@ -111,10 +112,19 @@ def load_model(
             experts=experts,
             pages=pages,
             num_threads=keeper.pool.num_threads,
-            step_tokens=num_tokens,
             peak_vram_bytes=vram_meter(plan, device),
             resources=resources.pop_all(),
         )
+
+
+def _rates(hardware: Hardware) -> RatesHere | None:
+    """Those of this machine, or of one like it; says so."""
+    if not hardware.has_gpu:
+        return None
+    used = rates_for(hardware)
+    if used.name:
+        _log.info("%s: steps are divided by the rates of %s", used.why_not_own, used.name)
+    return used
 
 
 def _scheduler(settings: EngineConfig, pages: PagePool, num_tokens: int) -> Scheduler:
@@ -122,7 +132,7 @@ def _scheduler(settings: EngineConfig, pages: PagePool, num_tokens: int) -> Sche
         pages,
         PrefixCache(pages, PAGE_SIZE) if settings.prefix_caching else None,
         page_size=PAGE_SIZE,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=settings.num_seqs,
         max_batched_tokens=num_tokens,
         tbt_target_s=None if settings.tbt_target_ms is None else settings.tbt_target_ms / 1e3,
     )

@@ -10,10 +10,13 @@ from fiddler.loading.ground import Ground
 from fiddler.loading.opened import OpenedWeights
 from fiddler.models.config import ModelConfig
 from fiddler.models.decoder import Decoder
+from fiddler.models.footprint import expert_bytes
 from fiddler.models.kernels import DeviceKernels
 from fiddler.models.rope import rope_tables
 from fiddler.models.torch_kernels import TorchKernels
 from fiddler.models.weights import load_dense
+from fiddler.speed import moe_layers
+from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts
 from offload.plan import Plan
 
@@ -43,11 +46,20 @@ def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, Hybrid
             ground.way,
             dtype=ground.dtype,
             page_size=PAGE_SIZE,
-            max_num_seqs=ground.settings.max_num_seqs,
+            max_num_seqs=ground.settings.num_seqs,
             context_tokens=plan.context_tokens,
+            share=cold_share(ground),
             is_adaptive=plan.spare_slots > 0,
         )
     return runner, experts
+
+
+def cold_share(ground: Ground) -> ShareCosts | None:
+    """How decode steps share cold experts; None: the CPU computes them all."""
+    assert ground.rates is not None
+    (kind, *_) = ground.dtypes.expert_kinds
+    size = expert_bytes(ground.config, ground.dtypes.expert, moe_layers(ground.config)[0])
+    return ground.rates.share_costs(kind.codes, ground.dtypes.few, size)
 
 
 def _kernels(config: ModelConfig, plan: Plan, device: torch.device) -> DeviceKernels:

@@ -56,6 +56,7 @@ def footprint(
         layer_bytes=sizes if len(set(sizes)) > 1 else (),
         dense_bytes=dense,
         dense_read_bytes=dense if config.tie_embeddings else dense - embedding,
+        step_tokens=max_batched_tokens,
         kv_bytes_per_token=config.num_layers * kv_bytes(config, kv_dtype),
         workspace_bytes=_rotary_bytes(config, positions)
         + workspace_bytes(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fiddler.report.svg import FONT, WIDTH, element, picture, text, text_width, titled
+from offload.hardware import Hardware
+from offload.plan import GpuSide, Plan
 from offload.units import size_text
 
 BAR_HEIGHT, LINE, SWATCH, GAP = 26, 20, 11, 22  # pixels
@@ -36,6 +38,28 @@ class Memory:
     def num_bytes(self) -> int:
         """All parts."""
         return sum(part.num_bytes for part in self.parts)
+
+
+def memory_map(plan: Plan, hardware: Hardware) -> list[Memory]:
+    """VRAM, RAM and disk; without CUDA the GPU side is a part of RAM."""
+    size = plan.memory
+    gpu_side = (
+        Part("CUDA context", "context", size.context),
+        Part("safety margin", "margin", size.margin),
+        Part("dense weights", "dense", size.dense),
+        Part("KV cache", "kv", size.kv),
+        Part("workspace", "workspace", size.workspace),
+        Part("staging", "staging", size.staging),
+        Part("experts on the GPU side", "experts", size.gpu_experts),
+        Part("unused of the budget", "unused", size.unused),
+    )
+    cold = Part("experts on the CPU side", "experts", size.cpu_experts)
+    on_disk = Memory("Disk", (Part("experts", "experts", size.disk_experts),))
+    limit = plan.ram_budget_bytes
+    if plan.gpu_side is GpuSide.CUDA:
+        on_gpu = Memory(f"VRAM of {hardware.gpu_name}", gpu_side)
+        return [on_gpu, Memory("RAM", (cold,), limit), on_disk]
+    return [Memory("RAM", (*gpu_side[:-1], cold), limit), on_disk]
 
 
 def memory_svg(memories: Sequence[Memory], title: str) -> str:

@@ -10,7 +10,7 @@ from fiddler._version import __version__
 _LIGHT = ["f3f6fb", "dfe9f5", "c6dbef", "9ecae1", "6baed6", "4292c6", "2171b5", "08519c", "08306b"]
 _DARK = ["171d26", "1b2a3d", "1d3a59", "1f4d7a", "2a669e", "4683bd", "6ea5d6", "a3c8ea", "dcecfb"]
 # Parts of a memory: told apart by people who see fewer colours too, as brightness differs.
-_PARTS = {
+PART_COLOURS = {
     "experts": "4269d0",
     "dense": "efb118",
     "kv": "3ca951",
@@ -86,7 +86,7 @@ def style() -> str:
         for colours in (_LIGHT, _DARK)
     )
     kinds = [f".level-{n} {{ fill: var(--level-{n}); }}" for n in range(len(_LIGHT))]
-    kinds += [f".part-{name} {{ fill: #{colour}; }}" for name, colour in _PARTS.items()]
+    kinds += [f".part-{name} {{ fill: #{colour}; }}" for name, colour in PART_COLOURS.items()]
     for name in ("cpu", "gpu", "link"):
         kinds.append(f".roof-{name} {{ stroke: var(--{name}); }}")
         kinds.append(f"svg .name-{name} {{ fill: var(--{name}); }}")

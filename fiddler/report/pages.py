@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from fiddler.held_out import ProfileResult
 from fiddler.report.heatmap import Heatmap, heatmap_svg
-from fiddler.report.memory_map import Memory, Part, memory_svg
+from fiddler.report.memory_map import memory_map, memory_svg
 from fiddler.report.page import Section, Table, page
 from fiddler.report.roofline import GIGA, Point, Roof, roofline_svg
 from offload.hardware import Hardware
 from offload.placement import Placement
-from offload.plan import GpuSide, Plan
+from offload.plan import Plan
 from offload.planner import resident_shares
 from offload.popularity import Popularity
 from offload.units import size_text
@@ -59,9 +59,16 @@ def profile_page(result: ProfileResult) -> str:
 
 
 def plan_page(
-    name: str, plan: Plan, hardware: Hardware, moe_layers: Sequence[int], num_experts: int
+    name: str,
+    plan: Plan,
+    hardware: Hardware,
+    moe_layers: Sequence[int],
+    num_experts: int,
+    *,
+    more_facts: Sequence[str] = (),
+    more: Sequence[Section] = (),
 ) -> str:
-    """What lives where, and which experts."""
+    """What lives where, and which experts; ``more`` sections stand before those."""
     memories = memory_map(plan, hardware)
     rows = [
         (part.name, memory.name, size_text(part.num_bytes))
@@ -95,9 +102,10 @@ def plan_page(
             f"{plan.placement.num_resident:,} of {len(moe_layers) * num_experts:,} experts on the "
             f"GPU side, expected to be met by {plan.expected_hit_rate:.1%} of routes "
             f"({plan.popularity_name}).",
+            *(f"{fact}." for fact in more_facts),
             *(f"Note: {note}." for note in plan.notes),
         ],
-        sections,
+        [*sections[:1], *more, *sections[1:]],
     )
 
 
@@ -150,25 +158,3 @@ def heatmap(
         residents_M=tuple(len(placement.resident[layer]) for layer in moe_layers),
         hits_M=tuple(hits_L[layer] for layer in moe_layers),
     )
-
-
-def memory_map(plan: Plan, hardware: Hardware) -> list[Memory]:
-    """VRAM, RAM and disk; without CUDA the GPU side is a part of RAM."""
-    size = plan.memory
-    gpu_side = (
-        Part("CUDA context", "context", size.context),
-        Part("safety margin", "margin", size.margin),
-        Part("dense weights", "dense", size.dense),
-        Part("KV cache", "kv", size.kv),
-        Part("workspace", "workspace", size.workspace),
-        Part("staging", "staging", size.staging),
-        Part("experts on the GPU side", "experts", size.gpu_experts),
-        Part("unused of the budget", "unused", size.unused),
-    )
-    cold = Part("experts on the CPU side", "experts", size.cpu_experts)
-    on_disk = Memory("Disk", (Part("experts", "experts", size.disk_experts),))
-    limit = plan.ram_budget_bytes
-    if plan.gpu_side is GpuSide.CUDA:
-        on_gpu = Memory(f"VRAM of {hardware.gpu_name}", gpu_side)
-        return [on_gpu, Memory("RAM", (cold,), limit), on_disk]
-    return [Memory("RAM", (*gpu_side[:-1], cold), limit), on_disk]

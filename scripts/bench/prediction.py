@@ -122,7 +122,6 @@ def rows_of(
                 config,
                 subject.dtypes,
                 subject.plan,
-                step_tokens=subject.step_tokens,
                 layers=drawn_chances(config, subject.plan, LAW, hit_rate),
             )
             rows.append(

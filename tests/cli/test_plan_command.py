@@ -48,11 +48,11 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["plan", *arguments])
 
 
-def test_a_shape_is_planned_in_30_lines_that_fit_a_terminal() -> None:
+def test_a_shape_is_planned_in_45_lines_that_fit_a_terminal() -> None:
     done = run("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--context", "8192")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert len(lines) <= 30
+    assert len(lines) <= 45
     assert max(map(len, lines)) <= 80
     words = " ".join(done.stdout.split())
     assert "qwen3-30b-a3b: 48 layers, 128 experts, 8 for each token; bfloat16" in words
@@ -101,7 +101,7 @@ def test_what_ram_has_no_room_for_is_shown_on_disk() -> None:
     options = ("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--ram-gb", "16")
     done = run(*options)
     lines = done.stdout.splitlines()
-    assert len(lines) <= 32 and max(map(len, lines)) <= 80, done.stdout
+    assert len(lines) <= 45 and max(map(len, lines)) <= 80, done.stdout
     plan = json.loads(run(*options, "--json").stdout)["plan"]
     on_gpu, in_ram = (sum(map(len, plan[name])) for name in ("placement", "cached"))
     assert in_ram == 16 * GIB // (3 * 2048 * 768 * 2)
@@ -164,6 +164,14 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
         (("--shape", "mixtral-8x7b", "--vram-gb", "80"), "23.5 GiB of the 24.0 GiB"),
         (("--shape", "mixtral-8x7b", "--ram-gb", "0.1"), "of RAM, but 102 MiB may be used"),
         (("--shape", "mixtral-8x7b", "--context", "40000"), "the model's ends at 32,768"),
+        (("--shape", "mixtral-8x7b", "--batch", "0"), "use --batch 1 or more"),
+        (("--shape", "mixtral-8x7b", "--batch", "-3"), "a batch of -3 requests cannot be"),
+        (("--shape", "mixtral-8x7b", "--objective", "decod"), "did you mean 'decode'?"),
+        (("--shape", "mixtral-8x7b", "--objective", "mix:0:0"), "of 'mix:0:0' has no tokens"),
+        (
+            ("--shape", "mixtral-8x7b", "--objective", "mix:1"),
+            "use decode, prefill, mix or mix:P:N",
+        ),
         (("--shape", "mixtral-8x7b", "--profile", "/none"), "cannot be read: No such file"),
         (("--shape", "mixtral-8x7b", "--hardware", "rtx409"), "did you mean 'rtx4090-ddr5'?"),
         (("--shape", "mixtral-8x7b", "--hardware", "README.md"), "cannot be used as a machine"),
@@ -202,14 +210,62 @@ def test_speeds_stand_beside_their_limits_and_say_whose_they_are(cache: Path) ->
     assert "- this machine is not calibrated: fiddler calibrate" in done.stdout
     keep(H200.rates)
     done = run(*OPTIONS)
-    assert re.search(r"Predicted decode: \d\d", done.stdout) and "calibrate" not in done.stdout
+    assert re.search(r"Predicted decode at 8,192 tokens: \d\d", done.stdout)
+    assert "- by this machine's rates" in done.stdout and "calibrate" not in done.stdout
     assert "by the rates" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
     speeds = json.loads(run(*OPTIONS, "--json").stdout)["speeds"]
-    assert speeds["machine"] == "this machine" and speeds["num_tokens"] == 1024
-    for name, tokens in (("decode", 1), ("prefill", 1024)):
+    assert speeds["machine"] == "this machine" and speeds["num_tokens"] == 8192
+    for name, tokens in (("decode", 1), ("prefill", 8192)):
         terms = sum(term["seconds"] for term in speeds[name]["terms"])
         assert speeds[name]["tokens_per_s"] == pytest.approx(tokens / terms)
         assert speeds[name]["limit"] > 0
+
+
+def test_a_batch_is_planned_for_and_predicted(cache: Path) -> None:
+    options = ("--shape", "olmoe-1b-7b", "--context", "2048", "--batch", "4")
+    done = run(*options)
+    assert "Predicted decode of 4 requests at 2,048 tokens" in done.stdout
+    speeds = json.loads(run(*options, "--json").stdout)["speeds"]
+    assert (speeds["batch"], speeds["num_tokens"]) == (4, 2048)
+    step_s = sum(term["seconds"] for term in speeds["decode"]["terms"])
+    assert speeds["decode"]["tokens_per_s"] == pytest.approx(4 / step_s)
+    crowded = run("--shape", "qwen3-30b-a3b", "--context", "30000", "--batch", "9")
+    assert "the KV cache has room for 1 of 9 requests of 30,000 tokens" in crowded.stdout
+
+
+def test_a_plan_says_what_it_was_chosen_for_and_by_whom(cache: Path) -> None:
+    plans = {}
+    for objective in ("decode", "prefill"):
+        done = run(*OPTIONS, "--objective", objective)
+        assert re.search(rf"Steps of [\d,]+ tokens.*: best of \d+ for {objective}", done.stdout)
+        record = json.loads(run(*OPTIONS, "--objective", objective, "--json").stdout)
+        plans[objective] = record["plan"]
+        assert plans[objective]["chosen"]["objective"] == objective
+        assert plans[objective]["chosen"]["machine"] == "rtx4090-ddr5"
+    assert plans["decode"]["step_tokens"] < plans["prefill"]["step_tokens"]
+    everything = json.loads(run("--shape", "olmoe-1b-7b", "--json").stdout)
+    assert everything["plan"]["chosen"] is None and everything["context_price"] is None
+
+
+def test_what_context_costs_and_what_would_help_is_said_everywhere(
+    cache: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "plan.html"
+    done = run(*OPTIONS[:4], "--html", str(page))
+    record = json.loads(run(*OPTIONS[:4], "--json").stdout)
+    said = " ".join(ET.fromstring(page.read_text().partition("\n")[2]).itertext())
+    price = record["context_price"]
+    sentence = f"1,024 more tokens of context take the room of {price['experts']:.1f} experts"
+    assert sentence in done.stdout and sentence in said
+    assert 0 < record["pulled_share_of_cold_experts"] < 1
+    assert "Cold experts of a decode step: " in done.stdout
+    assert "--dtype w4g128" in done.stdout
+    for way in record["faster"]:
+        assert way["option"] in done.stdout and way["option"] in said and way["cost"] in said
+        before = way["tokens_per_s_before"]["decode"]
+        assert before == pytest.approx(record["speeds"]["decode"]["tokens_per_s"])
+    for name in ("VRAM 20.0 GiB", "RAM "):
+        assert any(line.startswith(name) and line.endswith("|") for line in done.stdout.split("\n"))
 
 
 def test_a_calibration_of_another_machine_is_not_taken_for_ones_own(cache: Path) -> None:

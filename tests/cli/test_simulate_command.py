@@ -23,6 +23,7 @@ SIZES = model(
     dense_bytes=2_000_000,
     dense_read_bytes=1_500_000,
     kv_bytes_per_token=64,
+    step_tokens=512,
     workspace_bytes=1_000,
 )
 

@@ -199,7 +199,7 @@ def test_float32_tokens_are_those_without_pulled_experts(
         ("all", "values"),
         ("half", "enforce_eager"),
     ):
-        monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda p=pulls: PULLS[p])
+        monkeypatch.setattr("fiddler.loading.weights.cold_share", lambda _, p=pulls: PULLS[p])
         with loaded(model, monkeypatch, way, dtype="float32") as llm:
             found[pulls, way] = [ragged(llm, greedy(n)) for n in (1, 2, 4)]
             print(f"{model} {pulls} {way}: {pulled_layers(llm)} layers are pulled from")
@@ -212,7 +212,7 @@ def test_float32_tokens_are_those_without_pulled_experts(
 def test_graphs_with_pulled_experts_give_the_tokens_of_eager_steps(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda: PULLS["half"])
+    monkeypatch.setattr("fiddler.loading.weights.cold_share", lambda _: PULLS["half"])
     found = {}
     for way in ("enforce_eager", "values"):
         with loaded(model, monkeypatch, way, share=0.3) as llm:
@@ -245,7 +245,7 @@ def test_float32_tokens_are_the_static_ones_whatever_moves(
         wanted = [ragged(llm, greedy(n)) for n in (1, 3, 5)]
     tokens = [[row[0] for row in rows] for rows in wanted]
     for way, pulls in (("values", "none"), ("values", "half"), ("enforce_eager", "half")):
-        monkeypatch.setattr("fiddler.engine.decode_setup.cold_share", lambda p=pulls: PULLS[p])
+        monkeypatch.setattr("fiddler.loading.weights.cold_share", lambda _, p=pulls: PULLS[p])
         with moving(model, monkeypatch, way, dtype="float32") as (llm, placement):
             found = [ragged(llm, greedy(n)) for n in (1, 3, 5)]
             print(f"{model} {way} {pulls}: {placement.num_swaps} swaps, {describe(llm)}")

@@ -47,7 +47,7 @@ def logits(llm: LLM) -> list[torch.Tensor]:
 @pytest.fixture(params=[1, 3, 8])
 def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Slots; the tiny models have 8 experts a layer."""
-    monkeypatch.setattr(layout, "staging_slots", lambda size, num, room: min(request.param, room))
+    monkeypatch.setattr(layout, "wanted_slots", lambda expert_bytes: request.param)
     return int(request.param)
 
 

@@ -48,6 +48,7 @@ def model(**changes: Any) -> Footprint:
         "dense_read_bytes": GIB,
         "kv_bytes_per_token": 64 << 10,
         "workspace_bytes": 100 * MIB,
+        "step_tokens": 512,
     }
     return Footprint(**(fields | changes))
 

@@ -1,11 +1,14 @@
 """Sharing cold experts: the table is the best there is, and sane at its edges."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.cold_share import GIGA, ShareCosts, kept_rows
+from offload.reference_machines import find_machine
 
 QWEN = (768, 3 * 2048 * 768 * 2)  # width and bytes of an expert
 MIXTRAL = (14336, 3 * 4096 * 14336 * 2)
@@ -80,3 +83,32 @@ def test_shares_are_whole_groups_and_worth_a_start() -> None:
     kept_N = kept_rows(8, *PACKED, ShareCosts(), 128)
     assert (kept_N % PACKED[0] % 128 == 0).all() and 0.25 < shares(PACKED, 8, group=128)[0] < 0.38
     assert shares((640, 100_000), 1, 2, 3) == [0, 0, 0]
+
+
+H200 = find_machine("h200-16core").rates
+
+
+@pytest.mark.parametrize("codes", ["bf16", "int4", "int8"])
+def test_a_shipped_machine_shares_as_steps_were_timed_there(codes: str) -> None:
+    """H200 server: 110 to 45, and 0.77 of it for packed weights, were best of whole steps."""
+    activations = "int8" if codes != "bf16" else "f32"
+    for expert_bytes in (9_437_184, 352_321_536):
+        size = expert_bytes // {"bf16": 1, "int8": 2, "int4": 4}[codes]
+        costs = H200.share_costs(codes, activations, size)
+        assert costs.cpu_bytes_per_s == 110 * GIGA and costs.link_bytes_per_s == 45 * GIGA
+        assert costs.packed_part == (1 if codes == "bf16" else pytest.approx(0.79, abs=0.03))
+
+
+@given(st.floats(5, 500), st.floats(1, 100), st.sampled_from([QWEN, MIXTRAL]))
+def test_shares_follow_the_machine(cpu: float, link: float, sizes: tuple[int, int]) -> None:
+    rates = replace(H200, beside_cpu_gbps=cpu, beside_pull_gbps=link)
+    costs = rates.share_costs("bf16", "f32", sizes[1])
+    kept = kept_rows(64, *sizes, costs)[64] / (64 * sizes[0])
+    assert kept == pytest.approx(cpu / (cpu + link), abs=0.02)
+    slower = replace(rates, beside_pull_gbps=link / 2).share_costs("bf16", "f32", sizes[1])
+    assert kept_rows(64, *sizes, slower)[64] / (64 * sizes[0]) >= kept
+
+
+def test_what_was_not_measured_beside_the_other_side_is_taken_alone() -> None:
+    costs = replace(H200, beside_cpu_gbps=0.0, beside_pull_gbps=0.0).share_costs("bf16", "f32", 1)
+    assert costs.cpu_bytes_per_s == 114 * GIGA and costs.link_bytes_per_s == 51 * GIGA

@@ -214,8 +214,13 @@ def test_the_context_is_what_was_asked_or_within_the_rule(
     most = min(budget.max_context, 32_768)
     assert min(2048, most) <= made.context_tokens <= most
     beyond_least = made.num_pages * budget.page_size >= 2048 + budget.page_size
-    if beyond_least and made.gpu_side is not GpuSide.NONE:
-        memory = made.memory
+    memory = made.memory
+    holds_all = made.gpu_side is GpuSide.CUDA and not memory.cpu_experts + memory.disk_experts
+    page_bytes = budget.page_size * footprint.kv_bytes_per_token
+    if holds_all:  # requests have all they may want, or nothing is left that holds a page
+        wanted = budget.max_num_seqs * -(-most // budget.page_size)
+        assert made.num_pages >= wanted or memory.unused < 2 * page_bytes
+    elif beyond_least and made.gpu_side is not GpuSide.NONE:
         left = memory.kv + memory.gpu_experts + memory.staging + memory.unused
         assert made.memory.kv <= left // 10
 

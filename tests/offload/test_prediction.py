@@ -13,7 +13,7 @@ from fiddler.benchmark.predicted import predict_demands
 from fiddler.config import EngineConfig
 from fiddler.errors import FiddlerError
 from fiddler.models.shapes import load_shape
-from fiddler.planning import plan_model, step_tokens
+from fiddler.planning import plan_model
 from fiddler.speed import demand_of, drawn_chances
 from offload.demand import Demand, decode_work, prefill_work
 from offload.limits import decode_limit_s
@@ -50,7 +50,7 @@ def demand(
         plan, dtypes = plan_model(settings, config, hardware, name=shape, folder=None)
     except FiddlerError:
         return None
-    return demand_of(config, dtypes, plan, step_tokens=step_tokens(settings, config, hardware))
+    return demand_of(config, dtypes, plan)
 
 
 def fitting(
@@ -69,7 +69,7 @@ H200 = find_machine("h200-16core").rates
     [
         ("mixtral-8x7b", 24, "auto", 7.5, 1547),
         ("qwen3-30b-a3b", 24, "auto", 41.4, 2885),
-        ("qwen3-30b-a3b", 8, "w4g128", 67.9, 7683),
+        ("qwen3-30b-a3b", 8, "w4g128", 77.8, 7683),
         ("mixtral-8x7b", 12, "w4g128", 23.1, 6716),
     ],
 )
@@ -173,7 +173,7 @@ def test_without_a_gpu_everything_is_the_cpus(name: str) -> None:
     hardware = find_machine(name).hardware.without_gpu()
     settings = EngineConfig(model="olmoe-1b-7b", load_format="dummy", max_model_len=512)
     plan, dtypes = plan_model(settings, config, hardware, name="olmoe", folder=None)
-    asked = demand_of(config, dtypes, plan, step_tokens=512)
+    asked = demand_of(config, dtypes, replace(plan, step_tokens=512))
     assert not asked.on_gpu
     for used in (rates, without_gpu(rates)):
         step = predict_decode(asked, used, rows=1, depth=100)
@@ -207,7 +207,7 @@ def test_hits_save_what_they_promise() -> None:
     times = []
     for hit_rate in (0.2, 0.5, 0.9):
         layers = drawn_chances(config, plan, Law(skew=1.0), hit_rate)
-        asked = demand_of(config, dtypes, plan, step_tokens=512, layers=layers)
+        asked = demand_of(config, dtypes, plan, layers=layers)
         times.append(predict_decode(asked, H200, rows=1, depth=9).seconds)
     assert times == sorted(times, reverse=True)
     assert times[0] > 3 * times[2]

@@ -1,87 +1,291 @@
-"""The largest step: as asked, or as many tokens as leave the VRAM to the experts."""
+"""The largest step and the ring: as asked, or those of the least predicted time."""
 
+import time
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError, OutOfMemoryError
 from fiddler.models.config import ModelConfig
-from fiddler.models.footprint import workspace_bytes
 from fiddler.models.shapes import SHAPES, load_shape
-from fiddler.planning import plan_model, step_tokens
+from fiddler.planning import GPU_STEP_TOKENS, Sizes, answer, ask, candidates, plan_model, plan_s
+from fiddler.speed import RatesHere, demand_of
+from offload.hardware import Hardware
+from offload.objective import DEFAULT, parse_objective
+from offload.objective_time import objective_s
+from offload.plan import Plan
+from offload.popularity import Popularity
+from offload.prediction import predict_decode
+from offload.prefill_prediction import predict_prefill
+from offload.reference_machines import find_machine
 from tests.offload.planner_cases import GIB, machine, without_gpu
+
+USED = {
+    name: RatesHere(rates=find_machine(name).rates, name=name, origin="")
+    for name in ("h200-16core", "rtx4090-ddr5")
+}
+OBJECTIVES = ("decode", "prefill", "mix", DEFAULT, "mix:300:40", "mix:0:9", "mix:20000:1")
+
+
+def planned(
+    shape: str | ModelConfig,
+    hardware: Hardware | None = None,
+    used: str = "rtx4090-ddr5",
+    **options: Any,
+) -> Plan:
+    config = load_shape(shape) if isinstance(shape, str) else shape
+    plan, _ = plan_model(
+        EngineConfig(**options),
+        config,
+        hardware or machine(),
+        name="some",
+        folder=None,
+        used=USED[used],
+    )
+    return plan
+
+
+# --- what is asked for, and where nothing is chosen ---
 
 
 def test_what_was_asked_for_is_used() -> None:
-    settings = EngineConfig(max_batched_tokens=77)
-    assert step_tokens(settings, load_shape("olmoe-1b-7b"), machine()) == 77
+    plan = planned("olmoe-1b-7b", vram_gb=6, max_batched_tokens=77)
+    assert plan.step_tokens == 77
+    placed = planned("olmoe-1b-7b", vram_gb=6, placement=plan.placement)
+    assert placed.placement == plan.placement
 
 
-def test_without_a_gpu_nothing_is_streamed() -> None:
-    shape = load_shape("olmoe-1b-7b")
-    assert step_tokens(EngineConfig(vram_gb=4), shape, without_gpu()) == 2048
+@pytest.mark.parametrize("hardware", [without_gpu(), machine(), machine(cuda_context_bytes=0)])
+def test_where_all_fits_nothing_is_chosen_and_no_rates_are_asked_for(hardware: Hardware) -> None:
+    config = load_shape("olmoe-1b-7b")
+    question = ask(EngineConfig(), config, hardware, name="o", folder=None)
+
+    def no_rates() -> RatesHere:
+        raise AssertionError
+
+    plan = answer(question, no_rates)
+    assert plan.chosen is None
+    assert plan.step_tokens == (4096 if hardware.has_gpu else 2048)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("vram_gb", [None, 1, 4, 12, 24])
-def test_activations_leave_the_vram_to_experts(name: str, vram_gb: float | None) -> None:
-    shape, settings = load_shape(name), EngineConfig(vram_gb=vram_gb)
-    tokens = step_tokens(settings, shape, machine())
-    limit = int((23 if vram_gb is None else vram_gb) * GIB)
-
-    def taken(tokens: int) -> int:
-        return workspace_bytes(shape, 2, max_batched_tokens=tokens, max_num_seqs=16)
-
-    assert 512 <= tokens <= 4096
-    assert tokens == 512 or taken(tokens) <= limit / 16
-    has_more = tokens < 4096 and taken(2 * tokens) <= limit / 16
-    assert not has_more or slots(shape, vram_gb, 2 * tokens) < 4
+# --- what is chosen ---
 
 
-def slots(shape: ModelConfig, vram_gb: float | None, tokens: int) -> int:
-    """Of the ring, with steps of so many tokens; 0 if that does not fit at all."""
-    settings = EngineConfig(vram_gb=vram_gb, max_batched_tokens=tokens)
+def best_by_hand(question: Any, used: RatesHere, rows: int) -> float:
+    """The least seconds of any candidate, as the request's two parts are predicted."""
+    plans = []
+    for tokens in GPU_STEP_TOKENS:
+        for sizes in candidates(question):
+            try:
+                plans.append(question.plan(Sizes(tokens, sizes.slots)))
+            except OutOfMemoryError:
+                continue
+    context = min(plan.context_tokens for plan in plans)
+    asked = parse_objective(question.settings.objective).within(context)
+    found = []
+    for plan in plans:
+        demand = demand_of(question.model, question.dtypes, plan)
+        seconds = 0.0
+        if asked.prompt_tokens:
+            seconds += predict_prefill(
+                demand, used.rates, num_tokens=asked.prompt_tokens, prompts=rows
+            ).seconds
+        if asked.answer_tokens:
+            step = predict_decode(demand, used.rates, rows=rows, depth=asked.depth)
+            seconds += asked.answer_tokens * step.seconds
+        found.append(seconds)
+    return min(found)
+
+
+@given(
+    st.sampled_from(["olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b"]),
+    st.floats(4, 23),
+    st.sampled_from(OBJECTIVES),
+    st.sampled_from(["h200-16core", "rtx4090-ddr5"]),
+    st.sampled_from(["auto", "w4g128"]),
+    st.sampled_from([None, 700, 4000]),
+    st.sampled_from([None, 1, 5]),
+    st.sampled_from([60, 12]),
+    st.booleans(),
+)
+def test_no_other_layout_is_predicted_to_be_faster(
+    shape: str,
+    vram_gb: float,
+    objective: str,
+    name: str,
+    dtype: str,
+    context: int | None,
+    seqs: int | None,
+    ram_gib: int,
+    has_profile: bool,
+) -> None:
+    settings = EngineConfig(
+        vram_gb=vram_gb,
+        objective=objective,
+        dtype=dtype,
+        max_model_len=context,
+        max_num_seqs=seqs,
+    )
+    whole = load_shape(shape)
+    config = replace(whole, num_layers=min(4 if shape == "mixtral-8x7b" else 9, whole.num_layers))
+    hardware = machine(ram_available_bytes=ram_gib * GIB // 10)
+    question = ask(settings, config, hardware, name="some", folder=None)
+    if has_profile:
+        counts = np.random.default_rng(0).integers(0, 99, (config.num_layers, config.num_experts))
+        question = replace(question, popularity=Popularity(counts))
+    used, rows = USED[name], seqs or 1
     try:
-        plan, _ = plan_model(settings, shape, machine(), name="some", folder=None)
+        plan = answer(question, lambda: used)
     except OutOfMemoryError:
-        return 0
-    return plan.staging_slots
+        return
+    if plan.chosen is None:
+        return
+    layouts = [question.layout(sizes) for sizes in candidates(question)]
+    least = min(layout.context_tokens for layout in layouts if layout.fits)
+    seconds, _ = plan_s(question, used, plan, context_tokens=least)
+    assert seconds == pytest.approx(best_by_hand(question, used, rows), rel=1e-9)
+    assert (plan.chosen.objective, plan.chosen.machine) == (objective, name)
+    again = answer(question, lambda: used)
+    assert again == plan
+
+
+def test_objectives_pull_in_their_direction() -> None:
+    plans = {
+        objective: planned("qwen3-30b-a3b", vram_gb=8, objective=objective)
+        for objective in ("decode", "mix:1024:256", "prefill")
+    }
+    residents = [plan.placement.num_resident for plan in plans.values()]
+    steps = [plan.step_tokens for plan in plans.values()]
+    assert residents == sorted(residents, reverse=True) and len(set(residents)) == 3
+    assert steps == sorted(steps) and steps[0] < 1024 < steps[-1]
+
+
+def test_a_chat_unasked_keeps_large_steps_for_long_prompts() -> None:
+    """A mix of short prompts would not: 3 times the time for half a percent of decode."""
+    found = {}
+    for objective in (DEFAULT, "mix"):
+        plan = planned("qwen3-30b-a3b", vram_gb=20, objective=objective)
+        config = load_shape("qwen3-30b-a3b")
+        question = ask(EngineConfig(), config, machine(), name="q", folder=None)
+        demand = demand_of(config, question.dtypes, plan)
+        rates = USED["rtx4090-ddr5"].rates
+        found[objective] = (
+            predict_prefill(demand, rates, num_tokens=4096).seconds,
+            predict_decode(demand, rates, rows=1, depth=1024).seconds,
+        )
+    (long_s, step_s), (short_long_s, short_step_s) = found[DEFAULT], found["mix"]
+    assert short_long_s > 2.5 * long_s and step_s < 1.01 * short_step_s
+
+
+def test_slower_links_make_prompts_count_for_more() -> None:
+    slow = replace(USED["rtx4090-ddr5"].rates.peaks, pcie_gbps=3.0)
+    used = RatesHere(rates=replace(USED["rtx4090-ddr5"].rates, peaks=slow), name="s", origin="")
+    config = load_shape("qwen3-30b-a3b")
+    settings = EngineConfig(vram_gb=8, objective="mix:2048:2048")
+    question = ask(settings, config, machine(), name="q", folder=None)
+    plan, fast = answer(question, lambda: used), answer(question, lambda: USED["h200-16core"])
+    assert plan.step_tokens >= fast.step_tokens
 
 
 @pytest.mark.parametrize("policy", ["static", "adaptive"])
-@pytest.mark.parametrize("context_mib", range(500, 3500, 50))
+@pytest.mark.parametrize("context_mib", range(500, 3500, 250))
 def test_steps_get_smaller_before_prompts_lose_their_ring(context_mib: int, policy: str) -> None:
     """A context may grow to GiB: kernels that spill take local memory, and never give it back."""
-    shape, hardware = load_shape("olmoe-1b-7b"), machine(cuda_context_bytes=context_mib << 20)
-    settings = EngineConfig(vram_gb=5, max_model_len=2100, placement_policy=policy)
+    hardware = machine(cuda_context_bytes=context_mib << 20)
+    options = {"vram_gb": 5, "max_model_len": 2100, "placement_policy": policy}
     try:
-        plan, _ = plan_model(settings, shape, hardware, name="o", folder=None)
+        plan = planned("olmoe-1b-7b", hardware, **options)
     except OutOfMemoryError:
         assert context_mib > 3000
         return
-    tokens = step_tokens(settings, shape, hardware)
-    assert plan.staging_slots >= 4 or tokens == 512
-    if context_mib in (500, 3200):
-        assert tokens == {500: 2048, 3200: 1024}[context_mib]
+    assert plan.staging_slots >= 4 or plan.step_tokens == 512
 
 
-def test_a_large_gpu_reads_prompts_in_large_pieces() -> None:
-    for name in ("qwen3-30b-a3b", "mixtral-8x7b"):
-        assert step_tokens(EngineConfig(vram_gb=24), load_shape(name), machine()) == 4096
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("vram_gb", [None, 4, 12, 24])
+def test_every_shape_gets_a_step_of_the_list(name: str, vram_gb: float | None) -> None:
+    hardware = machine(ram_total_bytes=200 * GIB, ram_available_bytes=200 * GIB)
+    try:
+        plan = planned(name, hardware, vram_gb=vram_gb and min(vram_gb, 23))
+    except OutOfMemoryError:
+        return
+    assert plan.step_tokens in GPU_STEP_TOKENS
+    large = vram_gb is None or vram_gb == 24
+    assert not large or name not in ("qwen3-30b-a3b", "mixtral-8x7b") or plan.step_tokens == 4096
 
 
 def test_the_plan_counts_the_activations_of_the_step() -> None:
-    shape = load_shape("qwen3-30b-a3b")
-    hardware = machine()
-
     def workspace(max_batched_tokens: int | None) -> int:
-        settings = EngineConfig(vram_gb=16, max_batched_tokens=max_batched_tokens)
-        plan, _ = plan_model(settings, shape, hardware, name="q", folder=None)
-        return plan.memory.workspace
+        options = {"vram_gb": 16, "max_batched_tokens": max_batched_tokens}
+        return planned("qwen3-30b-a3b", **options).memory.workspace
 
-    chosen = step_tokens(EngineConfig(vram_gb=16), shape, hardware)
+    chosen = planned("qwen3-30b-a3b", vram_gb=16).step_tokens
     assert workspace(None) == workspace(chosen) > workspace(chosen // 2)
+
+
+@pytest.mark.parametrize("has_profile", [False, True])
+def test_512_experts_in_60_layers_are_compared_in_two_seconds(has_profile: bool) -> None:
+    """0.4 s on two cores without a profile, 1.0 s where every layer differs."""
+    config = replace(load_shape("qwen3-30b-a3b"), num_layers=60, num_experts=512)
+    hardware = machine(ram_total_bytes=1 << 42, ram_available_bytes=1 << 42)
+    question = ask(EngineConfig(), config, hardware, name="some", folder=None)
+    if has_profile:
+        counts = np.random.default_rng(0).integers(0, 1000, (60, 512))
+        question = replace(question, popularity=Popularity(counts))
+    started = time.process_time()
+    plan = answer(question, lambda: USED["rtx4090-ddr5"])
+    assert plan.chosen is not None and plan.chosen.num_layouts >= 8
+    assert time.process_time() - started < 2
+
+
+# --- objectives ---
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "answer_tokens"),
+    [("decode", 0, 1), ("prefill", 4096, 0), ("mix", 1024, 256), ("mix:7:9", 7, 9)],
+)
+def test_an_objective_is_a_request(text: str, prompt: int, answer_tokens: int) -> None:
+    found = parse_objective(text)
+    assert (found.prompt_tokens, found.answer_tokens) == (prompt, answer_tokens)
+    assert found.depth == found.behind + answer_tokens // 2
+
+
+@given(st.integers(0, 9999), st.integers(0, 9999), st.integers(2, 9999))
+def test_a_request_is_shortened_to_the_context_in_proportion(p: int, n: int, context: int) -> None:
+    if p + n == 0:
+        return
+    short = parse_objective(f"mix:{p}:{n}").within(context)
+    assert max(short.prompt_tokens, short.answer_tokens) == min(context, max(p, n))
+    assert bool(short.prompt_tokens) == bool(p) and bool(short.answer_tokens) == bool(n)
+    if context > 1000 and min(p, n) > 100:
+        assert short.prompt_tokens * n == pytest.approx(short.answer_tokens * p, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "text", ["fast", "decode:1", "mix:1", "mix:-1:2", "mix:1:2:3", "mix:a:b", "mix:0:0", "", "mix:"]
+)
+def test_what_is_no_objective_is_one_sentence(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(objective=text)
+    assert "mix:" in caught.value.hint and "\n" not in caught.value.message
+
+
+def test_more_requests_take_longer_and_each_of_them_less() -> None:
+    config = load_shape("qwen3-30b-a3b")
+    question = ask(EngineConfig(vram_gb=8), config, machine(), name="q", folder=None)
+    demand = demand_of(config, question.dtypes, question.plan(Sizes(4096, 16)))
+    asked, rates = parse_objective("mix:512:64"), USED["h200-16core"].rates
+    times = [objective_s(asked, demand, rates, rows=rows)[0] for rows in (1, 2, 4, 8)]
+    assert times == sorted(times) and times[-1] < 8 * times[0]
+
+
+# --- refusals ---
 
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), "9", True])
@@ -91,10 +295,9 @@ def test_a_target_is_a_time(value: float) -> None:
 
 
 def test_experts_on_disk_cannot_change_places() -> None:
-    settings = EngineConfig(vram_gb=16, ram_gb=20, placement_policy="adaptive")
+    options: dict[str, Any] = {"vram_gb": 16, "ram_gb": 20}
     with pytest.raises(ConfigError, match="some are on disk") as caught:
-        plan_model(settings, load_shape("qwen3-30b-a3b"), machine(), name="q", folder=None)
+        planned("qwen3-30b-a3b", placement_policy="adaptive", **options)
     assert "--ram-gb" in caught.value.hint
-    settings = replace(settings, placement_policy="static")
-    plan, _ = plan_model(settings, load_shape("qwen3-30b-a3b"), machine(), name="q", folder=None)
+    plan = planned("qwen3-30b-a3b", **options)
     assert plan.cached is not None and plan.staging_slots == plan.spare_slots == 0

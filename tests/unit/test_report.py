@@ -15,9 +15,9 @@ from fiddler.config import EngineConfig
 from fiddler.models.shapes import load_shape
 from fiddler.planning import plan_model
 from fiddler.report.heatmap import LEVELS, Heatmap, heatmap_svg, levels
-from fiddler.report.memory_map import Memory, Part, memory_svg
+from fiddler.report.memory_map import Memory, Part, memory_map, memory_svg
 from fiddler.report.page import Section, Table, page, style
-from fiddler.report.pages import bench_page, memory_map, plan_page, profile_page
+from fiddler.report.pages import bench_page, plan_page, profile_page
 from fiddler.report.roofline import Point, Roof, roofline_svg
 from fiddler.report.svg import WIDTH, Box, text_box
 from offload.hardware import Hardware

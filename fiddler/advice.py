@@ -1,0 +1,266 @@
+"""What else a plan could be: what context costs, and which settings would make it faster.
+
+Every figure is another plan's, made and predicted as if that had been asked for.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from fiddler.config import EngineConfig
+from fiddler.errors import FiddlerError
+from fiddler.models.config import ModelConfig
+from fiddler.models.footprint import kv_bytes
+from fiddler.planning import Question, Sizes, answer, ask, plan_s
+from fiddler.speed import RatesHere, Speeds, demand_of, predict_speeds, request_of
+from offload.hardware import Hardware
+from offload.layout import RAM_HEADROOM_DIVISOR, usable_vram_bytes
+from offload.plan import GpuSide, Plan
+from offload.units import GIB, gib_at_least, size_text
+
+STEP = 1024  # tokens of context that a price is said of
+PRICED = (8192, 4096, 2048, STEP)  # more tokens that are tried, so that parts of experts are seen
+LEAST_CONTEXT = 1024  # that is proposed
+LEAST_GAIN = 0.03  # of a proposal; a prediction says no less
+MOST_SHOWN = 3
+MORE_VRAM = 4 * GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What a plan is asked of; ``used`` are the rates to predict with."""
+
+    settings: EngineConfig
+    model: ModelConfig
+    hardware: Hardware
+    name: str
+    folder: Path | None
+    used: RatesHere
+
+    def asking(self, **changes: Any) -> Self:
+        """The same with other settings."""
+        return replace(self, settings=replace(self.settings, **changes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A case with its plan and what is predicted of it."""
+
+    case: Case
+    question: Question
+    plan: Plan
+    speeds: Speeds
+
+    @property
+    def pulled_share(self) -> float | None:
+        """The part of many cold experts that the GPU reads itself in a decode step.
+
+        As the machine's rates have it; None where it reads none.
+        """
+        plan, dtypes = self.plan, self.question.dtypes
+        if plan.gpu_side is not GpuSide.CUDA or plan.cached or not plan.memory.cpu_experts:
+            return None
+        (kind, *_) = dtypes.expert_kinds
+        size = self.question.needs(plan.step_tokens).expert_bytes
+        costs = self.case.used.rates.share_costs(kind.codes, dtypes.few, size)
+        workers = costs.cpu_rate(is_packed=kind.is_packed)
+        return costs.link_bytes_per_s / (costs.link_bytes_per_s + workers)
+
+    @property
+    def num_experts(self) -> int:
+        """All routed ones."""
+        return self.question.needs(self.plan.step_tokens).total_experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What ``tokens`` more of context cost: room of experts on the GPU side, and decode speed."""
+
+    tokens: int
+    experts: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faster:
+    """A way to go faster: an ``option`` or a part to buy, and its ``cost``; tokens a second.
+
+    ``gain``: of the objective's time, 0.1 for 1.1 times as fast.
+    """
+
+    option: str
+    cost: str
+    decode: tuple[float, float]
+    prefill: tuple[float, float]
+    gain: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        before, after = (
+            {"decode": decode, "prefill": prefill}
+            for decode, prefill in zip(self.decode, self.prefill, strict=True)
+        )
+        fields = asdict(self)
+        return {key: fields[key] for key in ("option", "cost", "gain")} | {
+            "tokens_per_s_before": before,
+            "tokens_per_s_after": after,
+        }
+
+
+def make(case: Case) -> Planned:
+    """Raises as :func:`fiddler.planning.plan_model` does."""
+    question = ask(case.settings, case.model, case.hardware, name=case.name, folder=case.folder)
+    return _predicted(case, question, answer(question, lambda: case.used))
+
+
+def _predicted(case: Case, question: Question, plan: Plan) -> Planned:
+    demand = demand_of(case.model, question.dtypes, plan)
+    settings = case.settings
+    num_tokens, rows = request_of(plan, settings.max_model_len, settings.max_num_seqs)
+    speeds = predict_speeds(demand, case.used, num_tokens=num_tokens, rows=rows)
+    return Planned(case=case, question=question, plan=plan, speeds=speeds)
+
+
+# --- what context costs ---
+
+
+def price_of_context(made: Planned) -> Price | None:
+    """Per STEP tokens, with steps and ring as they are; None where it takes no expert's room, for
+    there is no GPU or it holds all, or no more can be had."""
+    plan, case = made.plan, made.case
+    is_bound = plan.gpu_side is GpuSide.CUDA and plan.placement.num_resident < made.num_experts
+    if not is_bound or case.settings.placement is not None:
+        return None
+    for more in PRICED:
+        if plan.context_tokens + more <= case.model.max_position:
+            try:
+                return _price(made, more)
+            except FiddlerError:  # that many do not fit
+                continue
+    return None
+
+
+def _price(made: Planned, more: int) -> Price:
+    case = made.case.asking(max_model_len=made.plan.context_tokens + more)
+    question = ask(case.settings, case.model, case.hardware, name=case.name, folder=case.folder)
+    longer = question.plan(Sizes(made.plan.step_tokens, made.plan.staging_slots))
+    demand = demand_of(case.model, question.dtypes, longer)
+    speeds = predict_speeds(
+        demand, case.used, num_tokens=made.speeds.num_tokens, rows=made.speeds.rows
+    )
+    lost = made.plan.placement.num_resident - longer.placement.num_resident
+    slower = made.speeds.decode_rate - speeds.decode_rate
+    return Price(tokens=STEP, experts=lost * STEP / more, decode_tokens_per_s=slower * STEP / more)
+
+
+# --- ways to go faster ---
+
+Proposal = tuple[str, str, Case]  # option, cost, case
+
+
+def ways_to_go_faster(made: Planned) -> list[Faster]:
+    """The cheapest that help, in the order of what they cost: see :func:`cheapest`."""
+    found = []
+    for propose in PROPOSALS:
+        for option, cost, case in propose(made):
+            try:
+                after = make(case)
+            except FiddlerError:  # it does not fit, or this model or GPU cannot
+                continue
+            found.append(_faster(made, after, option, cost))
+    return cheapest(found)
+
+
+def cheapest(ways: Sequence[Faster]) -> list[Faster]:
+    """Of ``ways``, the cheapest first: those that gain LEAST_GAIN and more than any cheaper one.
+
+    No more than MOST_SHOWN: those that gain most.
+    """
+    kept: list[Faster] = []
+    for way in ways:
+        if way.gain >= max([LEAST_GAIN, *(cheaper.gain for cheaper in kept)]):
+            kept.append(way)
+    return kept[-MOST_SHOWN:]
+
+
+def _faster(before: Planned, after: Planned, option: str, cost: str) -> Faster:
+    context = min(before.plan.context_tokens, after.plan.context_tokens)
+    before_s, after_s = (
+        plan_s(made.question, made.case.used, made.plan, context_tokens=context)[0]
+        for made in (before, after)
+    )
+    return Faster(
+        option=option,
+        cost=cost,
+        decode=(before.speeds.decode_rate, after.speeds.decode_rate),
+        prefill=(before.speeds.prefill_rate, after.speeds.prefill_rate),
+        gain=before_s / after_s - 1,
+    )
+
+
+def _one_request(made: Planned) -> Iterator[Proposal]:
+    if made.case.settings.max_num_seqs is None:
+        yield "--batch 1", "one request at a time", made.case.asking(max_num_seqs=1)
+
+
+def _half_the_context(made: Planned) -> Iterator[Proposal]:
+    half = made.plan.context_tokens // 2
+    if half >= LEAST_CONTEXT:
+        yield f"--context {half}", "half the context", made.case.asking(max_model_len=half)
+
+
+def _smaller_kv(made: Planned) -> Iterator[Proposal]:
+    model, now = made.case.model, made.question.dtypes.kv
+    for kind, bits in (("fp8", 8), ("int8", 8), ("int4", 4)):
+        if kv_bytes(model, kind) < kv_bytes(model, now):
+            cost = f"KV in {bits} bits: fiddler eval"
+            yield f"--kv-dtype {kind}", cost, made.case.asking(kv_cache_dtype=kind)
+
+
+def _smaller_experts(made: Planned) -> Iterator[Proposal]:
+    model, dtypes = made.case.model, made.question.dtypes
+    (now, *_) = dtypes.expert_kinds
+    if model.packed is not None:  # they are stored so
+        return
+    for kind, bits in (("w8g128", 8), ("w4g128", 4)):
+        if not now.is_packed or bits < now.bits:
+            cost = f"experts in {bits} bits: fiddler eval"
+            yield f"--dtype {kind}", cost, made.case.asking(dtype=kind)
+
+
+def _more_vram(made: Planned) -> Iterator[Proposal]:
+    more = made.plan.vram_budget_bytes + MORE_VRAM
+    if made.plan.gpu_side is GpuSide.CUDA and more <= usable_vram_bytes(made.case.hardware):
+        gib = gib_at_least(more)
+        cost = f"{size_text(MORE_VRAM)} more of the card"
+        yield f"--vram-gb {gib}", cost, made.case.asking(vram_gb=float(gib))
+
+
+def _more_ram(made: Planned) -> Iterator[Proposal]:
+    """As much as keeps all experts from disk, if need be more than the machine has."""
+    plan, hardware = made.plan, made.case.hardware
+    if plan.cached is None:
+        return
+    needed = plan.ram_needed_bytes + plan.memory.disk_experts + plan.memory.staging
+    if needed <= hardware.ram_available_bytes:
+        gib = gib_at_least(needed)
+        yield f"--ram-gb {gib}", "RAM that is free", made.case.asking(ram_gb=float(gib))
+        return
+    available = needed + needed // (RAM_HEADROOM_DIVISOR - 1)
+    more = math.ceil((available - hardware.ram_available_bytes) / GIB)
+    larger = replace(
+        hardware,
+        ram_total_bytes=hardware.ram_total_bytes + more * GIB,
+        ram_available_bytes=hardware.ram_available_bytes + more * GIB,
+    )
+    case = replace(made.case.asking(ram_gb=None), hardware=larger)
+    yield f"{more} GiB more RAM", "memory to buy", case
+
+
+# The cheapest first: settings that nothing is lost by but what they say, then what rounds less
+# before what rounds more, then memory.
+PROPOSALS: tuple[Callable[[Planned], Iterator[Proposal]], ...] = (
+    *(_one_request, _half_the_context, _smaller_kv, _smaller_experts, _more_vram, _more_ram),
+)

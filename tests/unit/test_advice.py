@@ -1,0 +1,180 @@
+"""What more context costs and what would go faster: other plans, as if they had been asked for."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fiddler.advice import (
+    LEAST_GAIN,
+    Case,
+    Faster,
+    Planned,
+    cheapest,
+    make,
+    price_of_context,
+    ways_to_go_faster,
+)
+from fiddler.config import EngineConfig
+from fiddler.models.shapes import load_shape
+from fiddler.planning import Sizes
+from fiddler.speed import RatesHere
+from offload.hardware import Hardware
+from offload.reference_machines import find_machine
+
+MACHINE = find_machine("rtx4090-ddr5")
+USED = RatesHere(rates=MACHINE.rates, name=MACHINE.name, origin="")
+
+
+def case(shape: str, hardware: Hardware = MACHINE.hardware, **options: Any) -> Case:
+    settings = EngineConfig(model=shape, **options)
+    model = load_shape(shape)
+    return Case(
+        settings=settings, model=model, hardware=hardware, name=shape, folder=None, used=USED
+    )
+
+
+# --- what context costs ---
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("qwen3-30b-a3b", {}),
+        ("qwen3-30b-a3b", {"vram_gb": 12, "max_model_len": 8192, "dtype": "w4g128"}),
+        ("mixtral-8x7b", {"max_num_seqs": 4, "max_model_len": 9000}),
+    ],
+)
+def test_the_price_of_context_is_that_of_longer_plans(shape: str, options: dict[str, Any]) -> None:
+    made = make(case(shape, **options))
+    price = price_of_context(made)
+    assert price is not None and price.tokens == 1024
+    more = 8192
+    longer = made.case.asking(max_model_len=made.plan.context_tokens + more)
+    question = replace(make(longer).question, settings=longer.settings)
+    plan = question.plan(Sizes(made.plan.step_tokens, made.plan.staging_slots))
+    lost = made.plan.placement.num_resident - plan.placement.num_resident
+    assert price.experts == lost / 8 and price.decode_tokens_per_s >= 0
+    assert (price.experts > 0) == (price.decode_tokens_per_s > 0)
+    kv = question.needs(plan.step_tokens)
+    if made.plan.num_pages * 16 - made.plan.context_tokens < 16:  # the cache holds one context
+        room = 1024 * kv.kv_bytes_per_token / kv.expert_bytes
+        assert price.experts == pytest.approx(room, abs=0.26)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("olmoe-1b-7b", {}),  # all fits
+        ("qwen3-30b-a3b", {"max_model_len": 40_960}),  # the model's whole context
+    ],
+)
+def test_where_nothing_can_be_had_for_room_there_is_no_price(
+    shape: str, options: dict[str, Any]
+) -> None:
+    assert price_of_context(make(case(shape, **options))) is None
+    without = replace(case(shape, **options), hardware=MACHINE.hardware.without_gpu())
+    assert price_of_context(make(without)) is None
+
+
+# --- ways to go faster ---
+
+FIELDS = {
+    "--context": ("max_model_len", int),
+    "--batch": ("max_num_seqs", int),
+    "--kv-dtype": ("kv_cache_dtype", str),
+    "--dtype": ("dtype", str),
+    "--vram-gb": ("vram_gb", float),
+    "--ram-gb": ("ram_gb", float),
+}
+
+
+def as_asked(made: Planned, option: str) -> Planned:
+    """The plan of someone who adds ``option`` to the command line."""
+    flag, value = option.split()
+    field, convert = FIELDS[flag]
+    return make(made.case.asking(**{field: convert(value)}))
+
+
+@pytest.mark.parametrize("objective", ["decode", "prefill", "mix:4096:1024"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("qwen3-30b-a3b", {"vram_gb": 20, "max_model_len": 32_768}),
+        ("qwen3-30b-a3b", {"vram_gb": 12, "dtype": "w4g128"}),
+        ("mixtral-8x7b", {"ram_gb": 32}),
+        ("olmoe-1b-7b", {"vram_gb": 6, "max_num_seqs": 2}),
+        ("olmoe-1b-7b", {"device": "cpu"}),
+    ],
+)
+def test_what_is_proposed_is_what_the_option_gives(
+    shape: str, options: dict[str, Any], objective: str
+) -> None:
+    hardware = MACHINE.hardware
+    if options.get("device") == "cpu":
+        hardware = hardware.without_gpu()
+    made = make(case(shape, hardware, objective=objective, **options))
+    ways = ways_to_go_faster(made)
+    assert len(ways) <= 3 and (ways or objective == "prefill")
+    assert [way.gain for way in ways] == sorted(way.gain for way in ways)
+    for way in ways:
+        assert way.gain >= LEAST_GAIN
+        assert way.decode[0] == made.speeds.decode_rate
+        if re.match("--", way.option):
+            after = as_asked(made, way.option).speeds
+            assert (way.decode[1], way.prefill[1]) == (after.decode_rate, after.prefill_rate)
+        if objective != "prefill" or way.decode[1] < way.decode[0]:
+            continue
+        assert way.prefill[1] > way.prefill[0]
+
+
+def test_memory_is_proposed_where_rounding_is_done() -> None:
+    packed = make(case("qwen3-30b-a3b", vram_gb=12, dtype="w4g128"))
+    assert [way.option for way in ways_to_go_faster(packed)][-1] == "--vram-gb 16.0"
+    small = replace(MACHINE.hardware, vram_total_bytes=9 << 30, vram_free_bytes=8 << 30)
+    poor = replace(small, ram_total_bytes=9 << 30, ram_available_bytes=8 << 30)
+    on_disk = make(case("qwen3-30b-a3b", poor, dtype="w4g128"))
+    assert on_disk.plan.cached is not None
+    way = ways_to_go_faster(on_disk)[-1]
+    assert re.fullmatch(r"\d+ GiB more RAM", way.option) and way.decode[1] > 2 * way.decode[0]
+    asked = make(case("qwen3-30b-a3b", small, ram_gb=4, dtype="w4g128"))
+    assert [w.option for w in ways_to_go_faster(asked)][-1].startswith("--ram-gb")
+
+
+@given(st.lists(st.floats(-0.5, 2), max_size=8))
+def test_no_way_is_shown_that_a_cheaper_one_beats(gains: list[float]) -> None:
+    ways = [
+        Faster(option=str(n), cost="", decode=(1, 1), prefill=(1, 1), gain=gain)
+        for n, gain in enumerate(gains)
+    ]
+    useful = [
+        way
+        for n, way in enumerate(ways)
+        if way.gain >= LEAST_GAIN and all(way.gain >= other.gain for other in ways[:n])
+    ]
+    assert cheapest(ways) == useful[-3:]
+
+
+# --- requests at once ---
+
+
+def test_a_batch_gives_the_cache_room_and_is_predicted_as_one() -> None:
+    one, four = (
+        make(case("olmoe-1b-7b", max_model_len=2048, max_num_seqs=batch)) for batch in (1, 4)
+    )
+    assert one.plan.num_pages < four.plan.num_pages
+    assert (one.speeds.rows, four.speeds.rows, four.speeds.num_tokens) == (1, 4, 2048)
+    assert one.speeds.decode_rate < four.speeds.decode_rate < 4 * one.speeds.decode_rate
+    crowded = make(case("qwen3-30b-a3b", max_model_len=30_000, max_num_seqs=9))
+    assert crowded.speeds.rows == 1  # the cache holds no two of them
+
+
+def test_deeper_contexts_decode_slower() -> None:
+    rates = [
+        make(case("olmoe-1b-7b", max_model_len=context)).speeds.decode_rate
+        for context in (512, 2048, 4096)
+    ]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 3
