@@ -21,7 +21,7 @@ CPU_ACTIVATIONS = ("auto", "f32", "int8")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "int8", "int4")
 DEVICES = ("auto", "cuda", "cpu")
 LOAD_FORMATS = ("auto", "dummy")
-PLACEMENT_POLICIES = ("static", "adaptive")
+PLACEMENT_POLICIES = ("auto", "static", "adaptive")
 
 
 @named_arguments("engine option")
@@ -58,7 +58,9 @@ class EngineConfig:
         None  # path of a profile.json; None: the one shipped with the model, if any
     )
     placement: "Placement | None" = None  # exact placement instead of a planned one
-    placement_policy: str = "static"  # "adaptive": experts change places while decoding on a GPU
+    # "adaptive": experts change places while decoding on a GPU; "auto": so where that is likely to
+    # help, which is without a profile, and with many experts in a layer
+    placement_policy: str = "auto"
     seed: int = 0  # of dummy weights, and of requests that bring none
 
     def __post_init__(self) -> None:

@@ -243,7 +243,8 @@ def _notes(
     elif layout.num_gpu_experts == 0 and budget.gpu_experts is None:
         notes.append("no expert fits on the GPU side: the CPU computes them all")
     elif not is_known:
-        notes.append("no profile: every expert counts the same")
+        moves = "; while decoding, those in use move to the GPU" if layout.spare_slots else ""
+        notes.append(f"no profile: every expert counts the same{moves}")
     if layout.num_disk_experts:
         notes.append(
             f"RAM holds {layout.num_ram_experts:,} experts at a time; others are read from disk "

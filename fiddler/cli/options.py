@@ -96,7 +96,7 @@ ENGINE_OPTIONS = (
         "placement_policy",
         click.Choice(PLACEMENT_POLICIES),
         None,
-        "'adaptive': experts move to the GPU and back as they are used.",
+        "'adaptive': experts move to the GPU and back with use; 'auto': so without a profile.",
     ),
     Shared("--revision", "revision", click.STRING, "REV", "Branch, tag or commit on the hub."),
     Shared("--token", "token", click.STRING, "TOKEN", "Access token of the hub."),

@@ -26,14 +26,14 @@ def prompt(count: int) -> Case:
 
 @contextmanager
 def loaded_shape(shape: str, cases: list[Case], **options: object) -> Iterator[LoadedModel]:
-    """A shape with seeded weights that has room for ``cases``."""
+    """A shape with seeded weights that has room for ``cases``; experts stay, unless asked for."""
     settings = EngineConfig(
         model=shape,
         load_format="dummy",
         prefix_caching=False,
         max_model_len=max(case.length for case in cases),
         max_num_seqs=max(case.n_parallel for case in cases),
-        **{"vram_gb": VRAM_GB, **options},  # type: ignore[arg-type]
+        **{"vram_gb": VRAM_GB, "placement_policy": "static", **options},  # type: ignore[arg-type]
     )
     loaded = load(settings, cases, None)
     with loaded.resources:
