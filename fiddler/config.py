@@ -76,6 +76,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value, Real) and 0 <= value < float("inf")):
                 raise ConfigError(f"{name} must be 0 or more GiB, not {value!r}")
+        if not isinstance(self.objective, str):
+            raise ConfigError(f"objective must be a word such as decode, not {self.objective!r}")
         parse_objective(self.objective)
         tbt = self.tbt_target_ms
         if tbt is not None and not (_is_number(tbt, Real) and 0 < tbt < float("inf")):

@@ -19,7 +19,7 @@ from offload.machine_rates import RATES, MachineRates
 from offload.plan import GpuSide, Plan
 from offload.prediction import Prediction, predict_decode
 from offload.prefill_prediction import predict_prefill
-from offload.reference_machines import reference_for
+from offload.reference_machines import check_kernels, reference_for
 from offload.routing_law import Law
 
 PROMPT = 1024  # tokens
@@ -180,7 +180,13 @@ def own_rates(hardware: Hardware) -> tuple[MachineRates | None, str]:
     whole = hardware if hardware.has_gpu else probe("auto")
     calibration = Calibration(default_path(), this_machine(whole, __version__))
     rates = calibration.known(RATES, {})
-    return rates, "" if rates is not None else calibration.why_unknown(RATES, {})
+    if rates is None:
+        return None, calibration.why_unknown(RATES, {})
+    try:
+        check_kernels(rates)
+    except ValueError as error:  # memory was short
+        return None, str(error)
+    return rates, ""
 
 
 def rates_for(hardware: Hardware) -> RatesHere:

@@ -80,8 +80,7 @@ def machine_of(record: Any) -> ReferenceMachine:
         capability = hardware.get("gpu_capability")
         hardware["gpu_capability"] = tuple(capability) if capability else None
         rates = from_json(record["rates"])
-        for codes, activations in NEEDED:  # complains of one that is missing
-            rates.expert_s(codes, activations, 1)
+        check_kernels(rates)
         return ReferenceMachine(
             name=str(record["name"]),
             origin=str(record["origin"]),
@@ -90,6 +89,12 @@ def machine_of(record: Any) -> ReferenceMachine:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"its fields are not those of a machine ({error})") from error
+
+
+def check_kernels(rates: MachineRates) -> None:
+    """ValueError where times are missing of a kernel that a plan may need."""
+    for codes, activations in NEEDED:
+        rates.expert_s(codes, activations, 1)
 
 
 def _checked(hardware: Hardware) -> Hardware:

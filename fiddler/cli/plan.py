@@ -78,8 +78,9 @@ def command(
     """Show what would run where and how fast, without loading the model.
 
     MODEL is 'builtin', a folder, or ORG/NAME[@REVISION] on the hub, of which only the small files
-    are downloaded. Speeds are predicted from what fiddler calibrate has measured here, or from a
-    machine that is like this one; the plan says from which.
+    are downloaded. Speeds are predicted, and sizes of steps chosen by --objective, from what
+    fiddler calibrate has measured here, or from a machine that is like this one; the plan says from
+    which. The last table proposes settings that would be faster, the cheapest first.
     """
     _check_batch(options["max_num_seqs"])  # below, 0 would be as good as not given
     given = {name: value for name, value in options.items() if value not in (None, False)}

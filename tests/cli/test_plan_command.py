@@ -276,6 +276,13 @@ def test_a_calibration_of_another_machine_is_not_taken_for_ones_own(cache: Path)
     assert speeds["why_not_this_machine"].endswith("of another machine (Other CPU with Test GPU)")
 
 
+def test_a_calibration_without_all_kernels_is_not_planned_by(cache: Path) -> None:
+    keep(replace(H200.rates, times=H200.rates.times[:2]))
+    speeds = json.loads(run(*OPTIONS, "--json").stdout)["speeds"]
+    assert speeds["machine"] == "rtx4090-ddr5"
+    assert "no kernel for" in speeds["why_not_this_machine"]
+
+
 def test_a_damaged_calibration_is_said(cache: Path) -> None:
     cache.write_text("{")
     with pytest.warns(RuntimeWarning, match=r"calibration.json cannot be used"):

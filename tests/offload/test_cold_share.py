@@ -1,12 +1,17 @@
 """Sharing cold experts: the table is the best there is, and sane at its edges."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fiddler.loading.weights import cold_share
+from fiddler.models.dtypes import resolve_dtypes
+from fiddler.models.shapes import load_shape
 from offload.cold_share import GIGA, ShareCosts, kept_rows
 from offload.reference_machines import find_machine
 
@@ -112,3 +117,13 @@ def test_shares_follow_the_machine(cpu: float, link: float, sizes: tuple[int, in
 def test_what_was_not_measured_beside_the_other_side_is_taken_alone() -> None:
     costs = replace(H200, beside_cpu_gbps=0.0, beside_pull_gbps=0.0).share_costs("bf16", "f32", 1)
     assert costs.cpu_bytes_per_s == 114 * GIGA and costs.link_bytes_per_s == 51 * GIGA
+
+
+def test_a_loaded_model_shares_by_the_rates_that_it_was_planned_with() -> None:
+    for dtype, activations in (("auto", "f32"), ("w4g128", "int8")):
+        config = load_shape("qwen3-30b-a3b")
+        dtypes = resolve_dtypes(dtype, config.dtype, has_gpu=True, packed=None)
+        ground: Any = SimpleNamespace(config=config, dtypes=dtypes, rates=H200)
+        (kind,) = dtypes.expert_kinds
+        size = QWEN[1] if dtype == "auto" else PACKED[1]
+        assert cold_share(ground) == H200.share_costs(kind.codes, activations, size)

@@ -81,6 +81,7 @@ def test_an_unknown_engine_option_names_the_nearest(wrong: str, meant: str) -> N
         ("max_model_len", 0, "a whole number of at least 1"),
         ("max_model_len", "512", "a whole number of at least 1"),
         ("max_num_seqs", 2.5, "a whole number of at least 1"),
+        ("objective", 5, "a word such as decode"),
         ("max_batched_tokens", 0, "a whole number of at least 1"),
         ("cpu_threads", 0, "a whole number of at least 1"),
         ("dtype", "fp16", "auto, float32, bfloat16"),
