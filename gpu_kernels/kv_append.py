@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpu_kernels.checks import check_range
 from gpu_kernels.kv_append_reference import rope_and_append_reference
-from gpu_kernels.kv_quant import INT4, LARGEST, check_kv_dtypes, head_dim_of
+from gpu_kernels.kv_quant import INT4, LARGEST, as_loaded, check_kv_dtypes, head_dim_of
 from gpu_kernels.kv_store import store_half, store_kv
 from gpu_kernels.rotary_heads import load_heads, rotate
 
@@ -56,10 +56,6 @@ def rope_and_append(
         return out
     check_range("slots", slots_T, -1, len(kv_cache) * kv_cache.shape[2])
     check_range("positions", positions_T, 0, len(cos_SR))
-    is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
-    is_int4 = kv_cache.dtype == INT4
-    if is_int4 and kv_scales is not None:
-        kv_scales = kv_scales.view(torch.int32)
     _append_kernel[(num_tokens,)](
         q_THD,
         k_TKD,
@@ -68,8 +64,7 @@ def rope_and_append(
         sin_SR,
         positions_T,
         slots_T,
-        kv_cache.view(torch.uint8) if is_fp8 else kv_cache,
-        kv_scales,
+        *as_loaded(kv_cache, kv_scales),
         q_norm_D,
         k_norm_D,
         out,
@@ -87,8 +82,8 @@ def rope_and_append(
         BLOCK_K=triton.next_power_of_2(num_kv_heads),
         BLOCK_R=triton.next_power_of_2(head_dim // 2),
         HAS_NORM=q_norm_D is not None,
-        IS_FP8=is_fp8,
-        IS_INT4=is_int4,
+        IS_FP8=kv_cache.dtype == torch.float8_e4m3fn,
+        IS_INT4=kv_cache.dtype == INT4,
         LARGEST=0.0 if kv_scales is None else LARGEST[kv_cache.dtype],
         num_warps=4,
     )

@@ -57,6 +57,18 @@ def scales_of(
     return ((*shape, 2), torch.bfloat16) if dtype == INT4 else (shape, torch.float32)
 
 
+def as_loaded(kv_cache: Tensor, kv_scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both as kernels take them: fp8 as bytes, (zero, scale) as int32.
+
+    Masked loads of fp8 know no zero in the interpreter.
+    """
+    if kv_cache.dtype == torch.float8_e4m3fn:
+        return kv_cache.view(torch.uint8), kv_scales
+    if kv_cache.dtype == INT4 and kv_scales is not None:
+        return kv_cache, kv_scales.view(torch.int32)
+    return kv_cache, kv_scales
+
+
 def check_kv_dtypes(kv_cache: Tensor, kv_scales: Tensor | None, dtype: torch.dtype) -> None:
     """Assert that the cache is of ``dtype``, or of codes with scales that fit."""
     if kv_scales is None:

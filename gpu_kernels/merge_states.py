@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LN_2 = 0.6931471805599453
 BLOCK_H = 4
 
 
@@ -55,12 +56,9 @@ def merge_states(v_NSHD: Tensor, lse_NSH: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_states_reference(v_NSHD: Tensor, lse_NSH: Tensor) -> tuple[Tensor, Tensor]:
     """The same in plain torch, computed and returned in float32."""
-    lse_NH = torch.logsumexp(lse_NSH.float() * _LN_2, 1) / _LN_2
+    lse_NH = torch.logsumexp(lse_NSH.float() * LN_2, 1) / LN_2
     weight_NSH = torch.exp2(lse_NSH - lse_NH[:, None]).nan_to_num()
     return (weight_NSH[..., None] * v_NSHD.float()).sum(1), lse_NH
-
-
-_LN_2 = 0.6931471805599453
 
 
 def _launch_pair(

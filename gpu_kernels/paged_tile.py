@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.checks import check_page_table
-from gpu_kernels.kv_quant import INT4, check_kv_dtypes, head_dim_of
+from gpu_kernels.kv_quant import INT4, as_loaded, check_kv_dtypes, head_dim_of
 from gpu_kernels.kv_widen import widen, widen_half, zero_and_scale
 from gpu_kernels.page_table import PageTable
 
@@ -46,15 +46,12 @@ def check_attention_inputs(
 def kv_args(kv_cache: Tensor, kv_scales: Tensor | None, pages: PageTable) -> dict[str, Any]:
     """Arguments by name of both kernels that say where the keys and values lie."""
     stride_page, stride_v, stride_token, stride_kv_head = kv_cache.stride()[:4]
-    is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
     head_dim = head_dim_of(kv_cache)
     is_int4 = kv_cache.dtype == INT4
-    if is_int4 and kv_scales is not None:
-        kv_scales = kv_scales.view(torch.int32)
+    codes, scales = as_loaded(kv_cache, kv_scales)
     return {
-        # as bytes: masked loads of fp8 know no zero in the interpreter
-        "kv_ptr": kv_cache.view(torch.uint8) if is_fp8 else kv_cache,
-        "kv_scales_ptr": kv_scales,
+        "kv_ptr": codes,
+        "kv_scales_ptr": scales,
         "indptr_ptr": pages.indptr_B1,
         "indices_ptr": pages.indices,
         "last_page_len_ptr": pages.last_page_len_B,
