@@ -94,7 +94,7 @@ def test_workers_that_stand_still_do_not_hold_the_stream(comes_back: bool) -> No
         *(lambda n=n, do=do: do(n) for n in later for do in (bell.ring, bell.wait)),
     )
     with pool.awake(), pytest.raises(WorkerError, match=r"stood still for 0.1 seconds"):
-        await_stream(stream.is_done, pool.words, [stuck, *later], patience_s=0.1)
+        await_stream(stream.is_done, stream.is_done, pool.words, [stuck, *later], patience_s=0.1)
     assert may_go.is_set() == comes_back
     may_go.set()
     pool.words[DOORBELL] = 0  # what the stream left
