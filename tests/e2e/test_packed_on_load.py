@@ -21,7 +21,8 @@ from tests.model.test_parity import split_at_random
 from tests.tiny_models import shared_tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-ERRORS = {"w4g32": 0.09, "w4g32z-bf16": 0.085, "w8g64": 0.0065}  # of normal weights, see the layout
+# of normal weights, by kinds for which other tests compile kernels too: each takes seconds
+ERRORS = {"w4g32": 0.09, "w4g64z-bf16": 0.095, "w8g32-bf16": 0.006}
 
 
 def tiny() -> Path:
@@ -104,7 +105,7 @@ def test_what_cannot_be_rounded_is_one_sentence(tmp_path: Path) -> None:
         loaded(tmp_path, "w4g32")
 
 
-@pytest.mark.parametrize("dtype", ["w4g64", "w4g32z-bf16", "w8g32z"])
+@pytest.mark.parametrize("dtype", ["w4g32", "w4g64z-bf16", "w8g32z"])
 def test_random_experts_are_as_large_as_those_of_plain_numbers(dtype: str) -> None:
     """Standard deviation 1 / sqrt(columns), that of down smaller by sqrt(2 x layers); no mean."""
     kind = parse_kind(dtype)
