@@ -8,7 +8,8 @@ everything is compiled and allocated, then it is recorded.
 The next step may be put behind one that is under way, before anybody knows what that draws: its
 tokens are taken on the device. So the device does not wait for Python between two tokens.
 
-``is_eager`` runs the same operations without a graph, with the same bits as result.
+``is_eager`` runs the same operations in the same order without a graph, with the same bits as
+result; a step that is put on the stream is complete then.
 
 Ordering: everything runs in torch's current stream but the capture, which has a stream of its own
 and is awaited. All buckets share the memory of their intermediate results and the buffers of
@@ -61,7 +62,6 @@ class DecodeSetup:
     max_num_seqs: int
     pages_per_request: int
     is_eager: bool
-    runs_ahead: bool  # whether a step may be put behind one that is under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,7 @@ class DecodeSteps:
 
     def may_follow(self, step: UnderWay, chunks: Sequence[Chunk]) -> bool:
         """Whether ``chunks``, the next tokens of the same requests, may be put behind ``step``."""
-        is_still = self._setup.runs_ahead and not step.bucket.must_move
-        return is_still and step.bucket.staging.fits(chunks)
+        return not step.bucket.must_move and step.bucket.staging.fits(chunks)
 
     def start_next(
         self, step: UnderWay, chunks: Sequence[Chunk], drawn_LTK: np.ndarray | None = None

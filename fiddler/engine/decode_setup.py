@@ -93,6 +93,5 @@ def add_decode_steps(
             max_num_seqs=max_num_seqs,
             pages_per_request=-(-context_tokens // page_size),
             is_eager=way == "eager",
-            runs_ahead=way == "values",
         )
     )

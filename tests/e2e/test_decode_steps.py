@@ -68,8 +68,6 @@ def add_decode_steps(
     llm: LLM,
     share: ShareCosts | None = None,
     adaptive: AdaptivePlacement | None = None,
-    *,
-    runs_ahead: bool = True,
 ) -> DecodeSteps:
     """As a GPU would have them, but for the graph."""
     from fiddler.models.triton_kernels import TritonKernels
@@ -104,7 +102,6 @@ def add_decode_steps(
             max_num_seqs=4,
             pages_per_request=8,
             is_eager=True,
-            runs_ahead=runs_ahead,
         )
     )
     return runner.decode_steps
@@ -178,8 +175,8 @@ def test_steps_follow_before_tokens_are_known(monkeypatch: pytest.MonkeyPatch) -
         assert tokens_and_counts(stop_token_ids=[stop]) == stopped
         assert 0 < len(followed) < 6
         followed.clear()
-        add_decode_steps(llm, runs_ahead=False)
-        assert tokens_and_counts() == wanted and not followed
+        with llm._running.engine.one_by_one():
+            assert tokens_and_counts() == wanted and not followed
 
 
 def test_draws_are_those_of_plain_steps() -> None:
