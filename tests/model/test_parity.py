@@ -14,6 +14,7 @@ import torch
 
 from fiddler import LLM, Placement, SamplingParams
 from fiddler.models.registry import load_config
+from fiddler.outputs import RequestOutput
 from tests.forward import Forward, random_texts, relative_error
 from tests.tiny_models import MODEL_TYPES, load_oracle, shared_tiny
 
@@ -108,17 +109,23 @@ def test_greedy_tokens_equal_the_oracles(model: str, device: str) -> None:
         assert output.outputs[0].token_ids == wanted[0, len(prompt) :].tolist()
 
 
+def outputs(model: str, device: str, share: float) -> list[RequestOutput]:
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    with loaded(model, device, dtype="float32", share=share) as llm:
+        return llm.generate(random_texts([3, 30], llm.model_config.vocab_size, seed=5), params)
+
+
+@cache
+def tokens_of_the_cpu(model: str) -> list[list[int]]:
+    return [out.outputs[0].token_ids for out in outputs(model, "cpu", 0.0)]
+
+
 @cpu_and_gpu
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.75, 1.0])
 def test_any_placement_gives_the_same_tokens(model: str, share: float, device: str) -> None:
-    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-    with loaded(model, "cpu", dtype="float32", share=0.0) as llm:
-        prompts = random_texts([3, 30], llm.model_config.vocab_size, seed=5)
-        wanted = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
-    with loaded(model, device, dtype="float32", share=share) as llm:
-        found = llm.generate(prompts, params)
-    assert [out.outputs[0].token_ids for out in found] == wanted
+    found = outputs(model, device, share)
+    assert [out.outputs[0].token_ids for out in found] == tokens_of_the_cpu(model)
     hits = sum(out.stats.expert_tokens_gpu for out in found)
     misses = sum(out.stats.expert_tokens_cpu for out in found)
     assert (hits == 0) == (share == 0.0) and (misses == 0) == (share == 1.0)
