@@ -20,7 +20,7 @@ run: $(READY)
 	$(BIN)/python -m scripts.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .
