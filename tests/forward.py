@@ -43,7 +43,8 @@ class Forward:
     def _run(
         self, schedule: Schedule, rows: list[list[torch.Tensor]], requests: list[Request]
     ) -> None:
-        hidden_TH = self._engine._forward(schedule).hidden_TH
+        started = self._engine._start(schedule)
+        hidden_TH = self._engine._runner.collect(started).hidden_TH
         start = 0
         for chunk in schedule.chunks:
             part_TH = hidden_TH[start : start + chunk.num_tokens]

@@ -151,14 +151,19 @@ class DecodeSteps:
     def abandon(self) -> None:
         """Wait until nothing is under way, for what it gives nobody wants."""
         with contextlib.suppress(WorkerError), self._new_workers_after_errors():
-            if self._shared is not None:
-                self._shared.wait()
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._shared is not None:
+            self._shared.wait()
 
     @contextlib.contextmanager
     def _new_workers_after_errors(self) -> Iterator[None]:
         try:
             yield
         except WorkerError:
+            with contextlib.suppress(WorkerError):
+                self._wait()  # a step behind the one that failed uses what is dropped now
             self.clear()
             self._setup.renew_workers()
             raise

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiddler import LLM, SamplingParams, TokenEvent
+from fiddler.engine.runner import Started
 from fiddler.errors import ConfigError, NumericsError, PromptError
 from fiddler.stream import Sample
 from tests.e2e.conftest import OpenModel, open_folder
@@ -190,13 +191,13 @@ def test_a_stream_collected_in_the_middle_of_a_step_harms_no_other(
     dropped = [llm.stream(PROMPTS[1], params(max_tokens=100))]
     next(dropped[0])
     runner = llm._running.engine._runner
-    forward = runner.forward
+    start = runner.start
 
-    def collect_then_forward(schedule: Any) -> torch.Tensor:
+    def collect_then_start(schedule: Any) -> Started:
         dropped.clear()
-        return forward(schedule)
+        return start(schedule)
 
-    monkeypatch.setattr(runner, "forward", collect_then_forward)
+    monkeypatch.setattr(runner, "start", collect_then_start)
     assert ids(list(llm.stream(PROMPTS[0], params()))) == wanted
 
 

@@ -54,7 +54,7 @@ def test_the_price_of_context_is_that_of_longer_plans(shape: str, options: dict[
     assert price is not None and price.tokens == 1024
     more = 8192
     longer = made.case.asking(max_model_len=made.plan.context_tokens + more)
-    question = replace(make(longer).question, settings=longer.settings)
+    question = make(longer).question
     plan = question.plan(Sizes(made.plan.step_tokens, made.plan.staging_slots))
     lost = made.plan.placement.num_resident - plan.placement.num_resident
     assert price.experts == lost / 8 and price.decode_tokens_per_s >= 0
