@@ -10,7 +10,7 @@ the first of them is passed over in the second.
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from fiddler.engine.request import Request
 from fiddler.engine.runner import Forwarded, Runner, Started
 from fiddler.engine.sampler import adjusts, sample
 from fiddler.engine.scheduler import Chunk, Schedule, Scheduler
+from fiddler.errors import WorkerError
 from fiddler.models.footprint import LOGIT_ROWS
 from fiddler.outputs import FinishReason, Logprob
 from offload.executor import HybridExperts
@@ -110,11 +111,15 @@ class Engine:
         return self._runner.start_next(started, following) if may_follow else None
 
     def _end_idle(self) -> None:
-        """Wait for a step ahead that nobody needs any more, so that nothing runs unasked."""
+        """Wait for a step ahead that nobody needs any more, so that nothing runs unasked.
+
+        If its workers fail that is nobody's failure; the next step has new ones.
+        """
         ahead = self._ahead
         if ahead is not None and all(c.request.is_finished for c in ahead.schedule.chunks):
             self._ahead = None
-            self._runner.collect(ahead)
+            with suppress(WorkerError):
+                self._runner.collect(ahead)
 
     def _drop_all(self) -> None:
         self._ahead = None

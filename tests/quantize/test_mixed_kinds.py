@@ -11,7 +11,7 @@ import torch
 
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.weight_kind import WeightKind, parse_kind
-from fiddler import LLM, SamplingParams
+from fiddler import SamplingParams
 from fiddler.errors import CheckpointError
 from fiddler.models.config import ModelConfig
 from fiddler.models.manifest import packed_shape
@@ -23,8 +23,9 @@ from offload.prefill_costs import PrefillCosts
 from tests.forward import Forward, random_texts, relative_error
 from tests.model.test_parity import split_at_random
 from tests.quantize.conftest import WINDOW
+from tests.quantize.packed_runs import loaded, logits, oracle_logits
 from tests.quantize.test_packed_model import as_numbers
-from tests.tiny_models import load_oracle, shared_tiny
+from tests.tiny_models import shared_tiny
 
 KINDS = ("w8g32z", "w4g64z", "w4g32z")
 
@@ -61,17 +62,6 @@ def given_kinds(config: ModelConfig, *_: Any) -> list[WeightKind]:
     return [parse_kind(KINDS[layer % 3]) for layer in range(config.num_layers)]
 
 
-def loaded(folder: Path, **options: Any) -> LLM:
-    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cpu_threads": 1}
-    settings |= {"placement": split_at_random(folder, seed=1), "max_model_len": 128}
-    return LLM(str(folder), **(settings | options))
-
-
-def logits(folder: Path, **options: Any) -> list[torch.Tensor]:
-    with loaded(folder, **options) as llm:
-        return Forward(llm).logits(random_texts([9, 41], 256), [5, 33])
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe"])
 def test_a_model_computes_with_several_kinds(
     mixed: Callable[[str], tuple[Path, Path]], model_type: str
@@ -79,10 +69,7 @@ def test_a_model_computes_with_several_kinds(
     packed, numbers = mixed(model_type)
     config = load_config(packed)
     assert config.packed_name is not None and "w8g32z" in config.packed_name
-    oracle = load_oracle(numbers)
-    with torch.inference_mode():
-        wanted = [oracle(torch.tensor([t])).logits[0] for t in random_texts([9, 41], 256)]
-    assert relative_error(logits(packed), wanted) < 1e-4
+    assert relative_error(logits(packed), oracle_logits(numbers)) < 1e-4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from cpu_kernels.packed_layout import PackedShape, dequantise, unpack_expert
 from cpu_kernels.weight_kind import WeightKind, parse_kind
-from fiddler import LLM
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.models.config import ModelConfig
 from fiddler.models.outliers import padded_size, places
@@ -19,11 +18,10 @@ from fiddler.models.registry import load_config
 from fiddler.quantize.expert import Method, apply_expert, quantise_expert
 from fiddler.quantize.outliers import largest_inputs
 from fiddler.rounding.matrix import round_matrix
-from tests.forward import Forward, random_texts, relative_error
-from tests.model.test_parity import split_at_random
+from tests.forward import relative_error
 from tests.quantize.conftest import Quantize
+from tests.quantize.packed_runs import logits, oracle_logits
 from tests.quantize.test_packed_model import as_numbers
-from tests.tiny_models import load_oracle
 
 HIDDEN, WIDTH, TOKENS = 256, 128, 400
 KINDS = ["w4g32", "w4g32z", "w4g64z-bf16", "w4g128z", "w4g128"]
@@ -171,17 +169,6 @@ def fold(config: ModelConfig, layer: int, parts: list[np.ndarray]) -> list[np.nd
     return [plain[0][rows], plain[1][rows], low[:, rows]]
 
 
-def loaded(folder: Path, **options: Any) -> LLM:
-    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cpu_threads": 1}
-    settings |= {"placement": split_at_random(folder, seed=1), "max_model_len": 128}
-    return LLM(str(folder), **(settings | options))
-
-
-def logits(folder: Path, **options: Any) -> list[torch.Tensor]:
-    with loaded(folder, **options) as llm:
-        return Forward(llm).logits(random_texts([9, 41], 256), [5, 33])
-
-
 @pytest.mark.parametrize("kind", ["w4g32z", "w4g32"])
 def test_a_model_computes_with_them(
     run: Quantize, tiny: Path, text: Path, tmp_path: Path, kind: str
@@ -191,9 +178,7 @@ def test_a_model_computes_with_them(
     config = load_config(packed)
     assert [len(layer) for layer in config.outliers] == [5, 5, 5]
     assert config.expert_sides == (64 + 64, 64 + 64)
-    oracle = load_oracle(folded_numbers(packed, tiny, tmp_path / "numbers"))
-    with torch.inference_mode():
-        wanted = [oracle(torch.tensor([t])).logits[0] for t in random_texts([9, 41], 256)]
+    wanted = oracle_logits(folded_numbers(packed, tiny, tmp_path / "numbers"))
     assert relative_error(logits(packed), wanted) < 1e-4
 
 

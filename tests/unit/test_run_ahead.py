@@ -247,6 +247,28 @@ def test_what_ends_by_itself_is_counted_once() -> None:
     assert request.expert_tokens_gpu == len(prompt) + request.num_outputs - 1
 
 
+@pytest.mark.parametrize("ends", ["by itself", "by a cancel"])
+def test_a_failure_of_a_step_that_nobody_needs_is_not_told(ends: str) -> None:
+    model = Pretend(use_cache=False, max_num_seqs=2, max_batched_tokens=64)
+    prompt = next(p for p in ([n] for n in range(VOCAB)) if 2 < len(alone(asking(p))) < 20)
+    wanted = alone(asking(prompt))
+    request = model.add(prompt, 30)
+    if ends == "by itself":
+        model.runner.fails_in = len(wanted) + 1
+        model.finish()
+        assert request.output_ids == wanted
+    else:
+        model.engine.step()
+        model.engine.step()
+        model.runner.fails_in = 1
+        model.engine.cancel(request)
+        assert request.output_ids == wanted[:2]
+    assert model.runner.fails_in == 0 and not model.runner.stream
+    second = model.add(prompt, 30)
+    model.finish()
+    assert second.output_ids == wanted
+
+
 def asking(prompt: list[int]) -> Request:
     return Request(prompt_ids=prompt, params=SamplingParams(), max_tokens=30, seed=0)
 
