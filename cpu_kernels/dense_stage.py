@@ -85,6 +85,8 @@ def round_x(form, job, worker, num_workers):
 def multiply_panel(path, part, rows, num_rows, xs, num_xs, length, out, sums):
     """out[t, r] = rows[r] . xs[t]; ``rows`` and ``xs`` are addresses, padded to whole tiles.
 
+    Behind ``rows`` is the tile to be read next.
+
     ``out`` is the address of [PANEL_TOKENS, PANEL_ROWS] float32. The bits are the same whichever
     tiles are used.
     """
@@ -140,16 +142,29 @@ def fill_addresses(addresses, count, base, first, last, stride):
 
 
 @jit
+def fill_rows(addresses, first, num_rows, stride, next_row):
+    """Addresses of a panel's rows, padded to whole tiles, and of the tile to be read next.
+
+    ``first`` and ``next_row`` are addresses; 0: who knows what is next? Then it is the first tile.
+    """
+    fill_addresses(addresses, num_rows + ROWS - 1, first, 0, num_rows - 1, stride)
+    tiles = (num_rows + ROWS - 1) // ROWS
+    behind = addresses[tiles * ROWS : (tiles + 1) * ROWS]
+    fill_addresses(behind, ROWS, next_row if next_row != 0 else first, 0, ROWS - 1, stride)
+
+
+@jit
 def gate_up_panel(path, part, form, job, row_bytes, panel, tokens, room, sums):
-    """act[pairs first to last, rows] of one expert."""
-    place, row, num_rows, first, last = panel
+    """act[pairs first to last, rows] of one expert; then the row at ``next_row`` is read."""
+    place, row, num_rows, first, last, next_row = panel
     products, act, xs, rows = room
     num_pairs = last - first
     for t in range(padded(num_pairs)):
         xs[t] = job.x_rows + tokens[min(first + t, last - 1)] * job.x_row_bytes
+    gate = job.w13 + place * job.w13_stride + row * row_bytes
+    up = gate + job.width * row_bytes
     for half in range(2):
-        base = job.w13 + place * job.w13_stride + half * job.width * row_bytes
-        fill_addresses(rows, num_rows + ROWS - 1, base, row, row + num_rows - 1, row_bytes)
+        fill_rows(rows, up if half else gate, num_rows, row_bytes, next_row if half else up)
         out = products[half].ctypes.data
         multiply_panel(path, part, rows, num_rows, xs, num_pairs, job.hidden, out, sums)
         bias_row = half * job.width + row
@@ -175,9 +190,14 @@ def gate_up_piece(path, part, form, row_bytes, job, kept, worker, begin, end):
         last_row = min(last_tile * ROWS, width)
         for row in range(first_tile * ROWS, last_row, PANEL_ROWS):
             num_rows = min(PANEL_ROWS, last_row - row)
+            next_row = 0
+            if row + num_rows < last_row:
+                next_row = job.w13 + places[n] * job.w13_stride + (row + num_rows) * row_bytes
+            elif before < end and n + 1 < len(places):
+                next_row = job.w13 + places[n + 1] * job.w13_stride
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
-                panel = (places[n], row, num_rows, first, last)
+                panel = (places[n], row, num_rows, first, last, next_row)
                 gate_up_panel(path, part, form, job, row_bytes, panel, tokens, room, sums)
 
 
@@ -194,12 +214,15 @@ def gate_up(path, part, form, row_bytes, job, worker, num_workers):
 
 @jit
 def down_panel(path, part, job, row_bytes, width, panel, pairs, room, sums):
-    """out[tokens of the pairs, rows] += weight * (rows of one expert) . act[:width]."""
-    place, row, num_rows, first, last = panel
+    """out[tokens of the pairs, rows] += weight * (rows of one expert) . act[:width].
+
+    Then the row at ``next_row`` is read.
+    """
+    place, row, num_rows, first, last, next_row = panel
     products, _, xs, rows = room
     num_pairs = last - first
-    base = job.w2 + place * job.w2_stride
-    fill_addresses(rows, num_rows + ROWS - 1, base, row, row + num_rows - 1, row_bytes)
+    first_row = job.w2 + place * job.w2_stride + row * row_bytes
+    fill_rows(rows, first_row, num_rows, row_bytes, next_row)
     fill_addresses(xs, padded(num_pairs), job.act_rows, first, last - 1, job.act_row_bytes)
     out = products[0].ctypes.data
     multiply_panel(path, part, rows, num_rows, xs, num_pairs, width, out, sums)
@@ -220,9 +243,14 @@ def down_piece(path, part, row_bytes, job, kept, worker, begin, end):
             break
         for row in range(begin, end, PANEL_ROWS):
             num_rows = min(PANEL_ROWS, end - row)
+            next_row = 0
+            if row + num_rows < end:
+                next_row = job.w2 + places[n] * job.w2_stride + (row + num_rows) * row_bytes
+            elif n + 1 < len(places):
+                next_row = job.w2 + places[n + 1] * job.w2_stride + begin * row_bytes
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
-                panel = (places[n], row, num_rows, first, last)
+                panel = (places[n], row, num_rows, first, last, next_row)
                 down_panel(path, part, job, row_bytes, width, panel, pairs, room, sums)
 
 

@@ -28,8 +28,9 @@ from cpu_kernels.vector_ir import F32, I16, I64, LANES
 ROWS, FEW_TOKENS = (4, 4) if LANES == 16 else (4, 2)
 MANY_ROWS, MANY_TOKENS = (2, 8) if LANES == 16 else (2, 4)
 UNROLL = 2  # vectors of a row per step of the loop
-# Bytes ahead in each row, then in the tile after it. 14 workers, bf16, 2048 x 768: 0.73 of a plain
-# read with 512 bytes and an end at the row's, 0.88 with 1,024, 0.92 with 2,048; 4,096 as 2,048.
+# Bytes ahead in each row, then in the tile that is next. 14 workers, bf16, 2048 x 768: 0.73 of a
+# plain read with 512 bytes and an end at the row's, 0.88 with 1,024, 0.92 with 2,048; 4,096 as
+# 2,048.
 PREFETCH = 2048
 IN_PAIRS = host_isa().multiplies_pairs
 
@@ -157,39 +158,35 @@ def _prefetch(builder: Any, e: _Elements, rows: list[Any], index: Any, ahead: An
 
 
 def _sum_vectors(
-    builder: Any, e: _Elements, rows: list[Any], xs: list[Any], length: Any
+    builder: Any,
+    e: _Elements,
+    rows: list[Any],
+    next_rows: list[Any],
+    xs: list[Any],
+    length: Any,
 ) -> tuple[list[Any], Any]:
     """The accumulators [T, R] over all whole vectors of the rows, and where those end.
 
-    Rows of a matrix follow each other, so the bytes after a tile's rows are the next tile's: what
-    is PREFETCH ahead of the end of a row lies R - 1 rows further on. Where only the first elements
-    of rows are read, the next tile's begin R rows further on than these.
+    What lies PREFETCH ahead in a row is asked for, and near its end as much of the row of
+    ``next_rows``; of rows shorter than that the same element of that row.
     """
     zero = v.constant(F32, LANES, 0)
     slots = [cgutils.alloca_once_value(builder, zero) for _ in range(len(rows) * len(xs))]
-    row_bytes = builder.mul(length, I64(e.weight_bytes))
     in_row = builder.sub(length, I64(PREFETCH // e.weight_bytes))
     is_short = builder.icmp_signed("<", in_row, I64(0))
     in_row = builder.select(is_short, I64(0), in_row)
-    stride = builder.sub(rows[1], rows[0])
-    is_part = builder.icmp_signed(">", stride, row_bytes)
-    # of a row shorter than that the same element: what follows its end would not be read
-    ahead = builder.select(builder.and_(is_short, is_part), row_bytes, I64(PREFETCH))
-    stride = builder.select(is_part, stride, row_bytes)
-    next_tile = builder.sub(builder.mul(stride, I64(len(rows))), row_bytes)
-    next_tile = builder.add(next_tile, ahead)
+    to_next = builder.mul(in_row, I64(-e.weight_bytes))
     begin = I64(0)
-    for end, unroll, ahead in (
-        (in_row, UNROLL, I64(PREFETCH)),
-        (length, UNROLL, next_tile),
-        (length, 1, None),
+    for end, unroll, asked_rows, ahead in (
+        (in_row, UNROLL, rows, I64(PREFETCH)),
+        (length, UNROLL, next_rows, to_next),
+        (length, 1, [], I64(0)),
     ):
         step = I64(unroll * e.per_vector)
         steps = builder.sdiv(builder.sub(end, begin), step)
         with cgutils.for_range(builder, steps, intp=I64) as loop:
             index = builder.add(begin, builder.mul(loop.index, step))
-            if ahead is not None:
-                _prefetch(builder, e, rows, index, ahead)
+            _prefetch(builder, e, asked_rows, index, ahead)
             for k in range(unroll):
                 place = builder.add(index, I64(k * e.per_vector))
                 _add_products(builder, e, rows, xs, slots, place, LANES)
@@ -220,7 +217,8 @@ def dot_tile(typingctx, path, num_rows, num_tokens, rows, row, xs, x, length, ou
     """out[t * stride + r] = rows[row + r] . xs[x + t] for r < num_rows and t < num_tokens.
 
     ``path`` and both numbers are literals. ``rows`` and ``xs`` are arrays of addresses of rows of
-    ``length`` elements, ``out`` is the address of float32.
+    ``length`` elements, ``out`` is the address of float32. The ``num_rows`` rows behind those in
+    ``rows`` are asked for ahead.
     """
     if not isinstance(path, types.IntegerLiteral):
         return None
@@ -230,8 +228,10 @@ def dot_tile(typingctx, path, num_rows, num_tokens, rows, row, xs, x, length, ou
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, _, _, row_array, first_row, x_array, first_x, length, out, stride = args
         rows = _addresses(builder, context, row_array, first_row, num_r)
+        behind = builder.add(first_row, I64(num_r))
+        next_rows = _addresses(builder, context, row_array, behind, num_r)
         xs = _addresses(builder, context, x_array, first_x, num_t)
-        sums, whole = _sum_vectors(builder, vectors, rows, xs, length)
+        sums, whole = _sum_vectors(builder, vectors, rows, next_rows, xs, length)
         places = _store_folded(builder, sums, num_r, num_t, out, stride)
         with cgutils.for_range(builder, length, start=whole, intp=I64) as loop:
             _add_products(builder, singles, rows, xs, places, loop.index, 1)

@@ -38,6 +38,7 @@ JOB = np.dtype(
 
 PANEL_TOKENS = 16  # tokens whose products wait for their activation at a time
 PANEL_ROWS = 32  # rows of weights that stay in cache while all tokens pass over them
+NEXT_ROWS = 8  # those behind them, to be asked for ahead: room for a tile
 
 # What one worker needs while it multiplies a panel.
 ROOM = np.dtype(
@@ -46,7 +47,7 @@ ROOM = np.dtype(
         ("products", np.float32, (2, PANEL_TOKENS, PANEL_ROWS)),
         ("act", np.float32, (PANEL_ROWS,)),
         ("xs", np.int64, (PANEL_TOKENS,)),  # addresses of tokens' rows
-        ("rows", np.int64, (PANEL_ROWS,)),  # addresses of rows of weights
+        ("rows", np.int64, (PANEL_ROWS + NEXT_ROWS,)),  # addresses of rows of weights
     ]
 )
 

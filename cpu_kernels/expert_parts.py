@@ -4,7 +4,7 @@ import numpy as np
 
 from cpu_kernels.activations import CHUNK, activate
 from cpu_kernels.addresses import f32_array, i64_array
-from cpu_kernels.expert_job import PANEL_ROWS, PANEL_TOKENS
+from cpu_kernels.expert_job import NEXT_ROWS, PANEL_ROWS, PANEL_TOKENS
 from cpu_kernels.intrinsics import jit
 
 UNKNOWN_ID = 1  # error: an id names no expert
@@ -18,13 +18,17 @@ def sums_of(job, worker):
 
 @jit
 def room_of(job, worker):
-    """A worker's (products [2, PANEL_TOKENS, PANEL_ROWS], act [PANEL_ROWS], xs, rows)."""
+    """A worker's (products [2, PANEL_TOKENS, PANEL_ROWS], act [PANEL_ROWS], xs, rows).
+
+    ``rows`` has PANEL_ROWS + NEXT_ROWS addresses.
+    """
     size = PANEL_TOKENS * PANEL_ROWS
     at = sums_of(job, worker) + 64 * size
     products = f32_array(at, 2 * size).reshape(2, PANEL_TOKENS, PANEL_ROWS)
     act = f32_array(at + 8 * size, PANEL_ROWS)
     at += 8 * size + 4 * PANEL_ROWS
-    return products, act, i64_array(at, PANEL_TOKENS), i64_array(at + 8 * PANEL_TOKENS, PANEL_ROWS)
+    rows = i64_array(at + 8 * PANEL_TOKENS, PANEL_ROWS + NEXT_ROWS)
+    return products, act, i64_array(at, PANEL_TOKENS), rows
 
 
 @jit
