@@ -228,7 +228,7 @@ def test_a_second_start_divides_prompts_as_the_first() -> None:
             tokens = llm.generate(prompt, PARAMS).outputs[0].token_ids
             prefill = llm._running.experts._prefill
             assert prefill is not None and prefill._costs is not None
-            costs, record = prefill._costs, prefill.record
+            costs, record = next(iter(prefill._costs.values())), prefill.record
             print(f"{record}; {time.perf_counter() - began:.2f} s; hand over {costs.hand_over}")
             times = [costs.copy_s, *(costs.expert_s(n) for n in (1, 8, 32, 128, 512))]
             found.append((tokens, times, record.cpu_experts, record.sent_experts))
@@ -265,7 +265,7 @@ def test_speed_and_costs_of_a_model_that_does_not_fit() -> None:
     ) as llm:
         prefill = llm._running.experts._prefill
         assert prefill is not None and prefill._costs is not None
-        costs, stream = prefill._costs, prefill._side.stream
+        costs, stream = next(iter(prefill._costs.values())), prefill._side.stream
         assert stream is not None
         times = {n: f"{costs.expert_s(n) * 1e3:.3f}" for n in (1, 8, 32, 128, 512)}
         print(f"copy {costs.copy_s * 1e3:.3f} ms, CPU ms {times}, hand over {costs.hand_over}")

@@ -172,6 +172,6 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def frobenius_error(actual: Tensor, expected: Tensor) -> float:
-    """Relative Frobenius error, ||actual - expected|| / ||expected||."""
+    """Relative Frobenius error, ||actual - expected|| / ||expected||; 0 of two zeros."""
     difference = (actual.double() - expected.double()).norm()
-    return float(difference / expected.double().norm())
+    return float(difference / expected.double().norm()) if difference != 0 else 0.0
