@@ -35,6 +35,7 @@ from fiddler.stream import TokenStream
 from offload.adaptive import choose_swaps
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
+from offload.expert_store import ExpertStore
 from offload.hardware import probe
 
 BUILTIN = Path(__file__).parents[1] / "fiddler" / "assets" / "builtin"
@@ -163,6 +164,14 @@ class Soak:
         return ""
 
 
+class RestlessPlacement(AdaptivePlacement):
+    """Moves an expert at every chance."""
+
+    def __init__(self, store: ExpertStore, device: torch.device) -> None:
+        choose = functools.partial(choose_swaps, margin=1e-6)
+        super().__init__(store, device, choose=choose, copy_share=1e9)
+
+
 @contextmanager
 def opened(folder: Path, device: str, seed: int) -> Iterator[Soak]:
     """A soak of the model in ``folder``, whose weights are float32."""
@@ -170,12 +179,8 @@ def opened(folder: Path, device: str, seed: int) -> Iterator[Soak]:
         solo = stack.enter_context(LLM(folder, device="cpu", prefix_caching=False, **SETTINGS))
         tight: dict[str, Any] = {"device": device, **SETTINGS, **TIGHT}
         if probe(device).has_gpu:
-            make = functools.partial(
-                AdaptivePlacement,
-                choose=functools.partial(choose_swaps, margin=1e-6),
-                copy_share=1e9,
-            )
-            stack.enter_context(mock.patch("offload.adaptive_placement.AdaptivePlacement", make))
+            place = "offload.adaptive_placement.AdaptivePlacement"
+            stack.enter_context(mock.patch(place, RestlessPlacement))
             shares = mock.patch("fiddler.loading.weights.cold_share", lambda _: HALF)
             stack.enter_context(shares)
             placement = solo.plan.placement.of(
