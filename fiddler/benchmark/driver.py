@@ -1,5 +1,6 @@
 """Runs tests on a loaded model: requests go straight into the scheduler, and steps are timed."""
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -54,7 +55,9 @@ def load(settings: EngineConfig, cases: list[Case], on_progress: Progress | None
                     hint="lower --batch, -d, -p or -n, or give more memory",
                 )
 
-    return load_model(settings, on_progress, check_plan=check_plan)
+    loaded = load_model(settings, on_progress, check_plan=check_plan)
+    gc.freeze()  # as the commands that answer do
+    return loaded
 
 
 class Driver:
