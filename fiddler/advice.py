@@ -65,8 +65,7 @@ class Planned:
         (kind, *_) = dtypes.expert_kinds
         size = self.question.needs(plan.step_tokens).expert_bytes
         costs = self.case.used.rates.share_costs(kind.codes, dtypes.few, size)
-        workers = costs.cpu_rate(is_packed=kind.is_packed)
-        return costs.link_bytes_per_s / (costs.link_bytes_per_s + workers)
+        return costs.link_bytes_per_s / (costs.link_bytes_per_s + costs.cpu_bytes_per_s)
 
     @property
     def num_experts(self) -> int:

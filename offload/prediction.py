@@ -1,9 +1,9 @@
 """How long steps will take, as a sum of named parts, from a machine's rates: pure.
 
 A decode step is, layer by layer, what the GPU does while the workers wait for it, and then the
-slower one of two: the workers' rows of the cold experts, or the resident experts and the rows that
-the GPU pulls. Of two that work at the same time only the slower one counts in the sum, and
-``busy_s`` says what either takes.
+slowest of three: the workers' rows of the cold experts, the rows that the GPU pulls, or the
+resident experts. Of those that work at the same time only the slowest counts in the sum, and
+``busy_s`` says what each takes.
 """
 
 from collections import defaultdict
@@ -22,10 +22,11 @@ LAYER_KERNELS = 12
 # The weights of a layer are read by products of one row, at this part of a large read's rate.
 DENSE_RATE = 0.8
 HOT_RATE = {"f32": 0.9, "bf16": 0.9, "int8": 0.75, "int4": 0.7}
-PULL_START_S = 5e-6  # the latency of the link, beside launches that a hand-over has anyway
 SAMPLING_KERNELS = 6
-# Python between two tokens: an array is filled, a graph started, choices counted, a token told.
+# Between two tokens: an array is filled, a graph started, choices counted, a token told. Where the
+# next step is on the stream by then, that is beside a step, and copies and a graph's start remain.
 STEP_S = 8.5e-4
+STEP_AHEAD_S = 4e-5
 # Rows of a decode step's experts beside those of experts that were measured, a few to a call.
 STEP_PART = 0.88
 # Calls of torch and Triton in a layer where steps are no graph: decoder, routing, copies.
@@ -101,7 +102,7 @@ def predict_decode(demand: Demand, rates: MachineRates, *, rows: int, depth: int
     add_disk(demand, rates, rows, total)
     total.add("head", demand.head_bytes / read)
     total.add("sampling", SAMPLING_KERNELS * rates.launch_s + 3 * 4 * rows * demand.vocab / read)
-    total.add("step in Python", STEP_S)
+    total.add("step in Python", STEP_AHEAD_S if is_graph else STEP_S)
     return total.prediction()
 
 
@@ -130,12 +131,9 @@ def _gpu_layer(
         cpu_s, pull_s = cold_sides(
             demand, rates, num, _tokens_each(demand, rows, hot + cold), pulls
         )
-        own = {
-            "hot experts": max(hot + cold - num, 0.0) * each_s,
-            "shared expert": shared_s,
-            "cold experts, pulled": pull_s,
-        }
-        total.add_slower({"cold experts, CPU": cpu_s}, own, weight=weight)
+        own = {"hot experts": max(hot + cold - num, 0.0) * each_s, "shared expert": shared_s}
+        sides = {"cold experts, CPU": cpu_s}, own, {"cold experts, pulled": pull_s}
+        total.add_slower(*sides, weight=weight)
 
 
 def cold_sides(
@@ -146,20 +144,21 @@ def cold_sides(
     They are shared as :mod:`offload.cold_share` has them shared, but to the very row.
     """
     costs = rates.share_costs(demand.codes, demand.few, demand.expert_bytes)
-    kept = _kept_share(costs, num_cold * demand.expert_bytes, is_packed=demand.is_packed)
+    kept = _kept_share(costs, num_cold * demand.expert_bytes)
     share = kept if pulls else 1.0
     each_s = _expert_s(demand, rates, demand.few, tokens_each)
     if share < 1:
         each_s = rates.beside_s(each_s, demand.expert_bytes)
     cpu_s = num_cold * share * each_s * STEP_PART
     pulled_bytes = num_cold * (1 - share) * demand.expert_bytes
-    link = costs.link_bytes_per_s
-    return cpu_s, pulled_bytes / link + PULL_START_S if pulled_bytes else 0.0
+    if not pulled_bytes:
+        return cpu_s, 0.0
+    return cpu_s, pulled_bytes / costs.link_bytes_per_s + costs.link_start_s
 
 
-def _kept_share(costs: ShareCosts, cold_bytes: float, *, is_packed: bool) -> float:
+def _kept_share(costs: ShareCosts, cold_bytes: float) -> float:
     """The part of so many bytes that the workers keep, so that both sides end at once."""
-    cpu, link = costs.cpu_rate(is_packed=is_packed), costs.link_bytes_per_s
+    cpu, link = costs.cpu_bytes_per_s, costs.link_bytes_per_s
     ahead_s = costs.link_start_s - costs.cpu_start_s
     return min(1.0, (cold_bytes / link + ahead_s) / (cold_bytes / link + cold_bytes / cpu))
 

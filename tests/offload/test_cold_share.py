@@ -13,6 +13,7 @@ from fiddler.loading.weights import cold_share
 from fiddler.models.dtypes import resolve_dtypes
 from fiddler.models.shapes import load_shape
 from offload.cold_share import GIGA, ShareCosts, kept_rows
+from offload.machine_rates import PULL_PART
 from offload.reference_machines import find_machine
 
 QWEN = (768, 3 * 2048 * 768 * 2)  # width and bytes of an expert
@@ -20,13 +21,11 @@ MIXTRAL = (14336, 3 * 4096 * 14336 * 2)
 PACKED = (768, 2_433_024)
 
 
-def slower_s(
-    costs: ShareCosts, total: int, width: int, expert_bytes: int, kept: int, *, is_packed: bool
-) -> float:
+def slower_s(costs: ShareCosts, total: int, width: int, expert_bytes: int, kept: int) -> float:
     """Of the two sides' times for ``total`` rows, of which the workers keep some."""
     sides = [0.0]
     for rows, speed, start_s in (
-        (kept, costs.cpu_rate(is_packed=is_packed), costs.cpu_start_s),
+        (kept, costs.cpu_bytes_per_s, costs.cpu_start_s),
         (total - kept, costs.link_bytes_per_s, costs.link_start_s),
     ):
         if rows:
@@ -67,10 +66,8 @@ def test_no_other_share_is_better(
         kept, total = int(kept_N[n]), n * width
         others = [whole * width + part for whole in range(n) for part in parts]
         assert kept in others
-        least = min(slower_s(costs, total, *sizes, other, is_packed=group > 1) for other in others)
-        assert slower_s(costs, total, *sizes, kept, is_packed=group > 1) == pytest.approx(
-            least, rel=1e-9
-        )
+        least = min(slower_s(costs, total, *sizes, other) for other in others)
+        assert slower_s(costs, total, *sizes, kept) == pytest.approx(least, rel=1e-9)
 
 
 def shares(sizes: tuple[int, int], *counts: int, group: int = 1) -> list[float]:
@@ -87,7 +84,7 @@ def test_the_preset_gives_the_link_a_quarter_and_more(sizes: tuple[int, int]) ->
 def test_shares_are_whole_groups_and_worth_a_start() -> None:
     kept_N = kept_rows(8, *PACKED, ShareCosts(), 128)
     assert (kept_N % PACKED[0] % 128 == 0).all() and 0.25 < shares(PACKED, 8, group=128)[0] < 0.38
-    assert shares((640, 100_000), 1, 2, 3) == [0, 0, 0]
+    assert shares((640, 100_000), 1, 2) == [0, 0]
 
 
 H200 = find_machine("h200-16core").rates
@@ -95,28 +92,30 @@ H200 = find_machine("h200-16core").rates
 
 @pytest.mark.parametrize("codes", ["bf16", "int4", "int8"])
 def test_a_shipped_machine_shares_as_steps_were_timed_there(codes: str) -> None:
-    """H200 server: 110 to 45, and 0.77 of it for packed weights, were best of whole steps."""
+    """Timelines of Qwen3-30B there: workers 92 GB/s, the link 42.5 in bf16 and 40 packed."""
     activations = "int8" if codes != "bf16" else "f32"
-    for expert_bytes in (9_437_184, 352_321_536):
-        size = expert_bytes // {"bf16": 1, "int8": 2, "int4": 4}[codes]
-        costs = H200.share_costs(codes, activations, size)
-        assert costs.cpu_bytes_per_s == 110 * GIGA and costs.link_bytes_per_s == 45 * GIGA
-        assert costs.packed_part == (1 if codes == "bf16" else pytest.approx(0.79, abs=0.03))
+    size = 9_437_184 // {"bf16": 1, "int8": 2, "int4": 4}[codes]
+    costs = H200.share_costs(codes, activations, size)
+    assert costs.cpu_bytes_per_s == pytest.approx(88 * GIGA, rel=0.05)
+    assert costs.link_bytes_per_s == pytest.approx(41.4 * GIGA)
 
 
-@given(st.floats(5, 500), st.floats(1, 100), st.sampled_from([QWEN, MIXTRAL]))
+@given(st.floats(5, 85), st.floats(1, 100), st.sampled_from([QWEN, MIXTRAL]))
 def test_shares_follow_the_machine(cpu: float, link: float, sizes: tuple[int, int]) -> None:
+    """Where memory is slower than the kernels are, 88 GB/s."""
     rates = replace(H200, beside_cpu_gbps=cpu, beside_pull_gbps=link)
     costs = rates.share_costs("bf16", "f32", sizes[1])
     kept = kept_rows(64, *sizes, costs)[64] / (64 * sizes[0])
-    assert kept == pytest.approx(cpu / (cpu + link), abs=0.02)
+    assert kept == pytest.approx(cpu / (cpu + PULL_PART * link), abs=0.02)
     slower = replace(rates, beside_pull_gbps=link / 2).share_costs("bf16", "f32", sizes[1])
     assert kept_rows(64, *sizes, slower)[64] / (64 * sizes[0]) >= kept
 
 
 def test_what_was_not_measured_beside_the_other_side_is_taken_alone() -> None:
-    costs = replace(H200, beside_cpu_gbps=0.0, beside_pull_gbps=0.0).share_costs("bf16", "f32", 1)
-    assert costs.cpu_bytes_per_s == 114 * GIGA and costs.link_bytes_per_s == 51 * GIGA
+    rates = replace(H200, beside_cpu_gbps=0.0, beside_pull_gbps=0.0)
+    slow = replace(rates, peaks=replace(rates.peaks, cpu_read_gbps=50.0))
+    costs = slow.share_costs("bf16", "f32", QWEN[1])
+    assert costs.cpu_bytes_per_s == 50 * GIGA and costs.link_bytes_per_s == PULL_PART * 51 * GIGA
 
 
 def test_a_loaded_model_shares_by_the_rates_that_it_was_planned_with() -> None:
