@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.bell import Bell, wait_for
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 
 MAX_PARTS = 3
@@ -26,11 +27,13 @@ def collect(
     shared_TH: Tensor | None,
     norm_H: Tensor,
     eps: float,
+    *,
+    late: Bell | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(rms_norm(sum), sum)``, sum = residual + parts + shared expert's, in x's dtype.
 
     ``parts``: one to three float32 ``[T, H]``, on the device or in mapped host memory; see above
-    for the order. Safe in a CUDA graph.
+    for the order. ``late``: when the last of them is there. Safe in a CUDA graph.
     """
     num_tokens, hidden = residual_TH.shape
     assert 1 <= len(parts) <= MAX_PARTS
@@ -47,6 +50,8 @@ def collect(
     sum_TH = torch.empty_like(normed_TH)
     if num_tokens == 0:
         return normed_TH, sum_TH
+    if late is not None:
+        late.check()
     second_TH, third_TH = (*parts[1:], None, None)[:2]
     block = triton.next_power_of_2(hidden)
     _collect_kernel[(num_tokens,)](
@@ -58,6 +63,7 @@ def collect(
         norm_H,
         normed_TH,
         sum_TH,
+        *((None, 0) if late is None else (late.word, late.number)),
         residual_TH.stride(0),
         parts[0].stride(0),
         0 if second_TH is None else second_TH.stride(0),
@@ -94,7 +100,7 @@ def collect_reference(
     return x_TH * scale_T1 * norm_H.float(), sum_TH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _collect_kernel(
     residual_ptr,
     first_ptr,
@@ -104,6 +110,8 @@ def _collect_kernel(
     norm_ptr,
     normed_ptr,
     sum_ptr,
+    bell_ptr,
+    number,
     stride_residual,
     stride_first,
     stride_second,
@@ -119,19 +127,27 @@ def _collect_kernel(
     token = tl.program_id(0).to(tl.int64)
     h_H = tl.arange(0, BLOCK_H)
     mask_H = h_H < hidden
-    y_H = tl.load(first_ptr + token * stride_first + h_H, mask=mask_H, other=0.0)
-    if HAS_SECOND:
-        y_H += tl.load(second_ptr + token * stride_second + h_H, mask=mask_H, other=0.0)
-    if HAS_THIRD:
-        y_H += tl.load(third_ptr + token * stride_third + h_H, mask=mask_H, other=0.0)
+    # the last part may be late: all else is loaded before
+    residual_H = tl.load(residual_ptr + token * stride_residual + h_H, mask=mask_H, other=0.0)
+    norm_H = tl.load(norm_ptr + h_H, mask=mask_H, other=0.0).to(tl.float32)
     if HAS_SHARED:
         shared_H = tl.load(shared_ptr + token * stride_shared + h_H, mask=mask_H, other=0.0)
+    last_ptr = first_ptr + token * stride_first
+    if HAS_SECOND:
+        y_H = tl.load(last_ptr + h_H, mask=mask_H, other=0.0)
+        last_ptr = second_ptr + token * stride_second
+    if HAS_THIRD:
+        y_H += tl.load(last_ptr + h_H, mask=mask_H, other=0.0)
+        last_ptr = third_ptr + token * stride_third
+    if bell_ptr is not None:
+        last_ptr += wait_for(bell_ptr, number)
+    last_H = tl.load(last_ptr + h_H, mask=mask_H, other=0.0)
+    y_H = y_H + last_H if HAS_SECOND else last_H
+    if HAS_SHARED:
         y_H += shared_H.to(tl.float32)
     dtype: tl.constexpr = sum_ptr.dtype.element_ty
-    residual_H = tl.load(residual_ptr + token * stride_residual + h_H, mask=mask_H, other=0.0)
     sum_H = (residual_H.to(tl.float32) + y_H.to(dtype).to(tl.float32)).to(dtype)
     tl.store(sum_ptr + token * hidden + h_H, sum_H, mask=mask_H)
     x_H = sum_H.to(tl.float32)  # later layers see the rounded sum: norm the same values
     scale = 1.0 / tl.sqrt(tl.sum(x_H * x_H, 0) / hidden + eps)
-    norm_H = tl.load(norm_ptr + h_H, mask=mask_H, other=0.0).to(tl.float32)
     tl.store(normed_ptr + token * hidden + h_H, (x_H * scale * norm_H).to(dtype), mask=mask_H)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.bell import Ring, ring_after_all
 from gpu_kernels.cold_rows import cold_experts, first_rows, piece_of
 from gpu_kernels.collect_parts import collect, collect_reference
 from gpu_kernels.paged_tile import FLOAT_DTYPES
@@ -25,20 +26,21 @@ from gpu_kernels.paged_tile import FLOAT_DTYPES
 __all__ = ["ColdWork", "Pulls", "collect", "collect_reference", "publish", "publish_reference"]
 
 MAX_TOP_K = 16
-BLOCK_H = 1024  # of a program of publish: two write a token of 2,048
+ROW_H = 2048  # up to which one program of publish writes a token
+BLOCK_H = 1024  # of a program of those that share one
 
 
 @dataclass(frozen=True, slots=True)
 class ColdWork:
     """What the CPU reads, in mapped host memory: its expert ids (-1: not its own) and inputs.
 
-    ``bell``: a word there that shall be 0 when these are; None: there is none.
+    ``ring``: what the CPU is told then; None: nothing.
     """
 
     x_TH: Tensor  # float32
     ids_TK: Tensor  # int32
     weights_TK: Tensor  # float32
-    bell: Tensor | None = None  # int64 [1]
+    ring: Ring | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,10 @@ def publish(
     top_k = ids_TK.shape[1]
     if num_tokens == 0:
         return out
-    num_blocks = 1 if cold is None else triton.cdiv(hidden, BLOCK_H)
+    block = triton.next_power_of_2(hidden) if hidden <= ROW_H else BLOCK_H
+    num_blocks = 1 if cold is None else triton.cdiv(hidden, block)
+    ring = None if cold is None else cold.ring
+    bell = None if ring is None else ring.bell
     _publish_kernel[(num_tokens, num_blocks)](
         x_TH,
         ids_TK,
@@ -95,7 +100,9 @@ def publish(
         slot_E,
         num_used,
         record_TK,
-        *((None,) * 4 if cold is None else (cold.x_TH, cold.ids_TK, cold.weights_TK, cold.bell)),
+        *((None,) * 3 if cold is None else (cold.x_TH, cold.ids_TK, cold.weights_TK)),
+        *((None,) * 2 if ring is None else (ring.clear, ring.num_done)),
+        *((None, 0) if bell is None else (bell.word, bell.number)),
         *(
             (None,) * 4
             if pulls is None
@@ -107,9 +114,10 @@ def publish(
         slot_E.numel(),
         0 if pulls is None else pulls.width,
         TOP_K=top_k,
-        BLOCK_H=BLOCK_H,
+        BLOCK_H=block,
         BLOCK_K=triton.next_power_of_2(top_k),
         HAS_COLD=cold is not None,
+        IS_ALONE=num_tokens * num_blocks == 1,
         **piece_of(slot_E.numel()),
         num_warps=4,
     )
@@ -140,7 +148,8 @@ def _check_cold(x_TH: Tensor, ids_TK: Tensor, cold: ColdWork) -> None:
     assert cold.x_TH.shape == x_TH.shape and cold.weights_TK.shape == ids_TK.shape
     assert cold.x_TH.dtype == cold.weights_TK.dtype == torch.float32
     assert cold.x_TH.is_contiguous() and cold.weights_TK.is_contiguous()
-    assert cold.bell is None or (cold.bell.shape, cold.bell.dtype) == ((1,), torch.int64)
+    if cold.ring is not None:
+        cold.ring.check(ids_TK.device)
 
 
 def _check_pulls(ids_TK: Tensor, slot_E: Tensor, pulls: Pulls) -> None:
@@ -167,7 +176,7 @@ def publish_reference(ids_TK: Tensor, slot_E: Tensor, num_used: int) -> tuple[Te
     return used_TK, used_TK.masked_fill(is_here_TK, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _publish_kernel(
     x_ptr,
     ids_ptr,
@@ -178,7 +187,10 @@ def _publish_kernel(
     cold_x_ptr,
     cold_ids_ptr,
     cold_weights_ptr,
+    clear_ptr,
+    done_ptr,
     bell_ptr,
+    number,
     kept_ptr,
     place_ptr,
     pulled_ptr,
@@ -192,6 +204,7 @@ def _publish_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_COLD: tl.constexpr,
+    IS_ALONE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -204,23 +217,25 @@ def _publish_kernel(
         mask_H = (h_H < hidden) & is_used
         x_H = tl.load(x_ptr + token * stride_x + h_H, mask=mask_H, other=0.0)
         tl.store(cold_x_ptr + token * hidden + h_H, x_H.to(tl.float32), mask=mask_H)
-    if block == 0:
-        k_K = tl.arange(0, BLOCK_K)
-        is_choice_K = k_K < TOP_K
-        at_K = token * TOP_K + k_K
-        ids_K = tl.load(ids_ptr + at_K, mask=is_choice_K & is_used, other=-1)
-        tl.store(out_ptr + at_K, ids_K, mask=is_choice_K)
-        tl.store(record_ptr + at_K, ids_K, mask=is_choice_K)
-        if HAS_COLD:
-            slot_K = tl.load(slot_ptr + ids_K, mask=ids_K >= 0, other=-1)
-            weights_K = tl.load(weights_ptr + at_K, mask=is_choice_K, other=0.0)
-            cold_K = tl.where(slot_K >= 0, -1, ids_K)
-            tl.store(cold_ids_ptr + at_K, cold_K, mask=is_choice_K)
-            tl.store(cold_weights_ptr + at_K, weights_K, mask=is_choice_K)
-            if bell_ptr is not None:
-                tl.store(bell_ptr, 0)
-            if pulled_ptr is not None:
-                tl.store(pulled_ptr + at_K, cold_K, mask=is_choice_K)
+    k_K = tl.arange(0, BLOCK_K)
+    is_choice_K = (k_K < TOP_K) & (block == 0)  # one program of a token's writes them
+    at_K = token * TOP_K + k_K
+    ids_K = tl.load(ids_ptr + at_K, mask=is_choice_K & is_used, other=-1)
+    tl.store(out_ptr + at_K, ids_K, mask=is_choice_K)
+    tl.store(record_ptr + at_K, ids_K, mask=is_choice_K)
+    if HAS_COLD:
+        slot_K = tl.load(slot_ptr + ids_K, mask=ids_K >= 0, other=-1)
+        weights_K = tl.load(weights_ptr + at_K, mask=is_choice_K, other=0.0)
+        cold_K = tl.where(slot_K >= 0, -1, ids_K)
+        tl.store(cold_ids_ptr + at_K, cold_K, mask=is_choice_K)
+        tl.store(cold_weights_ptr + at_K, weights_K, mask=is_choice_K)
+        if clear_ptr is not None:
+            tl.store(clear_ptr, 0, mask=block == 0)
+        if bell_ptr is not None:  # what follows is the device's own
+            ring_after_all(done_ptr, bell_ptr, number, IS_ALONE)
+        if pulled_ptr is not None:
+            tl.store(pulled_ptr + at_K, cold_K, mask=is_choice_K)
+            if block == 0:
                 num_pairs = tl.minimum(num_used, tl.num_programs(0)) * TOP_K
                 is_cold_E = cold_experts(
                     ids_ptr, slot_ptr, num_pairs, num_experts, BLOCK_E, BLOCK_P

@@ -21,6 +21,7 @@ import torch
 
 WAIT_UNTIL_EQUAL = 0x1  # CU_STREAM_WAIT_VALUE_EQ
 WRITE_AFTER_ALL_BEFORE = 0x0  # CU_STREAM_WRITE_VALUE_DEFAULT: with a memory barrier
+KERNEL_EXEC_TIMEOUT = 17  # a CUdevice_attribute
 PORTABLE, MAPPED = 0x1, 0x2  # of CU_MEMHOSTREGISTER: for all contexts, and in the GPU's addresses
 
 HostFunction = Callable[[int], None]
@@ -78,6 +79,17 @@ class CudaDriver:
             callback.pointer,
             ctypes.c_void_p(argument),
         )
+
+    def limits_kernels(self, device: int) -> bool:
+        """Whether kernels on CUDA device ``device`` may run for a limited time only."""
+        found = ctypes.c_int()
+        self._call(
+            "cuDeviceGetAttribute",
+            ctypes.byref(found),
+            ctypes.c_int(KERNEL_EXEC_TIMEOUT),
+            ctypes.c_int(device),
+        )
+        return found.value != 0
 
     def current_context(self) -> int:
         """The context of this thread, which must have one."""

@@ -8,11 +8,11 @@ record that the device keeps. How many rows are pulled depends on how many cold 
 has: with other requests beside it a token's sums may be rounded elsewhere.
 
 Ordering: per layer the stream publishes what the workers need and rings them, computes its own
-experts, then those that it pulls, and waits. All layers share the buffers in mapped memory: only
-one is under way at a time, since what reads the workers' part precedes the next layer's publishing
-on the stream. The host binds the buffers and sends new tables only while no step is under way;
-tables go on the stream, before the step that is to see them. A step may be put behind one that is
-under way, as long as neither changes.
+experts, with those that it pulls beside them on a second stream, and waits for both. All layers
+share the buffers in mapped memory: only one is under way at a time, since what reads the workers'
+part precedes the next layer's publishing on the stream. The host binds the buffers and sends new
+tables only while no step is under way; tables go on the stream, before the step that is to see
+them. A step may be put behind one that is under way, as long as neither changes.
 
 Shapes: L layers, T rows of the step, K top-k, H hidden, E experts.
 """
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.threads import WorkerPool
+from gpu_kernels.bell import Bell
 from gpu_kernels.expert_decode import (
     MAX_TOKENS,
     MAX_TOP_K,
@@ -33,7 +34,6 @@ from gpu_kernels.expert_decode import (
 )
 from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
-from gpu_kernels.last_rows import LastRows
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts, StepRouting
@@ -42,6 +42,7 @@ from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
 from offload.host_buffers import HostBuffers, HostRows
 from offload.place_table import PlaceTable
 from offload.pulled_experts import PulledExperts
+from offload.side_stream import SideStream
 from offload.slot_weights import slot_weights
 
 MAX_ROWS = MAX_TOKENS
@@ -113,10 +114,10 @@ class DecodeExperts:
                 max_rows=max_rows,
                 top_k=top_k,
             )
+        self.workspace = _workspace(self.layers.values(), max_rows * top_k, dtype)
         pulled_layers = {} if self.pulled is None else self.pulled.layers
-        self.workspace = _workspace(
-            (*self.layers.values(), *pulled_layers.values()), max_rows * top_k, dtype
-        )
+        self.pull_workspace = _workspace(pulled_layers.values(), max_rows * top_k, dtype)
+        self.side = SideStream(self.slot_LE.device)
         self._host = HostBuffers(max_rows, shape.hidden_size, top_k, pin=is_gpu)
 
     def record_shape(self, num_rows: int) -> tuple[int, int, int]:
@@ -229,7 +230,8 @@ class StepExperts:
         slot_E, pool_layer = shared.slot_LE[layer], shared.pool_layers.get(layer)
         cold = None
         if pool_layer is not None:
-            cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK, shared.hand_off.bell)
+            ring = shared.hand_off.rung(pool_layer.number)
+            cold = ColdWork(rows.x_TH, rows.ids_TK, rows.weights_TK, ring)
         pulled = shared.pulled
         pulling = None if pulled is None else pulled.pulls(layer, len(ids_TK))
         pulls, last_rows = pulling or (None, None)
@@ -241,21 +243,25 @@ class StepExperts:
         if pool_layer is not None:
             number = pool_layer.number
             shared.hand_off.ring(number)
-        # what the device computes: ids, where these experts lie, their weights, which rows of them
-        own: list[tuple[torch.Tensor, torch.Tensor, ExpertLayer, LastRows | None]] = []
-        if layer in shared.layers:
-            own.append((used_TK, slot_E, shared.layers[layer], None))
+        own: list[torch.Tensor] = []
+        side = None
         if pulled is not None and pulls is not None:
-            own.append((pulls.ids_TK, pulls.place_E, pulled.layers[layer], last_rows))
-        parts = tuple(
-            expert_decode(
-                *(x_TH, ids, weights_TK, places_E, weights),
-                last_rows=last,
+            side = shared.side
+            with side.beside():  # it waits for the link, not for the device
+                own.append(
+                    expert_decode(
+                        *(x_TH, pulls.ids_TK, weights_TK, pulls.place_E, pulled.layers[layer]),
+                        last_rows=last_rows,
+                        workspace=shared.pull_workspace,
+                    )
+                )
+        if layer in shared.layers:
+            resident_TH = expert_decode(
+                *(x_TH, used_TK, weights_TK, slot_E, shared.layers[layer]),
                 workspace=shared.workspace,
             )
-            for ids, places_E, weights, last in own
-        )
-        return PendingStep(shared.hand_off, number, parts, rows.out_TH)
+            own.insert(0, resident_TH)
+        return PendingStep(shared.hand_off, number, tuple(own), rows.out_TH, side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +272,17 @@ class PendingStep:
     _number: int  # of the workers' job; 0: none
     _own: tuple[torch.Tensor, ...]
     _host_out_TH: torch.Tensor
+    _side: SideStream | None  # where some of its own are computed
+
+    @property
+    def late(self) -> Bell | None:
+        """See :class:`fiddler.models.decoder.PendingExperts`."""
+        return self._hand_off.awaited(self._number) if self._number else None
 
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The residents' part, the pulled experts', then the workers', in mapped memory."""
+        if self._side is not None:
+            self._side.join()
         if self._number == 0:
             return self._own
         self._hand_off.wait(self._number)

@@ -272,6 +272,8 @@ class PendingLayer:
     _hot_TH: torch.Tensor | None
     _host_out_TH: torch.Tensor | None  # where the pool writes; None: nothing is cold
 
+    late = None
+
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The result as the one part that there is."""
         return (self.result(),)

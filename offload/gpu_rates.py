@@ -119,8 +119,9 @@ def _chain(experts: DecodeExperts, device: torch.device) -> Callable[[], None]:
     def chain() -> None:
         y_TH = residual_TH = x_TH
         for layer in range(LAYERS):
-            parts = backend.launch(layer, y_TH, ids_TK, weights_TK).parts()
-            y_TH, residual_TH = collect(residual_TH, parts, None, norm_H, 1e-6)
+            pending = backend.launch(layer, y_TH, ids_TK, weights_TK)
+            parts = pending.parts()
+            y_TH, residual_TH = collect(residual_TH, parts, None, norm_H, 1e-6, late=pending.late)
 
     return chain
 

@@ -1,14 +1,15 @@
-"""Ringing and awaiting the CPU workers from a GPU stream: one protocol, three ways to speak it.
+"""Ringing and awaiting the CPU workers from a GPU stream: one protocol, four ways to speak it.
 
 The protocol is that of :mod:`cpu_kernels.worker`: 0 to DONE_BELL, then job k to DOORBELL; the job
 is done when DONE_BELL is k. ``ring`` and ``wait`` are put on torch's current stream and act when
-the stream comes to them; by ``values`` and by host functions a CUDA graph may hold them. Who feeds
+the stream comes to them; by all ways but Python's a CUDA graph may hold them. Who feeds
 a pool so keeps its workers awake (``WorkerPool.awake``), rings nothing from Python meanwhile, and
 has a pool whose caller does not work.
 
 Ordering: what the stream wrote to mapped host memory before ``ring`` is seen by the workers, who
 acquire the bell; what they wrote before DONE_BELL is seen by what follows ``wait`` on the stream.
-The driver's store has a barrier for all earlier work of the stream, the 0 in DONE_BELL too. A pool
+The driver's store has a barrier for all earlier work of the stream, the 0 in DONE_BELL too; a
+kernel's is a release after all of its programs' stores (:mod:`gpu_kernels.bell`). A pool
 that fails is passed by: :func:`await_stream` stores the awaited words itself.
 """
 
@@ -26,6 +27,7 @@ from cpu_kernels.compiled import kernels
 from cpu_kernels.threads import WorkerPool
 from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, NUM_WORDS, STOP
 from fiddler.errors import WorkerError
+from gpu_kernels.bell import Bell, Ring
 from offload.cuda_driver import HostCallback, cuda_driver, current_stream
 from offload.handoff_probe import Way
 
@@ -38,14 +40,17 @@ LINE_WORDS = 16  # int64 in the two cache lines of a word
 
 
 class HandOff(Protocol):
-    """How a stream hands jobs to a pool; see the module."""
+    """How a stream hands jobs to a pool; see the module.
 
-    @property
-    def bell(self) -> torch.Tensor | None:
-        """DONE_BELL, if the kernel in front of ``ring`` has to store 0 to it; None: ``ring`` does.
+    What a kernel can do that runs anyhow is spared the stream: an operation of its own each.
+    """
 
-        A stream would take an operation more for it.
-        """
+    def rung(self, number: int) -> Ring | None:
+        """What the kernel in front of ``ring`` has to do for it."""
+        ...
+
+    def awaited(self, number: int) -> Bell | None:
+        """What the kernel behind ``wait`` has to wait for before it reads the results."""
         ...
 
     def ring(self, number: int) -> None:
@@ -57,6 +62,30 @@ class HandOff(Protocol):
         ...
 
 
+class KernelHandOff:
+    """By kernels that store and wait: the one that publishes the work, the one that collects it.
+
+    A kernel that waits counts as running, so this is for devices that set kernels no time limit.
+    """
+
+    def __init__(self, words: Words) -> None:
+        """``words`` lie in pinned memory."""
+        self._doorbell, self._done_bell = _word(words, DOORBELL), _word(words, DONE_BELL)
+        self._num_done = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def rung(self, number: int) -> Ring | None:
+        return Ring(self._done_bell, Bell(self._doorbell, number), self._num_done)
+
+    def awaited(self, number: int) -> Bell | None:
+        return Bell(self._done_bell, number)
+
+    def ring(self, number: int) -> None:
+        """The kernel before has rung."""
+
+    def wait(self, number: int) -> None:
+        """The kernel behind waits."""
+
+
 class ValueHandOff:
     """By the stream's own stores and waits; nothing of Python or the driver runs in between."""
 
@@ -65,7 +94,13 @@ class ValueHandOff:
         self._driver = cuda_driver()
         address = self._driver.device_address(words.ctypes.data)
         self._doorbell, self._done_bell = address + 8 * DOORBELL, address + 8 * DONE_BELL
-        self.bell = torch.from_numpy(words[DONE_BELL : DONE_BELL + 1])
+        self._clear = Ring(_word(words, DONE_BELL))
+
+    def rung(self, number: int) -> Ring | None:
+        return self._clear
+
+    def awaited(self, number: int) -> Bell | None:
+        return None
 
     def ring(self, number: int) -> None:
         # the lower half: the upper is always 0
@@ -93,10 +128,18 @@ class HostBell:
             time.sleep(0)
 
 
-class HostFunctionHandOff:
-    """By functions that the driver calls on a thread of its own; they take Python's lock."""
+class _HostHandOff:
+    """The host does it all."""
 
-    bell = None
+    def rung(self, number: int) -> Ring | None:
+        return None
+
+    def awaited(self, number: int) -> Bell | None:
+        return None
+
+
+class HostFunctionHandOff(_HostHandOff):
+    """By functions that the driver calls on a thread of its own; they take Python's lock."""
 
     def __init__(self, words: Words) -> None:
         bell = HostBell(words)
@@ -110,10 +153,8 @@ class HostFunctionHandOff:
         self._driver.call_host(current_stream(), self._wait, number)
 
 
-class EagerHandOff:
+class EagerHandOff(_HostHandOff):
     """By Python, which waits for the stream first: no graph can hold it."""
-
-    bell = None
 
     def __init__(self, workers: WorkerPool, synchronize: Callable[[], None]) -> None:
         self._workers, self._synchronize = workers, synchronize
@@ -132,7 +173,13 @@ def make_hand_off(way: Way, workers: WorkerPool) -> HandOff:
     """The ``way`` for a pool on the current CUDA device."""
     if way == "eager":
         return EagerHandOff(workers, lambda: torch.cuda.current_stream().synchronize())
-    return ValueHandOff(workers.words) if way == "values" else HostFunctionHandOff(workers.words)
+    if way == "hostfunc":
+        return HostFunctionHandOff(workers.words)
+    return KernelHandOff(workers.words) if way == "kernel" else ValueHandOff(workers.words)
+
+
+def _word(words: Words, index: int) -> torch.Tensor:
+    return torch.from_numpy(words[index : index + 1])
 
 
 def pinned_words() -> Words:

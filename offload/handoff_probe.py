@@ -1,8 +1,8 @@
 """Which way a GPU stream and the CPU workers can hand work to each other here: tried, not guessed.
 
-Three ways, the fastest first (per hand-off on one H200 with PCIe 5): stream stores and waits
-(``values``, 5.8 us), host functions (``hostfunc``, 30 us), and Python between two launches
-(``eager``), which no CUDA graph can hold.
+Four ways, the fastest first (per hand-off on one H200 with PCIe 5): kernels that store and wait
+(``kernel``), stream stores and waits (``values``, 5.8 us), host functions (``hostfunc``, 30 us),
+and Python between two launches (``eager``), which no CUDA graph can hold.
 """
 
 import functools
@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from fiddler.errors import ConfigError
-from offload.cuda_driver import DriverError, HostCallback, cuda_driver
+from offload.cuda_driver import DriverError, HostCallback, cuda_driver, current_stream
 
-Way = Literal["values", "hostfunc", "eager"]
-WAYS: tuple[Way, ...] = ("values", "hostfunc", "eager")
+Way = Literal["kernel", "values", "hostfunc", "eager"]
+WAYS: tuple[Way, ...] = ("kernel", "values", "hostfunc", "eager")
 VARIABLE = "FIDDLER_HANDOFF"
 PATIENCE_S = 5.0  # a stream of three small operations takes microseconds
 
@@ -64,7 +64,11 @@ def forced_way() -> str | None:
 @functools.cache
 def probe() -> Probe:
     """Try every way once on the current CUDA device."""
-    tries: dict[Way, Callable[[], None]] = {"values": _try_values, "hostfunc": _try_host_function}
+    tries: dict[Way, Callable[[], None]] = {
+        "kernel": _try_kernels,
+        "values": _try_values,
+        "hostfunc": _try_host_function,
+    }
     works: list[Way] = []
     problems: dict[str, str] = {}
     for way, attempt in tries.items():
@@ -76,16 +80,40 @@ def probe() -> Probe:
     return Probe((*works, "eager"), problems)
 
 
+def _try_kernels() -> None:
+    """A kernel waits for a word that the host stores late, then rings."""
+    _require(
+        not cuda_driver().limits_kernels(torch.cuda.current_device()),
+        "this GPU ends kernels that take long, as one with a display may",
+    )
+    from gpu_kernels.bell import Bell, answer  # brings Triton in
+
+    def work(awaited: torch.Tensor, stored: torch.Tensor) -> None:
+        answer(Bell(awaited, 5), Bell(stored, 9))
+
+    _try_words(work)
+
+
 def _try_values() -> None:
     """The stream waits for a word that the host stores late, then stores one itself."""
     driver = cuda_driver()
-    words = torch.zeros(64, dtype=torch.int32, pin_memory=True)
-    awaited, stored = words[:1], words[32:33]
+
+    def work(awaited: torch.Tensor, stored: torch.Tensor) -> None:
+        stream = current_stream()
+        driver.wait_word(stream, driver.device_address(awaited.data_ptr()), 5)
+        driver.write_word(stream, driver.device_address(stored.data_ptr()), 9)
+
+    _try_words(work)
+
+
+def _try_words(work: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    """``work`` puts on a stream: a wait until the first word is 5, then a 9 in the second."""
+    words = torch.zeros(32, dtype=torch.int64, pin_memory=True)
+    awaited, stored = words[:1], words[16:17]
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    handle = int(stream.cuda_stream)
     try:
-        driver.wait_word(handle, driver.device_address(awaited.data_ptr()), 5)
-        driver.write_word(handle, driver.device_address(stored.data_ptr()), 9)
+        with torch.cuda.stream(stream):
+            work(awaited, stored)
         ended = stream.record_event()
         _require(not ended.query() and stored.item() == 0, "a stream did not wait for its word")
     finally:

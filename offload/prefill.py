@@ -249,6 +249,8 @@ class PendingPrefill:
     _hot_TH: torch.Tensor
     _host_out_TH: torch.Tensor | None  # where the pool writes; None: it has nothing to do
 
+    late = None
+
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The result as the one part that there is."""
         return (self.result(),)

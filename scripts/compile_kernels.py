@@ -32,6 +32,7 @@ from gpu_kernels import device
 from gpu_kernels.attention_decode import attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
+from gpu_kernels.bell import Bell, Ring, answer
 from gpu_kernels.embedding import embedding
 from gpu_kernels.expert_decode import expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
@@ -179,12 +180,27 @@ def hand_over() -> None:
     x, weight = torch.zeros(4, 2048, dtype=BF16), torch.ones(2048, dtype=BF16)
     ids, weights = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(4, 8)
     part, slot, used = torch.zeros(4, 2048), torch.zeros(128, dtype=torch.int32), ids.view(-1)[:1]
-    cold = ColdWork(part, ids, weights, torch.zeros(1, dtype=torch.int64))
+    word, done = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    bell = Bell(word, 3)
+    answer(bell, bell)
+    cold = ColdWork(part, ids, weights, Ring(word, bell, done))
+    publish(
+        x[:1],
+        ids[:1],
+        weights[:1],
+        slot,
+        used,
+        ids[:1],
+        ColdWork(part[:1], ids[:1], weights[:1], cold.ring),
+    )
+    publish(x, ids, weights, slot, used, ids, ColdWork(part, ids, weights, Ring(word)))
     publish(x, ids, weights, slot, used, ids, cold)
     publish(x, ids, weights, slot, used, ids, cold, pulls=Pulls(slot, slot, 768, ids, ids))
     publish(x, ids, weights, slot, used, ids, None)
     collect(x, (part, part), x, weight, 1e-6)
     collect(x, (part, part, part), x, weight, 1e-6)
+    collect(x, (part,), None, weight, 1e-6, late=bell)
+    collect(x, (part, part, part), x, weight, 1e-6, late=bell)
 
 
 def draw() -> None:

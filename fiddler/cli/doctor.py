@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fiddler.cli.doctor_memory import Cache
 
 HANDOFFS = {
+    "kernel": "kernel: the GPU's kernels ring and await the CPU workers inside a graph",
     "values": "values: the GPU's stream rings and awaits the CPU workers inside a graph",
     "hostfunc": "hostfunc: the driver's host functions ring and await the CPU workers in a graph",
     "eager": "eager: Python rings and awaits the CPU workers, without a graph",

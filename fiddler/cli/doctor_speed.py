@@ -29,6 +29,7 @@ def _handoff(facts: Facts) -> list[Problem]:
     return [
         Problem(f"the hand-off by {way} does not work: {why}", "update the NVIDIA driver", effect)
         for way, why in facts.handoff_problems.items()
+        if way != "kernel"  # which a display hinders, and no update
     ]
 
 

@@ -12,7 +12,7 @@ Shapes: T tokens, H hidden, N query heads, M key/value heads, D head dim, F = (N
 E experts, K top-k, V vocabulary, R rows that need logits.
 """
 
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from fiddler.models.kernels import DeviceKernels
 from fiddler.models.kv_cache import LayerKV
 from fiddler.models.weights import DenseWeights, LayerWeights
 
+if TYPE_CHECKING:
+    from gpu_kernels.bell import Bell  # brings Triton in
+
 
 class PendingExperts(Protocol):
     """A layer's routed experts under way."""
@@ -32,6 +35,11 @@ class PendingExperts(Protocol):
 
         They lie on the device or in mapped host memory, and are good until the next launch.
         """
+        ...
+
+    @property
+    def late(self) -> "Bell | None":
+        """What whoever reads the last part waits for; None: all parts are there."""
         ...
 
 
@@ -148,7 +156,7 @@ class Decoder:
         pending = self._experts.launch(index, read_TX, ids_TK, weights_TK)
         shared_TH = self._shared_expert(layer, y_TH)  # while the experts are under way
         parts = tuple(part[:, : self.config.hidden_size] for part in pending.parts())
-        return self._kernels.add_parts(x_TH, parts, shared_TH, next_norm_H)
+        return self._kernels.add_parts(x_TH, parts, shared_TH, next_norm_H, pending.late)
 
     def _shared_expert(self, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor | None:
         if layer.shared_gate_up_FH is None:

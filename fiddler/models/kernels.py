@@ -4,12 +4,15 @@ Shapes: T tokens, H hidden, I FFN width, N query heads, M key/value heads, D hea
 K top-k.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from fiddler.models.batch import StepBatch
 from fiddler.models.kv_cache import LayerKV
+
+if TYPE_CHECKING:
+    from gpu_kernels.bell import Bell  # brings Triton in
 
 
 class DeviceKernels(Protocol):
@@ -31,11 +34,12 @@ class DeviceKernels(Protocol):
         parts: tuple[torch.Tensor, ...],
         shared_TH: torch.Tensor | None,
         weight_H: torch.Tensor,
+        late: "Bell | None",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(rms_norm(sum), sum)`` with sum = residual + (parts + shared).
 
         The float32 ``parts`` and ``shared_TH`` are added in this order in float32; that sum is
-        rounded to the residual's dtype.
+        rounded to the residual's dtype. ``late``: what to wait for before the last part is read.
         """
         ...
 

@@ -12,6 +12,7 @@ from fiddler.models.kv_cache import LayerKV
 from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
+from gpu_kernels.bell import Bell
 from gpu_kernels.hand_over import collect
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.rmsnorm import add_rms_norm, rms_norm
@@ -54,8 +55,9 @@ class TritonKernels:
         parts: tuple[torch.Tensor, ...],
         shared_TH: torch.Tensor | None,
         weight_H: torch.Tensor,
+        late: Bell | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return collect(residual_TH, parts, shared_TH, weight_H, self._eps)
+        return collect(residual_TH, parts, shared_TH, weight_H, self._eps, late=late)
 
     def route(
         self, logits_TE: torch.Tensor, top_k: int, renormalise: bool

@@ -137,6 +137,8 @@ class _Recorder:
 class _NoResult:
     _x_TH: Tensor
 
+    late = None
+
     def parts(self) -> tuple[Tensor, ...]:
         return (torch.zeros_like(self._x_TH),)
 

@@ -60,7 +60,6 @@ HALF = ShareCosts(
     cpu_start_s=0.0,
     link_start_s=0.0,
     unit=16,
-    packed_part=1.0,
 )
 
 

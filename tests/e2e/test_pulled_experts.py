@@ -14,6 +14,7 @@ import torch
 
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.thread_count import measured_num_threads
+from gpu_kernels.hand_over import collect
 from offload.cold_share import ShareCosts, kept_rows
 from offload.decode_experts import DecodeExperts
 from offload.executor import HybridExperts
@@ -69,12 +70,13 @@ class Layers:
         found = []
         record_LTK = torch.zeros(self.experts.record_shape(1), dtype=torch.int32, device="cuda")
         step = self.experts.step(1, self.used, record_LTK)
+        hidden = self.store.shape.hidden_size
+        zeros_TH, norm_H = torch.zeros(1, hidden, device="cuda"), torch.ones(hidden, device="cuda")
         for n, token in enumerate(self.tokens):
             layer = n % self.num_layers
-            parts = step.launch(layer, token.x_TH, token.ids_TK, token.weights_TK).parts()
-            total_TH = torch.zeros(token.x_TH.shape, device="cuda")
-            for part in parts:
-                total_TH += part.to("cuda", non_blocking=True)
+            pending = step.launch(layer, token.x_TH, token.ids_TK, token.weights_TK)
+            parts = pending.parts()
+            _, total_TH = collect(zeros_TH, parts, None, norm_H, 1e-6, late=pending.late)
             found.append(total_TH)
         return found
 

@@ -8,6 +8,7 @@ import torch
 from paged_batch import DEVICE, max_error
 from torch import Tensor
 
+from gpu_kernels.bell import Bell, Ring, answer
 from gpu_kernels.hand_over import (
     ColdWork,
     collect,
@@ -51,13 +52,13 @@ def test_publish(num_tokens: int, num_used: int, top_k: int, hidden: int, dtype:
         host((num_tokens, hidden)),
         host((num_tokens, top_k), torch.int32),
         host((num_tokens, top_k)),
-        bell=host((1,), torch.int64),
+        Ring(host((1,), torch.int64)),
     )
     kept_TK = publish(x_TH, ids_TK, weights_TK, slot_E, used, record_TK, cold)
     synchronize()
     wanted_TK, cold_TK = publish_reference(ids_TK, slot_E, num_used)
     assert torch.equal(kept_TK, wanted_TK) and torch.equal(record_TK, wanted_TK.cpu())
-    assert cold.bell is not None and cold.bell.item() == 0
+    assert cold.ring is not None and cold.ring.clear.item() == 0
     assert torch.equal(cold.ids_TK, cold_TK.cpu())
     assert torch.equal(cold.x_TH[:num_used], x_TH[:num_used].float().cpu())
     assert cold.x_TH[num_used:].eq(UNTOUCHED).all()
@@ -155,3 +156,70 @@ def test_both_in_a_graph(hidden: int) -> None:
         assert max_error(normed.float(), wanted_normed) <= 0.02
         assert torch.equal(work.x_TH[: n + 1], residual[: n + 1].float().cpu())
         assert record_TK.eq(-1).all(dim=1).tolist() == [False] * (n + 1) + [True] * (3 - n)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "hidden"), [(1, 2048), (1, 4096), (7, 2880), (32, 2048)])
+def test_kernels_ring_and_wait(num_tokens: int, hidden: int) -> None:
+    """A thread answers as the workers do, late, with what it found when the bell rang."""
+    half = torch.bfloat16
+    hot, cold, shared, residual, norm_H = make_parts(num_tokens, hidden, half)
+    ids_TK = torch.arange(num_tokens * 2, dtype=torch.int32, device=DEVICE).view(-1, 2)
+    slot_E = torch.full((num_tokens * 2,), -1, dtype=torch.int32, device=DEVICE)
+    used = torch.full((1,), num_tokens, dtype=torch.int32, device=DEVICE)
+    weights_TK = torch.rand(num_tokens, 2, device=DEVICE)
+    words = host((64,), torch.int64).zero_()
+    doorbell, done_bell = words[:1], words[32:33]
+    num_done = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+    def layer(number: int) -> tuple[Tensor, Tensor]:
+        ring = Ring(done_bell, Bell(doorbell, number), num_done)
+        work = ColdWork(host_x, host_ids, host_weights, ring)
+        publish(residual, ids_TK, weights_TK, slot_E, used, record_TK, work)
+        late = Bell(done_bell, number)
+        return collect(residual, (hot, cold), shared, norm_H, EPS, late=late)
+
+    ids_TK_cpu = ids_TK.cpu()
+    host_x, host_weights = host((num_tokens, hidden)), host((num_tokens, 2))
+    host_ids, record_TK = host((num_tokens, 2), torch.int32), host((num_tokens, 2), torch.int32)
+    for number in range(1, 40):
+        residual.normal_()
+        for published in (host_x, host_ids, host_weights):
+            published.fill_(UNTOUCHED)
+        done_bell.fill_(number - 1)
+        doorbell.zero_()
+        torch.cuda.synchronize()
+        normed, summed = layer(number)
+        ended = torch.cuda.current_stream().record_event()
+        while doorbell.item() != number:
+            assert not ended.query()
+        assert done_bell.item() == 0
+        assert torch.equal(host_ids, ids_TK_cpu)
+        assert host_x.ne(UNTOUCHED).all() and host_weights.ne(UNTOUCHED).all()
+        cold.copy_(host_x * 0.5)
+        assert not ended.query()
+        done_bell.fill_(number)
+        torch.cuda.synchronize()
+        assert torch.equal(host_x, residual.float().cpu())
+        wanted_normed, wanted = collect_reference(residual, (hot, cold), shared, norm_H, EPS)
+        assert torch.equal(summed, wanted) and max_error(normed.float(), wanted_normed) <= 0.02
+        assert num_done.item() == 0
+
+
+@pytest.mark.gpu
+def test_a_graph_is_answered_at_every_replay() -> None:
+    words = host((64,), torch.int64).zero_()
+    asked, answered = words[:1], words[32:33]
+    answer(Bell(answered, 0), Bell(asked, 0))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for number in (3, 16, 1):
+            answer(Bell(asked, number), Bell(answered, number))
+    for _ in range(5):
+        graph.replay()
+        for number in (3, 16, 1):
+            asked.fill_(number)
+            while answered.item() != number:
+                pass
+        torch.cuda.synchronize()

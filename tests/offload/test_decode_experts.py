@@ -51,7 +51,6 @@ SHARES = {
         cpu_start_s=0.0,
         link_start_s=0.0,
         unit=16,
-        packed_part=1.0,
     ),
     "all": ShareCosts(
         cpu_bytes_per_s=1.0, link_bytes_per_s=1e12, cpu_start_s=1.0, link_start_s=0.0

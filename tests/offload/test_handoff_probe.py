@@ -7,20 +7,22 @@ from fiddler.errors import ConfigError
 from offload.cuda_driver import HostCallback, cuda_driver
 from offload.handoff_probe import Probe, choose_way, probe
 
-ALL = Probe(("values", "hostfunc", "eager"), {})
+ALL = Probe(("kernel", "values", "hostfunc", "eager"), {})
 REFUSED = "cuStreamWaitValue32_v2 failed: operation not supported (CUDA error 801)"
-OLD = Probe(("hostfunc", "eager"), {"values": REFUSED})
+OLD = Probe(("hostfunc", "eager"), {"kernel": "kernels may not take long", "values": REFUSED})
 
 
 def test_the_fastest_that_works_unless_forced() -> None:
-    assert choose_way(ALL, None) == "values" and choose_way(OLD, None) == "hostfunc"
+    assert choose_way(ALL, None) == "kernel" and choose_way(OLD, None) == "hostfunc"
     assert choose_way(ALL, "hostfunc") == "hostfunc" and choose_way(ALL, "eager") == "eager"
 
 
 def test_what_cannot_be_forced_is_refused_with_the_reason() -> None:
     with pytest.raises(ConfigError, match=r"FIDDLER_HANDOFF=values .* error 801"):
         choose_way(OLD, "values")
-    with pytest.raises(ConfigError, match="must be one of values, hostfunc, eager, not 'magic'"):
+    with pytest.raises(
+        ConfigError, match="must be one of kernel, values, hostfunc, eager, not 'magic'"
+    ):
         choose_way(ALL, "magic")
 
 
@@ -30,6 +32,7 @@ def test_this_machine() -> None:
     print(f"hand-off: {found}")
     assert "hostfunc" in found.works, found.problems
     assert "values" in found.works, found.problems
+    assert ("kernel" in found.works) != cuda_driver().limits_kernels(0), found.problems
 
 
 @pytest.mark.gpu
