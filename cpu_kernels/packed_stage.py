@@ -41,26 +41,32 @@ from cpu_kernels.routes import (
 
 
 @jit
-def multiply_block(path, block, xs, num_xs, num_groups, row_groups, out):
+def multiply_block(path, block, next_block, xs, num_xs, num_groups, row_groups, out):
     """out[t, r] = row r of the block . x of token t; ``xs`` is padded to whole tiles.
 
-    Of the ``row_groups`` groups of a row the first ``num_groups`` count.
+    Of the ``row_groups`` groups of a row the first ``num_groups`` count. ``next_block`` is read
+    next; 0: who knows? ``block`` then, which is at hand.
     """
+    ahead = next_block if next_block != 0 else block
     for t in range(0, num_xs, FULL_TOKENS):
         at = out + t * PANEL_ROWS * 4
         if num_xs - t == 1:
-            packed_tile(path, 1, block, xs, t, num_groups, row_groups, at, PANEL_ROWS)
+            packed_tile(path, 1, block, ahead, xs, t, num_groups, row_groups, at, PANEL_ROWS)
         elif num_xs - t <= PART_TOKENS:
-            packed_tile(path, PART_TOKENS, block, xs, t, num_groups, row_groups, at, PANEL_ROWS)
+            packed_tile(
+                path, PART_TOKENS, block, ahead, xs, t, num_groups, row_groups, at, PANEL_ROWS
+            )
         else:
-            packed_tile(path, FULL_TOKENS, block, xs, t, num_groups, row_groups, at, PANEL_ROWS)
+            packed_tile(
+                path, FULL_TOKENS, block, ahead, xs, t, num_groups, row_groups, at, PANEL_ROWS
+            )
 
 
 @jit
 def gate_up_block(path, job, sizes, panel, tokens, room):
     """act[pairs first to last, rows of the block] of one expert."""
     num_groups, block_bytes = sizes
-    place, block, first, last = panel
+    place, block, first, last, next_block = panel
     products, act, xs, _ = room
     row, num_pairs = block * ROWS, last - first
     num_rows = min(ROWS, job.width - row)
@@ -70,7 +76,8 @@ def gate_up_block(path, job, sizes, panel, tokens, room):
     for half in range(2):
         out = products[half].ctypes.data
         at = base + half * block_bytes
-        multiply_block(path, at, xs, num_pairs, num_groups, num_groups, out)
+        ahead = next_block if half else at + block_bytes
+        multiply_block(path, at, ahead, xs, num_pairs, num_groups, num_groups, out)
         bias_row = half * job.width + row
         add_bias(job, job.b13, place, 2 * job.width, bias_row, products[half], num_pairs, num_rows)
     for t in range(num_pairs):
@@ -94,9 +101,15 @@ def gate_up_piece(path, job, sizes, kept, worker, begin, end):
         blocks = (kept_width(kept, n, job.width) + ROWS - 1) // ROWS
         first_block, last_block, before = share_of(starts, n, blocks, before, begin, end)
         for block in range(first_block, last_block):
+            next_block = 0
+            if block + 1 < last_block:
+                next_block = job.w13 + places[n] * job.w13_stride + 2 * (block + 1) * sizes[1]
+            elif before < end and n + 1 < len(places):
+                next_block = job.w13 + places[n + 1] * job.w13_stride
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
-                gate_up_block(path, job, sizes, (places[n], block, first, last), tokens, room)
+                panel = (places[n], block, first, last, next_block)
+                gate_up_block(path, job, sizes, panel, tokens, room)
 
 
 @jit
@@ -114,14 +127,14 @@ def gate_up(path, job, sizes, worker, num_workers):
 def down_block(path, job, sizes, panel, pairs, xs, products):
     """out[tokens of the pairs, rows of the block] += weight * down of one expert."""
     num_groups, row_groups, block_bytes = sizes
-    place, block, first, last = panel
+    place, block, first, last, next_block = panel
     row, num_pairs = block * ROWS, last - first
     num_rows = min(ROWS, job.hidden - row)
     for t in range(padded(num_pairs)):
         xs[t] = job.act_rows + min(first + t, last - 1) * job.act_row_bytes
     base = job.w2 + place * job.w2_stride + block * block_bytes
     out = products[0].ctypes.data
-    multiply_block(path, base, xs, num_pairs, num_groups, row_groups, out)
+    multiply_block(path, base, next_block, xs, num_pairs, num_groups, row_groups, out)
     add_bias(job, job.b2, place, job.hidden, row, products[0], num_pairs, num_rows)
     add_weighted(job, pairs, first, num_pairs, row, num_rows, products[0])
 
@@ -140,9 +153,14 @@ def down_piece(path, job, group, group_bytes, kept, worker, begin, end):
             break
         sizes = ((width + group - 1) // group, row_groups, block_bytes)
         for block in range(begin, end):
+            next_block = 0
+            if block + 1 < end:
+                next_block = job.w2 + places[n] * job.w2_stride + (block + 1) * block_bytes
+            elif n + 1 < len(places):
+                next_block = job.w2 + places[n + 1] * job.w2_stride + begin * block_bytes
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])
-                panel = (places[n], block, first, last)
+                panel = (places[n], block, first, last, next_block)
                 down_block(path, job, sizes, panel, pairs, xs, products)
 
 

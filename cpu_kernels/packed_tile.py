@@ -43,6 +43,7 @@ class _Tile:
         xs: list[Any],
         groups: Any,
         row_groups: Any,
+        next_block: Any,
     ):
         self.builder, self.path, self.block, self.xs, self.groups = builder, path, block, xs, groups
         kind = path.kind
@@ -51,13 +52,14 @@ class _Tile:
         code_bytes = self.group_steps * STEP_BYTES
         self.scales = builder.add(block, builder.mul(row_groups, I64(code_bytes)))
         self.zeros = builder.add(self.scales, builder.mul(row_groups, I64(2 * ROWS)))
-        self.ahead = self._ahead(row_groups)
+        self.ahead = self._ahead(row_groups, next_block)
 
-    def _ahead(self, row_groups: Any) -> tuple[Any, Any, Any]:
+    def _ahead(self, row_groups: Any, next_block: Any) -> tuple[Any, Any, Any]:
         """(steps, near, far): what a step below ``steps`` asks for is ``near`` bytes ahead.
 
-        Of a later step it is ``far``. In whole rows both are PREFETCH: blocks are one stream. Where
-        only the first groups are read, those of a block and of the next one are.
+        Of a later step it is ``far``. In whole rows that is PREFETCH, in the block and then in
+        ``next_block``. Where only the first groups are read, those of a block and of the one behind
+        it are.
         """
         builder, kind = self.builder, self.path.kind
         code_bytes = self.group_steps * STEP_BYTES
@@ -71,11 +73,12 @@ class _Tile:
         near = builder.add(builder.mul(blocks, block), rest)
         far = builder.add(near, builder.sub(block, read))
         steps = builder.sdiv(builder.sub(read, rest), I64(STEP_BYTES))
-        linear = I64(PREFETCH)
+        in_block = builder.sdiv(builder.sub(block, I64(PREFETCH)), I64(STEP_BYTES))
+        past_block = builder.sub(next_block, builder.add(self.block, block))
         return (
-            steps,
-            builder.select(is_whole, linear, near),
-            builder.select(is_whole, linear, far),
+            builder.select(is_whole, in_block, steps),
+            builder.select(is_whole, I64(PREFETCH), near),
+            builder.select(is_whole, builder.add(past_block, I64(PREFETCH)), far),
         )
 
     def slots(self, kind: Any, *counts: int) -> Any:
@@ -227,13 +230,15 @@ def _add_floats(tile: _Tile, totals: Any) -> None:
 
 
 @intrinsic
-def packed_tile(typingctx, path, num_tokens, block, xs, x, num_groups, row_groups, out, stride):
+def packed_tile(
+    typingctx, path, num_tokens, block, next_block, xs, x, num_groups, row_groups, out, stride
+):
     """out[t * stride + r] = row r of ``block`` . x of token t, for 16 rows and ``num_tokens``.
 
     ``path`` and ``num_tokens`` are literals. The block's rows have ``row_groups`` groups, of which
     the first ``num_groups`` are multiplied. ``xs[x + t]`` is the address of a token's prepared row
     of so many: float32, or int8 codes [K], scales [G] and sums of codes [G] as float32; ``out`` is
-    the address of float32.
+    the address of float32. The block at ``next_block`` is asked for ahead.
     """
     if not isinstance(path, types.IntegerLiteral):
         return None
@@ -241,10 +246,10 @@ def packed_tile(typingctx, path, num_tokens, block, xs, x, num_groups, row_group
     add_products = _add_bytes if kernel.activations == "int8" else _add_floats
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, _, block, array, first, num_groups, row_groups, out, stride = args
+        _, _, block, next_block, array, first, num_groups, row_groups, out, stride = args
         data = context.make_array(v.ADDRESSES)(context, builder, array).data
         xs = [builder.load(builder.gep(data, [builder.add(first, I64(t))])) for t in range(count)]
-        tile = _Tile(builder, kernel, block, xs, num_groups, row_groups)
+        tile = _Tile(builder, kernel, block, xs, num_groups, row_groups, next_block)
         totals = tile.slots(F32, count, PARTS)
         tile.clear(totals, F32)
         add_products(tile, totals)
@@ -257,4 +262,4 @@ def packed_tile(typingctx, path, num_tokens, block, xs, x, num_groups, row_group
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(path, num_tokens, i64, v.ADDRESSES, i64, i64, i64, i64, i64), codegen
+    return types.void(path, num_tokens, i64, i64, v.ADDRESSES, i64, i64, i64, i64, i64), codegen
