@@ -44,6 +44,7 @@ def vram_meter(plan: Plan, device: torch.device) -> Callable[[], int]:
 
 
 def give_back_memory(device: torch.device) -> None:
+    gc.unfreeze()  # who froze the heap did so for this model's tokens
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
