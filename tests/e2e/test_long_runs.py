@@ -4,7 +4,6 @@ import gc
 import itertools
 import statistics
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from fiddler import LLM, SamplingParams
-from fiddler.cli.session import open_llm
 from scripts.soak import BUILTIN, float32_copy, opened
 from tests.e2e.conftest import open_folder
 from tests.forward import random_texts
@@ -112,12 +110,3 @@ def test_two_thousand_steps_on_a_gpu_are_alike_and_take_no_more_memory(policy: s
         )
         assert grown[0] < 16 * MIB and grown[1] <= 16 * MIB  # what the driver loads late
         assert slowest[-1] <= 3 * median
-
-
-def test_a_closed_model_is_freed_from_a_frozen_heap() -> None:
-    llm: Any = open_llm(model="builtin")
-    assert gc.get_freeze_count() > 100_000
-    store = weakref.ref(llm._running.experts.store)
-    llm.close()
-    del llm
-    assert store() is None and gc.get_freeze_count() == 0
