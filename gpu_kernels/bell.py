@@ -4,52 +4,17 @@ A kernel that publishes work rings once all of its programs have stored theirs; 
 results waits for a word before it reads them. A stream's own stores and waits do the same, for 5 us
 each on one H200. What waits here holds the device's time limit for kernels, where one is set.
 
-Ordering: who reads the rung number sees every store of the launch. What was stored before the
-awaited number is seen by what was loaded behind the wait's result.
+Ordering: who reads the rung number sees every store that a program made before it came to
+``ring_after_all``. What was stored before the awaited number is seen by what was loaded behind the
+wait's result, by this kernel and no later one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Bell:
-    """``number`` in the lower half of ``word``, int64 ``[1]`` in mapped host memory."""
-
-    word: Tensor
-    number: int
-
-    def check(self) -> None:
-        """Assert what kernels rely on."""
-        assert (self.word.shape, self.word.dtype) == ((1,), torch.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Ring:
-    """What the kernel that publishes work stores at its end: 0 to ``clear``, then ``bell``.
-
-    ``clear`` is a word as a bell's. ``bell`` None: the stream rings. ``num_done`` (int32 ``[1]`` on
-    the device) is 0 between launches: each leaves it so.
-    """
-
-    clear: Tensor
-    bell: Bell | None = None
-    num_done: Tensor | None = None
-
-    def check(self, device: torch.device) -> None:
-        """Assert what kernels on ``device`` rely on."""
-        Bell(self.clear, 0).check()
-        assert (self.bell is None) == (self.num_done is None)
-        if self.bell is not None and self.num_done is not None:
-            self.bell.check()
-            assert (self.num_done.shape, self.num_done.dtype) == ((1,), torch.int32)
-            assert self.num_done.device == device
+from gpu_kernels.host_words import Bell
 
 
 def answer(awaited: Bell, then: Bell) -> None:
@@ -105,13 +70,19 @@ def _store_release(word_ptr, number):
 
 @triton.jit
 def wait_for(word_ptr, number):
-    """Return 0 when the word is ``number``. Add it to addresses, to load behind the wait."""
+    """Return 0 when the word is ``number``. Add it to addresses, to load behind the wait.
+
+    Times 16, for a compiler that has to know how addresses are aligned: else four bytes at a time.
+    """
     return tl.inline_asm_elementwise(
         """
         {
         .reg .pred waits;
         .reg .u32 word;
+        bra look;
         again:
+        nanosleep.u32 100;
+        look:
         ld.acquire.sys.global.u32 word, [$1];
         setp.ne.u32 waits, word, $2;
         @waits bra again;

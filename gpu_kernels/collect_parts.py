@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.bell import Bell, wait_for
+from gpu_kernels.bell import wait_for
+from gpu_kernels.host_words import Bell
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 
 MAX_PARTS = 3
@@ -140,7 +141,7 @@ def _collect_kernel(
         y_H += tl.load(last_ptr + h_H, mask=mask_H, other=0.0)
         last_ptr = third_ptr + token * stride_third
     if bell_ptr is not None:
-        last_ptr += wait_for(bell_ptr, number)
+        last_ptr += 16 * wait_for(bell_ptr, number)
     last_H = tl.load(last_ptr + h_H, mask=mask_H, other=0.0)
     y_H = y_H + last_H if HAS_SECOND else last_H
     if HAS_SHARED:

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.bell import Ring, ring_after_all
+from gpu_kernels.bell import ring_after_all
 from gpu_kernels.cold_rows import cold_experts, first_rows, piece_of
 from gpu_kernels.collect_parts import collect, collect_reference
+from gpu_kernels.host_words import Ring
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 
 __all__ = ["ColdWork", "Pulls", "collect", "collect_reference", "publish", "publish_reference"]

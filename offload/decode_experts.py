@@ -25,7 +25,6 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.threads import WorkerPool
-from gpu_kernels.bell import Bell
 from gpu_kernels.expert_decode import (
     MAX_TOKENS,
     MAX_TOP_K,
@@ -34,6 +33,7 @@ from gpu_kernels.expert_decode import (
 )
 from gpu_kernels.expert_weights import ExpertLayer
 from gpu_kernels.hand_over import ColdWork, publish
+from gpu_kernels.host_words import Bell
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts, StepRouting
@@ -261,7 +261,9 @@ class StepExperts:
                 workspace=shared.workspace,
             )
             own.insert(0, resident_TH)
-        return PendingStep(shared.hand_off, number, tuple(own), rows.out_TH, side)
+        return PendingStep(
+            shared.hand_off, number, tuple(own), rows.out_TH, side, (x_TH, weights_TK)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +275,7 @@ class PendingStep:
     _own: tuple[torch.Tensor, ...]
     _host_out_TH: torch.Tensor
     _side: SideStream | None  # where some of its own are computed
+    _read: tuple[torch.Tensor, ...]  # what that reads: it must not be anybody else's before
 
     @property
     def late(self) -> Bell | None:
@@ -280,7 +283,10 @@ class PendingStep:
         return self._hand_off.awaited(self._number) if self._number else None
 
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """The residents' part, the pulled experts', then the workers', in mapped memory."""
+        """The residents' part, the pulled experts', then the workers', in mapped memory.
+
+        Which of them is still to be awaited ``late`` says.
+        """
         if self._side is not None:
             self._side.join()
         if self._number == 0:

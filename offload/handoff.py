@@ -27,7 +27,7 @@ from cpu_kernels.compiled import kernels
 from cpu_kernels.threads import WorkerPool
 from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, NUM_WORDS, STOP
 from fiddler.errors import WorkerError
-from gpu_kernels.bell import Bell, Ring
+from gpu_kernels.host_words import Bell, Ring
 from offload.cuda_driver import HostCallback, cuda_driver, current_stream
 from offload.handoff_probe import Way
 
@@ -58,7 +58,10 @@ class HandOff(Protocol):
         ...
 
     def wait(self, number: int) -> None:
-        """What comes on the stream later sees the results of job ``number``."""
+        """What comes on the stream later sees the results of job ``number``.
+
+        Where ``awaited`` says so, only the kernel that is given it.
+        """
         ...
 
 

@@ -10,16 +10,19 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from subprocess import SubprocessError
 from typing import Literal
 
 import torch
 
 from fiddler.errors import ConfigError
+from gpu_kernels.host_words import Bell
 from offload.cuda_driver import DriverError, HostCallback, cuda_driver, current_stream
 
 Way = Literal["kernel", "values", "hostfunc", "eager"]
 WAYS: tuple[Way, ...] = ("kernel", "values", "hostfunc", "eager")
 VARIABLE = "FIDDLER_HANDOFF"
+TIME_LIMIT = "this GPU ends kernels that take long, as one with a display may"
 PATIENCE_S = 5.0  # a stream of three small operations takes microseconds
 
 
@@ -75,7 +78,7 @@ def probe() -> Probe:
         try:
             attempt()
             works.append(way)
-        except (DriverError, OSError, RuntimeError) as error:
+        except (DriverError, OSError, RuntimeError, ImportError, SubprocessError) as error:
             problems[way] = str(error)
     return Probe((*works, "eager"), problems)
 
@@ -84,9 +87,9 @@ def _try_kernels() -> None:
     """A kernel waits for a word that the host stores late, then rings."""
     _require(
         not cuda_driver().limits_kernels(torch.cuda.current_device()),
-        "this GPU ends kernels that take long, as one with a display may",
+        TIME_LIMIT,
     )
-    from gpu_kernels.bell import Bell, answer  # brings Triton in
+    from gpu_kernels.bell import answer  # brings Triton in
 
     def work(awaited: torch.Tensor, stored: torch.Tensor) -> None:
         answer(Bell(awaited, 5), Bell(stored, 9))

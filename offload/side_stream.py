@@ -1,8 +1,9 @@
 """A second stream for what may run beside the rest of a step; nothing where there is no GPU.
 
-What is put on it within :meth:`SideStream.beside` follows all that the current stream has by then;
-:meth:`SideStream.join` lets the current stream wait for it. Both may be captured into a CUDA graph.
-A tensor made on the side may be used until the next ``beside``, on the stream that joined it.
+Ordering: what is put on it within :meth:`SideStream.beside` follows all that the current stream has
+by then; :meth:`SideStream.join` lets the current stream wait for it. Both may be captured into a
+CUDA graph. A tensor made on the side may be used until the next ``beside``, on the stream that
+joined it; one that the side reads has to be kept until ``join``.
 """
 
 from collections.abc import Iterator

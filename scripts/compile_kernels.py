@@ -32,13 +32,14 @@ from gpu_kernels import device
 from gpu_kernels.attention_decode import attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
-from gpu_kernels.bell import Bell, Ring, answer
+from gpu_kernels.bell import answer
 from gpu_kernels.embedding import embedding
 from gpu_kernels.expert_decode import expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 from gpu_kernels.grouped_gemm import grouped_experts
 from gpu_kernels.hand_over import ColdWork, Pulls, collect, publish
 from gpu_kernels.host_memory import read_host, write_host
+from gpu_kernels.host_words import Bell, Ring
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.kv_quant import INT4, new_kv_scales, stored_size
 from gpu_kernels.last_rows import LastRows

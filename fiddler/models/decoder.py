@@ -12,7 +12,7 @@ Shapes: T tokens, H hidden, N query heads, M key/value heads, D head dim, F = (N
 E experts, K top-k, V vocabulary, R rows that need logits.
 """
 
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +22,22 @@ from fiddler.models.config import ModelConfig, QKNorm
 from fiddler.models.kernels import DeviceKernels
 from fiddler.models.kv_cache import LayerKV
 from fiddler.models.weights import DenseWeights, LayerWeights
-
-if TYPE_CHECKING:
-    from gpu_kernels.bell import Bell  # brings Triton in
+from gpu_kernels.host_words import Bell
 
 
 class PendingExperts(Protocol):
     """A layer's routed experts under way."""
 
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """Await all sides; their float32 parts ``[T, H]``, one to three, to be added in this order.
+        """Await all sides but the ``late`` one; their float32 parts ``[T, H]``, one to three.
 
-        They lie on the device or in mapped host memory, and are good until the next launch.
+        They are to be added in this order, lie on the device or in mapped host memory, and are good
+        until the next launch.
         """
         ...
 
     @property
-    def late(self) -> "Bell | None":
+    def late(self) -> Bell | None:
         """What whoever reads the last part waits for; None: all parts are there."""
         ...
 

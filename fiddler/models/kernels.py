@@ -4,15 +4,13 @@ Shapes: T tokens, H hidden, I FFN width, N query heads, M key/value heads, D hea
 K top-k.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from fiddler.models.batch import StepBatch
 from fiddler.models.kv_cache import LayerKV
-
-if TYPE_CHECKING:
-    from gpu_kernels.bell import Bell  # brings Triton in
+from gpu_kernels.host_words import Bell
 
 
 class DeviceKernels(Protocol):
@@ -34,7 +32,7 @@ class DeviceKernels(Protocol):
         parts: tuple[torch.Tensor, ...],
         shared_TH: torch.Tensor | None,
         weight_H: torch.Tensor,
-        late: "Bell | None",
+        late: Bell | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(rms_norm(sum), sum)`` with sum = residual + (parts + shared).
 

@@ -5,16 +5,13 @@ E experts, K top-k.
 """
 
 import itertools
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from fiddler.models.batch import StepBatch
 from fiddler.models.kv_cache import LayerKV
-
-if TYPE_CHECKING:
-    from gpu_kernels.bell import Bell  # brings Triton in
+from gpu_kernels.host_words import Bell
 
 
 class TorchKernels:
@@ -45,7 +42,7 @@ class TorchKernels:
         parts: tuple[torch.Tensor, ...],
         shared_TH: torch.Tensor | None,
         weight_H: torch.Tensor,
-        late: "Bell | None",
+        late: Bell | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert late is None, "only a device's kernel can wait"
         y_TH = sum(parts[1:], start=parts[0])

@@ -12,8 +12,8 @@ from fiddler.models.kv_cache import LayerKV
 from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
-from gpu_kernels.bell import Bell
 from gpu_kernels.hand_over import collect
+from gpu_kernels.host_words import Bell
 from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.rmsnorm import add_rms_norm, rms_norm
 from gpu_kernels.router import route
