@@ -246,7 +246,7 @@ def down_piece(path, part, row_bytes, job, kept, worker, begin, end):
             next_row = 0
             if row + num_rows < end:
                 next_row = job.w2 + places[n] * job.w2_stride + (row + num_rows) * row_bytes
-            elif n + 1 < len(places):
+            elif n + 1 < len(places) and kept_width(kept, n + 1, job.width) > 0:
                 next_row = job.w2 + places[n + 1] * job.w2_stride + begin * row_bytes
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])

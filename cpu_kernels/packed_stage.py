@@ -156,7 +156,7 @@ def down_piece(path, job, group, group_bytes, kept, worker, begin, end):
             next_block = 0
             if block + 1 < end:
                 next_block = job.w2 + places[n] * job.w2_stride + (block + 1) * block_bytes
-            elif n + 1 < len(places):
+            elif n + 1 < len(places) and kept_width(kept, n + 1, job.width) > 0:
                 next_block = job.w2 + places[n + 1] * job.w2_stride + begin * block_bytes
             for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
                 last = min(first + PANEL_TOKENS, starts[n + 1])

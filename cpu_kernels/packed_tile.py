@@ -127,7 +127,8 @@ class _Tile:
         steps, near, far = self.ahead
         with cgutils.for_range(builder, I64(self.group_steps // UNROLL), intp=I64) as loop:
             first_of_round = builder.add(first, builder.mul(loop.index, I64(UNROLL)))
-            # a group is whole rounds, and so is PREFETCH: one answer for the steps of a round
+            # a group is whole rounds, and so is PREFETCH: one answer for the steps of a round, but
+            # for the one in which a block ends, of which some lines behind the block are asked for
             ahead = builder.select(builder.icmp_signed("<", first_of_round, steps), near, far)
             for k in range(UNROLL):
                 step = v.offset(builder, first_of_round, k)
