@@ -23,13 +23,14 @@ from fiddler.benchmark.timeline import Span, within
 from fiddler.loading import LoadedModel
 from offload.limits import GIGA
 from offload.machine_rates import MachineRates
-from offload.prediction import Prediction
+from offload.prediction import STEP_S, Prediction
 from offload.routing_law import Law
 
 MOST_OFF = 0.25
 NS = 1_000_000_000
 CPU_TERMS = ("cold experts, CPU", "experts")
 LINK_TERM = "cold experts, PCIe"
+PYTHON_TERM = "step in Python"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +144,9 @@ def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[fl
     else:
         rest_s = seen.step_s - seen.cpu_s
         hidden_s = sum(foreseen.term(name).seconds for name in CPU_TERMS)
-        foreseen_s = foreseen.seconds - hidden_s
+        # watched steps come one by one, so what Python takes is not beside another step
+        python_s = max(STEP_S - foreseen.term(PYTHON_TERM).seconds, 0.0)
+        foreseen_s = foreseen.seconds - hidden_s + python_s
         sides.append((abs(rest_s - foreseen_s), _text("all else", rest_s, foreseen_s)))
     off_s, text = max(sides)
     return off_s * seen.num_steps, text
