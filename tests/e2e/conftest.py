@@ -30,7 +30,7 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
     """Closing a model collects garbage; what the oracle's imports left is none."""
     import transformers  # noqa: F401
