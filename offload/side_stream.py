@@ -1,9 +1,9 @@
-"""A second stream for what may run beside the rest of a step; nothing where there is no GPU.
+"""A second stream for what may run beside a step or the rest of it; nothing without a GPU.
 
 Ordering: what is put on it within :meth:`SideStream.beside` follows all that the current stream has
-by then; :meth:`SideStream.join` lets the current stream wait for it. Both may be captured into a
-CUDA graph. A tensor made on the side may be used until the next ``beside``, on the stream that
-joined it; one that the side reads has to be kept until ``join``.
+by then; :meth:`SideStream.join` lets the current stream wait for it, both also within a CUDA graph,
+and :meth:`SideStream.synchronize` the host. A tensor made on the side may be used until the next
+``beside``, on the stream that joined it; one that the side reads has to be kept until ``join``.
 """
 
 from collections.abc import Iterator
@@ -34,3 +34,8 @@ class SideStream:
         """Let the current stream wait for the side."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+
+    def synchronize(self) -> None:
+        """Let the host wait for the side."""
+        if self._stream is not None:
+            self._stream.synchronize()

@@ -12,14 +12,14 @@ do the tables change. The host waits at the first call after the step, when the 
 rather than ask whether it is done: so equal requests meet equal tables.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from offload.adaptive import Swap
 from offload.expert_store import ExpertStore
+from offload.side_stream import SideStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Swaps:
         }
         self._coming: list[_Move] = []
         self._leaving: list[_Move] = []
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = SideStream(device)
         self.version = 0
 
     @property
@@ -62,7 +62,7 @@ class Swaps:
 
     def start(self, swaps: Iterable[Swap]) -> None:
         """Begin to copy what comes, at most one in each of the idle layers."""
-        with self._copying():
+        with self._copies.beside():  # after all the step's work
             for swap in swaps:
                 at = self._store[swap.layer]
                 slot, row = self._spare.pop(swap.layer), int(at.row_E[swap.comes])
@@ -75,15 +75,14 @@ class Swaps:
         """Wait for the copies under way, put what they have moved into the tables, and go on."""
         if self.is_idle:
             return
-        if self._copies is not None:
-            self._copies.synchronize()
+        self._copies.synchronize()
         for move in self._leaving:
             self._put_on_host(move)
         arrived, self._coming, self._leaving = self._coming, [], []
         for move in arrived:
             at = self._store[move.swap.layer]
             at.slot_E[move.swap.comes], at.row_E[move.swap.comes] = move.slot, -1
-        with self._copying():
+        with self._copies.beside():  # after all the step's work
             for move in arrived:
                 at = self._store[move.swap.layer]
                 slot = int(at.slot_E[move.swap.leaves])
@@ -102,16 +101,6 @@ class Swaps:
         self._spare[move.swap.layer] = int(at.slot_E[leaves])
         at.slot_E[leaves], at.row_E[leaves] = -1, move.row
         at.expert_C[move.row] = leaves
-
-    @contextmanager
-    def _copying(self) -> Iterator[None]:
-        """Within, torch's current stream is that of the copies, after all the step's work."""
-        if self._copies is None:
-            yield
-            return
-        self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies):
-            yield
 
 
 def _spare_slot(store: ExpertStore, layer: int) -> int | None:
