@@ -135,7 +135,28 @@ def ask(
     folder: Path | None,
 ) -> Question:
     """Resolve what ``settings`` leave open but for sizes; reads the profile."""
-    question = _question(settings, model, hardware, name=name, folder=folder)
+    dtypes = resolve_dtypes(
+        settings.dtype,
+        model.dtype,
+        has_gpu=hardware.has_gpu,
+        packed=model.packed_name,
+        kv=settings.kv_cache_dtype,
+        cpu_activations=settings.cpu_activations,
+    )
+    (kind, *_) = dtypes.expert_kinds
+    if model.packed is None and kind.is_packed:
+        check_groups(model, kind, "--dtype")
+    check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
+    popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
+    question = Question(
+        settings=settings,
+        model=model,
+        hardware=hardware,
+        dtypes=dtypes,
+        popularity=popularity,
+        popularity_name=popularity_name,
+        needs=cache(partial(_needs, settings, model, hardware, dtypes)),
+    )
     if settings.placement_policy != "auto":
         return question
     adaptive, static = map(question.with_policy, ("adaptive", "static"))
@@ -153,38 +174,6 @@ def _is_worth_moving(question: Question) -> bool:
         return False
     has_spares = layout.spare_slots == len(question.needs(GPU_STEP_TOKENS[0]).moe_layers)
     return has_spares and SPARE_DIVISOR * layout.spare_bytes <= layout.gpu_expert_bytes
-
-
-def _question(
-    settings: EngineConfig,
-    model: ModelConfig,
-    hardware: Hardware,
-    *,
-    name: str,
-    folder: Path | None,
-) -> Question:
-    dtypes = resolve_dtypes(
-        settings.dtype,
-        model.dtype,
-        has_gpu=hardware.has_gpu,
-        packed=model.packed_name,
-        kv=settings.kv_cache_dtype,
-        cpu_activations=settings.cpu_activations,
-    )
-    (kind, *_) = dtypes.expert_kinds
-    if model.packed is None and kind.is_packed:
-        check_groups(model, kind, "--dtype")
-    check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
-    popularity, popularity_name = find_popularity(settings.profile, model, name, folder)
-    return Question(
-        settings=settings,
-        model=model,
-        hardware=hardware,
-        dtypes=dtypes,
-        popularity=popularity,
-        popularity_name=popularity_name,
-        needs=cache(partial(_needs, settings, model, hardware, dtypes)),
-    )
 
 
 def _needs(
