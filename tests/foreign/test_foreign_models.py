@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cpu_kernels.packed_layout import PackedShape
 from cpu_kernels.weight_kind import parse_kind
-from fiddler import LLM, SamplingParams
+from fiddler import SamplingParams
 from fiddler.errors import CheckpointError, ConfigError, NumericsError, QuantizeError
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.foreign.source import ForeignSource
@@ -22,7 +22,7 @@ from fiddler.models.registry import load_config
 from fiddler.quantize.run import QuantizeJob, quantize
 from tests.foreign import writers
 from tests.forward import Forward, random_texts, relative_error
-from tests.model.test_parity import split_at_random
+from tests.quantize.packed_runs import loaded
 from tests.tiny_models import load_oracle, shared_tiny
 
 WIDTH = {"mixtral": "intermediate_size", "olmoe": "intermediate_size"}
@@ -126,12 +126,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pat
         return writers.write(tiny(model_type, case), folder, writer, scheme)
 
     return of
-
-
-def loaded(folder: Path, **options: Any) -> LLM:
-    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cpu_threads": 1}
-    settings |= {"placement": split_at_random(folder, seed=1), "max_model_len": 128}
-    return LLM(str(folder), **(settings | options))
 
 
 def our_logits(folder: Path, **options: Any) -> list[torch.Tensor]:

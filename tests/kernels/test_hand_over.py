@@ -162,7 +162,7 @@ def test_both_in_a_graph(hidden: int) -> None:
 
 
 def wait_until(word: Tensor, number: int) -> None:
-    """Look at a word that the device stores to; a second is long for it."""
+    """Look at a word that the device stores to; five seconds are long for it."""
     deadline = time.monotonic() + 5
     while word.item() != number:
         assert time.monotonic() < deadline, f"{word.item()} instead of {number}"
