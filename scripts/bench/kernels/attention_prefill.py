@@ -21,7 +21,7 @@ from scripts.bench.kernels.paged_case import (
     make_cache,
     make_queries,
 )
-from scripts.bench.kernels.timing import matmul_tflops, median_ms, relative_error
+from scripts.bench.kernels.timing import graph_ms, matmul_tflops, relative_error
 from scripts.bench.kernels.tuner import try_all
 from scripts.bench.rows import Row, at_least, table
 
@@ -61,7 +61,7 @@ def sdpa_ms(tokens: int) -> float:
         2, 1, NUM_KV_HEADS, tokens, HEAD_DIM, dtype=torch.bfloat16, device="cuda"
     )
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return median_ms(
+        return graph_ms(
             lambda: F.scaled_dot_product_attention(
                 q_1HTD, k_1KTD, v_1KTD, is_causal=True, enable_gqa=True
             )
@@ -72,7 +72,7 @@ def rows() -> list[Row]:
     found, peak = [], matmul_tflops()
     cases = {f"prompt of {n}": ([n], [n]) for n in PROMPTS} | CHUNKS
     for name, (kv_lens, qo_lens) in cases.items():
-        milliseconds = median_ms(runner(kv_lens, qo_lens))
+        milliseconds = graph_ms(runner(kv_lens, qo_lens))
         tflops = flops(kv_lens, qo_lens) / milliseconds / 1e9
         target = PROMPTS.get(kv_lens[0], 0.0) if kv_lens == qo_lens else 0.0
         title = f"prefill attention, {name}"
