@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from fiddler.benchmark.build import build_commit
+from fiddler.benchmark.cases import Case
+from fiddler.benchmark.driver import Measurement
 from fiddler.benchmark.record import Setting, tokens_per_s
 from fiddler.benchmark.subject import Subject
 from offload.peaks import measure_peaks
@@ -34,10 +36,7 @@ def packed_rows(targets: PackedTargets, repetitions: int) -> list[Row]:
     """Decode and a prompt with four-bit experts; then decode with bf16 ones."""
     cases = [decode(targets.written), prompt(2048)]
     name = f"{targets.shape}, {KIND}, {targets.vram_gb:g} GiB"
-    with loaded_shape(targets.shape, cases, dtype=KIND, vram_gb=targets.vram_gb) as loaded:
-        driver = driver_of(loaded, Law())
-        packed = [driver.measure(case, repetitions) for case in cases]
-        subject = Subject.of(loaded)
+    packed, subject = measured(targets, KIND, cases, repetitions)
     peaks = measure_peaks(
         subject.hardware, num_threads=subject.num_threads, dtype=subject.dtypes.compute
     )
@@ -46,8 +45,17 @@ def packed_rows(targets: PackedTargets, repetitions: int) -> list[Row]:
         speed_row(f"{name}, decode", packed[0], setting, targets.decode),
         speed_row(f"{name}, prompt of 2,048", packed[1], setting, targets.prompt_2048),
     ]
-    with loaded_shape(targets.shape, cases, vram_gb=targets.vram_gb) as loaded:
-        plain, _ = tokens_per_s(driver_of(loaded, Law()).measure(cases[0], repetitions))
+    (of_bf16,), _ = measured(targets, "auto", cases[:1], repetitions)
+    plain, _ = tokens_per_s(of_bf16)
     ratio = rows[0].value / plain
     gain = f"{name}, decode, in speeds of bf16"
     return [*rows, at_least(gain, rows[0].value, "tok/s", plain, ratio, LEAST_GAIN)]
+
+
+def measured(
+    targets: PackedTargets, dtype: str, cases: list[Case], repetitions: int
+) -> tuple[list[Measurement], Subject]:
+    """One load; nothing of it is left when this returns."""
+    with loaded_shape(targets.shape, cases, dtype=dtype, vram_gb=targets.vram_gb) as loaded:
+        driver = driver_of(loaded, Law())
+        return [driver.measure(case, repetitions) for case in cases], Subject.of(loaded)
