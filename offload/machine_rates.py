@@ -16,6 +16,8 @@ KERNELS = {"int8": "w8g128", "int4": "w4g128"}
 # Of plain reads over the link beside the workers, what experts' kernels get: 42.5 GB/s of 45 in
 # bf16, 39 to 41 packed (timelines of Qwen3-30B's decode steps).
 PULL_PART = 0.92
+# Rows of a decode step's experts beside those of experts that were measured, a few to a call.
+STEP_PART = 0.88
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,15 +92,17 @@ class MachineRates:
     def share_costs(self, codes: str, activations: str, expert_bytes: int) -> ShareCosts:
         """By what decode steps share cold experts of such weights between workers and GPU.
 
-        The workers read as fast as memory delivers beside the link, or by the table, if that is
-        slower. What was not measured beside the other side is taken alone. Nothing is measured
-        here: equal rates, which a calibration's file keeps, divide equal steps equally at every
-        start.
+        The workers read as fast as memory delivers beside the link, or as the table has it of a
+        step, if that is slower. What was not measured beside the other side is taken alone. Nothing
+        is measured here: equal rates, which a calibration's file keeps, divide equal steps equally
+        at every start.
         """
         memory = (self.beside_cpu_gbps or self.peaks.cpu_read_gbps) * GIGA
-        kernels = expert_bytes / self.expert_s(codes, activations, expert_bytes)(1, False)
+        each_s = STEP_PART * self.expert_s(codes, activations, expert_bytes)(1, False)
         link = (self.beside_pull_gbps or self.pull_gbps) * GIGA
-        return ShareCosts(cpu_bytes_per_s=min(memory, kernels), link_bytes_per_s=PULL_PART * link)
+        return ShareCosts(
+            cpu_bytes_per_s=min(memory, expert_bytes / each_s), link_bytes_per_s=PULL_PART * link
+        )
 
     def expert_s(
         self, codes: str, activations: str, expert_bytes: int

@@ -14,7 +14,7 @@ from offload.chances import LayerChances, distinct
 from offload.cold_share import ShareCosts
 from offload.demand import Demand
 from offload.limits import GIGA
-from offload.machine_rates import MachineRates
+from offload.machine_rates import STEP_PART, MachineRates
 
 # Kernels of a decode step's layer beside its experts and the hand-over: two norms, qkv, rope and
 # append, two of attention, o, the router's product, its choice, publishing; and two of residents.
@@ -27,8 +27,6 @@ SAMPLING_KERNELS = 6
 # next step is on the stream by then, that is beside a step, and copies and a graph's start remain.
 STEP_S = 8.5e-4
 STEP_AHEAD_S = 4e-5
-# Rows of a decode step's experts beside those of experts that were measured, a few to a call.
-STEP_PART = 0.88
 # Calls of torch and Triton in a layer where steps are no graph: decoder, routing, copies.
 EAGER_CALLS = 45
 EAGER_LAYER_S = 1e-4  # the pool is started and awaited from Python
@@ -146,10 +144,10 @@ def cold_sides(
     costs = rates.share_costs(demand.codes, demand.few, demand.expert_bytes)
     kept = _kept_share(costs, num_cold * demand.expert_bytes)
     share = kept if pulls else 1.0
-    each_s = _expert_s(demand, rates, demand.few, tokens_each)
+    each_s = STEP_PART * _expert_s(demand, rates, demand.few, tokens_each)
     if share < 1:
         each_s = rates.beside_s(each_s, demand.expert_bytes)
-    cpu_s = num_cold * share * each_s * STEP_PART
+    cpu_s = num_cold * share * each_s
     pulled_bytes = num_cold * (1 - share) * demand.expert_bytes
     if not pulled_bytes:
         return cpu_s, 0.0
