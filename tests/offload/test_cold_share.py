@@ -92,17 +92,17 @@ H200 = find_machine("h200-16core").rates
 
 @pytest.mark.parametrize("codes", ["bf16", "int4", "int8"])
 def test_a_shipped_machine_shares_as_steps_were_timed_there(codes: str) -> None:
-    """Fastest of seven pairs of rates there, in turns, Qwen3-30B: 100 and 42 GB/s."""
+    """Of seven pairs of rates, in turns, 92 to 100 and 42 GB/s were best there for Qwen3-30B."""
     activations = "int8" if codes != "bf16" else "f32"
     size = 9_437_184 // {"bf16": 1, "int8": 2, "int4": 4}[codes]
     costs = H200.share_costs(codes, activations, size)
-    assert costs.cpu_bytes_per_s == pytest.approx(100 * GIGA, rel=0.05)
+    assert costs.cpu_bytes_per_s == pytest.approx(92 * GIGA, rel=0.05)
     assert costs.link_bytes_per_s == pytest.approx(41.4 * GIGA)
 
 
 @given(st.floats(5, 85), st.floats(1, 100), st.sampled_from([QWEN, MIXTRAL]))
 def test_shares_follow_the_machine(cpu: float, link: float, sizes: tuple[int, int]) -> None:
-    """Where memory is slower than the kernels are, 100 GB/s."""
+    """Where memory is slower than the kernels are, 94 GB/s."""
     rates = replace(H200, beside_cpu_gbps=cpu, beside_pull_gbps=link)
     costs = rates.share_costs("bf16", "f32", sizes[1])
     kept = kept_rows(64, *sizes, costs)[64] / (64 * sizes[0])
