@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 SANITIZER ?= compute-sanitizer
 TEST_PROCESSES ?= 2
+GPU_TEST_PROCESSES ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -29,14 +30,17 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m scripts.check_docs
 
+# kernels' tests mostly compile; whole models are measured, and read how much of the GPU's memory is used
 gpu-test: $(READY)
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m "gpu and not alone" -n $(GPU_TEST_PROCESSES) --dist worksteal tests/kernels
+	$(BIN)/python -m pytest -q -m "gpu and alone" tests/kernels
+	$(BIN)/python -m pytest -q -m gpu --ignore tests/kernels
 
-# every GPU kernel's tests under NVIDIA's checker; a graph may not ask the driver for memory, and speed is no matter here
+# every GPU kernel's tests under NVIDIA's checker, where a graph may not ask the driver for memory
 memcheck: $(READY)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --target-processes application-only \
-		--report-api-errors no --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -o timeout=0 tests/kernels \
-		-k "not graph and not speed and not costs and not passes_a_large_copy"
+		--report-api-errors no --error-exitcode 1 $(BIN)/python -m pytest -q -m "gpu and not alone" -o timeout=0 tests/kernels \
+		-k "not graph"
 
 bench-cpu: $(READY)
 	$(BIN)/python -m scripts.bench.cpu_experts

@@ -130,6 +130,7 @@ def test_a_graph_follows_ids_and_table() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_what_publishing_costs() -> None:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for num_tokens, top_k, num_experts in ((1, 8, 128), (4, 8, 128), (32, 8, 128), (32, 16, 512)):

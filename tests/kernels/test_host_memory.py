@@ -51,6 +51,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_small_read_passes_a_large_copy_on_the_gpu() -> None:
     """What the kernel is for; prints how long each way waits behind 256 MB of copies."""
     weights = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)

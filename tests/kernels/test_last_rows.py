@@ -143,6 +143,7 @@ def test_a_layer_in_host_memory_gives_the_same_bits(kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["dense", "w4g128", "w8g128z-bf16"])
 def test_host_memory_is_read_at_the_speed_of_the_link(kind: str, dtype: torch.dtype) -> None:
@@ -213,6 +214,7 @@ def test_a_graph_follows_the_first_row(kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["dense", "w4g128"])
 def test_the_last_rows_are_read_at_the_speed_of_the_link(kind: str) -> None:
     """Half and a quarter of every expert, per byte as fast as all of it, or nearly."""
