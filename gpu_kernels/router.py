@@ -83,7 +83,6 @@ def route(
         BLOCK_K=triton.next_power_of_2(top_k),
         IS_SIGMOID=scoring == "sigmoid",
         RENORMALISE=renormalise,
-        HAS_BIAS=bias_E is not None,
         HAS_COPY=copy_to is not None,
         **choose("router", family(logits_TE.device), tokens=num_tokens, experts=num_experts),
     )
@@ -159,6 +158,44 @@ def _keep_best_groups(
 
 
 @triton.jit
+def best_experts(
+    x_GP,
+    bias_ptr,
+    e_GP,
+    mask_GP,
+    NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_SIGMOID: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+):
+    """Ids and weights of the experts that logits choose, ``[BLOCK_K]`` each, 0 beyond TOP_K.
+
+    Logits are -inf and ids of no matter outside the mask.
+    """
+    score_GP = _scores(x_GP, IS_SIGMOID)
+    choice_GP = score_GP
+    if bias_ptr is not None:
+        choice_GP += tl.load(bias_ptr + e_GP, mask=mask_GP, other=0.0)
+    packed_GP = tl.where(mask_GP, pack(choice_GP, e_GP), LOWEST)
+    if TOP_GROUPS < NUM_GROUPS:
+        packed_GP = _keep_best_groups(packed_GP, NUM_GROUPS, TOP_GROUPS, bias_ptr is not None)
+    k_K = tl.arange(0, BLOCK_K)
+    ids_K = tl.zeros([BLOCK_K], tl.int32)
+    weights_K = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(TOP_K):
+        best = tl.max(tl.max(packed_GP, 1), 0)
+        weight = tl.sum(tl.sum(tl.where(packed_GP == best, score_GP, 0.0), 1), 0)
+        ids_K = tl.where(k_K == k, packed_index(best), ids_K)
+        weights_K = tl.where(k_K == k, weight, weights_K)
+        packed_GP = tl.where(packed_GP == best, LOWEST, packed_GP)
+    if RENORMALISE:
+        weights_K = weights_K / (tl.sum(weights_K, 0) + TINY)
+    return ids_K, weights_K
+
+
+@triton.jit
 def _route_kernel(
     logits_ptr,
     bias_ptr,
@@ -177,7 +214,6 @@ def _route_kernel(
     BLOCK_K: tl.constexpr,
     IS_SIGMOID: tl.constexpr,
     RENORMALISE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_COPY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -187,27 +223,13 @@ def _route_kernel(
     mask_GP = (g_G < NUM_GROUPS)[:, None] & (p_P < GROUP_SIZE)[None, :]
     x_ptr = logits_ptr + token * stride_logits
     x_GP = tl.load(x_ptr + e_GP, mask=mask_GP, other=float("-inf")).to(tl.float32)
-    score_GP = _scores(x_GP, IS_SIGMOID)
-    choice_GP = score_GP
-    if HAS_BIAS:
-        choice_GP += tl.load(bias_ptr + e_GP, mask=mask_GP, other=0.0)
-    packed_GP = tl.where(mask_GP, pack(choice_GP, e_GP), LOWEST)
-    if TOP_GROUPS < NUM_GROUPS:
-        packed_GP = _keep_best_groups(packed_GP, NUM_GROUPS, TOP_GROUPS, HAS_BIAS)
-
-    k_K = tl.arange(0, BLOCK_K)
-    ids_K = tl.zeros([BLOCK_K], tl.int32)
-    weights_K = tl.zeros([BLOCK_K], tl.float32)
-    for k in range(TOP_K):
-        best = tl.max(tl.max(packed_GP, 1), 0)
-        weight = tl.sum(tl.sum(tl.where(packed_GP == best, score_GP, 0.0), 1), 0)
-        ids_K = tl.where(k_K == k, packed_index(best), ids_K)
-        weights_K = tl.where(k_K == k, weight, weights_K)
-        packed_GP = tl.where(packed_GP == best, LOWEST, packed_GP)
-    if RENORMALISE:
-        weights_K = weights_K / (tl.sum(weights_K, 0) + TINY)
+    ids_K, weights_K = best_experts(
+        *(x_GP, bias_ptr, e_GP, mask_GP, NUM_GROUPS, TOP_GROUPS, TOP_K, BLOCK_K),
+        *(IS_SIGMOID, RENORMALISE),
+    )
     weights_K *= scale
 
+    k_K = tl.arange(0, BLOCK_K)
     target_K = token * TOP_K + k_K
     tl.store(ids_ptr + target_K, ids_K, mask=k_K < TOP_K)
     tl.store(weights_ptr + target_K, weights_K, mask=k_K < TOP_K)

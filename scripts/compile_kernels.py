@@ -44,6 +44,7 @@ from gpu_kernels.kv_append import rope_and_append
 from gpu_kernels.kv_quant import INT4, new_kv_scales, stored_size
 from gpu_kernels.last_rows import LastRows
 from gpu_kernels.merge_states import merge_state, merge_states
+from gpu_kernels.norm_route import norm_route
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.rmsnorm import add_rms_norm
 from gpu_kernels.router import route
@@ -175,6 +176,9 @@ def routing() -> None:
     bias = torch.zeros(256)
     logits = torch.zeros(4, 256)
     route(logits, 8, scoring="sigmoid", bias_E=bias, renormalise=True, num_groups=8, top_groups=4)
+    for hidden, num_experts in ((2048, 128), (4096, 8)):
+        x, router = torch.zeros(1, hidden, dtype=BF16), torch.zeros(num_experts, hidden, dtype=BF16)
+        norm_route(x, x, x[0], router, 2, 1e-6)
 
 
 def hand_over() -> None:

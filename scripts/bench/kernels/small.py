@@ -1,7 +1,8 @@
 """Router, embedding and sampling: bytes per second against what launches and reading leave.
 
 Each call is captured into a CUDA graph, as a decode step runs it. The limit is the time of as many
-empty kernels in a graph, plus that of reading the bytes that the call must touch.
+empty kernels in a graph, plus that of reading the bytes that the call must touch. What does the
+work of several launches stands beside these.
 
 Run: PYTHONPATH=. python -m scripts.bench.kernels.small
 """
@@ -13,9 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_kernels.embedding import embedding
+from gpu_kernels.norm_route import RouteWorkspace, norm_route
+from gpu_kernels.rmsnorm import add_rms_norm
 from gpu_kernels.router import route
 from gpu_kernels.sampling import Penalties, SamplingScratch, SamplingSettings, sample
 from scripts.bench.kernels.timing import graph_ms, measure_peaks
@@ -24,6 +28,7 @@ from scripts.bench.rows import Row, at_least, table
 DEVICE = "cuda"
 VOCAB, HIDDEN, NUM_EXPERTS, TOP_K = 151_936, 2048, 128, 8  # Qwen3-30B-A3B
 TOKENS = (1, 32, 4096)
+ROUTED = ((1, 2048, 128, 8), (8, 2048, 128, 8), (1, 4096, 8, 2))  # and Mixtral
 BATCHES = (1, 8, 32)
 SETTINGS: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -61,6 +66,7 @@ def rows() -> list[Row]:
     found = []
     for num_tokens in TOKENS:
         found += [route_row(num_tokens, limits), embedding_row(num_tokens, limits)]
+    found += [norm_route_row(*sizes) for sizes in ROUTED]
     for batch in BATCHES:
         found += [sample_row(name, batch, limits) for name in SETTINGS]
         found.append(sample_row("greedy", batch, limits, is_penalised=True))
@@ -72,6 +78,25 @@ def route_row(num_tokens: int, limits: Limits) -> Row:
     num_bytes = num_tokens * (2 * NUM_EXPERTS + 8 * TOP_K)
     name = f"route {num_tokens} x {NUM_EXPERTS}, top {TOP_K}"
     return row(name, lambda: route(logits_TE, TOP_K), num_bytes, limits, LEAST["route"])
+
+
+def norm_route_row(num_tokens: int, hidden: int, num_experts: int, top_k: int) -> Row:
+    """Beside the four launches whose work it does."""
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE}
+    x_TH, residual_TH = torch.randn(2, num_tokens, hidden, **half)
+    norm_H, router_EH = torch.ones(hidden, **half), torch.randn(num_experts, hidden, **half)
+    workspace = RouteWorkspace.make(num_tokens, num_experts, **half)
+
+    def together() -> object:
+        return norm_route(x_TH, residual_TH, norm_H, router_EH, top_k, 1e-6, workspace=workspace)
+
+    def apart() -> object:
+        normed_TH, _ = add_rms_norm(x_TH, residual_TH, norm_H, 1e-6)
+        return route(F.linear(normed_TH, router_EH), top_k)
+
+    per_ms = [1 / graph_ms(run) for run in (together, apart)]
+    name = f"norm_route {num_tokens} x {hidden} x {num_experts}, of launches apart"
+    return at_least(name, per_ms[0], "1/ms", per_ms[1], per_ms[0] / per_ms[1], 1.0)
 
 
 def embedding_row(num_tokens: int, limits: Limits) -> Row:
