@@ -1,6 +1,7 @@
-"""One more run of a test, watched from outside: which part of its prediction is wrong.
+"""More runs of a test, watched from outside: which part of its prediction is wrong.
 
-What the CPU workers take is seen at their words (:mod:`fiddler.benchmark.bell_log`); the rest of a
+Watching takes a part of a core, so parts are told beside the whole that they were seen in. What the
+CPU workers take is seen at their words (:mod:`fiddler.benchmark.bell_log`); the rest of a
 step is the GPU's, or the link's. A prompt says how many experts it had sent over PCIe.
 """
 
@@ -31,6 +32,7 @@ NS = 1_000_000_000
 CPU_TERMS = ("cold experts, CPU", "experts")
 LINK_TERM = "cold experts, PCIe"
 PYTHON_TERM = "step in Python"
+FEW_STEPS, RUNS = 12, 3  # a test of few steps is watched several times, and the middle run counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,7 @@ def what_is_wrong(
     rates: MachineRates | None,
     law: Law | None,
 ) -> str:
-    """What is wrong with a prediction that is far off, from one more run; else nothing.
+    """What is wrong with a prediction that is far off, from more runs; else nothing.
 
     ``rates`` None: nothing is predicted.
     """
@@ -79,7 +81,18 @@ def is_off(times: float) -> bool:
 
 
 def watch(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Watched]:
-    """Run ``case`` once more; what its steps were, under ``prompt`` and ``step`` (of decoding)."""
+    """Run ``case`` again; what its steps were, under ``prompt`` and ``step`` (of decoding)."""
+    runs = [_watch_run(loaded, driver, case)]
+    while sum(seen.num_steps for seen in runs[0].values()) < FEW_STEPS and len(runs) < RUNS:
+        runs.append(_watch_run(loaded, driver, case))
+    return {kind: _middle([run[kind] for run in runs]) for kind in runs[0]}
+
+
+def _middle(runs: list[Watched]) -> Watched:
+    return sorted(runs, key=lambda seen: seen.step_s)[len(runs) // 2]
+
+
+def _watch_run(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Watched]:
     pool = loaded.experts.pool
     assert isinstance(pool, ExpertPool)
     bells = BellLog(pool.workers.words, pool.num_threads)
@@ -134,7 +147,8 @@ def explain(
 def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[float, str]:
     """By how many seconds of all such steps the worst term is off, and what it is."""
     cpu_s = sum(foreseen.term(name).busy_s for name in CPU_TERMS)
-    sides = [(abs(seen.cpu_s - cpu_s), _text("the CPU's experts", seen.cpu_s, cpu_s))]
+    text = _text("the CPU's experts", seen.cpu_s, seen.step_s, cpu_s)
+    sides = [(abs(seen.cpu_s - cpu_s), text)]
     link = foreseen.term(LINK_TERM)
     if link.seconds and seen.sent_bytes:
         gbps = seen.sent_bytes / seen.step_s / GIGA
@@ -147,13 +161,20 @@ def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[fl
         # watched steps come one by one, so what Python takes is not beside another step
         python_s = max(STEP_S - foreseen.term(PYTHON_TERM).seconds, 0.0)
         foreseen_s = foreseen.seconds - hidden_s + python_s
-        sides.append((abs(rest_s - foreseen_s), _text("all else", rest_s, foreseen_s)))
+        text = _text("all else", rest_s, seen.step_s, foreseen_s)
+        sides.append((abs(rest_s - foreseen_s), text))
     off_s, text = max(sides)
     return off_s * seen.num_steps, text
 
 
-def _text(what: str, seen_s: float, foreseen_s: float) -> str:
-    return f"{what} took {seen_s * 1e3:.3g} ms a step, {foreseen_s * 1e3:.3g} foreseen"
+def _text(what: str, seen_s: float, step_s: float, foreseen_s: float) -> str:
+    watched = f"{_ms(seen_s)} of a watched step's {_ms(step_s)} ms"
+    return f"{what} took {watched}, {_ms(foreseen_s)} foreseen"
+
+
+def _ms(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _mean(steps: Sequence[tuple[Span, float]], jobs: Sequence[Span]) -> Watched:

@@ -287,8 +287,9 @@ RATES = find_machine("h200-16core").rates  # PCIe brings 55.3 GB/s
 @pytest.mark.parametrize(
     ("step_s", "cpu_s", "said"),
     [
-        (22e-3, 20e-3, "the CPU's experts took 20 ms a step, 10 foreseen"),
-        (22e-3, 11e-3, "all else took 11 ms a step, 2.85 foreseen"),
+        (22e-3, 20e-3, "the CPU's experts took 20 of a watched step's 22 ms, 10 foreseen"),
+        (22e-3, 11e-3, "all else took 11 of a watched step's 22 ms, 2.85 foreseen"),
+        (2.78, 0.02, "all else took 2,760 of a watched step's 2,780 ms, 2.85 foreseen"),
     ],
 )
 def test_the_worst_term_of_decoding_is_named(step_s: float, cpu_s: float, said: str) -> None:
