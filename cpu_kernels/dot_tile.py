@@ -35,20 +35,6 @@ PREFETCH = 2048
 IN_PAIRS = host_isa().multiplies_pairs
 
 
-class _Bfloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite has no word for it
-    null = "0.0"
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def format_constant(self, value: float) -> str:
-        raise NotImplementedError("no constants of this type are written")
-
-
-_Bfloat._create_instance()
-
-
 @dataclass(frozen=True, slots=True)
 class _Elements:
     """How one path reads and multiplies: bytes of an element, and elements of a vector."""
@@ -74,10 +60,7 @@ def _load_pairs(builder: Any, address: Any, lanes: int) -> Any:
 
 
 def _multiply_pairs(builder: Any, w: Any, x: Any, total: Any) -> Any:
-    pairs = ir.VectorType(_Bfloat(), 2 * LANES)
-    w, x = builder.bitcast(w, pairs), builder.bitcast(x, pairs)
-    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
-    return v.call(builder, name, total.type, total, w, x)
+    return v.dot2(builder, total, w, x, LANES)
 
 
 def _fused(builder: Any, w: Any, x: Any, total: Any) -> Any:

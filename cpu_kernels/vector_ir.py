@@ -13,6 +13,21 @@ from cpu_kernels.isa import host_isa
 
 I64, I32, I16, I8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
 F32, F16 = ir.FloatType(), ir.HalfType()
+
+
+class _Bfloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite has no word for it
+    null = "0.0"
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def format_constant(self, value: float) -> str:
+        raise NotImplementedError("no constants of this type are written")
+
+
+_Bfloat._create_instance()
+BF16 = _Bfloat()
 ADDRESSES = types.Array(types.int64, 1, "C")
 LANES = host_isa().lanes
 CACHE_LINE = 64
@@ -125,6 +140,13 @@ def dot4(builder: Any, total: Any, codes: Any, x: Any, lanes: int) -> Any:
     total = _add_pairs(builder, total, even, builder.ashr(builder.shl(x, eight), eight), lanes)
     odd = builder.lshr(codes, eight)
     return _add_pairs(builder, total, odd, builder.ashr(x, eight), lanes)
+
+
+def dot2(builder: Any, total: Any, a: Any, b: Any, lanes: int) -> Any:
+    """total + the sum of two products of bf16 in each lane, for a CPU with :attr:`Isa.has_bf16`."""
+    pairs = wide(BF16, 2 * lanes)
+    a, b = builder.bitcast(a, pairs), builder.bitcast(b, pairs)
+    return call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}", total.type, total, a, b)
 
 
 def _add_pairs(builder: Any, total: Any, a: Any, b: Any, lanes: int) -> Any:

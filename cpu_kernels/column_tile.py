@@ -1,0 +1,168 @@
+"""Weight rows times many tokens: the innermost loops over bf16 weights as they lie.
+
+Tokens come in blocks of 16, packed so that a step of the depth reads one run: of each pair of
+elements the 16 tokens', one behind the other. Weights are read row by row where they are, and
+nothing is laid out anew. Three ways, by what the CPU has: AMX tiles, products of pairs of bf16,
+float32. All add up an output's pairs in the order of the depth, so its bits depend on no neighbour.
+
+R weight rows, B blocks of 16 tokens. Addresses are int64.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from cpu_kernels import vector_ir as v
+from cpu_kernels.amx import may_use_tiles
+from cpu_kernels.intrinsics import intrinsic
+from cpu_kernels.isa import host_isa
+from cpu_kernels.vector_ir import F32, I8, I32, I64, LANES
+
+TOKENS = 16  # of a block: a row of an AMX tile, a vector of AVX-512
+PAIR_BYTES = TOKENS * 4  # of a block, for two elements of the depth
+STEP = 32  # elements of the depth that an AMX tile has; depths are multiples of it
+STEP_BYTES = STEP // 2 * PAIR_BYTES
+HAS_TILES = may_use_tiles()
+# Rows and blocks whose sums are in registers at once: 4 of 8 AMX tiles, 16 of 32 vectors of
+# AVX-512, 8 of 16 of AVX2.
+ROWS, BLOCKS = (32, 2) if HAS_TILES else (8, 2) if LANES == 16 else (4, 1)
+A_TILE, B_TILE = 4, 6  # tiles of weights and of tokens; those below are sums
+# What ldtilecfg reads: palette 1; bytes of a row, 16 bits each, of 8 tiles of 16; their rows.
+TILES = bytes((1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8))
+_BYTES = I8.as_pointer()
+
+
+@intrinsic
+def column_tile(typingctx, blocks, w, row_bytes, x, block_bytes, depth, out, out_bytes):
+    """out[r, t] = w[r] . x[t] for ROWS rows and ``blocks`` (a literal) blocks of tokens.
+
+    ``w`` is the address of row-major bf16 weights, ``x`` of the first block; ``out`` of float32, a
+    row every ``out_bytes``.
+    """
+    if not isinstance(blocks, types.IntegerLiteral):
+        return None
+    count = blocks.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = _amx if HAS_TILES else _vectors
+        emit(builder, count, *args[1:])
+        return context.get_dummy_value()
+
+    return types.void(blocks, *[types.int64] * 7), codegen
+
+
+@intrinsic
+def begin_tiles(typingctx):
+    """Make this thread's AMX tiles 16 rows of 64 bytes; nothing where there are none."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if HAS_TILES:
+            kind = ir.ArrayType(I8, len(TILES))
+            place = cgutils.alloca_once_value(builder, ir.Constant(kind, bytearray(TILES)))
+            v.call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), builder.bitcast(place, _BYTES))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def end_tiles(typingctx):
+    """Give the tiles back."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if HAS_TILES:
+            v.call(builder, "llvm.x86.tilerelease", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _amx(
+    builder: Any,
+    count: int,
+    w: Any,
+    row_bytes: Any,
+    x: Any,
+    block_bytes: Any,
+    depth: Any,
+    out: Any,
+    out_bytes: Any,
+) -> None:
+    """Two tiles of 16 rows each, times one or two blocks."""
+
+    def tile(name: str, number: int, *rest: Any) -> None:
+        v.call(builder, f"llvm.x86.{name}", ir.VoidType(), I8(number), *rest)
+
+    def at(address: Any) -> Any:
+        return builder.inttoptr(address, _BYTES)
+
+    half = builder.mul(row_bytes, I64(16))
+    for number in range(2 * count):
+        tile("tilezero", number)
+    steps = builder.sdiv(depth, I64(STEP))
+    with cgutils.for_range(builder, steps, intp=I64) as loop:
+        w_at = builder.add(w, builder.mul(loop.index, I64(2 * STEP)))
+        x_at = builder.add(x, builder.mul(loop.index, I64(STEP_BYTES)))
+        tile("tileloadd64", A_TILE, at(w_at), row_bytes)
+        tile("tileloadd64", A_TILE + 1, at(builder.add(w_at, half)), row_bytes)
+        for block in range(count):
+            block_at = builder.add(x_at, builder.mul(block_bytes, I64(block)))
+            tile("tileloadd64", B_TILE + block, at(block_at), I64(PAIR_BYTES))
+            for side in range(2):
+                sums, a, b = 2 * block + side, A_TILE + side, B_TILE + block
+                tile("tdpbf16ps", sums, I8(a), I8(b))
+    for block in range(count):
+        for side in range(2):
+            place = builder.add(out, I64(block * TOKENS * 4))
+            place = builder.add(place, builder.mul(out_bytes, I64(16 * side)))
+            tile("tilestored64", 2 * block + side, at(place), out_bytes)
+
+
+def _vectors(
+    builder: Any,
+    count: int,
+    w: Any,
+    row_bytes: Any,
+    x: Any,
+    block_bytes: Any,
+    depth: Any,
+    out: Any,
+    out_bytes: Any,
+) -> None:
+    """A vector of 16 sums for each row and block; a pair of a row's elements in all lanes."""
+    multiply = _pairs if host_isa().has_bf16 else _halves
+    zero = v.constant(F32, TOKENS, 0)
+    slots = [cgutils.alloca_once_value(builder, zero) for _ in range(ROWS * count)]
+    rows = [builder.add(w, builder.mul(row_bytes, I64(r))) for r in range(ROWS)]
+    blocks = [builder.add(x, builder.mul(block_bytes, I64(b))) for b in range(count)]
+    steps = builder.sdiv(depth, I64(2))
+    with cgutils.for_range(builder, steps, intp=I64) as loop:
+        in_row = builder.mul(loop.index, I64(4))
+        in_block = builder.mul(loop.index, I64(PAIR_BYTES))
+        xs = [v.load(builder, builder.add(b, in_block), I32, TOKENS) for b in blocks]
+        for r, row in enumerate(rows):
+            pair = v.splat(builder, v.load(builder, builder.add(row, in_row), I32, 1), TOKENS)
+            for b, tokens in enumerate(xs):
+                slot = slots[r * count + b]
+                builder.store(multiply(builder, pair, tokens, builder.load(slot)), slot)
+    for r in range(ROWS):
+        for b in range(count):
+            place = builder.add(out, I64(b * TOKENS * 4))
+            place = builder.add(place, builder.mul(out_bytes, I64(r)))
+            v.store(builder, builder.load(slots[r * count + b]), place)
+
+
+def _pairs(builder: Any, w: Any, x: Any, total: Any) -> Any:
+    return v.dot2(builder, total, w, x, TOKENS)
+
+
+def _halves(builder: Any, w: Any, x: Any, total: Any) -> Any:
+    """The first elements of the pairs, then the second ones, as float32."""
+    floats, high = v.wide(F32, TOKENS), v.constant(I32, TOKENS, 16)
+    upper = v.constant(I32, TOKENS, -65536)
+    for part in (lambda p: builder.shl(p, high), lambda p: builder.and_(p, upper)):
+        a, b = (builder.bitcast(part(side), floats) for side in (w, x))
+        total = v.multiply_add(builder, a, b, total)
+    return total

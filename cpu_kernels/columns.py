@@ -1,0 +1,49 @@
+"""Rows of bf16 weights times tokens in packed blocks, and how tokens are packed.
+
+T tokens, in blocks of 16; K depth, a multiple of 32; R rows, as many as a tile has or more.
+"""
+
+from cpu_kernels.addresses import i32_array
+from cpu_kernels.column_tile import (
+    BLOCKS,
+    PAIR_BYTES,
+    ROWS,
+    TOKENS,
+    begin_tiles,
+    column_tile,
+    end_tiles,
+)
+from cpu_kernels.dense_stage import bf16_bits
+from cpu_kernels.intrinsics import jit
+
+BLOCK_BYTES = PAIR_BYTES // 2  # of a block, for each element of the depth
+
+
+@jit
+def pack_row(x, lane, block):
+    """Make the float32 array ``x``, rounded to bf16, token ``lane`` of the block at ``block``."""
+    pairs = i32_array(block, len(x) // 2 * TOKENS)
+    for k in range(len(x) // 2):
+        low, high = bf16_bits(x[2 * k]), bf16_bits(x[2 * k + 1])
+        pairs[k * TOKENS + lane] = high | ((low >> 16) & 0xFFFF)
+
+
+@jit
+def multiply_columns(w, row_bytes, num_rows, x, num_blocks, depth, out, out_bytes):
+    """out[r, t] = w[r] . x[t], float32 at ``out``, a row of all blocks' tokens every ``out_bytes``.
+
+    ``w`` is the address of the first row, ``x`` of packed blocks. The last rows may be computed
+    twice, with the same result, where a tile ends beyond them.
+    """
+    block_bytes = depth * BLOCK_BYTES
+    begin_tiles()
+    for begin in range(0, num_rows, ROWS):
+        row = min(begin, num_rows - ROWS)
+        for block in range(0, num_blocks, BLOCKS):
+            rows, blocks = w + row * row_bytes, x + block * block_bytes
+            to = out + row * out_bytes + block * TOKENS * 4
+            if num_blocks - block >= BLOCKS:
+                column_tile(BLOCKS, rows, row_bytes, blocks, block_bytes, depth, to, out_bytes)
+            else:
+                column_tile(1, rows, row_bytes, blocks, block_bytes, depth, to, out_bytes)
+    end_tiles()
