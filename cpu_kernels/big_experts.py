@@ -4,6 +4,7 @@ T tokens, S choices of a token, P pairs (token, expert), N experts taken, Q rows
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,12 +61,22 @@ def padded_rows(count: int) -> int:
     return -(-count // step) * step
 
 
+def whole_blocks(count: int) -> int:
+    """Rows for ``count`` tokens, for those who do not mind how many sizes there are."""
+    return -(-count // LEAST_ROWS) * LEAST_ROWS
+
+
 def take_big(
-    ids_TS: I32, weights_TS: F32, place_of: I32 | None, num_experts: int, least: int
+    ids_TS: I32,
+    weights_TS: F32,
+    place_of: I32 | None,
+    num_experts: int,
+    least: int,
+    padded: Callable[[int], int],
 ) -> BigExperts | None:
     """The experts that have ``least`` choices or more; None if there are none.
 
-    Ids that name no expert are left where they are.
+    Ids that name no expert are left where they are. ``padded``: rows for a number of tokens.
     """
     num_ids = num_experts if place_of is None else len(place_of)
     id_P = ids_TS.ravel()
@@ -76,7 +87,7 @@ def take_big(
     places = np.flatnonzero(counts >= least)
     if not places.size:
         return None
-    starts_N = np.cumsum([0, *(padded_rows(int(count)) for count in counts[places])])
+    starts_N = np.cumsum([0, *(padded(int(count)) for count in counts[places])])
     token_Q = np.full(starts_N[-1], -1, np.int64)
     weight_Q = np.zeros(starts_N[-1], np.float32)
     number_of_place = np.full(num_experts + 1, -1)  # the last one: no expert

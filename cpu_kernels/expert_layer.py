@@ -17,7 +17,7 @@ from cpu_kernels.weight_kind import WeightKind
 from cpu_kernels.worker import ERROR, TAKEN
 
 if TYPE_CHECKING:
-    from cpu_kernels.onednn import HandOver
+    from cpu_kernels.hand_over import HandOver
 
 I32 = npt.NDArray[np.int32]
 

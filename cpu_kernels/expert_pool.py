@@ -61,7 +61,7 @@ class ExpertPool:
         self.wait()
         layer = ExpertLayer(experts, activations, place_of, self.workers.words)
         if hand_over is not None:
-            from cpu_kernels.onednn import HandOver  # takes seconds to import
+            from cpu_kernels.hand_over import HandOver  # compiles what only it needs
 
             layer.hand_over = HandOver(self.workers, layer, hand_over)
         layer.number = self.workers.add_job(layer.record)

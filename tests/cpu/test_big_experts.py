@@ -1,4 +1,4 @@
-"""Experts handed over to torch: against float64, however they are shared; which ones are taken."""
+"""Experts with many tokens, by tiles and by torch: against float64, however they are shared."""
 
 import gc
 import threading
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from cpu_kernels.activation_reference import ACTIVATIONS, Activation
 from cpu_kernels.bf16 import f32_to_bf16, widen
+from cpu_kernels.big_expert_columns import ColumnProducts
 from cpu_kernels.big_experts import LEAST_ROWS, ROUNDS, padded_rows, share_rows, take_big
+from cpu_kernels.column_tile import HAS_TILES
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.experts import Experts, Mlp, dense_experts, packed_experts
 from cpu_kernels.kernel_paths import Activations
@@ -24,8 +26,9 @@ from cpu_kernels.weight_kind import parse_kind
 
 LEAST = 20
 # Of the largest output. bf16: x, gate, up, act and down are each rounded to 8 bits.
-TOLERANCE: dict[str, float] = {"f32": 2e-6, "bf16": 1.5e-2}
-kinds = pytest.mark.parametrize("kind", ["f32", "bf16"])
+TOLERANCE = {"f32": 2e-6, "bf16": 1.5e-2, "tiles": 1e-2}  # tiles leave gate and up as they are
+SIZES = {"f32": (100, 70), "bf16": (100, 70), "tiles": (96, 64)}  # torch takes what is no tile
+kinds = pytest.mark.parametrize("kind", list(SIZES))
 
 
 @pytest.fixture(params=[(1, True), (2, True), (2, False), (3, False)], scope="module")
@@ -38,17 +41,15 @@ def pool(request: pytest.FixtureRequest) -> Iterator[ExpertPool]:
 class Case:
     """A random layer and a step in which experts 1 and 3 of 5 have most of the choices."""
 
-    def __init__(
-        self, kind: Activations, *, seed: int = 0, activation: Activation = "silu"
-    ) -> None:
+    def __init__(self, kind: str, *, seed: int = 0, activation: Activation = "silu") -> None:
         rng = np.random.default_rng(seed)
-        experts, hidden, width, tokens = 5, 100, 70, 61
+        experts, tokens, (hidden, width) = 5, 61, SIZES[kind]
 
         def normal(*shape: int) -> Any:
             return rng.standard_normal(shape, np.float32)
 
-        cast: Callable[[Any], Any] = f32_to_bf16 if kind == "bf16" else np.asarray
-        self.kind = kind
+        cast: Callable[[Any], Any] = np.asarray if kind == "f32" else f32_to_bf16
+        self.activations: Activations = "f32" if kind == "f32" else "bf16"
         self.w13_EFH = cast(normal(experts, 2 * width, hidden) / np.float32(hidden**0.5))
         self.w2_EHI = cast(normal(experts, hidden, width) / np.float32(width**0.5))
         biases = {"b13_EF": normal(experts, 2 * width), "b2_EH": normal(experts, hidden)}
@@ -65,7 +66,7 @@ class Case:
     def run(self, pool: ExpertPool, **options: Any) -> Any:
         """The pool's answer, in a buffer that held NaN before."""
         out_TH = np.full_like(self.x_TH, np.nan)
-        layer = pool.add_layer(self.experts(), activations=self.kind, **options)
+        layer = pool.add_layer(self.experts(), activations=self.activations, **options)
         try:
             pool.submit(layer, self.x_TH, self.ids_TS, self.weights_TS, out_TH)
             pool.wait()
@@ -95,7 +96,7 @@ class Case:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_some_experts_are_handed_over(
-    pool: ExpertPool, kind: Activations, activation: Activation, seed: int
+    pool: ExpertPool, kind: str, activation: Activation, seed: int
 ) -> None:
     case = Case(kind, seed=seed, activation=activation)
     assert case.error(case.run(pool, hand_over=LEAST)) < TOLERANCE[kind]
@@ -103,7 +104,7 @@ def test_some_experts_are_handed_over(
 
 @kinds
 @pytest.mark.parametrize("hand_over", [1, 1000])
-def test_all_experts_or_none(pool: ExpertPool, kind: Activations, hand_over: int) -> None:
+def test_all_experts_or_none(pool: ExpertPool, kind: str, hand_over: int) -> None:
     case = Case(kind)
     out_TH = case.run(pool, hand_over=hand_over)
     assert case.error(out_TH) < TOLERANCE[kind]
@@ -111,9 +112,9 @@ def test_all_experts_or_none(pool: ExpertPool, kind: Activations, hand_over: int
 
 
 @kinds
-def test_the_same_bits_again_and_after_other_steps(pool: ExpertPool, kind: Activations) -> None:
+def test_the_same_bits_again_and_after_other_steps(pool: ExpertPool, kind: str) -> None:
     case, other = Case(kind), Case(kind, seed=2)
-    layer = pool.add_layer(case.experts(), activations=kind, hand_over=LEAST)
+    layer = pool.add_layer(case.experts(), activations=case.activations, hand_over=LEAST)
     answers = []
     for step in (case, case, other, case):
         out_TH = np.full_like(step.x_TH, np.nan)
@@ -126,7 +127,7 @@ def test_the_same_bits_again_and_after_other_steps(pool: ExpertPool, kind: Activ
 
 
 @kinds
-def test_in_and_out_of_inference_mode(pool: ExpertPool, kind: Activations) -> None:
+def test_in_and_out_of_inference_mode(pool: ExpertPool, kind: str) -> None:
     case = Case(kind)
     outside = case.run(pool, hand_over=LEAST)
     with torch.inference_mode():  # the mode of the thread that submits, not of the workers
@@ -136,7 +137,7 @@ def test_in_and_out_of_inference_mode(pool: ExpertPool, kind: Activations) -> No
 
 
 @kinds
-def test_experts_that_are_elsewhere_are_left_out(pool: ExpertPool, kind: Activations) -> None:
+def test_experts_that_are_elsewhere_are_left_out(pool: ExpertPool, kind: str) -> None:
     case = Case(kind)
     order = np.array([4, 3, 1], np.int32)  # those held; ids 0 and 2 are elsewhere
     place_of = np.full(5, -1, np.int32)
@@ -160,6 +161,34 @@ def test_an_unknown_id_is_found_and_the_pool_goes_on(pool: ExpertPool) -> None:
         assert (out_TH == 0).all()
     pool.remove_layer(layer)
     assert case.error(case.run(pool, hand_over=LEAST)) < TOLERANCE["f32"]
+
+
+@pytest.mark.skipif(HAS_TILES, reason="AMX tiles are not measured")
+@pytest.mark.parametrize(
+    ("kind", "is_by_tiles"), [("f32", False), ("bf16", False), ("tiles", True)]
+)
+def test_whole_tiles_need_no_torch(pool: ExpertPool, kind: str, is_by_tiles: bool) -> None:
+    case = Case(kind)
+    layer = pool.add_layer(case.experts(), activations=case.activations, hand_over=LEAST)
+    assert layer.hand_over is not None
+    assert isinstance(layer.hand_over._products, ColumnProducts) == is_by_tiles
+    pool.remove_layer(layer)
+
+
+@pytest.mark.parametrize("count", [LEAST_ROWS, 3 * LEAST_ROWS - 1, 20 * LEAST_ROWS, 300])
+def test_tiles_of_many_tokens(pool: ExpertPool, count: int) -> None:
+    """More than the sums of which wait for their activation at a time."""
+    case = Case("tiles", seed=1)
+    rng = np.random.default_rng(count)
+    case.x_TH = rng.standard_normal((count, 96), np.float32)
+    case.ids_TS = np.tile(np.array([3, 1], np.int32), (count, 1))
+    case.weights_TS = rng.random(case.ids_TS.shape, np.float32)
+    out_TH = case.run(pool, hand_over=1)
+    assert case.error(out_TH) < TOLERANCE["tiles"]
+    case.x_TH, case.ids_TS, case.weights_TS = (
+        array[7:8].copy() for array in (case.x_TH, case.ids_TS, case.weights_TS)
+    )
+    assert np.array_equal(case.run(pool, hand_over=1), out_TH[7:8])  # to the bit
 
 
 def test_what_cannot_be_handed_over_is_refused(pool: ExpertPool) -> None:
@@ -221,7 +250,7 @@ def test_big_experts_are_those_with_enough_choices(
 
     counts = Counter(place(expert) for expert in ids_TS.flat)
     places = sorted(p for p, count in counts.items() if p >= 0 and count >= least)
-    big = take_big(ids_TS, weights_TS, place_of, num_experts, least)
+    big = take_big(ids_TS, weights_TS, place_of, num_experts, least, padded_rows)
     if big is None:
         assert not places
         return
