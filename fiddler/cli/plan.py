@@ -182,7 +182,7 @@ def _one_of(model: str | None, shape: str | None) -> str:
         return shape
     raise ConfigError(
         "a plan needs either a model or --shape NAME",
-        hint="for example: fiddler plan --shape mixtral-8x7b --vram-gb 24",
+        hint="for example: fiddler plan --shape mixtral-8x7b",
     )
 
 

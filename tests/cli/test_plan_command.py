@@ -184,6 +184,24 @@ def test_what_cannot_be_planned_is_one_sentence(arguments: tuple[str, ...], sent
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("budget", ["23.6", "24", "80"])
+def test_more_than_a_card_gives_is_refused_with_two_ways_that_work(budget: str) -> None:
+    refused = run("--shape", "qwen3-30b-a3b", "--vram-gb", budget)
+    hint = refused.stderr.partition("hint: ")[2]
+    assert refused.exit_code == 1 and "or leave it out" in hint
+    most = re.findall(r"--vram-gb ([\d.]+)", hint)
+    for arguments in (("--vram-gb", *most), ()):
+        assert run("--shape", "qwen3-30b-a3b", *arguments).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["README.md", "evaluation.md", "planning.md", "timeline.md"])
+def test_commands_shown_for_ones_own_card_run_on_one_of_24_gb(name: str) -> None:
+    folder = Path(__file__).parents[2]
+    text = (folder / name if name == "README.md" else folder / "docs" / name).read_text()
+    shown = re.findall(r"fiddler (?:chat|plan|bench|eval|generate)\b.*--vram-gb (\d+)", text)
+    assert all(int(gib) <= 23 for gib in shown), shown
+
+
 # --- speeds ---
 
 
