@@ -174,7 +174,7 @@ def _gathered(argument: str, options: tuple[Shared, ...]) -> Decorator:
         @functools.wraps(command)
         def gathered(**values: Any) -> Any:
             given = {option.field: values.pop(option.field) for option in options}
-            given = {name: value for name, value in given.items() if _is_given(value)}
+            given = {name: value for name, value in given.items() if is_given(value)}
             return command(**{argument: given}, **values)
 
         decorated: Callable[..., Any] = gathered
@@ -185,5 +185,6 @@ def _gathered(argument: str, options: tuple[Shared, ...]) -> Decorator:
     return decorate
 
 
-def _is_given(value: Any) -> bool:
+def is_given(value: Any) -> bool:
+    """Whether an option's value is the user's; 0 is one."""
     return value is not None and value is not False and value != ()

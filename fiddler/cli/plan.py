@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fiddler.cli.console import output_console
-from fiddler.cli.options import ENGINE_OPTIONS
+from fiddler.cli.options import ENGINE_OPTIONS, is_given
 from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.plan_table import (
     PlanFacts,
@@ -82,8 +82,8 @@ def command(
     fiddler calibrate has measured here, or from a machine that is like this one; the plan says from
     which. The last table proposes settings that would be faster, the cheapest first.
     """
-    _check_batch(options["max_num_seqs"])  # below, 0 would be as good as not given
-    given = {name: value for name, value in options.items() if value not in (None, False)}
+    _check_batch(options["max_num_seqs"])
+    given = {name: value for name, value in options.items() if is_given(value)}
     check_page(html)
     facts = _facts(model, shape, machine_name, given)
     if html is not None:

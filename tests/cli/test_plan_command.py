@@ -160,6 +160,8 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
         (("builtin", "--shape", "mixtral-8x7b"), "error: a plan needs either a model or --shape"),
         (("mixtral-8x7b",), "fiddler plan --shape mixtral-8x7b"),
         (("--shape", "mixtral"), "did you mean 'mixtral-8x7b'?"),
+        (("--shape", "mixtral-8x7b", "--vram-gb", "0"), "before any expert, but has 0 B"),
+        (("--shape", "mixtral-8x7b", "--ram-gb", "0"), "of RAM, but 0 B may be used"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "3"), "before any expert, but has 3.0 GiB"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "80"), "23.5 GiB of the 24.0 GiB"),
         (("--shape", "mixtral-8x7b", "--ram-gb", "0.1"), "of RAM, but 102 MiB may be used"),
