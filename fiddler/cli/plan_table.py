@@ -193,15 +193,18 @@ def speed_lines(facts: PlanFacts) -> list[str]:
         f"Predicted decode{of} at {speeds.num_tokens:,} tokens: {_rate(speeds.decode_rate)} tok/s "
         f"(limit {_rate(most_decode)})",
         f"Predicted reading of {prompts} of as many: {_rate(speeds.prefill_rate)} tok/s "
-        f"({_beside(speeds.prefill_rate, most_prefill)})",
+        f"({_beside(speeds, most_prefill)})",
         f"A decoded token waits for {_reasons(speeds)}",
         *_share_lines(facts),
     ]
 
 
-def _beside(rate: float, most: float) -> str:
-    """What a prompt's speed stands beside: the CPU's share of experts may beat the link's limit."""
-    return f"limit {_rate(most)}" if rate <= most else f"PCIe alone: {_rate(most)}"
+def _beside(speeds: "Speeds", most: float) -> str:
+    """What a prompt's speed stands beside: experts that the CPU computes by its own kernels may
+    beat what the link or torch allows."""
+    if speeds.prefill_rate <= most:
+        return f"limit {_rate(most)}"
+    return f"{speeds.prefill_limited_by} alone: {_rate(most)}"
 
 
 def _share_lines(facts: PlanFacts) -> list[str]:
