@@ -73,7 +73,13 @@ ENGINE_OPTIONS = (
         "What the CPU rounds activations to before packed experts; auto: int8 beside bfloat16.",
     ),
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
-    Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),
+    Shared(
+        "--context",
+        "max_model_len",
+        COUNT,
+        "TOKENS",
+        "Longest prompt plus answer; unasked 2,048 to 32,768, as there is room.",
+    ),
     Shared(
         "--objective",
         "objective",

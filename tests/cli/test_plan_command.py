@@ -16,8 +16,10 @@ from fiddler.cli import cli
 from fiddler.hub import ModelFolder, ModelMetadata
 from offload.calibration import Calibration, default_path
 from offload.hardware import Hardware
+from offload.layout import LEAST_CONTEXT, MOST_CONTEXT
 from offload.machine_facts import this_machine
 from offload.machine_rates import RATES, MachineRates, to_json
+from offload.objective import DEFAULT
 from offload.reference_machines import find_machine, machine_of, record_of, reference_names
 
 GIB = 1 << 30
@@ -202,6 +204,32 @@ def test_commands_shown_for_ones_own_card_run_on_one_of_24_gb(name: str) -> None
     text = (folder / name if name == "README.md" else folder / "docs" / name).read_text()
     shown = re.findall(r"fiddler (?:chat|plan|bench|eval|generate)\b.*--vram-gb (\d+)", text)
     assert all(int(gib) <= 23 for gib in shown), shown
+
+
+def test_what_is_said_of_an_unasked_context_is_so() -> None:
+    bounds = [f"{tokens:,}" for tokens in (LEAST_CONTEXT, MOST_CONTEXT)]
+    help_text = CliRunner().invoke(cli, ["plan", "--help"], terminal_width=200).stdout
+    for text in (
+        next(line for line in help_text.splitlines() if "--context" in line),
+        (Path(__file__).parents[2] / "docs" / "planning.md").read_text(),
+    ):
+        assert all(bound in text for bound in bounds), text
+    roomy = json.loads(run("--shape", "qwen3-30b-a3b", "--dtype", "w4g128", "--json").stdout)
+    assert roomy["plan"]["context_tokens"] == MOST_CONTEXT
+    tight = json.loads(run("--shape", "mixtral-8x7b", "--vram-gb", "5", "--json").stdout)
+    assert tight["plan"]["context_tokens"] == LEAST_CONTEXT
+
+
+@pytest.mark.parametrize("objective", ["mix", "mix:4096:512"])
+def test_figures_in_the_docs_are_those_that_plan_prints(objective: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    options = ("--shape", "qwen3-30b-a3b", "--hardware", "rtx4090-ddr5", "--objective", objective)
+    stdout = run(*options, "--context", "4096").stdout
+    for rate in re.findall(r"Predicted .*: ([\d.,]+) tok/s", stdout):
+        assert rate in text
+    if objective == DEFAULT:
+        price = re.search(r"1,024 more tokens .* tok/s", run(*options).stdout)
+        assert price and price[0] in text
 
 
 # --- speeds ---
