@@ -33,18 +33,20 @@ class Shared:
     metavar: str | None
     help: str
     multiple: bool = False
+    default: str = ""  # as help shows it; whoever gets no value applies it
 
     def decorate(self, command: Callable[..., Any]) -> Callable[..., Any]:
         """Add the option to ``command``; not given, its value is None, False or ()."""
+        shown = f"{self.help}  [default: {self.default}]" if self.default else self.help
         if self.type is None:
-            return click.option(self.flag, self.field, is_flag=True, help=self.help)(command)
+            return click.option(self.flag, self.field, is_flag=True, help=shown)(command)
         return click.option(
             self.flag,
             self.field,
             type=self.type,
             metavar=self.metavar,
             multiple=self.multiple,
-            help=self.help,
+            help=shown,
         )(command)
 
 
@@ -107,7 +109,9 @@ ENGINE_OPTIONS = (
     Shared("--revision", "revision", click.STRING, "REV", "Branch, tag or commit on the hub."),
     Shared("--token", "token", click.STRING, "TOKEN", "Access token of the hub."),
     Shared("--offline", "offline", None, None, "Use only what is already downloaded."),
-    Shared("--seed", "seed", click.INT, "N", "Seed of sampling, and of dummy weights."),
+    Shared(
+        "--seed", "seed", click.INT, "N", "Seed of sampling, and of dummy weights.", default="0"
+    ),
     Shared(
         "--load-format",
         "load_format",
@@ -117,14 +121,44 @@ ENGINE_OPTIONS = (
     ),
 )
 
+THE_MODELS = "the model's generation_config.json, or {}"
+
 SAMPLING_OPTIONS = (
-    Shared("--max-tokens", "max_tokens", COUNT, "N", "Longest answer.  [default: 512]"),
+    Shared("--max-tokens", "max_tokens", COUNT, "N", "Longest answer.", default="512"),
     Shared("--min-tokens", "min_tokens", click.IntRange(min=0), "N", "Shortest answer."),
-    Shared("--temperature", "temperature", click.FLOAT, "X", "0 is greedy."),
-    Shared("--top-k", "top_k", click.INT, "K", "Draw from the K likeliest tokens; 0: all."),
-    Shared("--top-p", "top_p", click.FLOAT, "P", "Draw from the likeliest tokens of total P."),
+    Shared(
+        "--temperature",
+        "temperature",
+        click.FLOAT,
+        "X",
+        "0 is greedy.",
+        default=THE_MODELS.format(1),
+    ),
+    Shared(
+        "--top-k",
+        "top_k",
+        click.INT,
+        "K",
+        "Draw from the K likeliest tokens; 0: all.",
+        default=THE_MODELS.format(0),
+    ),
+    Shared(
+        "--top-p",
+        "top_p",
+        click.FLOAT,
+        "P",
+        "Draw from the likeliest tokens of total P.",
+        default=THE_MODELS.format(1),
+    ),
     Shared("--min-p", "min_p", click.FLOAT, "P", "Drop tokens below P times the likeliest."),
-    Shared("--repetition-penalty", "repetition_penalty", click.FLOAT, "X", "1 is none."),
+    Shared(
+        "--repetition-penalty",
+        "repetition_penalty",
+        click.FLOAT,
+        "X",
+        "1 is none.",
+        default=THE_MODELS.format(1),
+    ),
     Shared("--presence-penalty", "presence_penalty", click.FLOAT, "X", "0 is none."),
     Shared("--frequency-penalty", "frequency_penalty", click.FLOAT, "X", "0 is none."),
     Shared("--stop", "stop", click.STRING, "TEXT", "End before TEXT; may be repeated.", True),

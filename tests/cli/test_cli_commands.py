@@ -18,6 +18,7 @@ from fiddler.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
 from fiddler.cli.params_edit import SETTABLE
 from fiddler.config import EngineConfig
 from fiddler.errors import OutOfMemoryError
+from fiddler.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +55,20 @@ def test_every_command_explains_itself(name: str) -> None:
     code, out, _ = run(name, "--help")
     assert code == 0
     assert out.startswith(f"Usage: fiddler {name}")
+
+
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_help_says_the_defaults_that_are_applied(name: str) -> None:
+    shown = " ".join(run(name, "--help")[1].split())
+    house = SamplingParams().with_defaults({})
+    for field in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        flag = "--" + field.replace("_", "-")
+        said = shown.partition(f" {flag} ")[2].partition(" --")[0]
+        value = getattr(house, field)
+        assert said.endswith(f"[default: the model's generation_config.json, or {value:g}]")
+    for field, default in (("max-tokens", house.max_tokens), ("seed", EngineConfig().seed)):
+        said = shown.partition(f" --{field} ")[2].partition(" --")[0]
+        assert f"[default: {default}]" in said
 
 
 def test_help_is_quick_and_imports_no_command() -> None:
