@@ -104,7 +104,13 @@ def _check_batch(batch: int | None) -> None:
 def _facts(
     model: str | None, shape: str | None, machine_name: str | None, options: dict[str, Any]
 ) -> PlanFacts:
-    from fiddler.advice import Case, make, price_of_context, ways_to_go_faster
+    from fiddler.advice import (
+        Case,
+        make,
+        price_of_context,
+        ways_to_go_faster,
+        ways_to_have_room,
+    )
     from fiddler.models.registry import load_config
     from fiddler.models.shapes import load_shape
 
@@ -136,6 +142,7 @@ def _facts(
         pulled_share=made.pulled_share,
         price=price_of_context(made),
         faster=ways_to_go_faster(made),
+        roomier=ways_to_have_room(made),
     )
 
 
@@ -221,4 +228,5 @@ def _record(facts: PlanFacts) -> dict[str, Any]:
         "pulled_share_of_cold_experts": facts.pulled_share,
         "context_price": facts.price and dataclasses.asdict(facts.price),
         "faster": [way.to_dict() for way in facts.faster],
+        "room_for_the_batch": list(facts.roomier),
     }

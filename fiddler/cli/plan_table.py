@@ -31,6 +31,7 @@ class PlanFacts:
 
     ``batch``: requests at once, if that was asked. ``speeds`` None: nothing is predicted.
     ``pulled_share``: the part of a decode step's cold experts that the GPU reads itself.
+    ``roomier``: options by which none of them waits for room.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PlanFacts:
     pulled_share: float | None = None
     price: "Price | None" = None
     faster: "Sequence[Faster]" = ()
+    roomier: "Sequence[str]" = ()
 
 
 def print_plan(facts: PlanFacts, console: "Console") -> None:
@@ -149,9 +151,10 @@ def _waiting_notes(facts: PlanFacts) -> list[str]:
     speeds, batch = facts.speeds, facts.batch
     if speeds is None or batch is None or speeds.rows == batch:
         return []
+    room = f"; room for all: {' or '.join(facts.roomier)}" if facts.roomier else ""
     return [
         f"the KV cache has room for {speeds.rows:,} of {batch:,} requests of "
-        f"{speeds.num_tokens:,} tokens: others wait"
+        f"{speeds.num_tokens:,} tokens: others wait{room}"
     ]
 
 
