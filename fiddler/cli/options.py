@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fiddler.cli.option_types import Gib, Number, Tokens, Whole
 from fiddler.config import (
     BUILTIN,
     CPU_ACTIVATIONS,
@@ -19,8 +20,8 @@ from fiddler.config import (
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-GIB = click.FloatRange(min=0)
-COUNT = click.IntRange(min=1)
+GIB = Gib(min=0)
+COUNT = Whole(min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ ENGINE_OPTIONS = (
     Shared(
         "--context",
         "max_model_len",
-        COUNT,
+        Tokens(min=1),
         "TOKENS",
         "Longest prompt plus answer; unasked 2,048 to 32,768, as there is room.",
     ),
@@ -93,7 +94,7 @@ ENGINE_OPTIONS = (
     Shared(
         "--tbt-target-ms",
         "tbt_target_ms",
-        click.FloatRange(min=0, min_open=True),
+        Number(min=0, min_open=True),
         "MS",
         "Read prompts in smaller pieces while others are answered.",
     ),
@@ -125,7 +126,7 @@ THE_MODELS = "the model's generation_config.json, or {}"
 
 SAMPLING_OPTIONS = (
     Shared("--max-tokens", "max_tokens", COUNT, "N", "Longest answer.", default="512"),
-    Shared("--min-tokens", "min_tokens", click.IntRange(min=0), "N", "Shortest answer."),
+    Shared("--min-tokens", "min_tokens", Whole(min=0), "N", "Shortest answer."),
     Shared(
         "--temperature",
         "temperature",

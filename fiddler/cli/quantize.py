@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fiddler.cli.console import note
+from fiddler.cli.option_types import Whole
 from fiddler.cli.options import some_engine_options
 from fiddler.cli.progress import progress_bars
 
@@ -39,7 +40,7 @@ EXAMPLES = 5  # experts named of those that saw too little
 )
 @click.option(
     "--outliers",
-    type=click.IntRange(min=0),
+    type=Whole(min=0),
     default=0,
     metavar="N",
     help="Keep the columns of the N largest inputs of each matrix in 8 bits.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from fiddler.cli.console import note
+from fiddler.cli.option_types import Number
 from fiddler.cli.options import COUNT, GIB
 from fiddler.cli.simulate_table import print_verdicts
 from fiddler.config import DTYPES
@@ -81,7 +82,7 @@ class Rates(click.ParamType[tuple[float, float, float]]):
 @click.option("--profile", type=click.Path(path_type=Path), metavar="FILE", help="Place by it.")
 @click.option(
     "--train",
-    type=click.FloatRange(0, 0.9),
+    type=Number(0, 0.9),
     default=TRAIN,
     show_default=True,
     metavar="SHARE",
@@ -95,7 +96,7 @@ class Rates(click.ParamType[tuple[float, float, float]]):
 )
 @click.option(
     "--copy-share",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     metavar="SHARE",
     help="Of a step's time, for the adaptive policy's copies.  [default: the engine's]",
 )

@@ -71,6 +71,41 @@ def test_help_says_the_defaults_that_are_applied(name: str) -> None:
         assert f"[default: {default}]" in said
 
 
+@pytest.mark.parametrize("text", ["8", "8.", "8e0", "8G", "8GB", "8gib", "8.0 GiB", " 8g "])
+@pytest.mark.parametrize("field", ["vram_gb", "ram_gb"])
+def test_gib_may_be_written_with_their_unit(field: str, text: str, fake: list[FakeLLM]) -> None:
+    code, _, err = run("generate", "Hi", f"--{field.replace('_', '-')}", text)
+    assert code == 0, err
+    assert fake[0].options[field] == 8.0
+
+
+@pytest.mark.parametrize("text", ["32768", "32k", "32K", "32 k"])
+def test_a_context_may_be_written_in_1024s(text: str, fake: list[FakeLLM]) -> None:
+    assert run("generate", "Hi", "--context", text)[0] == 0
+    assert fake[0].options["max_model_len"] == 32_768
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--vram-gb", "8TB"), "'8TB' is not a valid number of GiB, as in 8 or 7.5."),
+        (("--ram-gb", "GB"), "'GB' is not a valid number of GiB, as in 8 or 7.5."),
+        (("--vram-gb", "-1"), "-1.0 is not in the range x>=0."),
+        (("--context", "32m"), "'32m' is not a valid number of tokens, as in 32768 or 32k."),
+        (("--context", "3.5k"), "'3.5k' is not a valid number of tokens, as in 32768 or 32k."),
+        (("--context", "0k"), "0 is not in the range x>=1."),
+        (("--max-tokens", "many"), "'many' is not a valid whole number."),
+        (("--tbt-target-ms", "soon"), "'soon' is not a valid number."),
+    ],
+)
+def test_what_is_no_size_is_said_in_plain_words(
+    arguments: tuple[str, str], said: str, fake: list[FakeLLM]
+) -> None:
+    code, _, err = run("generate", "Hi", *arguments)
+    assert code == 2 and not fake
+    assert said in " ".join(err.split())
+
+
 def test_help_is_quick_and_imports_no_command() -> None:
     """0.2 s of processor time (as under load the clock would lie), and no heavy module."""
     script = (
