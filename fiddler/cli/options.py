@@ -7,12 +7,11 @@ from typing import Any
 
 import click
 
-from fiddler.cli.option_types import Gib, Number, Tokens, Whole
+from fiddler.cli.option_types import Dtype, Gib, Number, Tokens, Whole
 from fiddler.config import (
     BUILTIN,
     CPU_ACTIVATIONS,
     DEVICES,
-    DTYPES,
     KV_CACHE_DTYPES,
     LOAD_FORMATS,
     PLACEMENT_POLICIES,
@@ -57,7 +56,7 @@ ENGINE_OPTIONS = (
     Shared(
         "--dtype",
         "dtype",
-        click.Choice(DTYPES),
+        Dtype(),
         "TYPE",
         "Weights in memory: float32, bfloat16, or experts in w4g128, w8g128 and the like.",
     ),

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from fiddler.cli.console import note
-from fiddler.cli.option_types import Number
+from fiddler.cli.option_types import Dtype, Number
 from fiddler.cli.options import COUNT, GIB
 from fiddler.cli.simulate_table import print_verdicts
-from fiddler.config import DTYPES
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,9 +61,7 @@ class Rates(click.ParamType[tuple[float, float, float]]):
     metavar="N",
     help="With --shape: how many.",
 )
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), metavar="TYPE", default="auto", help="With --shape."
-)
+@click.option("--dtype", type=Dtype(), metavar="TYPE", default="auto", help="With --shape.")
 @click.option("--seed", type=int, default=0, metavar="N", help="With --shape.")
 @click.option(
     "--slots", type=COUNT, multiple=True, metavar="N", help="Experts on the GPU; may be repeated."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from fake_llm import FakeLLM
 from fiddler.cli import COMMANDS, cli, session
 from fiddler.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
 from fiddler.cli.params_edit import SETTABLE
-from fiddler.config import EngineConfig
+from fiddler.config import DTYPES, EngineConfig
 from fiddler.errors import OutOfMemoryError
 from fiddler.sampling_params import SamplingParams
 
@@ -104,6 +105,21 @@ def test_what_is_no_size_is_said_in_plain_words(
     code, _, err = run("generate", "Hi", *arguments)
     assert code == 2 and not fake
     assert said in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("q4_0", "w4g128"), ("int8", "w8g128"), ("w4g12", "w4g128"), ("bf16", "bfloat16"), ("x", "")],
+)
+def test_an_unknown_dtype_names_a_few_near_ones_and_where_all_are(
+    name: str, near: str, fake: list[FakeLLM]
+) -> None:
+    code, _, err = run("generate", "Hi", "--dtype", name)
+    said = " ".join(err.split())
+    assert code == 2 and not fake and f"'{name}' is no type of weights; did you mean" in said
+    named = re.findall(r"'([\w-]+)'", said.partition("did you mean")[2].partition("?")[0])
+    assert 1 <= len(named) <= 3 and set(named) <= set(DTYPES) and named[0].startswith(near)
+    assert "docs/packed-experts.md" in said
 
 
 def test_help_is_quick_and_imports_no_command() -> None:
