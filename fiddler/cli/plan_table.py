@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fiddler.cli.console import print_trimmed
 from fiddler.cli.memory_bars import bar_lines
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
@@ -51,21 +52,21 @@ class PlanFacts:
 
 def print_plan(facts: PlanFacts, console: "Console") -> None:
     """Print two lines of facts, bars, two tables, what to expect, the notes and what would help."""
-    console.print(_model_line(facts), style="bold")
-    console.print(_machine_line(facts))
+    print_trimmed(console, _model_line(facts), style="bold")
+    print_trimmed(console, _machine_line(facts))
     console.print()
     for bar in bar_lines(memory_map(facts.plan, facts.hardware)):
-        console.print(bar)
+        print_trimmed(console, bar)
     console.print()
-    console.print(_memory_table(facts))
+    print_trimmed(console, _memory_table(facts))
     console.print()
-    console.print(_token_table(facts.plan))
+    print_trimmed(console, _token_table(facts.plan))
     console.print()
     for line in _closing_lines(facts):
-        console.print(line)
+        print_trimmed(console, line)
     if facts.faster:
         console.print()
-        console.print(_faster_table(facts.faster))
+        print_trimmed(console, _faster_table(facts.faster))
 
 
 def _model_line(facts: PlanFacts) -> str:

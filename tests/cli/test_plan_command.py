@@ -63,6 +63,19 @@ def test_a_shape_is_planned_in_45_lines_that_fit_a_terminal() -> None:
     assert "no profile: every expert counts the same" in words
 
 
+@pytest.mark.parametrize("more", [(), ("--batch", "64"), ("--ram-gb", "16"), ("--context", "99")])
+def test_no_line_ends_in_blanks(more: tuple[str, ...]) -> None:
+    lines = run("--shape", "qwen3-30b-a3b", "--vram-gb", "20", *more).stdout.splitlines()
+    assert "What lives where" in "".join(lines)
+    assert not [line for line in lines if line != line.rstrip()]
+
+
+def test_the_plan_in_the_readme_is_printed_so() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = re.search(r"```text\n\$ fiddler plan (.*)\n([^`]*)```", text)
+    assert shown and run(*shown[1].split()).stdout == shown[2]
+
+
 def test_the_context_is_told_without_a_gpu_side_too(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Hardware(
         has_gpu=False,
