@@ -187,6 +187,11 @@ def _one_of(model: str | None, shape: str | None) -> str:
         return model
     if shape and not model:
         return shape
+    if model and shape:
+        raise ConfigError(
+            f"both a model, {model}, and --shape {shape} were given, but a plan is of one",
+            hint="leave one of them out",
+        )
     raise ConfigError(
         "a plan needs either a model or --shape NAME",
         hint="for example: fiddler plan --shape mixtral-8x7b",

@@ -124,7 +124,12 @@ def command(
     from fiddler.simulating import make_study
     from offload.routing_trace import load_trace
 
-    if (trace is None) == (shape is None):
+    if trace is not None and shape is not None:
+        raise ConfigError(
+            f"both a TRACE, {trace}, and --shape {shape} were given, but a simulation is of one",
+            hint="leave one of them out",
+        )
+    if trace is None and shape is None:
         raise ConfigError(
             "a simulation needs either a TRACE or --shape NAME",
             hint="for example: fiddler simulate --shape qwen3-30b-a3b --routing drift:500",

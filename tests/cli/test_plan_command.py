@@ -172,7 +172,10 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
     ("arguments", "sentence"),
     [
         ((), "error: a plan needs either a model or --shape NAME"),
-        (("builtin", "--shape", "mixtral-8x7b"), "error: a plan needs either a model or --shape"),
+        (
+            ("builtin", "--shape", "mixtral-8x7b"),
+            "error: both a model, builtin, and --shape mixtral-8x7b were given",
+        ),
         (("mixtral-8x7b",), "fiddler plan --shape mixtral-8x7b"),
         (("--shape", "mixtral"), "did you mean 'mixtral-8x7b'?"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "0"), "before any expert, but has 0 B"),
