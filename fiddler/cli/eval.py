@@ -10,7 +10,7 @@ import click
 
 from fiddler.cli import session
 from fiddler.cli.option_types import Whole
-from fiddler.cli.options import COUNT, engine_options
+from fiddler.cli.options import COUNT, engine_options, model_argument
 from fiddler.cli.progress import Progress, progress_bars
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ BUILTIN_TEXT = "held-out conversations"
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--text",
     type=click.Path(path_type=Path),

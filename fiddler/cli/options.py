@@ -174,6 +174,31 @@ model_option = click.option(
 )
 
 
+def model_argument(*, is_needed: bool = True, default: str | None = None) -> Decorator:
+    """MODEL or ``-m MODEL``, so that whoever knows one command can use the others.
+
+    ``command`` gets ``model``: what was given, ``default``, or None if it is not needed.
+    """
+    shown = "" if default is None else f"  [default: {default}]"
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_model(*, model: str | None, same_model: str | None, **values: Any) -> Any:
+            if model is not None and same_model is not None:
+                raise click.UsageError("give either MODEL or -m MODEL, not both")
+            found = same_model if model is None else model
+            if found is None and is_needed and default is None:
+                raise click.UsageError("Missing argument 'MODEL'.")
+            return command(model=default if found is None else found, **values)
+
+        help = f"The same as MODEL.{shown}"
+        option = click.option("-m", "--model", "same_model", metavar="MODEL", help=help)
+        metavar = "MODEL" if is_needed and default is None else "[MODEL]"
+        return click.argument("model", required=False, metavar=metavar)(option(with_model))
+
+    return decorate
+
+
 def reasoning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--system``, ``--think`` and ``--hide-thinking``."""
     think = click.Choice(["auto", "on", "off"])

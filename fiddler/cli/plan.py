@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fiddler.cli.console import output_console
-from fiddler.cli.options import ENGINE_OPTIONS, is_given
+from fiddler.cli.options import ENGINE_OPTIONS, is_given, model_argument
 from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.plan_table import (
     PlanFacts,
@@ -52,7 +52,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.argument("model", required=False)
+@model_argument(is_needed=False)
 @click.option("--shape", metavar="NAME", help="A named shape instead of a model.")
 @plan_options
 @click.option(

@@ -7,7 +7,7 @@ import click
 
 from fiddler.cli.console import note
 from fiddler.cli.option_types import Whole
-from fiddler.cli.options import some_engine_options
+from fiddler.cli.options import model_argument, some_engine_options
 from fiddler.cli.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ EXAMPLES = 5  # experts named of those that saw too little
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--scheme",
     default="w4g128z",

@@ -122,6 +122,39 @@ def test_an_unknown_dtype_names_a_few_near_ones_and_where_all_are(
     assert "docs/packed-experts.md" in said
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("chat",),
+        ("plan",),
+        ("eval",),
+        ("profile", "--text", "{folder}/text", "-o", "{folder}/p.json"),
+        ("quantize", "-o", "{folder}/made"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_model_is_named_with_and_without_its_flag(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("some words")
+    words = [word.format(folder=tmp_path) for word in command]
+    found = {run(*words, *named) for named in (("no-such",), ("-m", "no-such"))}
+    assert len(found) == 1
+    ((code, out, err),) = found
+    assert (code, out) == (1, "") and "there is no model 'no-such'" in err
+    code, _, err = run(*words, "no-such", "-m", "builtin")
+    assert code == 2 and "give either MODEL or -m MODEL, not both" in err
+    if command[0] in ("eval", "profile", "quantize"):
+        code, _, err = run(*words)
+        assert code == 2 and "Missing argument 'MODEL'" in err
+
+
+def test_a_chat_without_a_model_is_with_the_builtin_one(fake: list[FakeLLM]) -> None:
+    for named in ((), ("other",), ("--model", "other")):
+        assert run("chat", *named, stdin="hello\n")[0] == 0
+    assert [llm.options["model"] for llm in fake] == ["builtin", "other", "other"]
+
+
 def test_help_is_quick_and_imports_no_command() -> None:
     """0.2 s of processor time (as under load the clock would lie), and no heavy module."""
     script = (
