@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fiddler.cli.console import print_trimmed
+from fiddler.cli.faster_table import faster_table, rate
 from fiddler.cli.memory_bars import bar_lines
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
@@ -66,7 +67,7 @@ def print_plan(facts: PlanFacts, console: "Console") -> None:
         print_trimmed(console, line)
     if facts.faster:
         console.print()
-        print_trimmed(console, _faster_table(facts.faster))
+        print_trimmed(console, faster_table(facts.faster))
 
 
 def _model_line(facts: PlanFacts) -> str:
@@ -194,9 +195,9 @@ def speed_lines(facts: PlanFacts) -> list[str]:
     most_decode = speeds.rows / speeds.decode_limit_s
     most_prefill = speeds.rows * speeds.num_tokens / speeds.prefill_limit_s
     return [
-        f"Predicted decode{of} at {speeds.num_tokens:,} tokens: {_rate(speeds.decode_rate)} tok/s "
-        f"(limit {_rate(most_decode)})",
-        f"Predicted reading of {prompts} of as many: {_rate(speeds.prefill_rate)} tok/s "
+        f"Predicted decode{of} at {speeds.num_tokens:,} tokens: {rate(speeds.decode_rate)} tok/s "
+        f"(limit {rate(most_decode)})",
+        f"Predicted reading of {prompts} of as many: {rate(speeds.prefill_rate)} tok/s "
         f"({_beside(speeds, most_prefill)})",
         f"A decoded token waits for {_reasons(speeds)}",
         *_share_lines(facts),
@@ -207,8 +208,8 @@ def _beside(speeds: "Speeds", most: float) -> str:
     """What a prompt's speed stands beside: experts that the CPU computes by its own kernels may
     beat what the link or torch allows."""
     if speeds.prefill_rate <= most:
-        return f"limit {_rate(most)}"
-    return f"{speeds.prefill_limited_by} alone: {_rate(most)}"
+        return f"limit {rate(most)}"
+    return f"{speeds.prefill_limited_by} alone: {rate(most)}"
 
 
 def _share_lines(facts: PlanFacts) -> list[str]:
@@ -238,10 +239,6 @@ def rates_lines(used: "RatesHere") -> list[str]:
     return lines
 
 
-def _rate(tokens_per_s: float) -> str:
-    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}"
-
-
 def _placement_lines(facts: PlanFacts) -> list[str]:
     plan, config = facts.plan, facts.config
     sizes = [
@@ -255,26 +252,6 @@ def _placement_lines(facts: PlanFacts) -> list[str]:
         f"Experts on the GPU side: {span} of {config.num_experts} in each layer",
         f"Expected hit rate there: {hits}",
     ]
-
-
-def _faster_table(ways: "Sequence[Faster]") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, justify in (
-        *(("To go faster", "left"), ("decode tok/s", "right"), ("prompt tok/s", "right")),
-        ("cost", "left"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for way in ways:
-        table.add_row(way.option, *(change(pair) for pair in (way.decode, way.prefill)), way.cost)
-    return table
-
-
-def change(rates: tuple[float, float]) -> str:
-    """Tokens a second, before and after."""
-    return " -> ".join(map(_rate, rates))
 
 
 def _table(title: str, plan: Plan) -> "Table":
