@@ -258,6 +258,40 @@ def _more_ram(made: Planned) -> Iterator[Proposal]:
     yield f"{more} GiB more RAM", "memory to buy", case
 
 
+# --- room for all requests ---
+
+
+def ways_to_have_room(made: Planned) -> list[str]:
+    """Options with each of which the KV cache holds all requests that were asked for at once.
+
+    As many tokens of each as now, or fewer with the context that is proposed; none if nobody waits.
+    """
+    asked, speeds = made.case.settings.max_num_seqs, made.speeds
+    if asked is None or speeds.rows == asked:
+        return []
+    found = []
+    for propose in (_all_their_context, _smaller_kv, _smaller_experts, _more_vram):
+        for option, _, case in propose(made):
+            try:
+                after = make(case)
+            except FiddlerError:
+                continue
+            if after.speeds.rows == asked:
+                found.append(option)
+                break  # the others of its kind cost more
+    return found
+
+
+def _all_their_context(made: Planned) -> Iterator[Proposal]:
+    """What the cache gives each request; a little less where less context makes it smaller."""
+    plan, asked = made.plan, made.case.settings.max_num_seqs
+    assert asked is not None
+    pages = plan.num_pages // asked
+    for tokens in (pages * plan.page_size, pages * 15 // 16 * plan.page_size):
+        if tokens >= LEAST_CONTEXT:
+            yield f"--context {tokens}", "less context", made.case.asking(max_model_len=tokens)
+
+
 # The cheapest first: settings that nothing is lost by but what they say, then what rounds less
 # before what rounds more, then memory.
 PROPOSALS: tuple[Callable[[Planned], Iterator[Proposal]], ...] = (

@@ -46,7 +46,8 @@ class EngineConfig:
     device: str = "auto"
     vram_gb: float | None = None
     ram_gb: float | None = None
-    max_model_len: int | None = None  # tokens of context; None: the model's, if it fits
+    # tokens of context; None: as a tenth of the room holds, from 2,048 to 32,768 (offload.layout)
+    max_model_len: int | None = None
     max_num_seqs: int | None = None  # requests at once; None: up to 16, planned for one
     max_batched_tokens: int | None = None  # tokens of one step; None: by the objective
     objective: str = DEFAULT_OBJECTIVE  # least time of: decode, prefill, mix or mix:P:N tokens

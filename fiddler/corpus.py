@@ -28,7 +28,7 @@ class Corpus:
 
 def read_text_corpus(path: Path | str) -> Corpus:
     """Read a UTF-8 text file as one document. Raises :class:`ProfileError` if it is none."""
-    text, sha256 = _read(Path(path))
+    text, sha256 = _read(Path(path), "text file")
     return Corpus((text,), sha256)
 
 
@@ -38,7 +38,7 @@ def read_chat_corpus(path: Path | str) -> Corpus:
     The file is JSON (a list of messages, a list of conversations, or an object with ``messages``,
     as a saved chat is) or JSONL with one such conversation a line.
     """
-    text, sha256 = _read(Path(path))
+    text, sha256 = _read(Path(path), "chat file")
     conversations = [
         _messages(record, f"conversation {number} of {path}")
         for number, record in enumerate(_records(text, Path(path)), start=1)
@@ -70,19 +70,19 @@ def is_held_out(index: int, held_out: float) -> bool:
     return int((index + 1) * held_out) > int(index * held_out)
 
 
-def _read(path: Path) -> tuple[str, str]:
-    """Text and SHA-256 of a file that is not empty."""
+def _read(path: Path, kind: str) -> tuple[str, str]:
+    """Text and SHA-256 of a file that is not empty; ``kind`` is what a refusal calls it."""
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise ProfileError(f"the corpus {path} cannot be read: {error.strerror}") from error
+        raise ProfileError(f"the {kind} {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ProfileError(
-            f"the corpus {path} is not UTF-8 text: byte {error.start} begins no character"
+            f"the {kind} {path} is not UTF-8 text: byte {error.start} begins no character"
         ) from error
     if not text.strip():
-        raise ProfileError(f"the corpus {path} is empty")
+        raise ProfileError(f"the {kind} {path} is empty")
     return text, hashlib.sha256(content).hexdigest()
 
 

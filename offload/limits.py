@@ -53,11 +53,16 @@ def decode_limit_s(work: Work, peaks: Peaks) -> float:
 
 
 def prefill_limit_s(work: Work, peaks: Peaks) -> float:
-    """Least time for a prompt: the GPU does the arithmetic, while cold experts stream to it."""
+    """Least time for a prompt: the slowest of :func:`prefill_limits_s`."""
+    return max(prefill_limits_s(work, peaks).values())
+
+
+def prefill_limits_s(work: Work, peaks: Peaks) -> dict[str, float]:
+    """By name: the GPU does the arithmetic while cold experts stream to it, or the CPU does all."""
     arithmetic_s = work.flops / (peaks.gemm_tflops * TERA)
     if not peaks.has_gpu:
-        return max(_cpu_read_s(work, peaks), arithmetic_s)
-    return max(work.cold_bytes / (peaks.pcie_gbps * GIGA), arithmetic_s)
+        return {"memory": _cpu_read_s(work, peaks), "products": arithmetic_s}
+    return {"PCIe": work.cold_bytes / (peaks.pcie_gbps * GIGA), "products": arithmetic_s}
 
 
 def _cpu_read_s(work: Work, peaks: Peaks) -> float:

@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from fiddler.cli import session
-from fiddler.cli.options import engine_options, model_option, reasoning_options, sampling_options
+from fiddler.cli.options import engine_options, model_argument, reasoning_options, sampling_options
+from fiddler.config import BUILTIN
 
 
 @click.command()
-@model_option
+@model_argument(default=BUILTIN)
 @reasoning_options
 @click.option("--no-history", is_flag=True, help="Do not keep what is typed for later chats.")
 @click.option("-q", "--quiet", is_flag=True, help="No statistics after an answer.")
@@ -29,7 +30,9 @@ def command(
     sampling: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
-    """Talk with a model. /help in the chat lists its commands.
+    """Talk with MODEL. /help in the chat lists its commands.
+
+    It is 'builtin', a folder, or ORG/NAME[@REVISION] on the hub.
 
     From a pipe every line is a turn, and the answers are plain text.
     """

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 # C0 and C1 control characters but tab and newline: a model's text must not drive the terminal.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -52,3 +52,16 @@ def output_console() -> "Console":
 
     theme = Theme({"markdown.code": "cyan"})  # rich's own has a black background
     return Console(highlight=False, markup=False, emoji=False, theme=theme)
+
+
+def print_trimmed(console: "Console", what: "RenderableType", style: str | None = None) -> None:
+    """Print a text or a table without the blanks with which rich fills up its lines."""
+    from rich.segment import Segment, Segments
+
+    as_style = console.get_style(style) if style else None
+    for line in console.render_lines(what, style=as_style, pad=False):
+        while line and not line[-1].text.strip():
+            line.pop()
+        if line:
+            line[-1] = Segment(line[-1].text.rstrip(), *line[-1][1:])
+        console.print(Segments([*line, Segment.line()]), crop=False, end="")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from fiddler.cli import session
-from fiddler.cli.options import COUNT, engine_options
+from fiddler.cli.option_types import Whole
+from fiddler.cli.options import COUNT, engine_options, model_argument
 from fiddler.cli.progress import Progress, progress_bars
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ BUILTIN_TEXT = "held-out conversations"
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
@@ -28,7 +29,7 @@ BUILTIN_TEXT = "held-out conversations"
 )
 @click.option(
     "--window",
-    type=click.IntRange(min=2),
+    type=Whole(min=2),
     metavar="N",
     help="Tokens that the model reads at once.  [default: 2048]",
 )

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
+from fiddler.cli.option_types import Dtype, Gib, Number, Tokens, Whole
 from fiddler.config import (
     BUILTIN,
     CPU_ACTIVATIONS,
     DEVICES,
-    DTYPES,
     KV_CACHE_DTYPES,
     LOAD_FORMATS,
     PLACEMENT_POLICIES,
@@ -19,8 +19,8 @@ from fiddler.config import (
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-GIB = click.FloatRange(min=0)
-COUNT = click.IntRange(min=1)
+GIB = Gib(min=0)
+COUNT = Whole(min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,20 @@ class Shared:
     metavar: str | None
     help: str
     multiple: bool = False
+    default: str = ""  # as help shows it; whoever gets no value applies it
 
     def decorate(self, command: Callable[..., Any]) -> Callable[..., Any]:
         """Add the option to ``command``; not given, its value is None, False or ()."""
+        shown = f"{self.help}  [default: {self.default}]" if self.default else self.help
         if self.type is None:
-            return click.option(self.flag, self.field, is_flag=True, help=self.help)(command)
+            return click.option(self.flag, self.field, is_flag=True, help=shown)(command)
         return click.option(
             self.flag,
             self.field,
             type=self.type,
             metavar=self.metavar,
             multiple=self.multiple,
-            help=self.help,
+            help=shown,
         )(command)
 
 
@@ -54,7 +56,7 @@ ENGINE_OPTIONS = (
     Shared(
         "--dtype",
         "dtype",
-        click.Choice(DTYPES),
+        Dtype(),
         "TYPE",
         "Weights in memory: float32, bfloat16, or experts in w4g128, w8g128 and the like.",
     ),
@@ -73,7 +75,13 @@ ENGINE_OPTIONS = (
         "What the CPU rounds activations to before packed experts; auto: int8 beside bfloat16.",
     ),
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
-    Shared("--context", "max_model_len", COUNT, "TOKENS", "Longest prompt plus answer."),
+    Shared(
+        "--context",
+        "max_model_len",
+        Tokens(min=1),
+        "TOKENS",
+        "Longest prompt plus answer; unasked 2,048 to 32,768, as there is room.",
+    ),
     Shared(
         "--objective",
         "objective",
@@ -85,7 +93,7 @@ ENGINE_OPTIONS = (
     Shared(
         "--tbt-target-ms",
         "tbt_target_ms",
-        click.FloatRange(min=0, min_open=True),
+        Number(min=0, min_open=True),
         "MS",
         "Read prompts in smaller pieces while others are answered.",
     ),
@@ -101,7 +109,9 @@ ENGINE_OPTIONS = (
     Shared("--revision", "revision", click.STRING, "REV", "Branch, tag or commit on the hub."),
     Shared("--token", "token", click.STRING, "TOKEN", "Access token of the hub."),
     Shared("--offline", "offline", None, None, "Use only what is already downloaded."),
-    Shared("--seed", "seed", click.INT, "N", "Seed of sampling, and of dummy weights."),
+    Shared(
+        "--seed", "seed", click.INT, "N", "Seed of sampling, and of dummy weights.", default="0"
+    ),
     Shared(
         "--load-format",
         "load_format",
@@ -111,14 +121,44 @@ ENGINE_OPTIONS = (
     ),
 )
 
+THE_MODELS = "the model's generation_config.json, or {}"
+
 SAMPLING_OPTIONS = (
-    Shared("--max-tokens", "max_tokens", COUNT, "N", "Longest answer.  [default: 512]"),
-    Shared("--min-tokens", "min_tokens", click.IntRange(min=0), "N", "Shortest answer."),
-    Shared("--temperature", "temperature", click.FLOAT, "X", "0 is greedy."),
-    Shared("--top-k", "top_k", click.INT, "K", "Draw from the K likeliest tokens; 0: all."),
-    Shared("--top-p", "top_p", click.FLOAT, "P", "Draw from the likeliest tokens of total P."),
+    Shared("--max-tokens", "max_tokens", COUNT, "N", "Longest answer.", default="512"),
+    Shared("--min-tokens", "min_tokens", Whole(min=0), "N", "Shortest answer."),
+    Shared(
+        "--temperature",
+        "temperature",
+        click.FLOAT,
+        "X",
+        "0 is greedy.",
+        default=THE_MODELS.format(1),
+    ),
+    Shared(
+        "--top-k",
+        "top_k",
+        click.INT,
+        "K",
+        "Draw from the K likeliest tokens; 0: all.",
+        default=THE_MODELS.format(0),
+    ),
+    Shared(
+        "--top-p",
+        "top_p",
+        click.FLOAT,
+        "P",
+        "Draw from the likeliest tokens of total P.",
+        default=THE_MODELS.format(1),
+    ),
     Shared("--min-p", "min_p", click.FLOAT, "P", "Drop tokens below P times the likeliest."),
-    Shared("--repetition-penalty", "repetition_penalty", click.FLOAT, "X", "1 is none."),
+    Shared(
+        "--repetition-penalty",
+        "repetition_penalty",
+        click.FLOAT,
+        "X",
+        "1 is none.",
+        default=THE_MODELS.format(1),
+    ),
     Shared("--presence-penalty", "presence_penalty", click.FLOAT, "X", "0 is none."),
     Shared("--frequency-penalty", "frequency_penalty", click.FLOAT, "X", "0 is none."),
     Shared("--stop", "stop", click.STRING, "TEXT", "End before TEXT; may be repeated.", True),
@@ -132,6 +172,31 @@ model_option = click.option(
     show_default=True,
     help="'builtin', a folder, or ORG/NAME[@REVISION] on the hub.",
 )
+
+
+def model_argument(*, is_needed: bool = True, default: str | None = None) -> Decorator:
+    """MODEL or ``-m MODEL``, so that whoever knows one command can use the others.
+
+    ``command`` gets ``model``: what was given, ``default``, or None if it is not needed.
+    """
+    shown = "" if default is None else f"  [default: {default}]"
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_model(*, model: str | None, same_model: str | None, **values: Any) -> Any:
+            if model is not None and same_model is not None:
+                raise click.UsageError("give either MODEL or -m MODEL, not both")
+            found = same_model if model is None else model
+            if found is None and is_needed and default is None:
+                raise click.UsageError("Missing argument 'MODEL'.")
+            return command(model=default if found is None else found, **values)
+
+        help = f"The same as MODEL.{shown}"
+        option = click.option("-m", "--model", "same_model", metavar="MODEL", help=help)
+        metavar = "MODEL" if is_needed and default is None else "[MODEL]"
+        return click.argument("model", required=False, metavar=metavar)(option(with_model))
+
+    return decorate
 
 
 def reasoning_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,7 +239,7 @@ def _gathered(argument: str, options: tuple[Shared, ...]) -> Decorator:
         @functools.wraps(command)
         def gathered(**values: Any) -> Any:
             given = {option.field: values.pop(option.field) for option in options}
-            given = {name: value for name, value in given.items() if _is_given(value)}
+            given = {name: value for name, value in given.items() if is_given(value)}
             return command(**{argument: given}, **values)
 
         decorated: Callable[..., Any] = gathered
@@ -185,5 +250,6 @@ def _gathered(argument: str, options: tuple[Shared, ...]) -> Decorator:
     return decorate
 
 
-def _is_given(value: Any) -> bool:
+def is_given(value: Any) -> bool:
+    """Whether an option's value is the user's; 0 is one."""
     return value is not None and value is not False and value != ()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fiddler.cli.console import output_console
-from fiddler.cli.options import ENGINE_OPTIONS
+from fiddler.cli.options import ENGINE_OPTIONS, is_given, model_argument
 from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.plan_table import (
     PlanFacts,
@@ -52,7 +52,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.argument("model", required=False)
+@model_argument(is_needed=False)
 @click.option("--shape", metavar="NAME", help="A named shape instead of a model.")
 @plan_options
 @click.option(
@@ -82,8 +82,8 @@ def command(
     fiddler calibrate has measured here, or from a machine that is like this one; the plan says from
     which. The last table proposes settings that would be faster, the cheapest first.
     """
-    _check_batch(options["max_num_seqs"])  # below, 0 would be as good as not given
-    given = {name: value for name, value in options.items() if value not in (None, False)}
+    _check_batch(options["max_num_seqs"])
+    given = {name: value for name, value in options.items() if is_given(value)}
     check_page(html)
     facts = _facts(model, shape, machine_name, given)
     if html is not None:
@@ -104,7 +104,13 @@ def _check_batch(batch: int | None) -> None:
 def _facts(
     model: str | None, shape: str | None, machine_name: str | None, options: dict[str, Any]
 ) -> PlanFacts:
-    from fiddler.advice import Case, make, price_of_context, ways_to_go_faster
+    from fiddler.advice import (
+        Case,
+        make,
+        price_of_context,
+        ways_to_go_faster,
+        ways_to_have_room,
+    )
     from fiddler.models.registry import load_config
     from fiddler.models.shapes import load_shape
 
@@ -136,6 +142,7 @@ def _facts(
         pulled_share=made.pulled_share,
         price=price_of_context(made),
         faster=ways_to_go_faster(made),
+        roomier=ways_to_have_room(made),
     )
 
 
@@ -180,9 +187,14 @@ def _one_of(model: str | None, shape: str | None) -> str:
         return model
     if shape and not model:
         return shape
+    if model and shape:
+        raise ConfigError(
+            f"both a model, {model}, and --shape {shape} were given, but a plan is of one",
+            hint="leave one of them out",
+        )
     raise ConfigError(
         "a plan needs either a model or --shape NAME",
-        hint="for example: fiddler plan --shape mixtral-8x7b --vram-gb 24",
+        hint="for example: fiddler plan --shape mixtral-8x7b",
     )
 
 
@@ -221,4 +233,5 @@ def _record(facts: PlanFacts) -> dict[str, Any]:
         "pulled_share_of_cold_experts": facts.pulled_share,
         "context_price": facts.price and dataclasses.asdict(facts.price),
         "faster": [way.to_dict() for way in facts.faster],
+        "room_for_the_batch": list(facts.roomier),
     }

@@ -4,6 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fiddler.cli.console import print_trimmed
+from fiddler.cli.faster_table import faster_table, rate
 from fiddler.cli.memory_bars import bar_lines
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
@@ -31,6 +33,7 @@ class PlanFacts:
 
     ``batch``: requests at once, if that was asked. ``speeds`` None: nothing is predicted.
     ``pulled_share``: the part of a decode step's cold experts that the GPU reads itself.
+    ``roomier``: options by which none of them waits for room.
     """
 
     name: str
@@ -45,25 +48,26 @@ class PlanFacts:
     pulled_share: float | None = None
     price: "Price | None" = None
     faster: "Sequence[Faster]" = ()
+    roomier: "Sequence[str]" = ()
 
 
 def print_plan(facts: PlanFacts, console: "Console") -> None:
     """Print two lines of facts, bars, two tables, what to expect, the notes and what would help."""
-    console.print(_model_line(facts), style="bold")
-    console.print(_machine_line(facts))
+    print_trimmed(console, _model_line(facts), style="bold")
+    print_trimmed(console, _machine_line(facts))
     console.print()
     for bar in bar_lines(memory_map(facts.plan, facts.hardware)):
-        console.print(bar)
+        print_trimmed(console, bar)
     console.print()
-    console.print(_memory_table(facts))
+    print_trimmed(console, _memory_table(facts))
     console.print()
-    console.print(_token_table(facts.plan))
+    print_trimmed(console, _token_table(facts.plan))
     console.print()
     for line in _closing_lines(facts):
-        console.print(line)
+        print_trimmed(console, line)
     if facts.faster:
         console.print()
-        console.print(_faster_table(facts.faster))
+        print_trimmed(console, faster_table(facts.faster))
 
 
 def _model_line(facts: PlanFacts) -> str:
@@ -149,9 +153,10 @@ def _waiting_notes(facts: PlanFacts) -> list[str]:
     speeds, batch = facts.speeds, facts.batch
     if speeds is None or batch is None or speeds.rows == batch:
         return []
+    room = f"; room for all: {' or '.join(facts.roomier)}" if facts.roomier else ""
     return [
         f"the KV cache has room for {speeds.rows:,} of {batch:,} requests of "
-        f"{speeds.num_tokens:,} tokens: others wait"
+        f"{speeds.num_tokens:,} tokens: others wait{room}"
     ]
 
 
@@ -190,18 +195,21 @@ def speed_lines(facts: PlanFacts) -> list[str]:
     most_decode = speeds.rows / speeds.decode_limit_s
     most_prefill = speeds.rows * speeds.num_tokens / speeds.prefill_limit_s
     return [
-        f"Predicted decode{of} at {speeds.num_tokens:,} tokens: {_rate(speeds.decode_rate)} tok/s "
-        f"(limit {_rate(most_decode)})",
-        f"Predicted reading of {prompts} of as many: {_rate(speeds.prefill_rate)} tok/s "
-        f"({_beside(speeds.prefill_rate, most_prefill)})",
+        f"Predicted decode{of} at {speeds.num_tokens:,} tokens: {rate(speeds.decode_rate)} tok/s "
+        f"(limit {rate(most_decode)})",
+        f"Predicted reading of {prompts} of as many: {rate(speeds.prefill_rate)} tok/s "
+        f"({_beside(speeds, most_prefill)})",
         f"A decoded token waits for {_reasons(speeds)}",
         *_share_lines(facts),
     ]
 
 
-def _beside(rate: float, most: float) -> str:
-    """What a prompt's speed stands beside: the CPU's share of experts may beat the link's limit."""
-    return f"limit {_rate(most)}" if rate <= most else f"PCIe alone: {_rate(most)}"
+def _beside(speeds: "Speeds", most: float) -> str:
+    """What a prompt's speed stands beside: experts that the CPU computes by its own kernels may
+    beat what the link or torch allows."""
+    if speeds.prefill_rate <= most:
+        return f"limit {rate(most)}"
+    return f"{speeds.prefill_limited_by} alone: {rate(most)}"
 
 
 def _share_lines(facts: PlanFacts) -> list[str]:
@@ -231,10 +239,6 @@ def rates_lines(used: "RatesHere") -> list[str]:
     return lines
 
 
-def _rate(tokens_per_s: float) -> str:
-    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}"
-
-
 def _placement_lines(facts: PlanFacts) -> list[str]:
     plan, config = facts.plan, facts.config
     sizes = [
@@ -248,26 +252,6 @@ def _placement_lines(facts: PlanFacts) -> list[str]:
         f"Experts on the GPU side: {span} of {config.num_experts} in each layer",
         f"Expected hit rate there: {hits}",
     ]
-
-
-def _faster_table(ways: "Sequence[Faster]") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, justify in (
-        *(("To go faster", "left"), ("decode tok/s", "right"), ("prompt tok/s", "right")),
-        ("cost", "left"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for way in ways:
-        table.add_row(way.option, *(change(pair) for pair in (way.decode, way.prefill)), way.cost)
-    return table
-
-
-def change(rates: tuple[float, float]) -> str:
-    """Tokens a second, before and after."""
-    return " -> ".join(map(_rate, rates))
 
 
 def _table(title: str, plan: Plan) -> "Table":

@@ -10,7 +10,7 @@ import click
 
 from fiddler.cli import session
 from fiddler.cli.console import note
-from fiddler.cli.options import engine_options
+from fiddler.cli.options import engine_options, model_argument
 from fiddler.cli.page_file import html_option, write_page
 from fiddler.cli.profile_outputs import (
     Output,
@@ -34,7 +34,7 @@ FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("model", required=False)
+@model_argument(is_needed=False)
 @click.option("--text", type=FILE, metavar="FILE", help="A UTF-8 text.")
 @click.option("--chat", type=FILE, metavar="FILE", help="A saved chat, or JSON(L) of messages.")
 @click.option(

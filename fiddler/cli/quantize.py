@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fiddler.cli.console import note
-from fiddler.cli.options import some_engine_options
+from fiddler.cli.option_types import Whole
+from fiddler.cli.options import model_argument, some_engine_options
 from fiddler.cli.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ EXAMPLES = 5  # experts named of those that saw too little
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--scheme",
     default="w4g128z",
@@ -39,7 +40,7 @@ EXAMPLES = 5  # experts named of those that saw too little
 )
 @click.option(
     "--outliers",
-    type=click.IntRange(min=0),
+    type=Whole(min=0),
     default=0,
     metavar="N",
     help="Keep the columns of the N largest inputs of each matrix in 8 bits.",

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from fiddler.cli.console import note
+from fiddler.cli.option_types import Dtype, Number
 from fiddler.cli.options import COUNT, GIB
 from fiddler.cli.simulate_table import print_verdicts
-from fiddler.config import DTYPES
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ class Rates(click.ParamType[tuple[float, float, float]]):
     metavar="N",
     help="With --shape: how many.",
 )
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), metavar="TYPE", default="auto", help="With --shape."
-)
+@click.option("--dtype", type=Dtype(), metavar="TYPE", default="auto", help="With --shape.")
 @click.option("--seed", type=int, default=0, metavar="N", help="With --shape.")
 @click.option(
     "--slots", type=COUNT, multiple=True, metavar="N", help="Experts on the GPU; may be repeated."
@@ -81,7 +79,7 @@ class Rates(click.ParamType[tuple[float, float, float]]):
 @click.option("--profile", type=click.Path(path_type=Path), metavar="FILE", help="Place by it.")
 @click.option(
     "--train",
-    type=click.FloatRange(0, 0.9),
+    type=Number(0, 0.9),
     default=TRAIN,
     show_default=True,
     metavar="SHARE",
@@ -95,7 +93,7 @@ class Rates(click.ParamType[tuple[float, float, float]]):
 )
 @click.option(
     "--copy-share",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     metavar="SHARE",
     help="Of a step's time, for the adaptive policy's copies.  [default: the engine's]",
 )
@@ -126,7 +124,12 @@ def command(
     from fiddler.simulating import make_study
     from offload.routing_trace import load_trace
 
-    if (trace is None) == (shape is None):
+    if trace is not None and shape is not None:
+        raise ConfigError(
+            f"both a TRACE, {trace}, and --shape {shape} were given, but a simulation is of one",
+            hint="leave one of them out",
+        )
+    if trace is None and shape is None:
         raise ConfigError(
             "a simulation needs either a TRACE or --shape NAME",
             hint="for example: fiddler simulate --shape qwen3-30b-a3b --routing drift:500",

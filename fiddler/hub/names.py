@@ -53,13 +53,15 @@ def suggestion(name: str, cache: Path) -> str:
     return f"; did you mean {close}?" if close else ""
 
 
+def not_a_folder(model: str, path: Path) -> ConfigError:
+    """``model`` is a file on this machine."""
+    hint = f"name the folder it is in: {path.parent}"
+    if path.suffix == ".gguf":
+        hint = "GGUF is not supported; take the safetensors repository of the same model"
+    return ConfigError(f"{model} is a file, not a model folder", hint=hint)
+
+
 def _not_a_name(model: str, cache: Path) -> ConfigError:
-    path = Path(model)
-    if path.is_file():
-        hint = f"name the folder it is in: {path.parent}"
-        if path.suffix == ".gguf":
-            hint = "GGUF is not supported; take the safetensors repository of the same model"
-        return ConfigError(f"{model} is a file, not a model folder", hint=hint)
     if "/" in model or "\\" in model or model.startswith((".", "~")):
         return ConfigError(f"there is no folder {model}", hint=_FORMS)
     return ConfigError(f"there is no model {model!r}{suggestion(model, cache)}", hint=_FORMS)

@@ -7,7 +7,7 @@ from fiddler.config import BUILTIN
 from fiddler.errors import CheckpointError, ConfigError
 from fiddler.hub.failures import explained
 from fiddler.hub.listing import weight_names
-from fiddler.hub.names import parse_hub_name
+from fiddler.hub.names import not_a_folder, parse_hub_name
 from fiddler.hub.options import HubOptions, Progress
 from fiddler.hub.snapshot import open_snapshot, pull_weights
 
@@ -97,11 +97,13 @@ def fetch_metadata(
 
 
 def _find_local(model: str, revision: str | None) -> ModelFolder | None:
-    """The packaged model or an existing folder; None if ``model`` is neither."""
+    """The packaged model or an existing folder; None if ``model`` is nothing on this machine."""
     is_builtin = model == BUILTIN
     path = BUILTIN_FOLDER if is_builtin else Path(model)
     if model.startswith("~/"):
         path = path.expanduser()
+    if not is_builtin and path.is_file():
+        raise not_a_folder(model, path)
     if not is_builtin and not (model and path.is_dir()):
         return None
     if revision is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from fake_llm import FakeLLM
 from fiddler.cli import COMMANDS, cli, session
 from fiddler.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
 from fiddler.cli.params_edit import SETTABLE
-from fiddler.config import EngineConfig
+from fiddler.config import DTYPES, EngineConfig
 from fiddler.errors import OutOfMemoryError
+from fiddler.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +56,103 @@ def test_every_command_explains_itself(name: str) -> None:
     code, out, _ = run(name, "--help")
     assert code == 0
     assert out.startswith(f"Usage: fiddler {name}")
+
+
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_help_says_the_defaults_that_are_applied(name: str) -> None:
+    shown = " ".join(run(name, "--help")[1].split())
+    house = SamplingParams().with_defaults({})
+    for field in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        flag = "--" + field.replace("_", "-")
+        said = shown.partition(f" {flag} ")[2].partition(" --")[0]
+        value = getattr(house, field)
+        assert said.endswith(f"[default: the model's generation_config.json, or {value:g}]")
+    for field, default in (("max-tokens", house.max_tokens), ("seed", EngineConfig().seed)):
+        said = shown.partition(f" --{field} ")[2].partition(" --")[0]
+        assert f"[default: {default}]" in said
+
+
+@pytest.mark.parametrize("text", ["8", "8.", "8e0", "8G", "8GB", "8gib", "8.0 GiB", " 8g "])
+@pytest.mark.parametrize("field", ["vram_gb", "ram_gb"])
+def test_gib_may_be_written_with_their_unit(field: str, text: str, fake: list[FakeLLM]) -> None:
+    code, _, err = run("generate", "Hi", f"--{field.replace('_', '-')}", text)
+    assert code == 0, err
+    assert fake[0].options[field] == 8.0
+
+
+@pytest.mark.parametrize("text", ["32768", "32k", "32K", "32 k"])
+def test_a_context_may_be_written_in_1024s(text: str, fake: list[FakeLLM]) -> None:
+    assert run("generate", "Hi", "--context", text)[0] == 0
+    assert fake[0].options["max_model_len"] == 32_768
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--vram-gb", "8TB"), "'8TB' is not a valid number of GiB, as in 8 or 7.5."),
+        (("--ram-gb", "GB"), "'GB' is not a valid number of GiB, as in 8 or 7.5."),
+        (("--vram-gb", "-1"), "-1.0 is not in the range x>=0."),
+        (("--context", "32m"), "'32m' is not a valid number of tokens, as in 32768 or 32k."),
+        (("--context", "3.5k"), "'3.5k' is not a valid number of tokens, as in 32768 or 32k."),
+        (("--context", "0k"), "0 is not in the range x>=1."),
+        (("--max-tokens", "many"), "'many' is not a valid whole number."),
+        (("--tbt-target-ms", "soon"), "'soon' is not a valid number."),
+    ],
+)
+def test_what_is_no_size_is_said_in_plain_words(
+    arguments: tuple[str, str], said: str, fake: list[FakeLLM]
+) -> None:
+    code, _, err = run("generate", "Hi", *arguments)
+    assert code == 2 and not fake
+    assert said in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("q4_0", "w4g128"), ("int8", "w8g128"), ("w4g12", "w4g128"), ("bf16", "bfloat16"), ("x", "")],
+)
+def test_an_unknown_dtype_names_a_few_near_ones_and_where_all_are(
+    name: str, near: str, fake: list[FakeLLM]
+) -> None:
+    code, _, err = run("generate", "Hi", "--dtype", name)
+    said = " ".join(err.split())
+    assert code == 2 and not fake and f"'{name}' is no type of weights; did you mean" in said
+    named = re.findall(r"'([\w-]+)'", said.partition("did you mean")[2].partition("?")[0])
+    assert 1 <= len(named) <= 3 and set(named) <= set(DTYPES) and named[0].startswith(near)
+    assert "docs/packed-experts.md" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("chat",),
+        ("plan",),
+        ("eval",),
+        ("profile", "--text", "{folder}/text", "-o", "{folder}/p.json"),
+        ("quantize", "-o", "{folder}/made"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_model_is_named_with_and_without_its_flag(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("some words")
+    words = [word.format(folder=tmp_path) for word in command]
+    found = {run(*words, *named) for named in (("no-such",), ("-m", "no-such"))}
+    assert len(found) == 1
+    ((code, out, err),) = found
+    assert (code, out) == (1, "") and "there is no model 'no-such'" in err
+    code, _, err = run(*words, "no-such", "-m", "builtin")
+    assert code == 2 and "give either MODEL or -m MODEL, not both" in err
+    if command[0] in ("eval", "profile", "quantize"):
+        code, _, err = run(*words)
+        assert code == 2 and "Missing argument 'MODEL'" in err
+
+
+def test_a_chat_without_a_model_is_with_the_builtin_one(fake: list[FakeLLM]) -> None:
+    for named in ((), ("other",), ("--model", "other")):
+        assert run("chat", *named, stdin="hello\n")[0] == 0
+    assert [llm.options["model"] for llm in fake] == ["builtin", "other", "other"]
 
 
 def test_help_is_quick_and_imports_no_command() -> None:

@@ -95,7 +95,7 @@ def test_a_reference_in_another_type_or_another_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--text", "none.txt"], "none.txt cannot be read: No such file"),
+        (["--text", "none.txt"], "the text file none.txt cannot be read: No such file"),
         (["--text", "empty.txt"], "empty.txt is empty"),
         (["--window", "500"], "the text has 243 tokens, less than one window of 500"),
         (["--max-tokens", "9", "--window", "10"], "the text has 9 tokens, less than one window"),

@@ -16,8 +16,10 @@ from fiddler.cli import cli
 from fiddler.hub import ModelFolder, ModelMetadata
 from offload.calibration import Calibration, default_path
 from offload.hardware import Hardware
+from offload.layout import LEAST_CONTEXT, MOST_CONTEXT
 from offload.machine_facts import this_machine
 from offload.machine_rates import RATES, MachineRates, to_json
+from offload.objective import DEFAULT
 from offload.reference_machines import find_machine, machine_of, record_of, reference_names
 
 GIB = 1 << 30
@@ -59,6 +61,19 @@ def test_a_shape_is_planned_in_45_lines_that_fit_a_terminal() -> None:
     assert "Test GPU, 20.0 GiB of VRAM" in words
     assert "Context of one request: 8,192 tokens" in words
     assert "no profile: every expert counts the same" in words
+
+
+@pytest.mark.parametrize("more", [(), ("--batch", "64"), ("--ram-gb", "16"), ("--context", "99")])
+def test_no_line_ends_in_blanks(more: tuple[str, ...]) -> None:
+    lines = run("--shape", "qwen3-30b-a3b", "--vram-gb", "20", *more).stdout.splitlines()
+    assert "What lives where" in "".join(lines)
+    assert not [line for line in lines if line != line.rstrip()]
+
+
+def test_the_plan_in_the_readme_is_printed_so() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = re.search(r"```text\n\$ fiddler plan (.*)\n([^`]*)```", text)
+    assert shown and run(*shown[1].split()).stdout == shown[2]
 
 
 def test_the_context_is_told_without_a_gpu_side_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +172,14 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
     ("arguments", "sentence"),
     [
         ((), "error: a plan needs either a model or --shape NAME"),
-        (("builtin", "--shape", "mixtral-8x7b"), "error: a plan needs either a model or --shape"),
+        (
+            ("builtin", "--shape", "mixtral-8x7b"),
+            "error: both a model, builtin, and --shape mixtral-8x7b were given",
+        ),
         (("mixtral-8x7b",), "fiddler plan --shape mixtral-8x7b"),
         (("--shape", "mixtral"), "did you mean 'mixtral-8x7b'?"),
+        (("--shape", "mixtral-8x7b", "--vram-gb", "0"), "before any expert, but has 0 B"),
+        (("--shape", "mixtral-8x7b", "--ram-gb", "0"), "of RAM, but 0 B may be used"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "3"), "before any expert, but has 3.0 GiB"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "80"), "23.5 GiB of the 24.0 GiB"),
         (("--shape", "mixtral-8x7b", "--ram-gb", "0.1"), "of RAM, but 102 MiB may be used"),
@@ -182,6 +202,50 @@ def test_what_cannot_be_planned_is_one_sentence(arguments: tuple[str, ...], sent
     assert done.exit_code == 1
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("budget", ["23.6", "24", "80"])
+def test_more_than_a_card_gives_is_refused_with_two_ways_that_work(budget: str) -> None:
+    refused = run("--shape", "qwen3-30b-a3b", "--vram-gb", budget)
+    hint = refused.stderr.partition("hint: ")[2]
+    assert refused.exit_code == 1 and "or leave it out" in hint
+    most = re.findall(r"--vram-gb ([\d.]+)", hint)
+    for arguments in (("--vram-gb", *most), ()):
+        assert run("--shape", "qwen3-30b-a3b", *arguments).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["README.md", "evaluation.md", "planning.md", "timeline.md"])
+def test_commands_shown_for_ones_own_card_run_on_one_of_24_gb(name: str) -> None:
+    folder = Path(__file__).parents[2]
+    text = (folder / name if name == "README.md" else folder / "docs" / name).read_text()
+    shown = re.findall(r"fiddler (?:chat|plan|bench|eval|generate)\b.*--vram-gb (\d+)", text)
+    assert all(int(gib) <= 23 for gib in shown), shown
+
+
+def test_what_is_said_of_an_unasked_context_is_so() -> None:
+    bounds = [f"{tokens:,}" for tokens in (LEAST_CONTEXT, MOST_CONTEXT)]
+    help_text = CliRunner().invoke(cli, ["plan", "--help"], terminal_width=200).stdout
+    for text in (
+        next(line for line in help_text.splitlines() if "--context" in line),
+        (Path(__file__).parents[2] / "docs" / "planning.md").read_text(),
+    ):
+        assert all(bound in text for bound in bounds), text
+    roomy = json.loads(run("--shape", "qwen3-30b-a3b", "--dtype", "w4g128", "--json").stdout)
+    assert roomy["plan"]["context_tokens"] == MOST_CONTEXT
+    tight = json.loads(run("--shape", "mixtral-8x7b", "--vram-gb", "5", "--json").stdout)
+    assert tight["plan"]["context_tokens"] == LEAST_CONTEXT
+
+
+@pytest.mark.parametrize("objective", ["mix", "mix:4096:512"])
+def test_figures_in_the_docs_are_those_that_plan_prints(objective: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    options = ("--shape", "qwen3-30b-a3b", "--hardware", "rtx4090-ddr5", "--objective", objective)
+    stdout = run(*options, "--context", "4096").stdout
+    for rate in re.findall(r"Predicted .*: ([\d.,]+) tok/s", stdout):
+        assert rate in text
+    if objective == DEFAULT:
+        price = re.search(r"1,024 more tokens .* tok/s", run(*options).stdout)
+        assert price and price[0] in text
 
 
 # --- speeds ---
@@ -219,6 +283,18 @@ def test_speeds_stand_beside_their_limits_and_say_whose_they_are(cache: Path) ->
         terms = sum(term["seconds"] for term in speeds[name]["terms"])
         assert speeds[name]["tokens_per_s"] == pytest.approx(tokens / terms)
         assert speeds[name]["limit"] > 0
+
+
+def test_a_prompt_faster_than_its_limit_names_what_limits_there(tmp_path: Path) -> None:
+    """Without a GPU that is products or memory, and no PCIe."""
+    path = tmp_path / "slow.json"
+    slow_torch = replace(H200, rates=replace(H200.rates, cpu_tflops=0.1))
+    path.write_text(json.dumps(record_of(slow_torch)))
+    options = ("--shape", "olmoe-1b-7b", "--hardware", str(path), "--context", "1024")
+    line = next(x for x in run(*options, "--device", "cpu").stdout.splitlines() if "reading" in x)
+    assert "(products alone: " in line
+    options = ("--shape", "qwen3-30b-a3b", "--hardware", "rtx4090-ddr5")
+    assert "(PCIe alone: " in run(*options).stdout
 
 
 def test_a_batch_is_planned_for_and_predicted(cache: Path) -> None:

@@ -162,7 +162,7 @@ def test_contradictions_are_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--text", "none.txt"], "the corpus none.txt cannot be read: No such file"),
+        (["--text", "none.txt"], "the text file none.txt cannot be read: No such file"),
         (["--text", "{corpus}", "-o", "no/p.json"], "no/p.json cannot be written there"),
         (["--text", "{corpus}", "--picture", "p.gif"], "ends in .png or .svg"),
         (["--text", "{corpus}", "--held-out", "0.9"], "between 0.05 and 0.5"),

@@ -155,7 +155,7 @@ def test_a_profile_of_the_same_text_is_told(trace: Path, tmp_path: Path) -> None
     ("arguments", "sentence"),
     [
         ((), "a simulation needs either a TRACE or --shape NAME"),
-        (("{trace}", "--shape", "olmoe-1b-7b"), "needs either a TRACE or --shape NAME"),
+        (("{trace}", "--shape", "olmoe-1b-7b"), "--shape olmoe-1b-7b were given, but"),
         (("{trace}", "--routing", "uniform"), "brings its own routes: --routing needs --shape"),
         (("{trace}", "--tokens", "3"), "--tokens needs --shape"),
         (("{trace}", "--profile", "p", "--train", "0.5"), "either --profile or --train"),

@@ -83,13 +83,19 @@ def test_a_path_that_does_not_exist(name: str, tmp_path: Path) -> None:
         resolve_model(name, cache_dir=tmp_path)
 
 
-def test_a_file_is_not_a_folder(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="is a file, not a model folder"):
-        resolve_model(str(folder / "config.json"))
+@pytest.mark.parametrize("at", ["{0}/my-moe/{1}", "./{1}", "my-moe/{1}", "{1}", "~/my-moe/{1}"])
+@pytest.mark.parametrize("ask", [resolve_model, fetch_metadata])
+def test_a_file_is_not_a_folder(
+    folder: Path, ask: Callable[[str], object], at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is named from: with one slash it could be a name on the hub."""
+    monkeypatch.setitem(os.environ, "HOME", str(folder.parent))
+    monkeypatch.chdir(folder.parent if "my-moe" in at else folder)
     (folder / "moe.gguf").touch()
-    with pytest.raises(ConfigError, match="is a file") as failure:
-        resolve_model(str(folder / "moe.gguf"))
-    assert "GGUF is not supported" in failure.value.hint
+    for name, hint in (("config.json", "name the folder it is in: "), ("moe.gguf", "GGUF is not")):
+        with pytest.raises(ConfigError, match="is a file, not a model folder") as failure:
+            ask(at.format(folder.parent, name))
+        assert hint in failure.value.hint
 
 
 @pytest.mark.parametrize("name", ["", "two words", "@main"])

@@ -302,6 +302,24 @@ def test_spare_slots_are_paid_for_where_something_is_cold() -> None:
 # --- refusals ---
 
 
+OPTION_FIELDS = {
+    "--context": "context_tokens",
+    "--vram-gb": "vram_bytes",
+    "--ram-gb": "ram_bytes",
+}
+
+
+def changes_of(way: str) -> dict[str, int | None]:
+    """Fields of a budget that the words of one way out change."""
+    changes: dict[str, int | None] = {}
+    for option, text in re.findall(r"(--[a-z-]+)(?: ([\d.e-]+))?", way):
+        value = int(text) if text.isdigit() and option == "--context" else None
+        if option != "--context" and text:
+            value = gib_to_bytes(float(text))
+        changes[OPTION_FIELDS[option]] = value
+    return changes
+
+
 @given(st.data(), models(), machines(), budgets())
 def test_every_way_out_that_a_refusal_names_fits(
     data: st.DataObject, footprint: Footprint, hardware: Hardware, budget: Budget
@@ -310,16 +328,49 @@ def test_every_way_out_that_a_refusal_names_fits(
     try:
         planned(footprint, hardware, budget, placement)
     except OutOfMemoryError as error:
-        if "another placement" in error.hint:
-            planned(footprint, hardware, budget)
-        for option, value in re.findall(r"(--[a-z-]+) ([\d.]+)", error.hint):
-            changed = {
-                "--context": lambda v: replace(budget, context_tokens=int(v)),
-                "--vram-gb": lambda v: replace(budget, vram_bytes=gib_to_bytes(float(v))),
-                "--ram-gb": lambda v: replace(budget, ram_bytes=gib_to_bytes(float(v))),
-            }[option](value)
-            if "or leave it out" not in error.hint:  # says what there is, not what fits
-                planned(footprint, hardware, changed, placement)
+        if "or leave it out" in error.hint:  # says what there is, not what fits
+            return
+        if error.hint.startswith("no budget"):
+            other = replace(data.draw(budgets()), max_context=budget.max_context)
+            context = data.draw(st.none() | st.integers(1, budget.max_context))
+            other = replace(other, page_size=budget.page_size, context_tokens=context)
+            assert planned_or_none(footprint, hardware, other) is None
+            return
+        for way in error.hint.split(" or "):
+            kept = None if "another placement" in way else placement
+            planned(footprint, hardware, replace(budget, **changes_of(way)), kept)
+
+
+@pytest.mark.parametrize("vram_gib", [24.0, 60.0, 0.1, 1e-9])
+@pytest.mark.parametrize("free_gib", [4, 11])
+def test_a_gpu_side_in_ram_that_is_too_large_or_small_names_one_that_fits(
+    vram_gib: float, free_gib: int
+) -> None:
+    budget = Budget(max_context=32_768, vram_bytes=max(1, gib_to_bytes(vram_gib)))
+    hardware = without_gpu(ram_available_bytes=free_gib * GIB)
+    footprint = model(expert_bytes=600 * MIB)
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(footprint, hardware, budget)
+    one, other = caught.value.hint.split(", or ")
+    assert other == "leave out --vram-gb"
+    nearest = changes_of(one)["vram_bytes"]
+    assert nearest is not None
+    assert planned(footprint, hardware, replace(budget, vram_bytes=nearest))
+    assert planned(footprint, hardware, replace(budget, vram_bytes=None))
+    further = nearest + GIB // 5 if vram_gib > 4 else nearest - GIB // 5
+    assert planned_or_none(footprint, hardware, replace(budget, vram_bytes=further)) is None
+    if vram_gib > 4:
+        assert re.match(r"a GPU side of [\d.]+ GiB in RAM and one token's", caught.value.message)
+        assert "tokens of context" not in caught.value.message
+
+
+def test_where_no_option_alone_helps_several_are_named_that_do() -> None:
+    budget = Budget(max_context=32_768, vram_bytes=GIB, ram_bytes=100 * MIB)
+    footprint = model(expert_bytes=GIB)
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(footprint, machine(), budget)
+    assert caught.value.hint == "use --vram-gb 23.5 with --ram-gb 60.0"
+    planned(footprint, machine(), replace(budget, **changes_of(caught.value.hint)))
 
 
 def test_too_little_vram_names_the_numbers_and_the_nearest_plans() -> None:
@@ -443,7 +494,7 @@ def test_a_model_for_another_machine_has_no_way_out() -> None:
     huge = model(expert_bytes=40 * GIB)
     with pytest.raises(OutOfMemoryError) as caught:
         planned(huge, machine(), Budget(max_context=4096))
-    assert "no budget on this machine" in caught.value.hint
+    assert "no budget of the memory that is free" in caught.value.hint
 
 
 def test_a_context_beyond_the_models_is_an_error() -> None:

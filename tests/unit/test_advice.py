@@ -17,6 +17,7 @@ from fiddler.advice import (
     make,
     price_of_context,
     ways_to_go_faster,
+    ways_to_have_room,
 )
 from fiddler.config import EngineConfig
 from fiddler.models.shapes import load_shape
@@ -178,3 +179,37 @@ def test_deeper_contexts_decode_slower() -> None:
         for context in (512, 2048, 4096)
     ]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == 3
+
+
+# --- room for all requests ---
+
+AS_OPTIONS = {
+    "--context": ("max_model_len", int),
+    "--kv-dtype": ("kv_cache_dtype", str),
+    "--dtype": ("dtype", str),
+    "--vram-gb": ("vram_gb", float),
+}
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "flags"),
+    [
+        (64, {}, {"--kv-dtype"}),
+        (9, {"max_model_len": 8192}, {"--context", "--kv-dtype"}),
+        (45, {"vram_gb": 12.0, "dtype": "w4g128", "kv_cache_dtype": "int4"}, {"--vram-gb"}),
+        (4, {"max_model_len": 4096}, set()),
+        (None, {}, set()),
+    ],
+)
+def test_with_each_option_that_gives_room_nobody_waits(
+    batch: int | None, options: dict[str, Any], flags: set[str]
+) -> None:
+    made = make(case("qwen3-30b-a3b", max_num_seqs=batch, **options))
+    ways = [way.split() for way in ways_to_have_room(made)]
+    assert {flag for flag, _ in ways} == flags and len(ways) == len(flags)
+    for flag, value in ways:
+        field, as_type = AS_OPTIONS[flag]
+        after = make(made.case.asking(**{field: as_type(value)}))
+        assert after.speeds.rows == batch
+        tokens = int(value) if flag == "--context" else made.speeds.num_tokens
+        assert after.speeds.num_tokens == tokens

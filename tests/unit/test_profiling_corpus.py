@@ -52,8 +52,8 @@ def test_every_form_of_chat_file(tmp_path: Path, content: str, count: int) -> No
     ],
 )
 def test_what_is_no_text(tmp_path: Path, content: bytes, sentence: str) -> None:
-    for read in (read_text_corpus, read_chat_corpus):
-        with pytest.raises(ProfileError, match=sentence):
+    for read, kind in ((read_text_corpus, "text"), (read_chat_corpus, "chat")):
+        with pytest.raises(ProfileError, match=f"the {kind} file .* {sentence}"):
             read(write(tmp_path, content))
 
 
