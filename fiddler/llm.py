@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
+from fiddler.arguments import checked_arguments
 from fiddler.batch import Batch, CheckedPrompt
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.engine.request import LogitReader
@@ -113,63 +114,69 @@ class LLM:
     # --- generation ---
 
     @overload
-    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> RequestOutput: ...
+    def generate(
+        self, prompts: Prompt, sampling_params: SamplingParams | None = None
+    ) -> RequestOutput: ...
 
     @overload
     def generate(
         self,
         prompts: list[str] | list[list[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[RequestOutput]: ...
 
+    @checked_arguments
     def generate(
         self,
         prompts: Prompt | list[str] | list[list[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Complete one prompt or several; a prompt is a string or a list of token ids.
 
-        Several prompts run as one batch and come back in order. ``params`` may be one for all or
-        one each. ``on_progress(done, total)`` counts finished prompts. Raises PromptError for a
-        prompt that is empty or longer than the context, before any of them runs.
+        Several prompts run as one batch and come back in order. ``sampling_params`` may be one for
+        all or one each. ``on_progress(done, total)`` counts finished prompts. Raises PromptError
+        for a prompt that is empty or longer than the context, before any of them runs.
         """
         many: list[Any] = prompts if is_batch(prompts) else [prompts]
-        every = one_each(params, len(many))
+        every = one_each(sampling_params, len(many))
         checked = [self._check(prompt, p) for prompt, p in zip(many, every, strict=True)]
         results = self._batch.run([self._batch.add(prompt) for prompt in checked], on_progress)
         return results if is_batch(prompts) else results[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+    @checked_arguments
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TokenStream:
         """Complete one prompt, event by event; closing the stream cancels it."""
-        return self._batch.stream(self._batch.add(self._check(prompt, params)))
+        return self._batch.stream(self._batch.add(self._check(prompt, sampling_params)))
 
+    @checked_arguments
     def chat(
         self,
         messages: list[Message],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutput:
         """Answer a conversation: messages of ``role`` (system, user, assistant) and ``content``."""
         ids = self.apply_chat_template(messages, tools=tools, template_kwargs=template_kwargs)
-        return self.generate([ids], params)[0]  # a list, for a template may write nothing
+        return self.generate([ids], sampling_params)[0]  # a list, for a template may write nothing
 
+    @checked_arguments
     def stream_chat(
         self,
         messages: list[Message],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> TokenStream:
         """As :meth:`chat`, event by event."""
         ids = self.apply_chat_template(messages, tools=tools, template_kwargs=template_kwargs)
-        return self.stream(ids, params)
+        return self.stream(ids, sampling_params)
 
     def read_logits(self, prompts: list[list[int]], readers: Sequence[LogitReader]) -> None:
         """Compute prompts as one batch and show the predictions of each to its reader.

@@ -21,10 +21,17 @@ def one_each(
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, list | tuple):
-        raise ConfigError(f"params must be SamplingParams, not {type(params).__name__}")
+        raise _not_settings(params)
     if len(params) != count:
         raise ConfigError(f"{count} prompts came with {len(params)} sampling parameters")
     return params
+
+
+def _not_settings(given: object) -> ConfigError:
+    return ConfigError(
+        f"sampling_params must be SamplingParams, not {type(given).__name__}",
+        hint="the prompt comes first, then SamplingParams(max_tokens=64)",
+    )
 
 
 def token_ids(prompt: object) -> list[int]:
@@ -56,7 +63,7 @@ def check_params(params: object, *, vocab_size: int) -> None:
     if params is None:
         return
     if not isinstance(params, SamplingParams):
-        raise ConfigError(f"params must be SamplingParams, not {type(params).__name__}")
+        raise _not_settings(params)
     named = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
     for name, ids in named.items():
         if ids and max(ids) >= vocab_size:

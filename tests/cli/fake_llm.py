@@ -125,17 +125,19 @@ class FakeLLM:
         inside = "<think>\n" if "begun inside" in messages[-1]["content"] else ""
         return self.tokenizer.encode(" ".join(m["content"] for m in messages) + inside)
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> FakeStream:
-        return self._start(prompt, prompt, params, {})
+    def stream(self, prompt: str, sampling_params: SamplingParams | None = None) -> FakeStream:
+        return self._start(prompt, prompt, sampling_params, {})
 
     def stream_chat(
         self,
         messages: list[dict[str, Any]],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         template_kwargs: dict[str, Any] | None = None,
     ) -> FakeStream:
-        return self._start(messages, messages[-1]["content"], params, template_kwargs or {})
+        return self._start(
+            messages, messages[-1]["content"], sampling_params, template_kwargs or {}
+        )
 
     def close(self) -> None:
         self.is_closed = True
