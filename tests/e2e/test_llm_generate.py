@@ -70,6 +70,51 @@ def test_text_and_its_token_ids_are_the_same_prompt(llm: LLM) -> None:
     assert listed.text == from_ids.text
 
 
+def test_vllms_dicts_are_prompts(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(PROMPT)
+    wanted = llm.generate(PROMPT, greedy())
+    prompts = [
+        {"prompt": PROMPT},
+        {"prompt_token_ids": ids},
+        {"prompt": "x"} | {"prompt_token_ids": ids},
+    ]
+    for one, text in zip(prompts, (PROMPT, None, "x"), strict=True):
+        alone, [listed] = llm.generate(one, greedy()), llm.generate([one], greedy())
+        for found in (alone, listed):
+            assert (found.prompt, found.prompt_token_ids) == (text, ids)
+            assert found.text == wanted.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ({}, "the prompt of a dict is a text, not NoneType"),
+        ({"prompt": 5}, "is a text, not int"),
+        ({"prompt_token_ids": "abc"}, "a list of token ids, not str"),
+        ({"promt": "a"}, "no key 'promt'; did you mean 'prompt'"),
+        ({"prompt": "a", "multi_modal_data": {}}, "no key 'multi_modal_data'"),
+    ],
+    ids=str,
+)
+def test_a_dict_that_is_no_prompt_is_one_sentence(llm: LLM, prompt: Any, words: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        llm.generate(prompt)
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 600, [VOCAB_SIZE], {"promt": "a"}], ids=repr)
+def test_an_error_says_which_of_several_prompts_it_is_about(llm: LLM, bad: Any) -> None:
+    with pytest.raises(PromptError) as alone:
+        llm.generate(bad)
+    for index in range(3):
+        prompts = ["a", "b"]
+        prompts.insert(index, bad)
+        with pytest.raises(PromptError) as caught:
+            llm.generate(prompts)
+        assert caught.value.message == f"prompts[{index}]: {alone.value.message}"
+        assert caught.value.hint == alone.value.hint
+
+
 def test_the_callers_token_ids_are_left_alone(llm: LLM) -> None:
     ids = [5, 6, 7]
     result = llm.generate(ids, greedy())
