@@ -87,6 +87,8 @@ def _show(chat: "Chat", argument: str) -> None:
         "think": f"{chat.think}, {'shown' if chat.show_reasoning else 'hidden'}",
     }
     rows |= {name: repr(value) for name, value in params_to_json(chat.params).items()}
+    if chat.params.seed is None:
+        rows["seed"] = f"{chat.llm.config.seed}, by --seed: another draw for each answer"
     width = max(map(len, rows))
     for name, value in rows.items():
         click.echo(f"{name:<{width}}  {value}")
@@ -101,6 +103,7 @@ def _save(chat: "Chat", argument: str) -> None:
         revision=chat.llm.revision,
         conversation=chat.conversation,
         params=params_to_json(chat.params),
+        seed=chat.llm.config.seed,
     )
     save_chat(path, saved)
     chat.path = path

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from fiddler.config import EngineConfig
 from fiddler.errors import PromptError
 from fiddler.models.config import ModelConfig, WeightNames
 from fiddler.outputs import RunStats, TokenEvent
@@ -109,6 +110,7 @@ class FakeLLM:
 
     def __init__(self, **options: Any) -> None:
         self.options = options
+        self.config = EngineConfig(seed=options.get("seed", 0))
         self.asked: list[tuple[Any, SamplingParams, dict[str, Any]]] = []
         self.streams: list[FakeStream] = []
         self.is_closed = False

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_llm import FakeLLM
@@ -14,8 +15,8 @@ def chat() -> Chat:
     return new_chat()
 
 
-def new_chat(**settings: object) -> Chat:
-    llm = FakeLLM()
+def new_chat(**settings: Any) -> Chat:
+    llm = settings.pop("llm", None) or FakeLLM()
     defaults = llm.default_params()
     return Chat(llm=llm, params=defaults, defaults=defaults, **settings)  # type: ignore[arg-type]
 
@@ -124,6 +125,21 @@ def test_set_reaches_the_model_and_show_tells(
     assert shown["temperature"] == "0.0"
     assert shown["stop"] == "('END',)"
     assert shown["model"] == "fake"
+
+
+def test_the_seed_in_force_is_shown_and_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the chat can be had again: by the engine's seed, unless one was set."""
+    path = tmp_path / "chat.json"
+    for command, shown in (("/set top_k=0", "3, by --seed"), ("/set seed=7", "7")):
+        chat = new_chat(llm=FakeLLM(seed=3))
+        assert chat.run([command, "/show", "hello", f"/save {path}"])
+        out = capsys.readouterr().out.splitlines()
+        assert any(line.split(maxsplit=1)[0] == "seed" and shown in line for line in out)
+        record = json.loads(path.read_text())
+        assert record["seed"] == 3
+        assert record["params"]["seed"] == (7 if shown == "7" else None)
 
 
 # --- files ---

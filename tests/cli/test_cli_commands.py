@@ -152,9 +152,10 @@ def test_system_with_raw_is_misuse(fake: list[FakeLLM]) -> None:
 
 
 def test_json_is_one_object(fake: list[FakeLLM]) -> None:
-    code, out, _ = run("generate", "--json", "--max-tokens", "3", "ponder and go on")
+    code, out, _ = run("generate", "--json", "--seed", "5", "--max-tokens", "3", "ponder and go on")
     record = json.loads(out)
     assert code == 0
+    assert record["seed"] == 5
     assert record["finish_reason"] == "length"
     assert record["params"]["max_tokens"] == 3
     assert record["stats"]["output_tokens"] == 3
