@@ -8,6 +8,7 @@ import pytest
 from fake_llm import FakeLLM
 
 from fiddler.cli.chat_session import Chat
+from fiddler.cli.params_edit import SETTABLE
 
 
 @pytest.fixture
@@ -125,6 +126,15 @@ def test_set_reaches_the_model_and_show_tells(
     assert shown["temperature"] == "0.0"
     assert shown["stop"] == "('END',)"
     assert shown["model"] == "fake"
+
+
+def test_set_alone_lists_what_can_be_set(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat.run(["/set temperature 0.3", "/set"])
+    printed = capsys.readouterr()
+    assert "temperature = 0.3" in printed.err
+    rows = dict(line.split(maxsplit=1) for line in printed.out.splitlines())
+    assert tuple(rows) == SETTABLE
+    assert rows["temperature"] == "0.3"
 
 
 def test_the_seed_in_force_is_shown_and_saved(
