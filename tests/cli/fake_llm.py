@@ -106,6 +106,7 @@ class FakeLLM:
         gpu_side=GpuSide.CUDA,
         placement=Placement.of([(0, 1), (2,)]),
         popularity_name="profile of 4,417 tokens",
+        context_tokens=4096,
     )
 
     def __init__(self, **options: Any) -> None:
@@ -125,7 +126,11 @@ class FakeLLM:
         self, messages: list[dict[str, Any]], *, template_kwargs: dict[str, Any] | None = None
     ) -> list[int]:
         inside = "<think>\n" if "begun inside" in messages[-1]["content"] else ""
-        return self.tokenizer.encode(" ".join(m["content"] for m in messages) + inside)
+        said = " ".join(m["content"] for m in messages)
+        if "no Unicode" in said:
+            raise PromptError("the text is not valid Unicode", hint="check its encoding")
+        padding = 9000 * said.count("too long") + 1500 * said.count("half full")
+        return [0] * padding + self.tokenizer.encode(said + inside)
 
     def stream(self, prompt: str, sampling_params: SamplingParams | None = None) -> FakeStream:
         return self._start(prompt, prompt, sampling_params, {})
@@ -137,6 +142,8 @@ class FakeLLM:
         *,
         template_kwargs: dict[str, Any] | None = None,
     ) -> FakeStream:
+        if len(self.apply_chat_template(messages)) >= self.plan.context_tokens:
+            raise PromptError("the prompt is too long", hint="shorten it")
         return self._start(
             messages, messages[-1]["content"], sampling_params, template_kwargs or {}
         )

@@ -61,12 +61,32 @@ def test_an_error_costs_its_turn_only(
     assert chat.run(["still there?"])
 
 
-def test_a_file_too_long_for_the_context_can_be_dropped(chat: Chat, tmp_path: Path) -> None:
+def test_a_file_too_long_for_the_context_can_be_dropped(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     book = tmp_path / "book.txt"
     book.write_text("too long")
     assert not chat.run([f"/read {book}", "what is this?"])
+    assert "hint: /undo drops the file" in capsys.readouterr().err
     assert chat.run(["/undo", "hello"])
     assert contents(chat) == ["hello", "You said: hello"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "hint"),
+    [
+        (["too long"], "hint: this message alone is too long"),
+        (["hello", "too long"], "hint: this message alone is too long"),
+        (["half full", "half full"], "hint: /undo or /clear makes room"),
+        (["no Unicode"], "hint: check its encoding"),
+    ],
+    ids=str,
+)
+def test_a_prompt_that_cannot_run_says_what_would_help(
+    chat: Chat, capsys: pytest.CaptureFixture[str], turns: list[str], hint: str
+) -> None:
+    assert not chat.run(turns)
+    assert capsys.readouterr().err.count(hint) == 1
 
 
 def test_regen_answers_the_same_question(chat: Chat) -> None:
