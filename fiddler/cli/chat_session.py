@@ -116,7 +116,9 @@ class Chat:
     def _report(self, turn: Turn) -> None:
         self.last_stats = turn.stats
         self.totals = self.totals.plus(turn.stats)
-        show_finish(turn.finish_reason)
+        num_tokens = turn.stats.prompt_tokens + turn.stats.output_tokens
+        is_full = num_tokens >= self.llm.plan.context_tokens
+        show_finish(turn.finish_reason, is_context_full=is_full)
         if not self.is_quiet:
             note_stats(turn.stats)
         if self.is_interactive:

@@ -6,6 +6,7 @@ Its streams end, and can be closed, exactly as those of ``fiddler.llm.LLM``.
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +49,9 @@ class FakeTokenizer:
         return "".join(map(chr, ids))
 
 
+FULL = 3  # with this max_tokens the context ends as well
+
+
 class FakeStream:
     """Events of ``words``; after ``close`` one last event says "cancelled"."""
 
@@ -77,6 +81,8 @@ class FakeStream:
             time.sleep(delay_s)
             reason = "length" if count == limit else "stop" if count == len(words) else None
             stats = _stats(prompt_tokens, count)
+            if reason == "length" and limit == FULL:
+                stats = replace(stats, prompt_tokens=FakeLLM.plan.context_tokens - count)
             yield TokenEvent(word, count, finish_reason=reason, stats=stats)
             if reason:
                 return

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM
+from fake_llm import FULL, FakeLLM
 
 from fiddler.cli.chat_session import Chat
 from fiddler.cli.params_edit import SETTABLE
@@ -133,7 +133,16 @@ def test_an_answer_cut_at_max_tokens_says_so(
     chat.run(["/set max_tokens=2", "hello there friend"])
     assert contents(chat)[-1] == "You said: "
     assert chat.conversation.messages[-1].finish_reason == "length"
-    assert "cut at max_tokens" in capsys.readouterr().err
+    assert "cut at max_tokens; /set max_tokens=none" in (said := capsys.readouterr().err)
+    assert "context" not in said
+
+
+def test_an_answer_cut_at_the_end_of_the_context_says_so(
+    chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.run([f"/set max_tokens={FULL}", "hello there friend"])
+    assert "cut at the end of the context; /clear" in (said := capsys.readouterr().err)
+    assert "max_tokens;" not in said
 
 
 def test_set_reaches_the_model_and_show_tells(

@@ -209,6 +209,17 @@ def test_chat_takes_a_line_as_a_turn(fake: list[FakeLLM]) -> None:
     assert fake[0].is_closed
 
 
+def test_only_a_chats_answers_go_on_to_the_end_of_the_context(fake: list[FakeLLM]) -> None:
+    limits = []
+    for command, stdin in ((["generate", "hello"], None), (["chat"], "hello\n")):
+        for options in ([], ["--max-tokens", "9"]):
+            assert run(*command, *options, stdin=stdin)[0] == 0
+            limits.append(fake[-1].asked[0][1].max_tokens)
+    assert limits == [512, 9, None, 9]
+    for command in ("generate", "chat"):
+        assert ("[default: 512]" in run(command, "--help")[1]) == (command == "generate")
+
+
 def test_chat_on_a_pipe_fails_if_a_turn_failed(fake: list[FakeLLM]) -> None:
     code, out, err = run("chat", "-q", stdin="too long\nhello\n")
     assert (code, out) == (1, "You said: hello\n")
