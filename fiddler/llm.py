@@ -6,6 +6,7 @@ statistics) inside ``LLM.generate`` (results). Any number of threads may call: s
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -54,7 +55,8 @@ class LLM:
         on_progress: Progress | None = None,
         **options: Any,
     ) -> None:
-        self.config = EngineConfig(model=_name(model), **options)
+        name = os.fspath(model) if isinstance(model, os.PathLike) else model
+        self.config = EngineConfig(model=name, **options)
         loaded = load_model(self.config, on_progress)
         self._files = loaded.files
         self._plan = loaded.plan
@@ -199,12 +201,10 @@ class LLM:
 
         A list of conversations gives a list of results, as with :meth:`generate`.
         """
-
-        def prompt(chat: list[Message]) -> list[int]:
-            return self.apply_chat_template(chat, tools=tools, template_kwargs=template_kwargs)
-
+        kwargs: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
+        to_prompt = functools.partial(self.apply_chat_template, **kwargs)
         is_many = is_batch_of_chats(messages)
-        return self._run("messages", messages, is_many, sampling_params, prompt)
+        return self._run("messages", messages, is_many, sampling_params, to_prompt)
 
     @checked_arguments
     def stream_chat(
@@ -298,7 +298,3 @@ class LLM:
         if params.stop:
             self.tokenizer  # noqa: B018  stop strings need text: refuse now, not at the first token
         return CheckedPrompt(text, ids, params)
-
-
-def _name(model: str | os.PathLike[str]) -> str:
-    return os.fspath(model) if isinstance(model, os.PathLike) else model
