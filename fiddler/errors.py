@@ -10,18 +10,30 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_HINT = "hint: "
 
 
 class FiddlerError(Exception):
     """Base of all errors a user can cause or cure.
 
-    ``hint`` is one more sentence with the next step, or an empty string.
+    ``hint`` is one more sentence with the next step, or an empty string. A traceback ends with it.
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    @property
+    def hint(self) -> str:
+        """What to do next."""
+        return self._hint
+
+    @hint.setter
+    def hint(self, hint: str) -> None:
+        self._hint = hint
+        others = [note for note in getattr(self, "__notes__", ()) if not note.startswith(_HINT)]
+        self.__notes__ = [*others, f"{_HINT}{hint}"] if hint else others
 
 
 class ConfigError(FiddlerError, ValueError):

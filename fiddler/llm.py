@@ -5,11 +5,14 @@ statistics) inside ``LLM.generate`` (results). Any number of threads may call: s
 :mod:`fiddler.batch`.
 """
 
+import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
+from fiddler.arguments import checked_arguments
 from fiddler.batch import Batch, CheckedPrompt
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.engine.request import LogitReader
@@ -18,7 +21,17 @@ from fiddler.loading import LoadedModel, Progress, load_model
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
 from fiddler.outputs import RequestOutput
-from fiddler.prompts import Prompt, check_params, check_prompt, is_batch, one_each, token_ids
+from fiddler.prompts import (
+    Prompt,
+    Prompts,
+    check_params,
+    check_prompt,
+    is_batch,
+    is_batch_of_chats,
+    named,
+    one_each,
+    text_and_ids,
+)
 from fiddler.sampling_params import SamplingParams
 from fiddler.stream import TokenStream
 from fiddler.text.tokenizer import Tokenizer
@@ -42,7 +55,8 @@ class LLM:
         on_progress: Progress | None = None,
         **options: Any,
     ) -> None:
-        self.config = EngineConfig(model=_name(model), **options)
+        name = os.fspath(model) if isinstance(model, os.PathLike) else model
+        self.config = EngineConfig(model=name, **options)
         loaded = load_model(self.config, on_progress)
         self._files = loaded.files
         self._plan = loaded.plan
@@ -81,6 +95,10 @@ class LLM:
             )
         return self._files.tokenizer
 
+    def get_tokenizer(self) -> Tokenizer:
+        """``tokenizer``, by vLLM's name; it encodes and decodes, templates are applied here."""
+        return self.tokenizer
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the model can chat."""
@@ -113,63 +131,93 @@ class LLM:
     # --- generation ---
 
     @overload
-    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> RequestOutput: ...
+    def generate(
+        self, prompts: Prompt, sampling_params: SamplingParams | None = None
+    ) -> RequestOutput: ...
 
     @overload
     def generate(
         self,
-        prompts: list[str] | list[list[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[RequestOutput]: ...
 
+    @checked_arguments
     def generate(
         self,
-        prompts: Prompt | list[str] | list[list[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
-        """Complete one prompt or several; a prompt is a string or a list of token ids.
+        """Complete one prompt, which gives one result, or a list of them, which gives a list.
 
-        Several prompts run as one batch and come back in order. ``params`` may be one for all or
-        one each. ``on_progress(done, total)`` counts finished prompts. Raises PromptError for a
-        prompt that is empty or longer than the context, before any of them runs.
+        vLLM gives a list in either case. A prompt is a string, a list of token ids, or a dict of
+        ``prompt`` or ``prompt_token_ids``. Several run as one batch and come back in order.
+        ``sampling_params`` may be one for all or one each. ``on_progress(done, total)`` counts
+        finished prompts. Raises PromptError for a prompt that is empty or longer than the context,
+        before any of them runs.
         """
-        many: list[Any] = prompts if is_batch(prompts) else [prompts]
-        every = one_each(params, len(many))
-        checked = [self._check(prompt, p) for prompt, p in zip(many, every, strict=True)]
-        results = self._batch.run([self._batch.add(prompt) for prompt in checked], on_progress)
-        return results if is_batch(prompts) else results[0]
+        is_many = is_batch(prompts)
+        return self._run("prompts", prompts, is_many, sampling_params, on_progress=on_progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+    @checked_arguments
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TokenStream:
         """Complete one prompt, event by event; closing the stream cancels it."""
-        return self._batch.stream(self._batch.add(self._check(prompt, params)))
+        return self._batch.stream(self._batch.add(self._check(prompt, sampling_params)))
 
+    @overload
     def chat(
         self,
         messages: list[Message],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
-    ) -> RequestOutput:
-        """Answer a conversation: messages of ``role`` (system, user, assistant) and ``content``."""
-        ids = self.apply_chat_template(messages, tools=tools, template_kwargs=template_kwargs)
-        return self.generate([ids], params)[0]  # a list, for a template may write nothing
+    ) -> RequestOutput: ...
 
+    @overload
+    def chat(
+        self,
+        messages: list[list[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[Any] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]: ...
+
+    @checked_arguments
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[Any] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer a conversation: messages of ``role`` (system, user, assistant) and ``content``.
+
+        A list of conversations gives a list of results, as with :meth:`generate`.
+        """
+        kwargs: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
+        to_prompt = functools.partial(self.apply_chat_template, **kwargs)
+        is_many = is_batch_of_chats(messages)
+        return self._run("messages", messages, is_many, sampling_params, to_prompt)
+
+    @checked_arguments
     def stream_chat(
         self,
         messages: list[Message],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> TokenStream:
         """As :meth:`chat`, event by event."""
         ids = self.apply_chat_template(messages, tools=tools, template_kwargs=template_kwargs)
-        return self.stream(ids, params)
+        return self.stream(ids, sampling_params)
 
     def read_logits(self, prompts: list[list[int]], readers: Sequence[LogitReader]) -> None:
         """Compute prompts as one batch and show the predictions of each to its reader.
@@ -220,18 +268,33 @@ class LLM:
     def _running(self) -> LoadedModel:
         return self._batch.running
 
+    def _run(
+        self,
+        name: str,
+        asked: Any,
+        is_many: bool,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        to_prompt: Callable[[Any], Prompt] = lambda prompt: prompt,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Run what was asked as one batch; an error says which of many, elements of ``name``."""
+        many = asked if is_many else [asked]
+        checked = []
+        for index, params in enumerate(one_each(sampling_params, len(many))):
+            with named(f"{name}[{index}]") if is_many else contextlib.nullcontext():
+                checked.append(self._check(to_prompt(many[index]), params))
+        results = self._batch.run([self._batch.add(prompt) for prompt in checked], on_progress)
+        return results if is_many else results[0]
+
     def _check(self, prompt: Prompt, params: SamplingParams | None) -> CheckedPrompt:
         """Check one prompt and complete its settings; nothing is queued yet."""
         vocab_size = self.model_config.vocab_size
         check_params(params, vocab_size=vocab_size)
         params = (params or SamplingParams()).with_defaults(self._files.generation_config)
-        text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
+        text, ids = text_and_ids(prompt)
+        if ids is None:
+            ids = self.tokenizer.encode(text or "")
         check_prompt(ids, context_tokens=self.plan.context_tokens, vocab_size=vocab_size)
         if params.stop:
             self.tokenizer  # noqa: B018  stop strings need text: refuse now, not at the first token
         return CheckedPrompt(text, ids, params)
-
-
-def _name(model: str | os.PathLike[str]) -> str:
-    return os.fspath(model) if isinstance(model, os.PathLike) else model

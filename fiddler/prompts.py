@@ -1,17 +1,35 @@
 """What may be asked of a model: prompts and settings, checked before anything is queued."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
-from fiddler.errors import ConfigError, PromptError
+from fiddler.errors import ConfigError, FiddlerError, PromptError, nearest
 from fiddler.sampling_params import SamplingParams
 
-Prompt = str | list[int]
+Prompt = str | list[int] | dict[str, Any]  # a dict: prompt or prompt_token_ids, or both
+Prompts = list[str] | list[list[int]] | list[dict[str, Any]] | list[Prompt]
+
+_KEYS = ("prompt", "prompt_token_ids")
 
 
 def is_batch(prompts: object) -> TypeGuard[list[Any]]:
     """Whether these are several prompts; a list of numbers is one prompt of token ids."""
     return isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
+
+
+def is_batch_of_chats(messages: object) -> TypeGuard[list[list[dict[str, Any]]]]:
+    """Whether these are several conversations; a list of dicts is one."""
+    return isinstance(messages, list) and bool(messages) and isinstance(messages[0], list)
+
+
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """Begin the sentence of an error with which of several prompts it is about."""
+    try:
+        yield
+    except FiddlerError as error:
+        raise type(error)(f"{what}: {error.message}", hint=error.hint) from error
 
 
 def one_each(
@@ -21,13 +39,38 @@ def one_each(
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, list | tuple):
-        raise ConfigError(f"params must be SamplingParams, not {type(params).__name__}")
+        raise _not_settings(params)
     if len(params) != count:
         raise ConfigError(f"{count} prompts came with {len(params)} sampling parameters")
     return params
 
 
-def token_ids(prompt: object) -> list[int]:
+def _not_settings(given: object) -> ConfigError:
+    return ConfigError(
+        f"sampling_params must be SamplingParams, not {type(given).__name__}",
+        hint="the prompt comes first, then SamplingParams(max_tokens=64)",
+    )
+
+
+def text_and_ids(prompt: object) -> tuple[str | None, list[int] | None]:
+    """Return what a prompt gives of the two, at least one; PromptError if it is none."""
+    if isinstance(prompt, str):
+        return prompt, None
+    if not isinstance(prompt, dict):
+        return None, _token_ids(prompt)
+    for key in prompt:
+        if key not in _KEYS:
+            raise PromptError(
+                f"a prompt has no key {key!r}{nearest(str(key), _KEYS)}",
+                hint=f"its keys are {' and '.join(_KEYS)}",
+            )
+    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if ids is None and not isinstance(text, str):
+        raise PromptError(f"the prompt of a dict is a text, not {type(text).__name__}")
+    return text, None if ids is None else _token_ids(ids)
+
+
+def _token_ids(prompt: object) -> list[int]:
     """Return a copy of a prompt of token ids; PromptError for anything else."""
     if not isinstance(prompt, list) or not all(isinstance(token, int) for token in prompt):
         raise PromptError(
@@ -56,7 +99,7 @@ def check_params(params: object, *, vocab_size: int) -> None:
     if params is None:
         return
     if not isinstance(params, SamplingParams):
-        raise ConfigError(f"params must be SamplingParams, not {type(params).__name__}")
+        raise _not_settings(params)
     named = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
     for name, ids in named.items():
         if ids and max(ids) >= vocab_size:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,9 +47,11 @@ _COLUMNS = (
 _LEFT = {"model", "routing", "test"}
 
 
-def render(records: Sequence[Record], form: str) -> str:
-    """``records``, at least one, as ``md``, ``json`` or ``csv``."""
-    return {"md": markdown, "json": as_json, "csv": as_csv}[form](records)
+def render(records: Sequence[Record], form: str, *, width: int = sys.maxsize) -> str:
+    """``records``, at least one, as ``md``, ``json`` or ``csv``; ``width`` is for people."""
+    if form == "md":
+        return markdown(records, width=width)
+    return {"json": as_json, "csv": as_csv}[form](records)
 
 
 def as_json(records: Sequence[Record]) -> str:
@@ -68,9 +71,9 @@ def as_csv(records: Sequence[Record]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def markdown(records: Sequence[Record]) -> str:
+def markdown(records: Sequence[Record], *, width: int = sys.maxsize) -> str:
     """A table, and below it what the limits were computed from."""
-    table = markdown_table(*cells(records), left=_LEFT)
+    table = markdown_table(*cells(records), left=_LEFT, width=width)
     off = [record["prediction_off"] for record in records if record["prediction_off"]]
     return "\n".join([*table, "", *off, _peaks_line(records[0]), _build_line(records[0])])
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fiddler.cli.console import note
+from fiddler.cli.console import note, output_width
 from fiddler.cli.options import COUNT, Decorator, some_engine_options
 from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.progress import progress_bars
@@ -188,7 +188,7 @@ def command(
         subject=subject, peaks=peaks, routing=routing, build=build_commit(), rates=rates
     )
     records = [record_of(runs, setting, wrong) for runs, wrong in measured]
-    click.echo(render(records, output))
+    click.echo(render(records, output, width=output_width()))
     if html is not None:
         _write_page(html, setting, [runs for runs, _ in measured], records)
 

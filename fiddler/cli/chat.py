@@ -45,7 +45,7 @@ def command(
     with silent_keyboard():
         opened = session.open_llm(model=model, must_chat=True, **engine)
     with contextlib.closing(opened) as llm:
-        defaults = llm.default_params()
+        defaults = replace(llm.default_params(), max_tokens=None)
         chat = Chat(
             llm=llm,
             defaults=defaults,
@@ -63,6 +63,16 @@ def command(
             chat.run(typed_turns(TABLE, keep_history=not no_history))
         elif not chat.run(piped_turns()):
             ctx.exit(1)
+
+
+def _describe_max_tokens() -> None:
+    """An answer to a chat ends by itself, or by Ctrl-C: a limit cuts models that think."""
+    [option] = [o for o in command.params if o.name == "max_tokens"]
+    assert isinstance(option, click.Option)
+    option.help = "Longest answer.  [default: to the end of the context]"
+
+
+_describe_max_tokens()
 
 
 def _greet(llm: session.ChatModel) -> None:

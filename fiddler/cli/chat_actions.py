@@ -12,7 +12,7 @@ from fiddler.cli.chat_commands import SET_CHOICES, SlashCommand, help_lines
 from fiddler.cli.chat_file import SavedChat, load_chat, save_chat
 from fiddler.cli.console import note
 from fiddler.cli.expert_heatmap import heatmap_lines
-from fiddler.cli.params_edit import edit_params, params_to_json
+from fiddler.cli.params_edit import assignment, edit_params, params_to_json
 from fiddler.cli.stats_line import folded, stats_line
 from fiddler.errors import ConfigError
 from fiddler.prompts import check_params
@@ -70,10 +70,13 @@ def _system(chat: "Chat", argument: str) -> None:
 
 
 def _set(chat: "Chat", argument: str) -> None:
+    if not argument:
+        _print_rows(_settings(chat))
+        return
     edited = edit_params(chat.params, argument, chat.defaults)
     check_params(edited, vocab_size=chat.llm.model_config.vocab_size)
     chat.params = edited
-    name = argument.partition("=")[0].strip()
+    name, _ = assignment(argument)
     note(f"{name} = {getattr(chat.params, name)!r}")
 
 
@@ -86,7 +89,18 @@ def _show(chat: "Chat", argument: str) -> None:
         "files read": str(len(chat.conversation.attached)),
         "think": f"{chat.think}, {'shown' if chat.show_reasoning else 'hidden'}",
     }
-    rows |= {name: repr(value) for name, value in params_to_json(chat.params).items()}
+    _print_rows(rows | _settings(chat))
+
+
+def _settings(chat: "Chat") -> dict[str, str]:
+    """The parameters in force, as they are shown."""
+    rows = {name: repr(value) for name, value in params_to_json(chat.params).items()}
+    if chat.params.seed is None:
+        rows["seed"] = f"{chat.llm.config.seed}, by --seed: another draw for each answer"
+    return rows
+
+
+def _print_rows(rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         click.echo(f"{name:<{width}}  {value}")
@@ -101,6 +115,7 @@ def _save(chat: "Chat", argument: str) -> None:
         revision=chat.llm.revision,
         conversation=chat.conversation,
         params=params_to_json(chat.params),
+        seed=chat.llm.config.seed,
     )
     save_chat(path, saved)
     chat.path = path
@@ -166,13 +181,15 @@ def _turns(chat: "Chat") -> str:
 
 
 TABLE: tuple[SlashCommand["Chat"], ...] = (
-    SlashCommand("help", "", "this list", _help),
-    SlashCommand("exit", "", "leave", _exit),
+    SlashCommand("help", "", "this list", _help, aliases=("h", "?")),
+    SlashCommand("exit", "", "leave", _exit, aliases=("quit", "q")),
     SlashCommand("clear", "", "begin a new conversation", _clear),
     SlashCommand("regen", "", "answer the last message again", _regen),
     SlashCommand("undo", "", "drop the last exchange, or a file just read", _undo),
     SlashCommand("system", "[TEXT]", "set the system prompt, or remove it", _system),
-    SlashCommand("set", "NAME=VALUE", "set a parameter; 'default' resets it", _set, SET_CHOICES),
+    SlashCommand(
+        "set", "[NAME=VALUE]", "set a parameter ('default': reset), or list", _set, SET_CHOICES
+    ),
     SlashCommand("show", "", "the parameters in force", _show),
     SlashCommand("save", "[FILE]", "save the conversation", _save, takes_path=True),
     SlashCommand("load", "FILE", "go on with a saved conversation", _load, takes_path=True),

@@ -28,6 +28,7 @@ class SlashCommand(Generic[C]):
     run: Callable[[C, str], None]
     choices: tuple[str, ...] = ()
     takes_path: bool = False
+    aliases: tuple[str, ...] = ()  # found, but neither listed nor completed
 
     @property
     def usage(self) -> str:
@@ -43,7 +44,7 @@ def parse_command(text: str) -> tuple[str, str] | None:
 
 def find_command(name: str, table: Iterable[SlashCommand[C]]) -> SlashCommand[C]:
     """The command called ``name``; :class:`ConfigError` offers the nearest."""
-    by_name = {command.name: command for command in table}
+    by_name = {name: command for command in table for name in (command.name, *command.aliases)}
     if name not in by_name:
         close = nearest(name, by_name).replace("'", "").replace("mean ", "mean /")
         raise ConfigError(

@@ -21,12 +21,16 @@ class ChatFileError(FiddlerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedChat:
-    """What a file holds; ``params`` are fields of ``SamplingParams``, checked."""
+    """What a file holds; ``params`` are fields of ``SamplingParams``, checked.
+
+    ``seed`` is the engine's, which decides where ``params`` have none; None in older files.
+    """
 
     model: str
     revision: str | None
     conversation: Conversation
     params: dict[str, Any]
+    seed: int | None = None
 
 
 # --- text ---
@@ -40,6 +44,7 @@ def to_json(chat: SavedChat) -> str:
         "version": VERSION,
         "model": chat.model,
         "revision": chat.revision,
+        "seed": chat.seed,
         "params": chat.params,
         "messages": [_record(message) for message in [*system, *conversation.messages]],
     }
@@ -65,11 +70,15 @@ def from_json(text: str) -> SavedChat:
     model, revision = record.get("model"), record.get("revision")
     if not isinstance(model, str) or not isinstance(revision, str | None):
         raise ChatFileError("a damaged chat: its model is missing")
+    seed = record.get("seed")
+    if not isinstance(seed, int | None):
+        raise ChatFileError("a damaged chat: its seed is no number")
     return SavedChat(
         model=model,
         revision=revision,
         conversation=_conversation(record.get("messages")),
         params=_params(record.get("params")),
+        seed=seed,
     )
 
 

@@ -1,7 +1,7 @@
 """A running chat: takes turns and commands, and keeps what was said."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,7 @@ class Chat:
             begins_inside = opens_reasoning(self.llm, messages, thinking)
             turn = self._stream(messages, thinking, begins_inside)
         except PromptError as error:
-            hint = "/undo or /clear makes room; --context N at the start allows more"
-            raise PromptError(error.message, hint=hint) from error
+            raise PromptError(error.message, hint=self._cure(asked) or error.hint) from error
         if not turn.text:
             note("(nothing was written; the message is not kept)")
             return
@@ -85,6 +84,25 @@ class Chat:
         text = f"{OPEN_TAG}\n{turn.text}" if begins_inside else turn.text
         self.conversation = asked.answered(text, turn.finish_reason)
         self._report(turn)
+
+    def _cure(self, asked: Conversation) -> str:
+        """What makes room for ``asked``; nothing if that is not what it lacks."""
+        allows = "--context N at the start allows more"
+        if self._fits(asked):
+            return ""
+        if self._fits(replace(asked, messages=asked.messages[-1:])):
+            return f"/undo or /clear makes room; {allows}"
+        if self.conversation.attached:
+            return f"/undo drops the file that was read; {allows}"
+        return f"this message alone is too long: shorten it; {allows}"
+
+    def _fits(self, asked: Conversation) -> bool:
+        thinking = ENABLE_THINKING[self.think]
+        try:
+            ids = self.llm.apply_chat_template(asked.for_model(), template_kwargs=thinking)
+        except PromptError:  # it is no text, however long
+            return True
+        return len(ids) < self.llm.plan.context_tokens
 
     def _stream(
         self, messages: list[dict[str, str]], thinking: dict[str, Any], begins_inside: bool
@@ -98,7 +116,9 @@ class Chat:
     def _report(self, turn: Turn) -> None:
         self.last_stats = turn.stats
         self.totals = self.totals.plus(turn.stats)
-        show_finish(turn.finish_reason)
+        num_tokens = turn.stats.prompt_tokens + turn.stats.output_tokens
+        is_full = num_tokens >= self.llm.plan.context_tokens
+        show_finish(turn.finish_reason, is_context_full=is_full)
         if not self.is_quiet:
             note_stats(turn.stats)
         if self.is_interactive:

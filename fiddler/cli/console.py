@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -33,6 +34,23 @@ def note(text: str) -> None:
 def error_width() -> int:
     """Columns for a line on standard error: the terminal's, or no limit where there is none."""
     return shutil.get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
+
+
+def output_width() -> int:
+    """As :func:`error_width`, for standard output."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def wrapped(label: str, text: str, width: int) -> list[str]:
+    """``text`` behind ``label`` in lines of ``width``, broken at blanks; a longer word stays."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def printable(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fiddler.cli.console import output_width, wrapped
 from fiddler.cli.errors import ISA_VARIABLE
 
 if TYPE_CHECKING:
@@ -69,14 +70,20 @@ def facts_rows(facts: "Facts") -> dict[str, str]:
 def _print(rows: dict[str, str], problems: "list[Problem]") -> None:
     width = max(map(len, rows))
     for name, text in rows.items():
-        click.echo(f"{name:<{width}}  {text}")
+        _echo(f"{name:<{width}}  ", text)
     if not problems:
         click.echo("\nno problems found")
     for problem in problems:
-        click.echo(f"\n{'problem' if problem.is_fatal else 'warning'}: {problem.what}")
+        click.echo()
+        _echo(f"{'problem' if problem.is_fatal else 'warning'}: ", problem.what)
         if problem.effect:
-            click.echo(f"  effect: {problem.effect}")
-        click.echo(f"  do: {problem.todo}")
+            _echo("  effect: ", problem.effect)
+        _echo("  do: ", problem.todo)
+
+
+def _echo(label: str, text: str) -> None:
+    for line in wrapped(label, text, output_width()):
+        click.echo(line)
 
 
 def _cuda(facts: "Facts") -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from fiddler.cli import session
+from fiddler.cli.console import output_width
 from fiddler.cli.option_types import Whole
 from fiddler.cli.options import COUNT, engine_options, model_argument
 from fiddler.cli.progress import Progress, progress_bars
@@ -103,7 +104,7 @@ def command(
         prepared=prepared,
         results=results,
     )
-    click.echo(render(evaluation, output))
+    click.echo(render(evaluation, output, width=output_width()))
 
 
 def _read(path: Path | None) -> tuple[str, str]:

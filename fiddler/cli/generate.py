@@ -100,6 +100,7 @@ def _record(
     return {
         "model": llm.model_name,
         "revision": llm.revision,
+        "seed": llm.config.seed,  # decides where params have none
         "prompt": prompt,
         "text": turn.answer,
         "reasoning": turn.reasoning,

@@ -1,6 +1,7 @@
-"""``/set name=value``: text to sampling parameters, by each field's own type."""
+"""``/set name=value`` or ``name value``: text to sampling parameters, by each field's own type."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
@@ -12,19 +13,26 @@ from fiddler.sampling_params import SamplingParams
 NOT_IN_CHAT = {"n", "logprobs", "prompt_logprobs", "routed_experts"}
 SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name not in NOT_IN_CHAT)
 RESET = "default"
+_ASSIGNMENT = re.compile(r"\s*([^\s=]+)\s*(?:=|\s)(.*)", re.DOTALL)
 
 
 def edit_params(params: SamplingParams, text: str, defaults: SamplingParams) -> SamplingParams:
     """Return ``params`` with ``name=value`` applied; the value ``default`` takes ``defaults``' own.
 
-    Raises :class:`ConfigError` for a missing ``=``, an unknown name or a value that does not fit.
+    Raises :class:`ConfigError` for a missing value, an unknown name or a value that does not fit.
     """
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not name:
-        raise ConfigError("say what to set as name=value", hint="for example /set temperature=0.7")
+    name, value = assignment(text)
     reject_unknown("parameter", [name], SETTABLE)
     parsed = getattr(defaults, name) if value == RESET else _parse(name, value)
     return replace(params, **{name: parsed})
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """Name and value of ``name=value`` or ``name value``."""
+    match = _ASSIGNMENT.fullmatch(text)
+    if match is None:
+        raise ConfigError("say what to set as name=value", hint="for example /set temperature=0.7")
+    return match[1], match[2].strip()
 
 
 def params_to_json(params: SamplingParams) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """An evaluation's figures as JSON, whose keys docs/evaluation.md lists, and as a table."""
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -61,9 +62,9 @@ class Evaluation:
     results: Results
 
 
-def render(evaluation: Evaluation, form: str) -> str:
-    """``evaluation`` as ``md`` or ``json``."""
-    return {"md": markdown, "json": as_json}[form](evaluation)
+def render(evaluation: Evaluation, form: str, *, width: int = sys.maxsize) -> str:
+    """``evaluation`` as ``md``, for a terminal of ``width`` columns, or ``json``."""
+    return markdown(evaluation, width=width) if form == "md" else as_json(evaluation)
 
 
 def as_json(evaluation: Evaluation) -> str:
@@ -130,7 +131,7 @@ def _accuracy_record(accuracy: Accuracy) -> Record:
     }
 
 
-def markdown(evaluation: Evaluation) -> str:
+def markdown(evaluation: Evaluation, *, width: int = sys.maxsize) -> str:
     """A table with the reference's row first, and below it what was read."""
     results = evaluation.results
     rows = [_run_cells(results.run)]
@@ -141,7 +142,7 @@ def markdown(evaluation: Evaluation) -> str:
         rows[-1] |= _accuracy_cells(results.accuracy)
     headings = list(rows[-1])
     cells = [[row.get(heading, "") for heading in headings] for row in rows]
-    table = markdown_table(headings, cells, left={"model", "dtype", "experts", "KV"})
+    table = markdown_table(headings, cells, left={"model", "dtype", "experts", "KV"}, width=width)
     return "\n".join([*table, "", *_lines_below(evaluation)])
 
 

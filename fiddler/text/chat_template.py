@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from fiddler.errors import CheckpointError, PromptError, TemplateError
+from fiddler.text.messages import as_templates_want
 from fiddler.text.model_files import read_json_object, read_text, special_tokens
 
 if TYPE_CHECKING:
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
 TIME_LIMIT_S = 5.0  # of CPU; a chat of 1,000 messages renders in about 0.02 s
 MAX_PROMPT_CHARS = 50_000_000  # ten times a prompt of a million tokens
-
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -52,8 +51,9 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt; ``kwargs`` such as ``enable_thinking`` are variables of the template.
 
-        Raises :class:`PromptError` for messages that are no plain JSON data or none at all, and
-        :class:`TemplateError` if the template refuses them, fails, or tries to leave its sandbox.
+        Raises :class:`PromptError` for messages that are none, no plain JSON data or without role
+        and content, and :class:`TemplateError` if the template refuses them, fails, or tries to
+        leave its sandbox.
         """
         if not messages:
             raise PromptError("the conversation has no messages")
@@ -61,7 +61,7 @@ class ChatTemplate:
             "documents": None,
             **self._special_tokens,
             **_plain_data("template argument", kwargs),
-            "messages": [_message(m) for m in _plain_data("message", list(messages))],
+            "messages": as_templates_want(_plain_data("message", list(messages))),
             "tools": _plain_data("tool", None if tools is None else list(tools)),
             "add_generation_prompt": add_generation_prompt,
         }
@@ -126,17 +126,6 @@ def _plain_data(what: str, value: Any) -> Any:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"a {what} is not plain JSON data: {error}") from error
-
-
-def _message(message: object) -> dict[str, Any]:
-    """Drop keys without a value, and give reasoning the names that templates look for."""
-    if not isinstance(message, dict):
-        raise PromptError(f"a message must be a dict with role and content, not {message!r}")
-    given = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((given[key] for key in _REASONING_KEYS if key in given), None)
-    if reasoning is None:
-        return given
-    return {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 def _join_bounded(pieces: Iterable[str]) -> str:

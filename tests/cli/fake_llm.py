@@ -6,9 +6,11 @@ Its streams end, and can be closed, exactly as those of ``fiddler.llm.LLM``.
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+from fiddler.config import EngineConfig
 from fiddler.errors import PromptError
 from fiddler.models.config import ModelConfig, WeightNames
 from fiddler.outputs import RunStats, TokenEvent
@@ -47,6 +49,9 @@ class FakeTokenizer:
         return "".join(map(chr, ids))
 
 
+FULL = 3  # with this max_tokens the context ends as well
+
+
 class FakeStream:
     """Events of ``words``; after ``close`` one last event says "cancelled"."""
 
@@ -76,6 +81,8 @@ class FakeStream:
             time.sleep(delay_s)
             reason = "length" if count == limit else "stop" if count == len(words) else None
             stats = _stats(prompt_tokens, count)
+            if reason == "length" and limit == FULL:
+                stats = replace(stats, prompt_tokens=FakeLLM.plan.context_tokens - count)
             yield TokenEvent(word, count, finish_reason=reason, stats=stats)
             if reason:
                 return
@@ -105,10 +112,12 @@ class FakeLLM:
         gpu_side=GpuSide.CUDA,
         placement=Placement.of([(0, 1), (2,)]),
         popularity_name="profile of 4,417 tokens",
+        context_tokens=4096,
     )
 
     def __init__(self, **options: Any) -> None:
         self.options = options
+        self.config = EngineConfig(seed=options.get("seed", 0))
         self.asked: list[tuple[Any, SamplingParams, dict[str, Any]]] = []
         self.streams: list[FakeStream] = []
         self.is_closed = False
@@ -123,19 +132,27 @@ class FakeLLM:
         self, messages: list[dict[str, Any]], *, template_kwargs: dict[str, Any] | None = None
     ) -> list[int]:
         inside = "<think>\n" if "begun inside" in messages[-1]["content"] else ""
-        return self.tokenizer.encode(" ".join(m["content"] for m in messages) + inside)
+        said = " ".join(m["content"] for m in messages)
+        if "no Unicode" in said:
+            raise PromptError("the text is not valid Unicode", hint="check its encoding")
+        padding = 9000 * said.count("too long") + 1500 * said.count("half full")
+        return [0] * padding + self.tokenizer.encode(said + inside)
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> FakeStream:
-        return self._start(prompt, prompt, params, {})
+    def stream(self, prompt: str, sampling_params: SamplingParams | None = None) -> FakeStream:
+        return self._start(prompt, prompt, sampling_params, {})
 
     def stream_chat(
         self,
         messages: list[dict[str, Any]],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         template_kwargs: dict[str, Any] | None = None,
     ) -> FakeStream:
-        return self._start(messages, messages[-1]["content"], params, template_kwargs or {})
+        if len(self.apply_chat_template(messages)) >= self.plan.context_tokens:
+            raise PromptError("the prompt is too long", hint="shorten it")
+        return self._start(
+            messages, messages[-1]["content"], sampling_params, template_kwargs or {}
+        )
 
     def close(self) -> None:
         self.is_closed = True

@@ -216,6 +216,16 @@ def test_markdown_is_a_table_on_stdout_and_progress_is_not() -> None:
 
 
 @pytest.mark.usefixtures("known_peaks")
+def test_a_narrow_terminal_gets_a_record_for_each_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fiddler.cli.bench.output_width", lambda: 80)
+    done = run(*SMALL)
+    assert done.exit_code == 0, done.output
+    names = [line.split()[0] for line in done.stdout.splitlines() if line]
+    assert names.count("test") == names.count("t/s") == done.stderr.count(" tok/s") > 0
+    assert "|" not in done.stdout
+
+
+@pytest.mark.usefixtures("known_peaks")
 def test_a_timeline_of_two_steps(tmp_path: Path) -> None:
     path = tmp_path / "steps.json"
     done = run(*SMALL, "--routing", "uniform", "--trace", str(path))

@@ -52,7 +52,29 @@ def test_every_command_is_found_with_any_argument(name: str, argument: str) -> N
     assert find_command(parsed[0], TABLE).name == name
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("exi", "exit"), ("sav", "save"), ("clera", "clear")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("/quit", "exit"), ("/q", "exit"), ("/?", "help"), ("/h", "help")]
+)
+def test_other_programs_names_are_found(typed: str, meant: str) -> None:
+    parsed = parse_command(typed)
+    assert parsed is not None
+    assert find_command(parsed[0], TABLE).name == meant
+
+
+def test_no_two_commands_share_a_name() -> None:
+    names = [name for command in TABLE for name in (command.name, *command.aliases)]
+    assert len(names) == len(set(names))
+
+
+def test_an_unknown_command_points_to_the_list() -> None:
+    with pytest.raises(ConfigError, match="no command /zzz") as caught:
+        find_command("zzz", TABLE)
+    assert caught.value.hint.startswith("/help lists them")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("exi", "exit"), ("sav", "save"), ("qiut", "quit"), ("clera", "clear")]
+)
 def test_the_nearest_command_is_offered(typed: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"no command /{typed}; did you mean /{meant}"):
         find_command(typed, TABLE)

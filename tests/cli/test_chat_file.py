@@ -47,12 +47,13 @@ def chats(draw: st.DrawFn) -> SavedChat:
         revision=draw(st.none() | words),
         conversation=conversation,
         params=params_to_json(params),
+        seed=draw(st.none() | st.integers()),
     )
 
 
 def small_chat(answer: str = "hello") -> SavedChat:
     conversation = Conversation(system="be brief").ask("hi").answered(answer, "stop")
-    return SavedChat(model="m", revision=None, conversation=conversation, params={})
+    return SavedChat(model="m", revision=None, conversation=conversation, params={}, seed=3)
 
 
 @given(chat=chats())
@@ -66,6 +67,7 @@ def test_the_file_is_what_is_documented() -> None:
         "version": 1,
         "model": "m",
         "revision": None,
+        "seed": 3,
         "params": {},
         "messages": [
             {"role": "system", "content": "be brief"},
@@ -91,7 +93,10 @@ json_values = st.recursive(
 )
 
 
-@given(field=st.sampled_from(["version", "model", "revision", "params", "messages"]), v=json_values)
+@given(
+    field=st.sampled_from(["version", "model", "revision", "seed", "params", "messages"]),
+    v=json_values,
+)
 def test_any_foreign_value_is_refused_or_read(field: str, v: object) -> None:
     record = json.loads(to_json(small_chat()))
     record[field] = v
@@ -110,6 +115,7 @@ def test_any_foreign_value_is_refused_or_read(field: str, v: object) -> None:
         ({"params": {"temperature": "hot"}}, "temperature must be a number"),
         ({"params": {"max_tokens": 1.5}}, "max_tokens must be a whole number"),
         ({"params": {"top_p": 7}}, "top_p must be"),
+        ({"seed": "x"}, "its seed is no number"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "in turn"),
         ({"messages": [{"role": "tool", "content": "hi"}]}, "role 'tool'"),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1"),
@@ -120,6 +126,12 @@ def test_what_is_wrong_is_named(change: dict[str, object], said: str) -> None:
     record = json.loads(to_json(small_chat())) | change
     with pytest.raises(ChatFileError, match=said.replace("?", r"\?")):
         from_json(json.dumps(record))
+
+
+def test_a_file_without_a_seed_is_read() -> None:
+    record = json.loads(to_json(small_chat()))
+    del record["seed"]
+    assert from_json(json.dumps(record)).seed is None
 
 
 def test_deep_nesting_is_no_crash() -> None:

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_llm import FakeLLM
+from fake_llm import FULL, FakeLLM
 
 from fiddler.cli.chat_session import Chat
+from fiddler.cli.params_edit import SETTABLE
 
 
 @pytest.fixture
@@ -14,8 +16,8 @@ def chat() -> Chat:
     return new_chat()
 
 
-def new_chat(**settings: object) -> Chat:
-    llm = FakeLLM()
+def new_chat(**settings: Any) -> Chat:
+    llm = settings.pop("llm", None) or FakeLLM()
     defaults = llm.default_params()
     return Chat(llm=llm, params=defaults, defaults=defaults, **settings)  # type: ignore[arg-type]
 
@@ -59,12 +61,32 @@ def test_an_error_costs_its_turn_only(
     assert chat.run(["still there?"])
 
 
-def test_a_file_too_long_for_the_context_can_be_dropped(chat: Chat, tmp_path: Path) -> None:
+def test_a_file_too_long_for_the_context_can_be_dropped(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     book = tmp_path / "book.txt"
     book.write_text("too long")
     assert not chat.run([f"/read {book}", "what is this?"])
+    assert "hint: /undo drops the file" in capsys.readouterr().err
     assert chat.run(["/undo", "hello"])
     assert contents(chat) == ["hello", "You said: hello"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "hint"),
+    [
+        (["too long"], "hint: this message alone is too long"),
+        (["hello", "too long"], "hint: this message alone is too long"),
+        (["half full", "half full"], "hint: /undo or /clear makes room"),
+        (["no Unicode"], "hint: check its encoding"),
+    ],
+    ids=str,
+)
+def test_a_prompt_that_cannot_run_says_what_would_help(
+    chat: Chat, capsys: pytest.CaptureFixture[str], turns: list[str], hint: str
+) -> None:
+    assert not chat.run(turns)
+    assert capsys.readouterr().err.count(hint) == 1
 
 
 def test_regen_answers_the_same_question(chat: Chat) -> None:
@@ -111,7 +133,16 @@ def test_an_answer_cut_at_max_tokens_says_so(
     chat.run(["/set max_tokens=2", "hello there friend"])
     assert contents(chat)[-1] == "You said: "
     assert chat.conversation.messages[-1].finish_reason == "length"
-    assert "cut at max_tokens" in capsys.readouterr().err
+    assert "cut at max_tokens; /set max_tokens=none" in (said := capsys.readouterr().err)
+    assert "context" not in said
+
+
+def test_an_answer_cut_at_the_end_of_the_context_says_so(
+    chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.run([f"/set max_tokens={FULL}", "hello there friend"])
+    assert "cut at the end of the context; /clear" in (said := capsys.readouterr().err)
+    assert "max_tokens;" not in said
 
 
 def test_set_reaches_the_model_and_show_tells(
@@ -124,6 +155,30 @@ def test_set_reaches_the_model_and_show_tells(
     assert shown["temperature"] == "0.0"
     assert shown["stop"] == "('END',)"
     assert shown["model"] == "fake"
+
+
+def test_set_alone_lists_what_can_be_set(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat.run(["/set temperature 0.3", "/set"])
+    printed = capsys.readouterr()
+    assert "temperature = 0.3" in printed.err
+    rows = dict(line.split(maxsplit=1) for line in printed.out.splitlines())
+    assert tuple(rows) == SETTABLE
+    assert rows["temperature"] == "0.3"
+
+
+def test_the_seed_in_force_is_shown_and_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the chat can be had again: by the engine's seed, unless one was set."""
+    path = tmp_path / "chat.json"
+    for command, shown in (("/set top_k=0", "3, by --seed"), ("/set seed=7", "7")):
+        chat = new_chat(llm=FakeLLM(seed=3))
+        assert chat.run([command, "/show", "hello", f"/save {path}"])
+        out = capsys.readouterr().out.splitlines()
+        assert any(line.split(maxsplit=1)[0] == "seed" and shown in line for line in out)
+        record = json.loads(path.read_text())
+        assert record["seed"] == 3
+        assert record["params"]["seed"] == (7 if shown == "7" else None)
 
 
 # --- files ---

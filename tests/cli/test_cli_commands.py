@@ -251,9 +251,10 @@ def test_system_with_raw_is_misuse(fake: list[FakeLLM]) -> None:
 
 
 def test_json_is_one_object(fake: list[FakeLLM]) -> None:
-    code, out, _ = run("generate", "--json", "--max-tokens", "3", "ponder and go on")
+    code, out, _ = run("generate", "--json", "--seed", "5", "--max-tokens", "3", "ponder and go on")
     record = json.loads(out)
     assert code == 0
+    assert record["seed"] == 5
     assert record["finish_reason"] == "length"
     assert record["params"]["max_tokens"] == 3
     assert record["stats"]["output_tokens"] == 3
@@ -305,6 +306,17 @@ def test_chat_takes_a_line_as_a_turn(fake: list[FakeLLM]) -> None:
     assert "\x1b" not in out + err
     assert fake[0].asked[1][1].temperature == 0
     assert fake[0].is_closed
+
+
+def test_only_a_chats_answers_go_on_to_the_end_of_the_context(fake: list[FakeLLM]) -> None:
+    limits = []
+    for command, stdin in ((["generate", "hello"], None), (["chat"], "hello\n")):
+        for options in ([], ["--max-tokens", "9"]):
+            assert run(*command, *options, stdin=stdin)[0] == 0
+            limits.append(fake[-1].asked[0][1].max_tokens)
+    assert limits == [512, 9, None, 9]
+    for command in ("generate", "chat"):
+        assert ("[default: 512]" in run(command, "--help")[1]) == (command == "generate")
 
 
 def test_chat_on_a_pipe_fails_if_a_turn_failed(fake: list[FakeLLM]) -> None:

@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from terminal import terminal
 
 from fiddler.cli import cli, doctor_facts
+from fiddler.cli.console import wrapped
 from fiddler.cli.doctor import facts_rows
 from fiddler.cli.doctor_checks import execution_path, find_problems
 from fiddler.cli.doctor_facts import PACKAGES, Facts, collect
@@ -341,6 +345,28 @@ def test_doctor_prints_a_table() -> None:
     result = CliRunner().invoke(cli, ["doctor"])
     assert "RAM  " in result.stdout
     assert "path  " in result.stdout
+
+
+texts = st.lists(st.text("abc-/.,", min_size=1, max_size=12), min_size=1).map(" ".join)
+
+
+@given(label=st.text("xy: ", min_size=1, max_size=9), text=texts, width=st.integers(10, 80))
+def test_lines_break_between_words(label: str, text: str, width: int) -> None:
+    first, *others = wrapped(label, text, width)
+    lines = [first.removeprefix(label), *(line.removeprefix(" " * len(label)) for line in others)]
+    assert " ".join(lines) == text
+    for line in lines:
+        assert len(label) + len(line) <= width or " " not in line
+
+
+def test_doctor_keeps_to_the_columns_of_a_terminal(tmp_path: Path) -> None:
+    """But for paths, which are words however long they are."""
+    with terminal([sys.executable, "-m", "fiddler", "doctor"], tmp_path, COLUMNS="50") as doctor:
+        doctor.exit_code()
+        lines = doctor.transcript.splitlines()
+    assert any(line.startswith("packages ") for line in lines)
+    for line in lines:
+        assert len(line) <= 50 or len(line.split()) <= 2, line
 
 
 def test_the_hand_off_is_named_and_what_hinders_a_faster_one() -> None:

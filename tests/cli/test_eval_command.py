@@ -51,6 +51,18 @@ def test_json_has_all_keys_and_is_the_same_twice(text: Path, cache: Path) -> Non
     assert not list(cache.iterdir())
 
 
+def test_a_narrow_terminal_gets_a_record_for_each_run(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fiddler.cli.eval.output_width", lambda: 60)
+    folder = shared_tiny("mixtral")
+    done = run(folder, "--text", text, *OPTIONS, "--max-tokens", 100, "--against", folder)
+    assert done.exit_code == 0, done.output
+    names = [line.split()[0] for line in done.stdout.splitlines() if line]
+    assert (names.count("model"), names.count("perplexity"), names.count("same")) == (2, 2, 1)
+    assert "|" not in done.stdout
+
+
 def test_the_table_has_the_reference_above_the_model(text: Path) -> None:
     folder = shared_tiny("mixtral")
     done = run(folder, "--text", text, *OPTIONS, "--max-tokens", 100, "--against", folder)

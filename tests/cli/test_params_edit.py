@@ -41,8 +41,9 @@ def test_every_settable_field_is_tested() -> None:
 def test_a_value_written_as_json_is_set(data: st.DataObject, name: str) -> None:
     value = data.draw(VALUES[name])
     unlimited = dataclasses.replace(DEFAULTS, max_tokens=None)  # allows any min_tokens
-    edited = edit_params(unlimited, f"{name} = {json.dumps(value)}", DEFAULTS)
-    assert edited == dataclasses.replace(unlimited, **{name: value})
+    for between in (" = ", "=", " ", "  "):
+        edited = edit_params(unlimited, f"{name}{between}{json.dumps(value)}", DEFAULTS)
+        assert edited == dataclasses.replace(unlimited, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,8 @@ def test_a_value_written_as_json_is_set(data: st.DataObject, name: str) -> None:
     [
         ("stop=END", "stop", ("END",)),
         ("stop=a=b", "stop", ("a=b",)),
+        ("stop a=b", "stop", ("a=b",)),
+        ("temperature 0.3", "temperature", 0.3),
         ("stop_token_ids=1, 2", "stop_token_ids", (1, 2)),
         ("ignore_eos=on", "ignore_eos", True),
         ("max_tokens=none", "max_tokens", None),

@@ -1,5 +1,6 @@
 """``LLM.chat``: messages become the template's prompt, and templates are not trusted."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,34 @@ def test_chat_completes_the_rendered_prompt(llm: LLM) -> None:
 def test_stream_chat_is_the_same_in_pieces(llm: LLM) -> None:
     events = list(llm.stream_chat(MESSAGES, GREEDY))
     assert "".join(event.text for event in events) == llm.chat(MESSAGES, GREEDY).text
+
+
+def test_several_conversations_are_answered_in_order(llm: LLM) -> None:
+    chats = [MESSAGES, MESSAGES[1:], [{"role": "user", "content": "x"}]]
+    each = [replace(GREEDY, max_tokens=n) for n in (3, 7, 5)]
+    for params in (GREEDY, each):
+        found = llm.chat(chats, params)
+        alone = [
+            llm.chat(c, params[i] if isinstance(params, list) else params)
+            for i, c in enumerate(chats)
+        ]
+        assert [r.prompt_token_ids for r in found] == [r.prompt_token_ids for r in alone]
+        assert [r.outputs[0].token_ids for r in found] == [r.outputs[0].token_ids for r in alone]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ([], "messages[1]: the conversation has no messages"),
+        ([{"role": "user"}], "messages[1]: message 1 has no content"),
+        ([{"role": "user", "content": "x" * 650}], "messages[1]: the prompt has"),
+    ],
+    ids=["empty", "no content", "long"],
+)
+def test_an_error_says_which_conversation_it_is_about(llm: LLM, bad: Any, words: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        llm.chat([MESSAGES, bad])
+    assert caught.value.message.startswith(words)
 
 
 def test_the_template_gets_tools_and_arguments(folder: Path) -> None:

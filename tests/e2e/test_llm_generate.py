@@ -70,6 +70,51 @@ def test_text_and_its_token_ids_are_the_same_prompt(llm: LLM) -> None:
     assert listed.text == from_ids.text
 
 
+def test_vllms_dicts_are_prompts(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(PROMPT)
+    wanted = llm.generate(PROMPT, greedy())
+    prompts = [
+        {"prompt": PROMPT},
+        {"prompt_token_ids": ids},
+        {"prompt": "x"} | {"prompt_token_ids": ids},
+    ]
+    for one, text in zip(prompts, (PROMPT, None, "x"), strict=True):
+        alone, [listed] = llm.generate(one, greedy()), llm.generate([one], greedy())
+        for found in (alone, listed):
+            assert (found.prompt, found.prompt_token_ids) == (text, ids)
+            assert found.text == wanted.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ({}, "the prompt of a dict is a text, not NoneType"),
+        ({"prompt": 5}, "is a text, not int"),
+        ({"prompt_token_ids": "abc"}, "a list of token ids, not str"),
+        ({"promt": "a"}, "no key 'promt'; did you mean 'prompt'"),
+        ({"prompt": "a", "multi_modal_data": {}}, "no key 'multi_modal_data'"),
+    ],
+    ids=str,
+)
+def test_a_dict_that_is_no_prompt_is_one_sentence(llm: LLM, prompt: Any, words: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        llm.generate(prompt)
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 600, [VOCAB_SIZE], {"promt": "a"}], ids=repr)
+def test_an_error_says_which_of_several_prompts_it_is_about(llm: LLM, bad: Any) -> None:
+    with pytest.raises(PromptError) as alone:
+        llm.generate(bad)
+    for index in range(3):
+        prompts = ["a", "b"]
+        prompts.insert(index, bad)
+        with pytest.raises(PromptError) as caught:
+            llm.generate(prompts)
+        assert caught.value.message == f"prompts[{index}]: {alone.value.message}"
+        assert caught.value.hint == alone.value.hint
+
+
 def test_the_callers_token_ids_are_left_alone(llm: LLM) -> None:
     ids = [5, 6, 7]
     result = llm.generate(ids, greedy())
@@ -273,8 +318,8 @@ def test_a_bad_prompt_is_one_sentence_and_nothing_is_queued(
     [
         ([], "2 prompts came with 0 sampling parameters"),
         ([SamplingParams()] * 3, "2 prompts came with 3 sampling parameters"),
-        ({"temperature": 0}, "params must be SamplingParams, not dict"),
-        ([SamplingParams(), 3], "params must be SamplingParams, not int"),
+        ({"temperature": 0}, "sampling_params must be SamplingParams, not dict"),
+        ([SamplingParams(), 3], "sampling_params must be SamplingParams, not int"),
         (SamplingParams(logit_bias={264: 1.0}), "logit_bias names token 264"),
         (SamplingParams(stop_token_ids=[3, 999]), "stop_token_ids names token 999"),
     ],
@@ -284,6 +329,48 @@ def test_bad_parameters_are_one_sentence(llm: LLM, params: Any, words: str) -> N
     with pytest.raises(ConfigError) as caught:
         llm.generate(["a", "b"], params)
     assert words in caught.value.message
+
+
+def test_settings_are_given_by_place_or_by_vllms_name(llm: LLM) -> None:
+    few, messages = greedy(max_tokens=2), [{"role": "user", "content": "a"}]
+    asked = llm.generate("a", few), llm.generate("a", sampling_params=few)
+    assert asked[0].text == asked[1].text
+    assert llm.generate(["a"], sampling_params=[few])[0].text == asked[0].text
+    chats = llm.chat(messages, few), llm.chat(messages, sampling_params=few)
+    assert chats[0].text == chats[1].text
+    for events in (
+        llm.stream("a", sampling_params=few),
+        llm.stream_chat(messages, sampling_params=few),
+    ):
+        assert len(list(events)) == len(list(llm.stream("a", few)))
+
+
+@pytest.mark.parametrize("method", ["generate", "stream", "chat", "stream_chat"])
+@pytest.mark.parametrize(
+    ("wrong", "words", "hint"),
+    [
+        ({"max_tokens": 3}, "takes no 'max_tokens'", "SamplingParams(max_tokens=3)"),
+        ({"max_new_tokens": 3}, "takes no 'max_new_tokens'", "SamplingParams(max_tokens=3)"),
+        ({"sampling_param": 3}, "did you mean 'sampling_params'", "it takes"),
+        ({"colour": 3}, "takes no 'colour'", "it takes"),
+    ],
+    ids=str,
+)
+def test_an_argument_that_is_not_taken_says_where_it_belongs(
+    llm: LLM, method: str, wrong: dict[str, Any], words: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        getattr(llm, method)([{"role": "user", "content": "a"}], **wrong)
+    assert caught.value.message.startswith(f"{method}() ") and words in caught.value.message
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("arguments", [(), ("a", greedy(), 3), (greedy(), "a"), ("a", 0.5)])
+def test_arguments_in_the_wrong_place_are_one_sentence(llm: LLM, arguments: Any) -> None:
+    for method in (llm.generate, llm.stream):
+        with pytest.raises(ConfigError) as caught:
+            method(*arguments)
+        assert caught.value.hint
 
 
 def test_a_list_of_parameters_for_one_prompt_has_one_element(llm: LLM) -> None:

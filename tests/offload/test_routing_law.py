@@ -52,6 +52,7 @@ def test_a_wrong_spelling_gets_the_nearest_form(text: str, nearest: str) -> None
 
 
 def test_what_is_near_nothing_still_gets_the_list() -> None:
-    with pytest.raises(ConfigError, match=r"unknown routing 'xyz'$") as caught:
+    with pytest.raises(ConfigError) as caught:
         parse_law("xyz")
+    assert caught.value.message == "unknown routing 'xyz'"
     assert "zipf:S" in caught.value.hint

@@ -288,6 +288,9 @@ CONVERSATIONS: dict[str, list[Message]] = {
             ],
         },
     ],
-    "parts": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}],
-    "no content": [{"role": "assistant"}, {"role": "user", "content": "still there?"}],
+    "no content": [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "done"},
+    ],
 }

@@ -1,5 +1,7 @@
 """Errors for people: unknown names, engine options out of range, and what all errors share."""
 
+import pickle
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,17 @@ def test_every_error_is_a_fiddler_error_with_message_and_hint() -> None:
         assert isinstance(error, FiddlerError)
         assert (str(error), error.message, error.hint) == ("it broke", "it broke", "mend it")
         assert kind("it broke").hint == ""
+
+
+def test_a_traceback_ends_with_message_and_hint() -> None:
+    error = ConfigError("it broke", hint="mend it")
+    error.add_note("at noon")
+    for hint, told in (("mend it", ["at noon", "hint: mend it"]), ("", ["at noon"])):
+        error.hint = hint  # a caller may know better
+        for one in (error, pickle.loads(pickle.dumps(error))):
+            lines = "".join(traceback.format_exception_only(one)).splitlines()
+            assert lines[0] == "fiddler.errors.ConfigError: it broke"
+            assert sorted(lines[1:]) == told
 
 
 def test_errors_of_arguments_are_value_errors_too() -> None:

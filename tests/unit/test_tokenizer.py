@@ -162,8 +162,9 @@ def test_training_settings_in_the_file_do_not_cut_prompts(tmp_path: Path) -> Non
 
 
 def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json$"):
+    with pytest.raises(CheckpointError) as nothing:
         Tokenizer.from_folder(tmp_path)
+    assert nothing.value.message.endswith("has no tokenizer.json")
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(CheckpointError, match=r"only tokenizer\.model, which .*") as failure:
         Tokenizer.from_folder(tmp_path)
