@@ -19,7 +19,8 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 LEAST_ROWS = 16  # tokens are padded to these: a tile of AMX
-# Rows of weights that a piece is a multiple of: few sizes, since oneDNN prepares each new one.
+# Rows of weights that a piece is a multiple of: whole tiles, and few sizes, since oneDNN prepares
+# each new one.
 STEP = 32
 # What a row of weights costs beside its products, in tokens: read, and laid out anew by oneDNN.
 READ_COST = 32

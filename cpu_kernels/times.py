@@ -165,7 +165,7 @@ def _medians(calls: list[Callable[[], None]], budget_s: float) -> tuple[float, .
     """The median seconds of each call, taken in turn."""
     end = time.perf_counter() + budget_s
     for call in calls:
-        call()  # oneDNN prepares a product for each new size
+        call()  # a matrix library prepares a product for each new size
     times: list[list[float]] = [[] for _ in calls]
     for n in range(ROUNDS):
         if n and time.perf_counter() > end:

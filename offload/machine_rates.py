@@ -126,7 +126,7 @@ class MachineRates:
         return seconds
 
     def switch_over(self, codes: str, activations: str, expert_bytes: int) -> int | None:
-        """From how many tokens on the matrix library is faster, of the nearest measured size."""
+        """From how many tokens on tiles of them are faster, of the nearest measured size."""
         curves = [c for c in self._curves(codes, activations) if c.table.handed_s is not None]
         if not curves:
             return None

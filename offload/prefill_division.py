@@ -15,7 +15,7 @@ BANK_S = 1.5e-4  # Python's launches for a bank
 class PrefillCosts:
     """``copy_s``: seconds of the link per expert. ``expert_s(tokens)``: of the CPU.
 
-    ``hand_over``: from how many tokens on the CPU leaves an expert to the matrix library.
+    ``hand_over``: from how many tokens on the CPU computes an expert in tiles of many tokens.
     """
 
     copy_s: float
@@ -23,7 +23,7 @@ class PrefillCosts:
     hand_over: int | None
 
     def hands_over(self, num_tokens: int) -> bool:
-        """Whether the CPU leaves an expert with so many tokens to the matrix library."""
+        """Whether the CPU computes an expert with so many tokens in tiles of them."""
         return self.hand_over is not None and num_tokens >= self.hand_over
 
 

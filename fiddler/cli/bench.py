@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fiddler.cli.console import note, output_width
-from fiddler.cli.options import COUNT, Decorator, some_engine_options
+from fiddler.cli.options import COUNT, Decorator, model_argument, some_engine_options
 from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.progress import progress_bars
 from fiddler.config import BUILTIN, EngineConfig
@@ -78,12 +78,7 @@ def counts_option(*names: str, default: str, least: int, help: str) -> Decorator
 
 
 @click.command()
-@click.option(
-    "-m",
-    "--model",
-    metavar="MODEL",
-    help="'builtin', a folder, or ORG/NAME[@REVISION] on the hub.  [default: builtin]",
-)
+@model_argument(is_needed=False)
 @click.option("--shape", metavar="NAME", help="A named shape with seeded weights instead.")
 @counts_option("-p", "--n-prompt", default="512", least=0, help="Read a prompt of N tokens.")
 @counts_option("-n", "--n-gen", default="128", least=0, help="Write N tokens.")
@@ -145,7 +140,9 @@ def command(
     html: Path | None,
     engine: dict[str, Any],
 ) -> None:
-    """Measure how fast a model reads and writes, beside what the machine could give.
+    """Measure how fast MODEL reads and writes, beside what the machine could give.
+
+    It is 'builtin', which is the default, a folder, or ORG/NAME[@REVISION] on the hub.
 
     Tests are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128, pp512+tg128 does
     both, "@ d4096" behind 4,096 others. -p 0 or -n 0 leaves one kind out. "t/s" is the median of
@@ -164,7 +161,7 @@ def command(
     from offload.routing_law import parse_law
 
     if model and shape:
-        raise click.UsageError("give either --model or --shape, not both")
+        raise click.UsageError("give either MODEL or --shape NAME, not both")
     reject_unknown("shape", [shape] if shape else [], SHAPES)
     law = parse_law(routing)
     if trace_path is not None and not trace_path.parent.is_dir():

@@ -16,7 +16,7 @@ from fiddler.config import BUILTIN
 @reasoning_options
 @click.option("--no-history", is_flag=True, help="Do not keep what is typed for later chats.")
 @click.option("-q", "--quiet", is_flag=True, help="No statistics after an answer.")
-@sampling_options
+@sampling_options(longest="to the end of the context")
 @engine_options
 @click.pass_context
 def command(
@@ -63,16 +63,6 @@ def command(
             chat.run(typed_turns(TABLE, keep_history=not no_history))
         elif not chat.run(piped_turns()):
             ctx.exit(1)
-
-
-def _describe_max_tokens() -> None:
-    """An answer to a chat ends by itself, or by Ctrl-C: a limit cuts models that think."""
-    [option] = [o for o in command.params if o.name == "max_tokens"]
-    assert isinstance(option, click.Option)
-    option.help = "Longest answer.  [default: to the end of the context]"
-
-
-_describe_max_tokens()
 
 
 def _greet(llm: session.ChatModel) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @reasoning_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
 @click.option("-q", "--quiet", is_flag=True, help="No statistics.")
-@sampling_options
+@sampling_options()
 @engine_options
 @click.pass_context
 def command(

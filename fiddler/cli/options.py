@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -227,9 +227,13 @@ def some_engine_options(*fields: str) -> Decorator:
     return _gathered("engine", tuple(o for o in ENGINE_OPTIONS if o.field in fields))
 
 
-def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the sampling options; ``command`` gets those given as ``sampling``, a dict."""
-    return _gathered("sampling", SAMPLING_OPTIONS)(command)
+def sampling_options(*, longest: str = "512") -> Decorator:
+    """Add the sampling options; the command gets those given as ``sampling``, a dict.
+
+    ``longest`` says how long an answer may be unasked.
+    """
+    first, *rest = SAMPLING_OPTIONS
+    return _gathered("sampling", (replace(first, default=longest), *rest))
 
 
 def _gathered(argument: str, options: tuple[Shared, ...]) -> Decorator:

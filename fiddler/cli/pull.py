@@ -2,9 +2,11 @@
 
 import click
 
+from fiddler.cli.options import model_argument
+
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option("--revision", metavar="REV", help="Branch, tag or commit.")
 @click.option("--token", metavar="TOKEN", help="Access token of the hub; default: HF_TOKEN.")
 @click.option("--offline", is_flag=True, help="Only check that everything is already here.")

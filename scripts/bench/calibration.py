@@ -3,10 +3,10 @@
     python -m scripts.bench.calibration [--threads N]
 
 Measures the table that ``fiddler calibrate`` keeps of bf16 experts with bf16 activations, for which
-there are two implementations, own kernels and oneDNN; then both at numbers of tokens that the table
-has not. What the table chooses there should be within a tenth of the better one, and all of them
-together 1.3 times as fast as the worse of always the one and always the other. Writes
-build/bench-calibration.json.
+there are two implementations, row by row and in tiles of many tokens; then both at numbers of
+tokens that the table has not. What the table chooses there should be within a tenth of the better
+one, and all of them together 1.3 times as fast as the worse of always the one and always the other.
+Writes build/bench-calibration.json.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def rows_of(known: TimeTable, held_out: TimeTable) -> list[Row]:
         is_handed = first is not None and count >= first
         chosen_s.append(handed_s if is_handed else own_s)
         best_s = min(own_s, handed_s)
-        name = f"M = {count}, {'oneDNN' if is_handed else 'own kernels'} by the table"
+        name = f"M = {count}, {'in tiles' if is_handed else 'row by row'}, by the table"
         ratio = chosen_s[-1] / best_s
         rows.append(at_most(name, chosen_s[-1] * 1e3, "ms", best_s * 1e3, ratio, MOST_OVER))
     worst_s, total_s = max(sum(held_out.own_s), sum(held_out.handed_s)), sum(chosen_s)
@@ -75,7 +75,7 @@ def main() -> None:
     known, held_out = measure(num_threads, size)
     print(host_isa().summary(), file=sys.stderr)
     print(f"bf16/bf16, {size.hidden} x {size.width}, {num_threads} workers")
-    print(f"oneDNN from M = {known.switch_over()} on, by the table")
+    print(f"in tiles from M = {known.switch_over()} on, by the table")
     rows = rows_of(known, held_out)
     print(table(rows))
     write(rows, OUTPUT)

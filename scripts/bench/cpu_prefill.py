@@ -1,73 +1,68 @@
-"""CPU experts with many tokens: ms and GFLOP/s of each kernel, and from where torch is faster.
+"""CPU experts with many tokens: ms and GFLOP/s of each kernel, and which is the fastest.
 
     python -m scripts.bench.cpu_prefill [--threads N] [--tokens 16,64] [--shapes qwen3-30b-a3b]
 
 Prints a table per shape and writes build/bench-cpu-prefill.json. A layer call has the experts that
 a token of the shape chooses, all with M tokens, and each call takes others, so that the weights
-come from memory. "handed over" is torch's product of the same bf16/bf16 experts, taken in turn with
-the own kernel. Medians of up to five calls.
+come from memory. "tiles" and "torch" are the two ways to compute bf16/bf16 experts of many tokens,
+each taken in turn with the kernel that goes row by row. Medians of up to five calls.
 """
 
 import argparse
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 from cpu_kernels.arena import Arena
 from cpu_kernels.compiled import kernels
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.isa import host_isa
 from cpu_kernels.kernel_paths import Activations
-from cpu_kernels.times import TimeTable, measure_times
+from cpu_kernels.times import measure_times
 from cpu_kernels.weight_kind import parse_kind
 from scripts.bench.cpu_arena import SHAPES, Shape, fill_experts
 from scripts.bench.rows import Row, at_least, at_most, write
 
-KINDS: tuple[tuple[str, Activations], ...] = (
-    *(("bf16", "f32"), ("bf16", "bf16")),
-    *(("w8g128", "int8"), ("w4g128", "int8")),
+KINDS: tuple[tuple[str, Activations, str], ...] = (
+    *(("bf16", "f32", ""), ("bf16", "bf16", "torch"), ("bf16", "bf16", "tiles")),
+    *(("w8g128", "int8", ""), ("w4g128", "int8", "")),
 )
-HANDED = "handed over"
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 BUDGET_S = 5.0  # for one shape and kind; the 8 tables took 35 s on 16 cores
 LEAST_RATE = 0.8  # of a kernel's best GFLOP/s, at any M
 OUTPUT = Path("build/bench-cpu-prefill.json")
+Columns = dict[str, tuple[float, ...]]
 
 
-def shape_tables(
+def shape_columns(
     pool: ExpertPool, arena: Arena, shape: Shape, tokens: tuple[int, ...], budget_s: float
-) -> list[TimeTable]:
-    tables = []
-    for weights, activations in KINDS:
+) -> Columns:
+    """Seconds by kernel, for the numbers of tokens."""
+    found: Columns = {}
+    for weights, activations, many in KINDS:
         experts, _ = fill_experts(arena, shape, parse_kind(weights))
-        table = measure_times(
-            pool,
-            experts,
-            activations,
-            tokens=tokens,
-            routed=shape.routed,
-            budget_s=budget_s,
-        )
-        tables.append(table)
-        print(f"{shape.name}, {table.kernel}: measured", file=sys.stderr)
-    return tables
-
-
-def columns(tables: list[TimeTable]) -> dict[str, tuple[float, ...]]:
-    """Seconds by implementation, for the numbers of tokens of the tables."""
-    found = {table.kernel: table.own_s for table in tables}
-    for table in tables:
+        with mock.patch("cpu_kernels.hand_over.may_multiply", return_value=many == "tiles"):
+            table = measure_times(
+                pool,
+                experts,
+                activations,
+                tokens=tokens,
+                routed=shape.routed,
+                budget_s=budget_s,
+            )
+        found[table.kernel] = table.own_s
         if table.handed_s is not None:
-            found[HANDED] = table.handed_s
+            found[many] = table.handed_s
+        print(f"{shape.name}, {table.kernel} {many}: measured", file=sys.stderr)
     return found
 
 
-def shape_text(shape: Shape, tables: list[TimeTable]) -> str:
-    """ms per expert (GFLOP/s) by M and implementation, the fastest one, the switch-over."""
-    found = columns(tables)
+def shape_text(shape: Shape, tokens: tuple[int, ...], found: Columns) -> str:
+    """ms per expert (GFLOP/s) by M and kernel, and the fastest one."""
     lines = [f"{shape.name}: ms per expert (GFLOP/s)"]
     lines += [f"{'M':>5} " + "".join(f"{name:>18}" for name in found) + "  fastest of bf16, of all"]
-    for n, count in enumerate(tables[0].tokens):
+    for n, count in enumerate(tokens):
         cells = (
             f"{seconds[n] * 1e3:9.2f} ({gflops(shape, count, seconds[n]):6.0f})"
             for seconds in found.values()
@@ -75,31 +70,22 @@ def shape_text(shape: Shape, tables: list[TimeTable]) -> str:
         by_time = sorted(found, key=lambda name: found[name][n])
         of_bf16 = next(name for name in by_time if not name.startswith("w"))
         lines.append(f"{count:5} " + " ".join(cells) + f"  {of_bf16}, {by_time[0]}")
-    for table in tables:
-        if table.handed_s is not None:
-            first = table.switch_over()
-            when = f"from M = {first}" if first else "never"
-            lines.append(f"{table.kernel} experts: hand over {when}")
     return "\n".join(lines)
 
 
-def shape_rows(shape: Shape, tables: list[TimeTable]) -> list[Row]:
-    """GFLOP/s against the same implementation's best; handing over against the own kernel."""
+def shape_rows(shape: Shape, tokens: tuple[int, ...], found: Columns) -> list[Row]:
+    """GFLOP/s against the same kernel's best; tiles against torch."""
     rows = []
-    for name, seconds in columns(tables).items():
-        counts = tables[0].tokens
-        rates = [gflops(shape, *point) for point in zip(counts, seconds, strict=True)]
-        for count, rate in zip(counts, rates, strict=True):
+    for name, seconds in found.items():
+        rates = [gflops(shape, *point) for point in zip(tokens, seconds, strict=True)]
+        for count, rate in zip(tokens, rates, strict=True):
             title = f"{shape.name}, {name}, M = {count}, against its best"
             ratio = rate / max(rates)
             rows.append(at_least(title, rate, "GFLOP/s", max(rates), ratio, LEAST_RATE))
-    for table in tables:
-        for count, own_s, handed_s in zip(
-            table.tokens, table.own_s, table.handed_s or (), strict=False
-        ):
-            title = f"{shape.name}, {table.kernel}, M = {count}, handed over against own"
-            ratio = handed_s / own_s
-            rows.append(at_most(title, handed_s * 1e3, "ms", own_s * 1e3, ratio, 1.0))
+    for count, tiles_s, torch_s in zip(tokens, found["tiles"], found["torch"], strict=True):
+        title = f"{shape.name}, M = {count}, tiles against torch"
+        ratio = tiles_s / torch_s
+        rows.append(at_most(title, tiles_s * 1e3, "ms", torch_s * 1e3, ratio, 1.0))
     return rows
 
 
@@ -123,9 +109,9 @@ def main() -> None:
     with ExpertPool(options.threads) as pool:
         print(f"{pool.num_threads} workers")
         for shape in shapes:
-            tables = shape_tables(pool, arena, shape, tokens, options.budget)
-            print(shape_text(shape, tables))
-            rows += shape_rows(shape, tables)
+            found = shape_columns(pool, arena, shape, tokens, options.budget)
+            print(shape_text(shape, tokens, found), flush=True)
+            rows += shape_rows(shape, tokens, found)
     write(rows, OUTPUT)
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
 
