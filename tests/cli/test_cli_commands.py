@@ -67,7 +67,8 @@ def test_help_says_the_defaults_that_are_applied(name: str) -> None:
         said = shown.partition(f" {flag} ")[2].partition(" --")[0]
         value = getattr(house, field)
         assert said.endswith(f"[default: the model's generation_config.json, or {value:g}]")
-    for field, default in (("max-tokens", house.max_tokens), ("seed", EngineConfig().seed)):
+    longest = "to the end of the context" if name == "chat" else house.max_tokens
+    for field, default in (("max-tokens", longest), ("seed", EngineConfig().seed)):
         said = shown.partition(f" --{field} ")[2].partition(" --")[0]
         assert f"[default: {default}]" in said
 

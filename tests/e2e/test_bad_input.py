@@ -241,7 +241,9 @@ def test_no_room_in_vram_gives_the_numbers() -> None:
         mixtral(), OutOfMemoryError, "the GPU side needs", "dense weights", "context", vram_gb=1e-4
     )
     assert "--vram-gb" in hint
-    with open_folder(mixtral(), vram_gb=float(hint.split("--vram-gb ")[1].split()[0])) as llm:
+    with open_folder(
+        mixtral(), vram_gb=float(hint.split("--vram-gb ")[1].split()[0].rstrip(","))
+    ) as llm:
         assert llm.generate("a", SamplingParams(max_tokens=2)).stats.output_tokens == 2
 
 

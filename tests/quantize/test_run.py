@@ -272,7 +272,7 @@ def test_a_result_that_was_cut_is_refused(run: Quantize) -> None:
     [
         ({"kind": "w4g128"}, "groups of 128 do not divide the hidden size of 64"),
         ({"method": "gptq"}, "gptq fits the weights to a text"),
-        ({"calibration": Path("nowhere.txt")}, "corpus nowhere.txt cannot be read"),
+        ({"calibration": Path("nowhere.txt")}, "text file nowhere.txt cannot be read"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
