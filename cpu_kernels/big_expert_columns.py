@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import types
@@ -131,10 +131,16 @@ def down(w, first, last, hidden, width, act, num_blocks, room, out):
 @functools.cache
 def column_kernels() -> ColumnKernels:
     """The kernels; the first call on a machine compiles them."""
+
+    def compiled(function: Callable[..., None], *signature: Any) -> Callable[..., None]:
+        # a process that may not use tiles must not find them in the cache
+        entry: Callable[..., None] = compile_entry(stamped(function, int(HAS_TILES)), signature)
+        return entry
+
     return ColumnKernels(
-        gather=compile_entry(stamped(gather), (_INT,) * 6),
-        gate_up=compile_entry(stamped(gate_up), (*(_INT,) * 8, _F32, _F32, *(_INT,) * 3)),
-        down=compile_entry(stamped(down), (_INT,) * 9),
+        gather=compiled(gather, *(_INT,) * 6),
+        gate_up=compiled(gate_up, *(_INT,) * 8, _F32, _F32, *(_INT,) * 3),
+        down=compiled(down, *(_INT,) * 9),
     )
 
 

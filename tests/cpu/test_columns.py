@@ -16,7 +16,7 @@ from numba import types
 
 from cpu_kernels import columns
 from cpu_kernels.addresses import f32_array
-from cpu_kernels.column_tile import ROWS, TOKENS
+from cpu_kernels.column_tile import HAS_TILES, ROWS, TOKENS
 from cpu_kernels.compiled import compile_entry, stamped
 from cpu_kernels.isa import LEVELS, VARIABLE, host_isa, isa_from_features
 
@@ -37,8 +37,8 @@ def entries() -> tuple[Callable[..., None], Callable[..., None]]:
 
     word = types.int64
     return (
-        compile_entry(stamped(pack), (word,) * 4),
-        compile_entry(stamped(multiply), (word,) * 8),
+        compile_entry(stamped(pack, int(HAS_TILES)), (word,) * 4),
+        compile_entry(stamped(multiply, int(HAS_TILES)), (word,) * 8),
     )
 
 
