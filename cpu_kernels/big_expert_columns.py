@@ -18,7 +18,7 @@ from cpu_kernels.addresses import f32_array, i32_array, i64_array, u16_array
 from cpu_kernels.big_experts import LEAST_ROWS, Piece, whole_blocks
 from cpu_kernels.big_products import BigProducts
 from cpu_kernels.column_tile import HAS_TILES, PAIR_BYTES, TOKENS
-from cpu_kernels.columns import BLOCK_BYTES, multiply_columns, pack_row
+from cpu_kernels.columns import BLOCK_BYTES, bf16_pair, multiply_columns, pack_row
 from cpu_kernels.compiled import compile_entry, stamped
 from cpu_kernels.dense_stage import bf16_bits
 from cpu_kernels.intrinsics import jit
@@ -83,8 +83,7 @@ def pack_act(kind, limit, alpha, gate, up, row_bytes, num_blocks, act, act_block
             activate(kind, limit, alpha, gate + of_row, up + of_row, to)
         pairs = i32_array(act + block * act_block_bytes, TOKENS)
         for t in range(TOKENS):
-            low, high = bf16_bits(both[0, t]), bf16_bits(both[1, t])
-            pairs[t] = high | ((low >> 16) & 0xFFFF)
+            pairs[t] = bf16_pair(both[0, t], both[1, t])
 
 
 def gate_up(w, first, last, hidden, width, x, num_blocks, kind, limit, alpha, bias, room, act):

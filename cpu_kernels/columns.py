@@ -20,12 +20,17 @@ BLOCK_BYTES = PAIR_BYTES // 2  # of a block, for each element of the depth
 
 
 @jit
+def bf16_pair(first, second):
+    """Both float32, rounded to bf16, in one int32."""
+    return bf16_bits(second) | ((bf16_bits(first) >> 16) & 0xFFFF)
+
+
+@jit
 def pack_row(x, lane, block):
     """Make the float32 array ``x``, rounded to bf16, token ``lane`` of the block at ``block``."""
     pairs = i32_array(block, len(x) // 2 * TOKENS)
     for k in range(len(x) // 2):
-        low, high = bf16_bits(x[2 * k]), bf16_bits(x[2 * k + 1])
-        pairs[k * TOKENS + lane] = high | ((low >> 16) & 0xFFFF)
+        pairs[k * TOKENS + lane] = bf16_pair(x[2 * k], x[2 * k + 1])
 
 
 @jit
