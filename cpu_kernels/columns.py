@@ -1,11 +1,12 @@
 """Rows of bf16 weights times tokens in packed blocks, and how tokens are packed.
 
-T tokens, in blocks of 16; K depth, a multiple of 32; R rows, as many as a tile has or more.
+T tokens, in blocks of 16; K depth, a multiple of 32; R rows, LONE_ROWS or more.
 """
 
 from cpu_kernels.addresses import i32_array
 from cpu_kernels.column_tile import (
     BLOCKS,
+    LONE_ROWS,
     PAIR_BYTES,
     ROWS,
     TOKENS,
@@ -41,14 +42,18 @@ def multiply_columns(w, row_bytes, num_rows, x, num_blocks, depth, out, out_byte
     twice, with the same result, where a tile ends beyond them.
     """
     block_bytes = depth * BLOCK_BYTES
+    whole = num_blocks // BLOCKS * BLOCKS
     begin_tiles()
     for begin in range(0, num_rows, ROWS):
         row = min(begin, num_rows - ROWS)
-        for block in range(0, num_blocks, BLOCKS):
+        for block in range(0, whole, BLOCKS):
             rows, blocks = w + row * row_bytes, x + block * block_bytes
             to = out + row * out_bytes + block * TOKENS * 4
-            if num_blocks - block >= BLOCKS:
-                column_tile(BLOCKS, rows, row_bytes, blocks, block_bytes, depth, to, out_bytes)
-            else:
-                column_tile(1, rows, row_bytes, blocks, block_bytes, depth, to, out_bytes)
+            column_tile(ROWS, BLOCKS, rows, row_bytes, blocks, block_bytes, depth, to, out_bytes)
+    if whole < num_blocks:
+        blocks, to = x + whole * block_bytes, out + whole * TOKENS * 4
+        for begin in range(0, num_rows, LONE_ROWS):
+            row = min(begin, num_rows - LONE_ROWS)
+            rows, at = w + row * row_bytes, to + row * out_bytes
+            column_tile(LONE_ROWS, 1, rows, row_bytes, blocks, block_bytes, depth, at, out_bytes)
     end_tiles()

@@ -116,7 +116,7 @@ def test_what_is_not_finite_stays_in_its_row_and_token(rng: np.random.Generator)
 
 
 def test_rows_may_lie_apart(rng: np.random.Generator) -> None:
-    w_RK, x_TK = case(rng, ROWS, 5, 192)
+    w_RK, x_TK = case(rng, 2 * ROWS, 5, 192)
     assert np.array_equal(
         product(w_RK[:, :128], x_TK[:, :128].copy()),
         product(w_RK[:, :128].copy(), x_TK[:, :128].copy()),
