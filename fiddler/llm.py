@@ -175,7 +175,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutput: ...
 
     @overload
@@ -185,7 +185,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]: ...
 
     @checked_arguments
@@ -195,13 +195,13 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Answer a conversation: messages of ``role`` (system, user, assistant) and ``content``.
 
         A list of conversations gives a list of results, as with :meth:`generate`.
         """
-        kwargs: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
+        kwargs: dict[str, Any] = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
         to_prompt = functools.partial(self.apply_chat_template, **kwargs)
         is_many = is_batch_of_chats(messages)
         return self._run("messages", messages, is_many, sampling_params, to_prompt)
@@ -213,10 +213,12 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> TokenStream:
         """As :meth:`chat`, event by event."""
-        ids = self.apply_chat_template(messages, tools=tools, template_kwargs=template_kwargs)
+        ids = self.apply_chat_template(
+            messages, tools=tools, chat_template_kwargs=chat_template_kwargs
+        )
         return self.stream(ids, sampling_params)
 
     def read_logits(self, prompts: list[list[int]], readers: Sequence[LogitReader]) -> None:
@@ -235,7 +237,7 @@ class LLM:
         messages: list[Message],
         *,
         tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
         """Return the prompt's token ids, with the beginning of the assistant's turn."""
         template = self._files.chat_template
@@ -244,7 +246,7 @@ class LLM:
                 f"{self.model_name} has no chat template",
                 hint="use generate() with a plain prompt, or an instruction-tuned model",
             )
-        text = template.render(messages, tools=tools, **(template_kwargs or {}))
+        text = template.render(messages, tools=tools, **(chat_template_kwargs or {}))
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     # --- lifetime ---

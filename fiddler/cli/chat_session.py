@@ -99,7 +99,7 @@ class Chat:
     def _fits(self, asked: Conversation) -> bool:
         thinking = ENABLE_THINKING[self.think]
         try:
-            ids = self.llm.apply_chat_template(asked.for_model(), template_kwargs=thinking)
+            ids = self.llm.apply_chat_template(asked.for_model(), chat_template_kwargs=thinking)
         except PromptError:  # it is no text, however long
             return True
         return len(ids) < self.llm.plan.context_tokens
@@ -109,7 +109,7 @@ class Chat:
     ) -> Turn:
         view = answer_view(is_plain=not self.is_interactive, show_reasoning=self.show_reasoning)
         with stop_on_interrupt() as stop, silent_keyboard(), view:
-            stream = self.llm.stream_chat(messages, self.params, template_kwargs=thinking)
+            stream = self.llm.stream_chat(messages, self.params, chat_template_kwargs=thinking)
             splitter = ReasoningSplitter(starts_inside=begins_inside)
             return run_turn(stream, view, stop, splitter=splitter)
 

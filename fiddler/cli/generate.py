@@ -89,7 +89,7 @@ def _run(
             return run_turn(llm.stream(text, params), view, stop, splitter=None)
         kwargs = ENABLE_THINKING[think]
         inside = session.opens_reasoning(llm, messages, kwargs)
-        stream = llm.stream_chat(messages, params, template_kwargs=kwargs)
+        stream = llm.stream_chat(messages, params, chat_template_kwargs=kwargs)
         return run_turn(stream, view, stop, splitter=ReasoningSplitter(starts_inside=inside))
 
 

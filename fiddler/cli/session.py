@@ -51,10 +51,10 @@ class ChatModel(Protocol):
         messages: Messages,
         sampling_params: "SamplingParams | None" = None,
         *,
-        template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Stream: ...
     def apply_chat_template(
-        self, messages: Messages, *, template_kwargs: dict[str, Any] | None = None
+        self, messages: Messages, *, chat_template_kwargs: dict[str, Any] | None = None
     ) -> list[int]: ...
     def close(self) -> None: ...
 
@@ -108,9 +108,11 @@ def _require_chat_template(settings: EngineConfig) -> None:
         )
 
 
-def opens_reasoning(llm: ChatModel, messages: Messages, template_kwargs: dict[str, Any]) -> bool:
+def opens_reasoning(
+    llm: ChatModel, messages: Messages, chat_template_kwargs: dict[str, Any]
+) -> bool:
     """Whether the prompt of ``messages`` already holds the tag that begins reasoning."""
     from fiddler.text.reasoning import prompt_opens_reasoning
 
-    ids = llm.apply_chat_template(messages, template_kwargs=template_kwargs)
+    ids = llm.apply_chat_template(messages, chat_template_kwargs=chat_template_kwargs)
     return prompt_opens_reasoning(llm.tokenizer.decode(ids[-16:], skip_special_tokens=False))

@@ -129,7 +129,7 @@ class FakeLLM:
         return [[8, 0, 1, 1], [2, 2, 3, 3]] if self.asked else [[0] * 4] * 2
 
     def apply_chat_template(
-        self, messages: list[dict[str, Any]], *, template_kwargs: dict[str, Any] | None = None
+        self, messages: list[dict[str, Any]], *, chat_template_kwargs: dict[str, Any] | None = None
     ) -> list[int]:
         inside = "<think>\n" if "begun inside" in messages[-1]["content"] else ""
         said = " ".join(m["content"] for m in messages)
@@ -146,12 +146,12 @@ class FakeLLM:
         messages: list[dict[str, Any]],
         sampling_params: SamplingParams | None = None,
         *,
-        template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> FakeStream:
         if len(self.apply_chat_template(messages)) >= self.plan.context_tokens:
             raise PromptError("the prompt is too long", hint="shorten it")
         return self._start(
-            messages, messages[-1]["content"], sampling_params, template_kwargs or {}
+            messages, messages[-1]["content"], sampling_params, chat_template_kwargs or {}
         )
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ def test_an_error_says_which_conversation_it_is_about(llm: LLM, bad: Any, words:
 
 def test_the_template_gets_tools_and_arguments(folder: Path) -> None:
     template = "{{ tools[0].name }}/{{ depth }}/{{ messages | length }}"
-    result = chat(folder, template, tools=[{"name": "look"}], template_kwargs={"depth": 3})
+    result = chat(folder, template, tools=[{"name": "look"}], chat_template_kwargs={"depth": 3})
     assert result.prompt_token_ids == chat(folder, "look/3/2").prompt_token_ids
 
 
