@@ -18,6 +18,7 @@ from torch import Tensor
 from gpu_kernels.bell import wait_for
 from gpu_kernels.host_words import Bell
 from gpu_kernels.paged_tile import FLOAT_DTYPES
+from gpu_kernels.rmsnorm import normed_row
 
 MAX_PARTS = 3
 
@@ -150,5 +151,5 @@ def _collect_kernel(
     sum_H = (residual_H.to(tl.float32) + y_H.to(dtype).to(tl.float32)).to(dtype)
     tl.store(sum_ptr + token * hidden + h_H, sum_H, mask=mask_H)
     x_H = sum_H.to(tl.float32)  # later layers see the rounded sum: norm the same values
-    scale = 1.0 / tl.sqrt(tl.sum(x_H * x_H, 0) / hidden + eps)
-    tl.store(normed_ptr + token * hidden + h_H, (x_H * scale * norm_H).to(dtype), mask=mask_H)
+    normed_H = normed_row(x_H, norm_H, hidden, eps)
+    tl.store(normed_ptr + token * hidden + h_H, normed_H.to(dtype), mask=mask_H)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.paged_tile import FLOAT_DTYPES
-from gpu_kernels.rmsnorm import add_rms_norm_reference
+from gpu_kernels.rmsnorm import add_rms_norm_reference, normed_row
 from gpu_kernels.router import MAX_EXPERTS, MAX_TOP_K, best_experts, route_reference
 
 MAX_TOKENS = 8  # from there on the matrix library reads the router once for all
@@ -176,8 +176,7 @@ def _norm_route_kernel(
     x_H += tl.load(residual_ptr + token * stride_residual + h_H, mask=mask_H, other=0.0)
     sum_H = x_H.to(sum_ptr.dtype.element_ty)
     x_H = sum_H.to(tl.float32)  # later layers see the rounded sum: norm the same values
-    scale = 1.0 / tl.sqrt(tl.sum(x_H * x_H, 0) / hidden + eps)
-    normed_H = (x_H * scale * norm_H).to(normed_ptr.dtype.element_ty)
+    normed_H = normed_row(x_H, norm_H, hidden, eps).to(normed_ptr.dtype.element_ty)
     tl.store(sum_ptr + token * hidden + h_H, sum_H, mask=mask_H & (tile == 0))
     tl.store(normed_ptr + token * hidden + h_H, normed_H, mask=mask_H & (tile == 0))
     logit_E = tl.sum(w_EH.to(tl.float32) * normed_H.to(tl.float32)[None, :], 1)

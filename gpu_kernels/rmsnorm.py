@@ -78,6 +78,13 @@ def _launch(
 
 
 @triton.jit
+def normed_row(x_H, weight_H, hidden, eps):
+    """The norm of a row in float32, of which elements beyond ``hidden`` are 0."""
+    scale = 1.0 / tl.sqrt(tl.sum(x_H * x_H, 0) / hidden + eps)
+    return x_H * scale * weight_H
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -101,7 +108,6 @@ def _rms_norm_kernel(
         rounded_H = x_H.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + token * hidden + h_H, rounded_H, mask=mask_H)
         x_H = rounded_H.to(tl.float32)  # later layers see the rounded sum: norm the same values
-    scale = 1.0 / tl.sqrt(tl.sum(x_H * x_H, 0) / hidden + eps)
     weight_H = tl.load(weight_ptr + h_H, mask=mask_H, other=0.0).to(tl.float32)
-    out_H = x_H * scale * weight_H
+    out_H = normed_row(x_H, weight_H, hidden, eps)
     tl.store(out_ptr + token * hidden + h_H, out_H.to(out_ptr.dtype.element_ty), mask=mask_H)
