@@ -100,8 +100,8 @@ def check_params(params: object, *, vocab_size: int) -> None:
         return
     if not isinstance(params, SamplingParams):
         raise _not_settings(params)
-    named = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
-    for name, ids in named.items():
+    ids_of = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+    for name, ids in ids_of.items():
         if ids and max(ids) >= vocab_size:
             raise ConfigError(
                 f"{name} names token {max(ids)}, but the vocabulary ends at {vocab_size - 1}"

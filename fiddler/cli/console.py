@@ -33,12 +33,16 @@ def note(text: str) -> None:
 
 def error_width() -> int:
     """Columns for a line on standard error: the terminal's, or no limit where there is none."""
-    return shutil.get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
+    return _width(sys.stderr)
 
 
 def output_width() -> int:
     """As :func:`error_width`, for standard output."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    return _width(sys.stdout)
+
+
+def _width(stream: IO[str]) -> int:
+    return shutil.get_terminal_size().columns if stream.isatty() else sys.maxsize
 
 
 def wrapped(label: str, text: str, width: int) -> list[str]:
