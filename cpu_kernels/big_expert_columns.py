@@ -14,13 +14,14 @@ import numpy as np
 from numba import types
 
 from cpu_kernels.activations import CHUNK, activate
-from cpu_kernels.addresses import f32_array, i32_array, i64_array, u16_array
+from cpu_kernels.addresses import f32_array, i32_array, i64_array
+from cpu_kernels.big_expert_rows import row_of
 from cpu_kernels.big_experts import LEAST_ROWS, Piece, whole_blocks
 from cpu_kernels.big_products import BigProducts
 from cpu_kernels.column_tile import HAS_TILES, PAIR_BYTES, TOKENS
 from cpu_kernels.columns import BLOCK_BYTES, bf16_pair, multiply_columns, pack_row
 from cpu_kernels.compiled import compile_entry, stamped
-from cpu_kernels.dense_stage import bf16_bits
+from cpu_kernels.dense_stage import AS_BF16, store_row
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import KernelPath
 
@@ -58,10 +59,7 @@ def gather(x, tokens, first, last, hidden, blocks):
     zeros = np.zeros(hidden, np.float32)
     for q in range(first, last):
         block = blocks + q // TOKENS * hidden * BLOCK_BYTES
-        if token[q] < 0:
-            pack_row(zeros, q % TOKENS, block)
-        else:
-            pack_row(f32_array(x + 4 * token[q] * hidden, hidden), q % TOKENS, block)
+        pack_row(row_of(x, token[q], zeros), q % TOKENS, block)
 
 
 @jit
@@ -122,9 +120,7 @@ def down(w, first, last, hidden, width, act, num_blocks, room, out):
             multiply_columns(rows, 2 * width, ROWS, tokens, count, width, room, count * TOKENS * 4)
             sums = f32_array(room, ROWS * count * TOKENS).reshape(ROWS, count * TOKENS)
             for t in range(count * TOKENS):
-                halves = u16_array(out + 2 * ((block * TOKENS + t) * hidden + row), ROWS)
-                for r in range(ROWS):
-                    halves[r] = np.uint16((bf16_bits(sums[r, t]) >> 16) & 0xFFFF)
+                store_row(AS_BF16, sums[:, t], out + 2 * ((block * TOKENS + t) * hidden + row))
 
 
 @functools.cache

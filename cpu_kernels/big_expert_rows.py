@@ -77,17 +77,19 @@ def set_modes(control):
     intrinsics.set_float_control(control)
 
 
+@jit
+def row_of(x, token, zeros):
+    """A token's row of x, or ``zeros``, which are as many, for token -1."""
+    return zeros if token < 0 else f32_array(x + 4 * token * len(zeros), len(zeros))
+
+
 def gather(is_bf16, x, tokens, first, last, hidden, rows):
     """Rows ``first`` to ``last`` = x of their tokens, zeros where that is -1."""
     token = addresses.i64_array(tokens, last)
     row_bytes = hidden * (2 if is_bf16 else 4)
     zeros = np.zeros(hidden, np.float32)
     for q in range(first, last):
-        at = rows + q * row_bytes
-        if token[q] < 0:
-            store(is_bf16, zeros, at)
-        else:
-            store(is_bf16, f32_array(x + 4 * token[q] * hidden, hidden), at)
+        store(is_bf16, row_of(x, token[q], zeros), rows + q * row_bytes)
 
 
 def activate_rows(

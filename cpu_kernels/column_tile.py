@@ -8,6 +8,7 @@ float32. All add up an output's pairs in the order of the depth, so its bits dep
 R weight rows, B blocks of 16 tokens. Addresses are int64.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -49,10 +50,11 @@ def column_tile(typingctx, rows, blocks, w, row_bytes, x, block_bytes, depth, ou
     num_rows, num_blocks = rows.literal_value, blocks.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        tile = _Tile(num_rows, num_blocks, *args[2:])
         if HAS_TILES:
-            _amx(builder, num_blocks, *args[2:])
+            _amx(builder, tile)
         else:
-            _vectors(builder, num_rows, num_blocks, *args[2:])
+            _vectors(builder, tile)
         return context.get_dummy_value()
 
     return types.void(rows, blocks, *[types.int64] * 7), codegen
@@ -84,80 +86,83 @@ def end_tiles(typingctx):
     return types.void(), codegen
 
 
-def _amx(
-    builder: Any,
-    count: int,
-    w: Any,
-    row_bytes: Any,
-    x: Any,
-    block_bytes: Any,
-    depth: Any,
-    out: Any,
-    out_bytes: Any,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """What is multiplied, and where sums go: addresses and bytes in the compiled code."""
+
+    num_rows: int
+    num_blocks: int
+    w: Any
+    row_bytes: Any
+    x: Any
+    block_bytes: Any
+    depth: Any
+    out: Any
+    out_bytes: Any
+
+    def rows(self, builder: Any, step: int) -> list[Any]:
+        """Addresses of every ``step``-th row."""
+        return _every(builder, self.w, self.row_bytes, range(0, self.num_rows, step))
+
+    def blocks(self, builder: Any) -> list[Any]:
+        return _every(builder, self.x, self.block_bytes, range(self.num_blocks))
+
+    def sums(self, builder: Any, step: int) -> list[list[Any]]:
+        """Addresses of those of every ``step``-th row with each block."""
+        rows = _every(builder, self.out, self.out_bytes, range(0, self.num_rows, step))
+        return [_every(builder, row, I64(TOKENS * 4), range(self.num_blocks)) for row in rows]
+
+
+def _every(builder: Any, address: Any, stride: Any, numbers: range) -> list[Any]:
+    return [builder.add(address, builder.mul(stride, I64(n))) for n in numbers]
+
+
+def _amx(builder: Any, tile: _Tile) -> None:
     """Two tiles of 16 rows each, times one or two blocks."""
 
-    def tile(name: str, number: int, *rest: Any) -> None:
+    def emit(name: str, number: int, *rest: Any) -> None:
         v.call(builder, f"llvm.x86.{name}", ir.VoidType(), I8(number), *rest)
 
-    def at(address: Any) -> Any:
-        return builder.inttoptr(address, _BYTES)
+    def at(address: Any, offset: Any) -> Any:
+        return builder.inttoptr(builder.add(address, offset), _BYTES)
 
-    half = builder.mul(row_bytes, I64(16))
-    for number in range(2 * count):
-        tile("tilezero", number)
-    steps = builder.sdiv(depth, I64(STEP))
+    rows, blocks = tile.rows(builder, TOKENS), tile.blocks(builder)
+    products = [(r, b) for b in range(len(blocks)) for r in range(len(rows))]
+    for number in range(len(products)):
+        emit("tilezero", number)
+    steps = builder.sdiv(tile.depth, I64(STEP))
     with cgutils.for_range(builder, steps, intp=I64) as loop:
-        w_at = builder.add(w, builder.mul(loop.index, I64(2 * STEP)))
-        x_at = builder.add(x, builder.mul(loop.index, I64(STEP_BYTES)))
-        tile("tileloadd64", A_TILE, at(w_at), row_bytes)
-        tile("tileloadd64", A_TILE + 1, at(builder.add(w_at, half)), row_bytes)
-        for block in range(count):
-            block_at = builder.add(x_at, builder.mul(block_bytes, I64(block)))
-            tile("tileloadd64", B_TILE + block, at(block_at), I64(PAIR_BYTES))
-            for side in range(2):
-                sums, a, b = 2 * block + side, A_TILE + side, B_TILE + block
-                tile("tdpbf16ps", sums, I8(a), I8(b))
-    for block in range(count):
-        for side in range(2):
-            place = builder.add(out, I64(block * TOKENS * 4))
-            place = builder.add(place, builder.mul(out_bytes, I64(16 * side)))
-            tile("tilestored64", 2 * block + side, at(place), out_bytes)
+        in_row = builder.mul(loop.index, I64(2 * STEP))
+        in_block = builder.mul(loop.index, I64(STEP_BYTES))
+        for r, row in enumerate(rows):
+            emit("tileloadd64", A_TILE + r, at(row, in_row), tile.row_bytes)
+        for b, block in enumerate(blocks):
+            emit("tileloadd64", B_TILE + b, at(block, in_block), I64(PAIR_BYTES))
+        for number, (r, b) in enumerate(products):
+            emit("tdpbf16ps", number, I8(A_TILE + r), I8(B_TILE + b))
+    sums = tile.sums(builder, TOKENS)
+    for number, (r, b) in enumerate(products):
+        emit("tilestored64", number, at(sums[r][b], I64(0)), tile.out_bytes)
 
 
-def _vectors(
-    builder: Any,
-    num_rows: int,
-    count: int,
-    w: Any,
-    row_bytes: Any,
-    x: Any,
-    block_bytes: Any,
-    depth: Any,
-    out: Any,
-    out_bytes: Any,
-) -> None:
+def _vectors(builder: Any, tile: _Tile) -> None:
     """A vector of 16 sums for each row and block; a pair of a row's elements in all lanes."""
     multiply = _pairs if host_isa().has_bf16 else _halves
+    rows, blocks = tile.rows(builder, 1), tile.blocks(builder)
     zero = v.constant(F32, TOKENS, 0)
-    slots = [cgutils.alloca_once_value(builder, zero) for _ in range(num_rows * count)]
-    rows = [builder.add(w, builder.mul(row_bytes, I64(r))) for r in range(num_rows)]
-    blocks = [builder.add(x, builder.mul(block_bytes, I64(b))) for b in range(count)]
-    steps = builder.sdiv(depth, I64(2))
+    slots = [[cgutils.alloca_once_value(builder, zero) for _ in blocks] for _ in rows]
+    steps = builder.sdiv(tile.depth, I64(2))
     with cgutils.for_range(builder, steps, intp=I64) as loop:
         in_row = builder.mul(loop.index, I64(4))
         in_block = builder.mul(loop.index, I64(PAIR_BYTES))
         xs = [v.load(builder, builder.add(b, in_block), I32, TOKENS) for b in blocks]
-        for r, row in enumerate(rows):
+        for row, of_row in zip(rows, slots, strict=True):
             pair = v.splat(builder, v.load(builder, builder.add(row, in_row), I32, 1), TOKENS)
-            for b, tokens in enumerate(xs):
-                slot = slots[r * count + b]
-                builder.store(multiply(builder, pair, tokens, builder.load(slot)), slot)
-    for r in range(num_rows):
-        for b in range(count):
-            place = builder.add(out, I64(b * TOKENS * 4))
-            place = builder.add(place, builder.mul(out_bytes, I64(r)))
-            v.store(builder, builder.load(slots[r * count + b]), place)
+            for x, slot in zip(xs, of_row, strict=True):
+                builder.store(multiply(builder, pair, x, builder.load(slot)), slot)
+    for places, of_row in zip(tile.sums(builder, 1), slots, strict=True):
+        for place, slot in zip(places, of_row, strict=True):
+            v.store(builder, builder.load(slot), place)
 
 
 def _pairs(builder: Any, w: Any, x: Any, total: Any) -> Any:

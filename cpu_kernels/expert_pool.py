@@ -15,6 +15,7 @@ from cpu_kernels.compiled import stage_needs_compile
 from cpu_kernels.expert_job import ROOM
 from cpu_kernels.expert_layer import I32, ExpertLayer, stage_maker
 from cpu_kernels.experts import Experts
+from cpu_kernels.hand_over import HandOver
 from cpu_kernels.kernel_paths import Activations, path_number
 from cpu_kernels.routes import COUNTS
 from cpu_kernels.threads import StageError, WorkerPool
@@ -61,8 +62,6 @@ class ExpertPool:
         self.wait()
         layer = ExpertLayer(experts, activations, place_of, self.workers.words)
         if hand_over is not None:
-            from cpu_kernels.hand_over import HandOver  # compiles what only it needs
-
             layer.hand_over = HandOver(self.workers, layer, hand_over)
         layer.number = self.workers.add_job(layer.record)
         return layer
