@@ -3,7 +3,8 @@
 Tokens come in blocks of 16, packed so that a step of the depth reads one run: of each pair of
 elements the 16 tokens', one behind the other. Weights are read row by row where they are, and
 nothing is laid out anew. Three ways, by what the CPU has: AMX tiles, products of pairs of bf16,
-float32. All add up an output's pairs in the order of the depth, so its bits depend on no neighbour.
+float32. All add up an output's pairs in the order of the depth, however it is cut in parts, so its
+bits depend on no neighbour.
 
 R weight rows, B blocks of 16 tokens. Addresses are int64.
 """
@@ -25,6 +26,7 @@ TOKENS = 16  # of a block: a row of an AMX tile, a vector of AVX-512
 PAIR_BYTES = TOKENS * 4  # of a block, for two elements of the depth
 STEP = 32  # elements of the depth that an AMX tile has; depths are multiples of it
 STEP_BYTES = STEP // 2 * PAIR_BYTES
+SUM_BYTES = TOKENS * 4  # of a weight row with a block
 HAS_TILES = may_use_tiles()
 # Rows and blocks whose sums are in registers at once: 4 of 8 AMX tiles, 16 of 32 vectors of
 # AVX-512, 8 of 16 of AVX2.
@@ -39,11 +41,12 @@ _BYTES = I8.as_pointer()
 
 
 @intrinsic
-def column_tile(typingctx, rows, blocks, w, row_bytes, x, block_bytes, depth, out, out_bytes):
-    """out[r, t] = w[r] . x[t] for ROWS rows and BLOCKS blocks of tokens, or LONE_ROWS and one.
+def column_tile(typingctx, rows, blocks, w, row_bytes, x, block_bytes, depth, sums, sums_bytes):
+    """sums[b, r, t] += w[r] . x[b, t] for ROWS rows and BLOCKS blocks, or LONE_ROWS and one.
 
     ``rows`` and ``blocks`` are literals. ``w`` is the address of row-major bf16 weights, ``x`` of
-    the first block; ``out`` of float32, a row every ``out_bytes``.
+    the first block, of which there is one every ``block_bytes``; ``sums`` of float32, the rows of a
+    block one behind the other, a block every ``sums_bytes``.
     """
     if not isinstance(blocks, types.IntegerLiteral):
         return None
@@ -97,8 +100,8 @@ class _Tile:
     x: Any
     block_bytes: Any
     depth: Any
-    out: Any
-    out_bytes: Any
+    sums: Any
+    sums_bytes: Any
 
     def rows(self, builder: Any, step: int) -> list[Any]:
         """Addresses of every ``step``-th row."""
@@ -107,10 +110,12 @@ class _Tile:
     def blocks(self, builder: Any) -> list[Any]:
         return _every(builder, self.x, self.block_bytes, range(self.num_blocks))
 
-    def sums(self, builder: Any, step: int) -> list[list[Any]]:
-        """Addresses of those of every ``step``-th row with each block."""
-        rows = _every(builder, self.out, self.out_bytes, range(0, self.num_rows, step))
-        return [_every(builder, row, I64(TOKENS * 4), range(self.num_blocks)) for row in rows]
+    def places(self, builder: Any, step: int) -> list[list[Any]]:
+        """Of each block the addresses of every ``step``-th row's sums."""
+        return [
+            _every(builder, block, I64(SUM_BYTES), range(0, self.num_rows, step))
+            for block in _every(builder, self.sums, self.sums_bytes, range(self.num_blocks))
+        ]
 
 
 def _every(builder: Any, address: Any, stride: Any, numbers: range) -> list[Any]:
@@ -127,9 +132,10 @@ def _amx(builder: Any, tile: _Tile) -> None:
         return builder.inttoptr(builder.add(address, offset), _BYTES)
 
     rows, blocks = tile.rows(builder, TOKENS), tile.blocks(builder)
+    places = tile.places(builder, TOKENS)
     products = [(r, b) for b in range(len(blocks)) for r in range(len(rows))]
-    for number in range(len(products)):
-        emit("tilezero", number)
+    for number, (r, b) in enumerate(products):
+        emit("tileloadd64", number, at(places[b][r], I64(0)), I64(SUM_BYTES))
     steps = builder.sdiv(tile.depth, I64(STEP))
     with cgutils.for_range(builder, steps, intp=I64) as loop:
         in_row = builder.mul(loop.index, I64(2 * STEP))
@@ -140,29 +146,32 @@ def _amx(builder: Any, tile: _Tile) -> None:
             emit("tileloadd64", B_TILE + b, at(block, in_block), I64(PAIR_BYTES))
         for number, (r, b) in enumerate(products):
             emit("tdpbf16ps", number, I8(A_TILE + r), I8(B_TILE + b))
-    sums = tile.sums(builder, TOKENS)
     for number, (r, b) in enumerate(products):
-        emit("tilestored64", number, at(sums[r][b], I64(0)), tile.out_bytes)
+        emit("tilestored64", number, at(places[b][r], I64(0)), I64(SUM_BYTES))
 
 
 def _vectors(builder: Any, tile: _Tile) -> None:
     """A vector of 16 sums for each row and block; a pair of a row's elements in all lanes."""
     multiply = _pairs if host_isa().has_bf16 else _halves
     rows, blocks = tile.rows(builder, 1), tile.blocks(builder)
-    zero = v.constant(F32, TOKENS, 0)
-    slots = [[cgutils.alloca_once_value(builder, zero) for _ in blocks] for _ in rows]
+    places = tile.places(builder, 1)
+    slots = [
+        [cgutils.alloca_once_value(builder, v.load(builder, at, F32, TOKENS)) for at in of_block]
+        for of_block in places
+    ]
     steps = builder.sdiv(tile.depth, I64(2))
     with cgutils.for_range(builder, steps, intp=I64) as loop:
         in_row = builder.mul(loop.index, I64(4))
         in_block = builder.mul(loop.index, I64(PAIR_BYTES))
         xs = [v.load(builder, builder.add(b, in_block), I32, TOKENS) for b in blocks]
-        for row, of_row in zip(rows, slots, strict=True):
+        for r, row in enumerate(rows):
             pair = v.splat(builder, v.load(builder, builder.add(row, in_row), I32, 1), TOKENS)
-            for x, slot in zip(xs, of_row, strict=True):
-                builder.store(multiply(builder, pair, x, builder.load(slot)), slot)
-    for places, of_row in zip(tile.sums(builder, 1), slots, strict=True):
-        for place, slot in zip(places, of_row, strict=True):
-            v.store(builder, builder.load(slot), place)
+            for x, of_block in zip(xs, slots, strict=True):
+                total = multiply(builder, pair, x, builder.load(of_block[r]))
+                builder.store(total, of_block[r])
+    for of_places, of_slots in zip(places, slots, strict=True):
+        for at, slot in zip(of_places, of_slots, strict=True):
+            v.store(builder, builder.load(slot), at)
 
 
 def _pairs(builder: Any, w: Any, x: Any, total: Any) -> Any:

@@ -1,59 +1,84 @@
 """Rows of bf16 weights times tokens in packed blocks, and how tokens are packed.
 
-T tokens, in blocks of 16; K depth, a multiple of 32; R rows, LONE_ROWS or more.
+T tokens, in blocks of 16; K depth, a multiple of 32; R rows, a multiple of 32.
 """
 
-from cpu_kernels.addresses import i32_array
+from cpu_kernels.addresses import bits_of, f32_array, i32_array
 from cpu_kernels.column_tile import (
     BLOCKS,
     LONE_ROWS,
     PAIR_BYTES,
     ROWS,
+    SUM_BYTES,
     TOKENS,
     begin_tiles,
     column_tile,
     end_tiles,
 )
-from cpu_kernels.dense_stage import bf16_bits
 from cpu_kernels.intrinsics import jit
 
 BLOCK_BYTES = PAIR_BYTES // 2  # of a block, for each element of the depth
+# Elements of the depth that all rows and tokens pass before the next: 32 tokens of them are half of
+# a first level of cache.
+DEPTH = 512
 
 
 @jit
-def bf16_pair(first, second):
-    """Both float32, rounded to bf16, in one int32."""
-    return bf16_bits(second) | ((bf16_bits(first) >> 16) & 0xFFFF)
+def pair_of_floats(x, k):
+    """Elements 2k and 2k + 1 of the float32 array ``x``, bf16 already, in one int32."""
+    return (bits_of(x[2 * k + 1]) & -65536) | ((bits_of(x[2 * k]) >> 16) & 0xFFFF)
 
 
 @jit
-def pack_row(x, lane, block):
-    """Make the float32 array ``x``, rounded to bf16, token ``lane`` of the block at ``block``."""
-    pairs = i32_array(block, len(x) // 2 * TOKENS)
-    for k in range(len(x) // 2):
-        pairs[k * TOKENS + lane] = bf16_pair(x[2 * k], x[2 * k + 1])
+def pack_row(x, x_bytes, depth, lane, block):
+    """Make the row at ``x``, of bf16 numbers in ``x_bytes`` each, token ``lane`` of a block.
 
-
-@jit
-def multiply_columns(w, row_bytes, num_rows, x, num_blocks, depth, out, out_bytes):
-    """out[r, t] = w[r] . x[t], float32 at ``out``, a row of all blocks' tokens every ``out_bytes``.
-
-    ``w`` is the address of the first row, ``x`` of packed blocks. The last rows may be computed
-    twice, with the same result, where a tile ends beyond them.
+    ``x`` 0: zeros. ``block`` is the block's address.
     """
-    block_bytes = depth * BLOCK_BYTES
+    pairs = i32_array(block, depth // 2 * TOKENS)
+    if x == 0:
+        for k in range(depth // 2):
+            pairs[k * TOKENS + lane] = 0
+    elif x_bytes == 2:
+        words = i32_array(x, depth // 2)
+        for k in range(depth // 2):
+            pairs[k * TOKENS + lane] = words[k]
+    else:
+        floats = f32_array(x, depth)
+        for k in range(depth // 2):
+            pairs[k * TOKENS + lane] = pair_of_floats(floats, k)
+
+
+@jit
+def multiply_columns(w, row_bytes, num_rows, apart, num_runs, x, num_blocks, depth, sums):
+    """sums[b, r, t] = w[r] . x[b, t], float32 at ``sums``; ``w`` is the address of the first row.
+
+    There are ``num_runs`` runs of ``num_rows`` rows, ``apart`` bytes from one to the next. ``x`` is
+    the address of packed blocks. Part by part of the depth: while rows pass, their tokens' part
+    stays in the first level of cache, and all parts of tokens in the second for the other runs.
+    """
+    block_bytes, run_bytes = depth * BLOCK_BYTES, num_rows * SUM_BYTES
+    sums_bytes = num_runs * run_bytes
     whole = num_blocks // BLOCKS * BLOCKS
+    f32_array(sums, num_blocks * sums_bytes // 4)[:] = 0
     begin_tiles()
-    for begin in range(0, num_rows, ROWS):
-        row = min(begin, num_rows - ROWS)
-        for block in range(0, whole, BLOCKS):
-            rows, blocks = w + row * row_bytes, x + block * block_bytes
-            to = out + row * out_bytes + block * TOKENS * 4
-            column_tile(ROWS, BLOCKS, rows, row_bytes, blocks, block_bytes, depth, to, out_bytes)
-    if whole < num_blocks:
-        blocks, to = x + whole * block_bytes, out + whole * TOKENS * 4
-        for begin in range(0, num_rows, LONE_ROWS):
-            row = min(begin, num_rows - LONE_ROWS)
-            rows, at = w + row * row_bytes, to + row * out_bytes
-            column_tile(LONE_ROWS, 1, rows, row_bytes, blocks, block_bytes, depth, at, out_bytes)
+    for k in range(0, depth, DEPTH):
+        part = min(DEPTH, depth - k)
+        for block in range(0, num_blocks, BLOCKS):
+            xs = x + block * block_bytes + k * BLOCK_BYTES
+            for run in range(num_runs):
+                ws = w + run * apart + 2 * k
+                to = sums + block * sums_bytes + run * run_bytes
+                if block < whole:
+                    for r in range(0, num_rows, ROWS):
+                        rows, at = ws + r * row_bytes, to + r * SUM_BYTES
+                        column_tile(
+                            ROWS, BLOCKS, rows, row_bytes, xs, block_bytes, part, at, sums_bytes
+                        )
+                else:
+                    for r in range(0, num_rows, LONE_ROWS):
+                        rows, at = ws + r * row_bytes, to + r * SUM_BYTES
+                        column_tile(
+                            LONE_ROWS, 1, rows, row_bytes, xs, block_bytes, part, at, sums_bytes
+                        )
     end_tiles()

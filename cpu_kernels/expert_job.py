@@ -17,6 +17,8 @@ ADDRESSES = (
     # Scratch: prepared rows of x and of act, act itself float32 [P, act_cols]; and each worker's
     # own: a Room, then its routes.
     *("x_rows", "act_rows", "act", "workers", "worker_stride"),
+    # Scratch of experts with many tokens: x and act in blocks, and each worker's own sums.
+    *("x_blocks", "act_blocks", "column_sums"),
     # int32 [E + 1] or 0: with n routed experts only the first kept[n] rows of gate and up (columns
     # of w2) of each are computed, since somebody else adds the others; the layout stays that of I.
     "kept",
@@ -26,6 +28,7 @@ ADDRESSES = (
 SIZES = (
     *("num_tokens", "top_k", "num_ids", "num_experts", "hidden", "width"),
     *("x_row_bytes", "act_row_bytes", "act_cols", "activation"),
+    "least",  # pairs of an expert that is computed by columns; 0: none is
 )
 JOB = np.dtype(
     [

@@ -1,6 +1,6 @@
 """One layer of an expert pool: the record of its job, and what that points to."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +8,7 @@ import numpy.typing as npt
 from cpu_kernels import dense_stage, packed_stage
 from cpu_kernels.activations import ACTIVATIONS
 from cpu_kernels.checks import ID, check_array
+from cpu_kernels.column_panels import UNIT, may_use_columns
 from cpu_kernels.compiled import stage_address
 from cpu_kernels.dot_tile import x_bytes
 from cpu_kernels.expert_job import JOB
@@ -15,9 +16,6 @@ from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import PATHS, Activations, path_number
 from cpu_kernels.weight_kind import WeightKind
 from cpu_kernels.worker import ERROR, TAKEN
-
-if TYPE_CHECKING:
-    from cpu_kernels.hand_over import HandOver
 
 I32 = npt.NDArray[np.int32]
 
@@ -30,6 +28,7 @@ class ExpertLayer:
         experts: Experts,
         activations: Activations,
         place_of: I32 | None,
+        columns_from: int | None,
         words: npt.NDArray[np.int64],
     ) -> None:
         number = path_number(experts.kind, activations)
@@ -42,7 +41,7 @@ class ExpertLayer:
         self.step: tuple[npt.NDArray[Any], ...] = ()  # x, ids, weights and out of the last step
         self.kept: I32 | None = None  # of that step; see ExpertPool.bind
         self.scratch: dict[str, npt.NDArray[np.uint8]] = {}  # alive while the record points to it
-        self.hand_over: HandOver | None = None
+        self.columns_from = self._checked_columns(columns_from)
         self.record = np.zeros(1, JOB)
         self._fill(self.record[0], number, words)
 
@@ -63,12 +62,31 @@ class ExpertLayer:
             return x_groups * group * 4, act_groups * group * 4, act_groups * group
         return x_groups * (group + 8), act_groups * (group + 8), experts.width
 
+    def _checked_columns(self, columns_from: int | None) -> int:
+        """Pairs of an expert that is computed by columns; 0: none is."""
+        if columns_from is None:
+            return 0
+        hidden, width = self.experts.hidden, self.experts.width
+        if not may_use_columns(self.path, hidden, width):
+            raise ValueError(
+                f"{self.path.name} experts of {hidden} x {width} cannot be computed by columns, "
+                f"which takes bf16 weights and activations and multiples of {UNIT}"
+            )
+        if columns_from < 1:
+            raise ValueError(f"columns_from must be at least 1 token, not {columns_from}")
+        return columns_from
+
+    def _num_phases(self) -> int:
+        if self.experts.kind.is_packed:
+            return packed_stage.num_phases(self.path)
+        return dense_stage.num_phases(self.path, has_columns=self.columns_from > 0)
+
     def _fill(self, record: np.void, number: int, words: npt.NDArray[np.int64]) -> None:
         """Write what does not change from step to step."""
         experts, mlp = self.experts, self.experts.mlp
-        stages = packed_stage if experts.kind.is_packed else dense_stage
         record["stage"] = stage_address(stage_maker(experts.kind), number)
-        record["num_phases"] = stages.num_phases(self.path)
+        record["num_phases"] = self._num_phases()
+        record["least"] = self.columns_from
         for name in ("w13", "w13_stride", "w2", "w2_stride", "num_experts", "hidden", "width"):
             record[name] = getattr(experts, name)
         for name, array in (

@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from cpu_kernels.bf16 import F32
 from cpu_kernels.checks import FLOAT, ID, check_array
+from cpu_kernels.column_panels import SUMS_BYTES, most_blocks
+from cpu_kernels.columns import BLOCK_BYTES
 from cpu_kernels.compiled import stage_needs_compile
 from cpu_kernels.expert_job import ROOM
 from cpu_kernels.expert_layer import I32, ExpertLayer, stage_maker
 from cpu_kernels.experts import Experts
-from cpu_kernels.hand_over import HandOver
 from cpu_kernels.kernel_paths import Activations, path_number
 from cpu_kernels.routes import COUNTS
 from cpu_kernels.threads import StageError, WorkerPool
@@ -46,7 +47,7 @@ class ExpertPool:
         *,
         activations: Activations = "f32",
         place_of: I32 | None = None,
-        hand_over: int | None = None,
+        columns_from: int | None = None,
     ) -> ExpertLayer:
         """A layer for :meth:`submit`; compiles its kernels if no start before did.
 
@@ -54,15 +55,13 @@ class ExpertPool:
         exact; "bf16" (bf16 weights) and "int8" (packed weights, a scale per token and group) are
         faster for more than one token. ``place_of``: the place of expert e among ``experts``, -1 if
         it is not there and its choices are to be left out; None: ids are places. The array is read
-        at each step, so it may change while the layer does not run. ``hand_over``:
-        experts with that many tokens of a step are computed by torch (bf16 weights with bf16
-        activations, whose products are then rounded to bf16 too, or f32 weights); None: never.
-        ValueError if the weights cannot be had with these activations, or not be handed over.
+        at each step, so it may change while the layer does not run. ``columns_from``: experts with
+        that many tokens of a step or more are computed by tiles that read a weight once for 16 of
+        them (bf16 weights with bf16 activations, sizes that are multiples of 32); None: never.
+        ValueError if the weights cannot be had with these activations, or not computed so.
         """
         self.wait()
-        layer = ExpertLayer(experts, activations, place_of, self.workers.words)
-        if hand_over is not None:
-            layer.hand_over = HandOver(self.workers, layer, hand_over)
+        layer = ExpertLayer(experts, activations, place_of, columns_from, self.workers.words)
         layer.number = self.workers.add_job(layer.record)
         return layer
 
@@ -72,8 +71,6 @@ class ExpertPool:
             self.wait()
         finally:
             self.workers.remove_job(layer.number)
-            if layer.hand_over is not None:
-                self.workers.remove_job(layer.hand_over.number)
 
     def bind(
         self,
@@ -86,11 +83,11 @@ class ExpertPool:
     ) -> None:
         """Give a layer that does not run its arrays; see :meth:`submit`.
 
-        Who rings ``layer.number`` without submit hands no expert over. The n distinct experts of a
+        The n distinct experts of a
         step lie end to end in the order of their places, and only the first ``kept_N[n]`` rows of
         gate and up and columns of w2 are computed; N = E + 1, whole experts and of one more a
         multiple of a packed kind's group. None: all. The array is read at each step. ValueError if
-        something does not fit, as biases do not.
+        something does not fit, as biases and columns do not.
         """
         step = (x_TH, ids_TS, weights_TS, out_TH)
         is_bound = len(layer.step) == 4 and all(
@@ -116,14 +113,13 @@ class ExpertPool:
 
         out[t] = sum over t's choices of weight * down(f(gate(x[t]), up(x[t]))), zeros for a token
         without one; float32 sums in an order that depends on neither the threads nor the other
-        tokens, except that experts which are handed over come last. All C-contiguous; ids are
-        int32, -1 is no choice. Denormals count as 0. ValueError if something does not fit; an id
-        out of range is found later, by wait.
+        tokens, but on whether an expert has so many that it is computed by columns. All
+        C-contiguous; ids are int32, -1 is no choice. Denormals count as 0. ValueError if something
+        does not fit; an id out of range is found later, by wait.
         """
         self.wait()
         self.bind(layer, x_TH, ids_TS, weights_TS, out_TH)
-        handed = layer.hand_over
-        self.workers.ring(layer.number if handed is None else handed.take(self._room))
+        self.workers.ring(layer.number)
 
     def wait(self) -> None:
         """Return when the submitted layer is done; raise the exception of a worker that failed.
@@ -161,6 +157,13 @@ class ExpertPool:
             "act_rows": num_pairs * act_row_bytes,
             "act": num_pairs * act_cols * 4,
         }
+        if layer.columns_from:
+            blocks = most_blocks(num_pairs, layer.experts.num_experts, layer.columns_from)
+            sizes |= {
+                "x_blocks": blocks * layer.experts.hidden * BLOCK_BYTES,
+                "act_blocks": blocks * layer.experts.width * BLOCK_BYTES,
+                "column_sums": SUMS_BYTES * self.num_threads,
+            }
         for name, num_bytes in sizes.items():
             layer.scratch[name] = self._room(name, num_bytes)
             record[name] = -(-_address(layer.scratch[name]) // LINE) * LINE
@@ -218,8 +221,9 @@ def _check_step(layer: ExpertLayer, x_TH: F32, ids_TS: I32, weights_TS: F32, out
 
 def _check_kept(layer: ExpertLayer, kept_N: I32) -> None:
     check_array("kept", kept_N, (layer.experts.num_experts + 1,), ID)
-    if layer.experts.mlp.b13_EF is not None or layer.experts.mlp.b2_EH is not None:
-        raise ValueError("experts with biases must be computed whole")
+    has_biases = layer.experts.mlp.b13_EF is not None or layer.experts.mlp.b2_EH is not None
+    if has_biases or layer.columns_from:
+        raise ValueError("experts with biases, or computed by columns, must be computed whole")
     kind, width = layer.experts.kind, layer.experts.width
     group = kind.group if kind.is_packed else 1
     is_known_N = (kept_N >= 0) & (kept_N <= width * np.arange(len(kept_N)))

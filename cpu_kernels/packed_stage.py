@@ -30,6 +30,7 @@ from cpu_kernels.packed_rows import prepare_rows
 from cpu_kernels.packed_tile import FULL_TOKENS, PART_TOKENS, ROWS, packed_tile
 from cpu_kernels.pieces import DOWN, GATE_UP, forget_pieces, num_rounds, pieces
 from cpu_kernels.routes import (
+    READ_COST,
     kept_rows,
     kept_width,
     make_routes,
@@ -99,7 +100,8 @@ def gate_up_piece(path, job, sizes, kept, worker, begin, end):
     before = 0
     for n in range(len(places)):
         blocks = (kept_width(kept, n, job.width) + ROWS - 1) // ROWS
-        first_block, last_block, before = share_of(starts, n, blocks, before, begin, end)
+        cost = READ_COST + starts[n + 1] - starts[n]
+        first_block, last_block, before = share_of(cost, blocks, before, begin, end)
         for block in range(first_block, last_block):
             next_block = 0
             if block + 1 < last_block:

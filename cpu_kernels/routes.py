@@ -23,9 +23,8 @@ def routes_address(job, worker):
 def make_routes(job, worker):
     """Group the job's choices by expert, then token, then as given.
 
-       False if an id or the place of one is out of range.
-    Choices of -1 and of experts that are
-       not held here are left out.
+    False if an id or the place of one is out of range. Choices of -1 and of experts that are not
+    held here are left out.
     """
     num_pairs = job.num_tokens * job.top_k
     base = routes_address(job, worker)
@@ -121,13 +120,12 @@ def total_cost(starts, kept, width, tile_rows):
 
 
 @jit
-def share_of(starts, n, tiles, before, begin, end):
-    """Tiles [first, last) of the n-th routed expert whose cost lies in [begin, end).
+def share_of(cost, tiles, before, begin, end):
+    """Tiles [first, last) of an expert, at ``cost`` each, whose cost lies in [begin, end).
 
     ``before`` is the cost of the experts before it; returns its end too. So the workers' shares
     are equal in cost, each in one piece, and no tile is in two of them.
     """
-    cost = READ_COST + starts[n + 1] - starts[n]
     first = min(max((begin - before + cost - 1) // cost, 0), tiles)
     last = min(max((end - before + cost - 1) // cost, 0), tiles)
     return first, last, before + cost * tiles

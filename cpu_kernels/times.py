@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from cpu_kernels.big_experts import may_hand_over
+from cpu_kernels.column_panels import may_use_columns
 from cpu_kernels.expert_layer import ExpertLayer
 from cpu_kernels.expert_pool import ExpertPool, aligned_floats
 from cpu_kernels.experts import Experts
@@ -29,26 +29,26 @@ ROUNDS = 5  # at most, for each number of tokens
 class TimeTable:
     """Seconds per expert at some numbers of tokens, which ascend as the seconds do.
 
-    ``own_s``: this folder's kernels; ``handed_s``: torch's products, None where it may not compute
-    these experts. ``kernel``: weights/activations, as ``bf16/bf16``. ValueError if no curve.
+    ``rows_s``: row by row; ``columns_s``: by columns, None where these experts cannot be.
+    ``kernel``: weights/activations, as ``bf16/bf16``. ValueError if no curve.
     """
 
     kernel: str
     hidden: int
     width: int
     tokens: tuple[int, ...]
-    own_s: tuple[float, ...]
-    handed_s: tuple[float, ...] | None = None
+    rows_s: tuple[float, ...]
+    columns_s: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens or self.tokens[0] < 1 or not _ascends(self.tokens, strictly=True):
             raise ValueError(f"numbers of tokens must ascend from 1 or more, not {self.tokens}")
-        for seconds in (self.own_s, self.handed_s or self.own_s):
+        for seconds in (self.rows_s, self.columns_s or self.rows_s):
             fits = len(seconds) == len(self.tokens) and seconds[0] > 0
             if not fits or not _ascends(seconds, strictly=False):
                 raise ValueError(f"seconds must be positive and never fall, not {seconds}")
 
-    def time(self, num_tokens: int, *, handed_over: bool = False) -> float:
+    def time(self, num_tokens: int, *, by_columns: bool = False) -> float:
         """Seconds of one expert with that many tokens; nothing for none.
 
         Straight between two points, beyond the last one as before it. Below the first one as there:
@@ -56,24 +56,24 @@ class TimeTable:
         """
         if num_tokens < 1:
             return 0.0
-        seconds = self.handed_s if handed_over else self.own_s
+        seconds = self.columns_s if by_columns else self.rows_s
         if seconds is None:
-            raise ValueError(f"{self.kernel} experts are never handed over")
+            raise ValueError(f"{self.kernel} experts are never computed by columns")
         return _on_line(self.tokens, seconds, num_tokens)
 
     def best(self, num_tokens: int) -> float:
         """Seconds by the faster way."""
-        own_s = self.time(num_tokens)
-        if self.handed_s is None:
-            return own_s
-        return min(own_s, self.time(num_tokens, handed_over=True))
+        rows_s = self.time(num_tokens)
+        if self.columns_s is None:
+            return rows_s
+        return min(rows_s, self.time(num_tokens, by_columns=True))
 
     def switch_over(self) -> int | None:
-        """The fewest tokens from which handing over stays faster up to the last point, or None."""
+        """The fewest tokens from which columns stay faster up to the last point, or None."""
         first = None
-        if self.handed_s is not None:
+        if self.columns_s is not None:
             for tokens in range(self.tokens[-1], 0, -1):
-                if self.time(tokens, handed_over=True) >= self.time(tokens):
+                if self.time(tokens, by_columns=True) >= self.time(tokens):
                     break
                 first = tokens
         return first
@@ -86,9 +86,9 @@ class TimeTable:
         """The inverse; ValueError for what is no table."""
         try:
             fields = json.loads(text)
-            lists = {name: tuple(fields[name]) for name in ("tokens", "own_s")}
-            handed_s = fields["handed_s"] and tuple(fields["handed_s"])
-            return cls(**{**fields, **lists, "handed_s": handed_s})
+            lists = {name: tuple(fields[name]) for name in ("tokens", "rows_s")}
+            columns_s = fields["columns_s"] and tuple(fields["columns_s"])
+            return cls(**{**fields, **lists, "columns_s": columns_s})
         except (TypeError, KeyError) as error:
             raise ValueError("this is no table of expert times") from error
 
@@ -105,8 +105,8 @@ def measure_times(
     """The table of ``experts``, from layer calls in which all tokens choose the same ``routed``.
 
     Each call takes the next ones, so that the weights come from memory if all of them are several
-    times the last-level cache. Medians of up to five calls, own and handed over in turn; fewer once
-    the budget is spent, at least one. The pool must be idle.
+    times the last-level cache. Medians of up to five calls, by rows and by columns in turn; fewer
+    once the budget is spent, at least one. The pool must be idle.
     """
     routed = min(routed, experts.num_experts)
     path = PATHS[path_number(experts.kind, activations)]
@@ -124,8 +124,8 @@ def measure_times(
         hidden=experts.hidden,
         width=experts.width,
         tokens=tuple(tokens),
-        own_s=curves[0],
-        handed_s=curves[1] if len(curves) > 1 else None,
+        rows_s=curves[0],
+        columns_s=curves[1] if len(curves) > 1 else None,
     )
 
 
@@ -133,11 +133,11 @@ def measure_times(
 def _layers(
     pool: ExpertPool, experts: Experts, activations: Activations
 ) -> Iterator[list[ExpertLayer]]:
-    """The experts as a layer of the pool, and once more handed over where that is possible."""
+    """The experts as a layer of the pool, and once more by columns where that is possible."""
     layers = [pool.add_layer(experts, activations=activations)]
     try:
-        if may_hand_over(layers[0].path):
-            layers.append(pool.add_layer(experts, activations=activations, hand_over=1))
+        if may_use_columns(layers[0].path, experts.hidden, experts.width):
+            layers.append(pool.add_layer(experts, activations=activations, columns_from=1))
         yield layers
     finally:
         for layer in layers:
@@ -165,7 +165,7 @@ def _medians(calls: list[Callable[[], None]], budget_s: float) -> tuple[float, .
     """The median seconds of each call, taken in turn."""
     end = time.perf_counter() + budget_s
     for call in calls:
-        call()  # a matrix library prepares a product for each new size
+        call()  # scratch grows
     times: list[list[float]] = [[] for _ in calls]
     for n in range(ROUNDS):
         if n and time.perf_counter() > end:

@@ -41,13 +41,8 @@ def needs_warm_up(kind: WeightKind, activations: Activations = "f32") -> bool:
 
 
 def warm_up(pool: WorkerPool, kind: WeightKind, activations: Activations = "f32") -> None:
-    """Compile the kernels for experts of ``kind``, by adding a layer of one small expert.
-
-    With bf16 activations, also those around the products that are handed over.
-    """
-    experts = _small(kind)
-    hand_over = None if activations == "f32" or kind.is_packed else 1
-    pool.remove_layer(pool.add_layer(experts, activations=activations, hand_over=hand_over))
+    """Compile the kernels for experts of ``kind``, by adding a layer of one small expert."""
+    pool.remove_layer(pool.add_layer(_small(kind), activations=activations))
 
 
 def _small(kind: WeightKind) -> Experts:
@@ -132,8 +127,6 @@ class HybridExperts:
         for layers in (self._pool_layers, self._prefill.pool_layers if self._prefill else {}):
             for layer, added in layers.items():
                 jobs[added.number] = layer
-                if added.hand_over is not None:
-                    jobs[added.hand_over.number] = layer
         return jobs
 
     @property

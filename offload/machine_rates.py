@@ -108,7 +108,7 @@ class MachineRates:
     def expert_s(
         self, codes: str, activations: str, expert_bytes: int
     ) -> "Callable[[int, bool], float]":
-        """Seconds of one expert by (tokens, handed over), for weights of ``codes``.
+        """Seconds of one expert by (tokens, by columns), for weights of ``codes``.
 
         Straight between the two sizes that were measured, in proportion beyond them. ValueError
         where no kernel of such weights was measured.
@@ -117,17 +117,17 @@ class MachineRates:
         if not curves:
             raise ValueError(f"no kernel for {codes} weights was measured on this machine")
 
-        def seconds(num_tokens: int, handed_over: bool = False) -> float:
+        def seconds(num_tokens: int, by_columns: bool = False) -> float:
             points = [
-                (c.expert_bytes, c.table.time(num_tokens, handed_over=handed_over)) for c in curves
+                (c.expert_bytes, c.table.time(num_tokens, by_columns=by_columns)) for c in curves
             ]
             return _at(points, expert_bytes)
 
         return seconds
 
     def switch_over(self, codes: str, activations: str, expert_bytes: int) -> int | None:
-        """From how many tokens on tiles of them are faster, of the nearest measured size."""
-        curves = [c for c in self._curves(codes, activations) if c.table.handed_s is not None]
+        """From how many tokens on columns are faster, of the nearest measured size."""
+        curves = [c for c in self._curves(codes, activations) if c.table.columns_s is not None]
         if not curves:
             return None
         nearest = min(curves, key=lambda c: abs(math.log(c.expert_bytes / expert_bytes)))
@@ -167,9 +167,9 @@ RATES = Quantity("machine-rates", to_json, from_json)
 
 
 def _table(found: dict[str, Any]) -> TimeTable:
-    tokens, own_s = tuple(found["tokens"]), tuple(found["own_s"])
-    handed_s = found["handed_s"] and tuple(found["handed_s"])
-    return TimeTable(**{**found, "tokens": tokens, "own_s": own_s, "handed_s": handed_s})
+    tokens, rows_s = tuple(found["tokens"]), tuple(found["rows_s"])
+    columns_s = found["columns_s"] and tuple(found["columns_s"])
+    return TimeTable(**{**found, "tokens": tokens, "rows_s": rows_s, "columns_s": columns_s})
 
 
 def _at(points: list[tuple[int, float]], x: int) -> float:

@@ -37,7 +37,7 @@ from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.host_buffers import HostBuffers, HostRows
 from offload.popularity import Popularity
-from offload.prefill_division import Division, PrefillCosts, Ring
+from offload.prefill_division import Division, PrefillCosts
 from offload.prefill_layer import DeviceSide, LayerParts, LayerWork, Sent
 from offload.prefill_record import StepRecord
 
@@ -94,7 +94,7 @@ class PrefillExperts:
                     experts,
                     activations=self._activations,
                     place_of=self._store[layer].row_E,
-                    hand_over=self._costs[layer].hand_over,
+                    columns_from=self._costs[layer].columns_from,
                 )
             self._layers[layer] = LayerParts.of(
                 layer, self._store[layer], pool_layer, self._shares_LE[layer]
@@ -141,12 +141,9 @@ class PrefillExperts:
             write_host(weights_TK, rows.weights_TK)
             self._mark_written()
         work.send()
-        is_late = self._hands_over(layer, counts_E[parts.cold_C[cpu_rows]])
-        if cpu_rows and not is_late:
+        if cpu_rows:
             self._start_pool(parts, cpu_rows, rows)
         hot_TH = work.compute(x_TH, ids_TK, weights_TK)
-        if cpu_rows and is_late:
-            self._start_pool(parts, cpu_rows, rows)
         return PendingPrefill(self._pool, self.record, hot_TH, rows.out_TH if cpu_rows else None)
 
     def clear(self) -> None:
@@ -164,20 +161,15 @@ class PrefillExperts:
         stream = self._side.stream
         if stream is None:
             return {}
-        ring = Ring(num_slots=stream.num_slots, bank_size=stream.bank_size)
         return {
             layer: Division(
                 costs=costs,
-                ring=ring,
+                num_slots=stream.num_slots,
                 tokens_each=num_tokens * self._top_k / self._num_experts,
                 state_bytes=4 * num_tokens * self._hidden,
             )
             for layer, costs in self._costs.items()
         }
-
-    def _hands_over(self, layer: int, counts: np.ndarray) -> bool:
-        """Whether the CPU leaves an expert with one of these numbers of tokens to torch."""
-        return any(self._costs[layer].hands_over(count) for count in counts.tolist())
 
     def _divide(self, parts: LayerParts, counts_E: np.ndarray) -> tuple[list[int], LayerWork]:
         """The CPU's rows, and the device's work; what is under way already is the device's."""

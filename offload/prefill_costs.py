@@ -67,7 +67,6 @@ def known_costs(
         "weights": experts.kind.name,
         "hidden": experts.hidden,
         "width": experts.width,
-        "torch": torch.__version__,
     }
     how = {
         "activations": activations,
@@ -87,8 +86,8 @@ def costs_of(table: TimeTable, activations: Activations, *, copy_s: float) -> Pr
     """The costs that follow from measured times; pure."""
     # float32 products stay with the exact kernels, whose sums do not depend on the machine
     if activations == "f32":
-        return PrefillCosts(copy_s=copy_s, expert_s=table.time, hand_over=None)
-    return PrefillCosts(copy_s=copy_s, expert_s=table.best, hand_over=table.switch_over())
+        return PrefillCosts(copy_s=copy_s, expert_s=table.time, columns_from=None)
+    return PrefillCosts(copy_s=copy_s, expert_s=table.best, columns_from=table.switch_over())
 
 
 def prefill_activations(dtype: torch.dtype, expert_dtype: torch.dtype) -> Activations:

@@ -7,43 +7,30 @@ from offload.prefill_split import cpu_share, rows_ahead
 
 LINK_BYTES_PER_S = 50e9  # of hidden states, to the host and back
 CPU_START_S = 2e-4  # Python around a layer of the pool, which waits for its input
-HAND_OVER_S = 3e-4  # more, where experts are handed over
-BANK_S = 1.5e-4  # Python's launches for a bank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillCosts:
     """``copy_s``: seconds of the link per expert. ``expert_s(tokens)``: of the CPU.
 
-    ``hand_over``: from how many tokens on the CPU computes an expert in tiles of many tokens.
+    ``columns_from``: from how many tokens on the CPU computes an expert by columns.
     """
 
     copy_s: float
     expert_s: Callable[[int], float]
-    hand_over: int | None
-
-    def hands_over(self, num_tokens: int) -> bool:
-        """Whether the CPU computes an expert with so many tokens in tiles of them."""
-        return self.hand_over is not None and num_tokens >= self.hand_over
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ring:
-    """Slots that experts pass through, and how many are filled at once."""
-
-    num_slots: int
-    bank_size: int
+    columns_from: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Division:
     """Of one layer of a step in which an expert has ``tokens_each`` on average.
 
-    ``state_bytes``: of the float32 hidden states that the CPU is sent, and gives back.
+    ``num_slots``: that experts pass through on their way to the device. ``state_bytes``: of the
+    float32 hidden states that the CPU is sent, and gives back.
     """
 
     costs: PrefillCosts
-    ring: Ring
+    num_slots: int
     tokens_each: float
     state_bytes: int
 
@@ -52,10 +39,10 @@ class Division:
         return rows_ahead(
             self.tokens_each,
             num_cold,
-            self.ring.num_slots,
+            self.num_slots,
             self.costs.expert_s,
             copy_s=self.costs.copy_s,
-            start_s=self._start_s(round(self.tokens_each), num_cold),
+            start_s=self._start_s,
             result_s=self._transfer_s,
         )
 
@@ -69,7 +56,7 @@ class Division:
             self.costs.expert_s,
             copy_s=self.costs.copy_s,
             ahead_s=ahead_s,
-            start_s=self._start_s(max(counts, default=0), len(counts) + num_ahead),
+            start_s=self._start_s,
             result_s=self._transfer_s,
         )
 
@@ -78,9 +65,7 @@ class Division:
         """The hidden states' way to the host, or what the CPU gives back: on the link too."""
         return self.state_bytes / LINK_BYTES_PER_S
 
-    def _start_s(self, most_tokens: int, num_sent: int) -> float:
-        """What the CPU's side takes besides experts; who hands over starts after the device."""
-        seconds = CPU_START_S + 2 * self._transfer_s
-        if self.costs.hands_over(most_tokens):
-            seconds += HAND_OVER_S + BANK_S * num_sent / self.ring.bank_size
-        return seconds
+    @property
+    def _start_s(self) -> float:
+        """What the CPU's side takes besides experts."""
+        return CPU_START_S + 2 * self._transfer_s

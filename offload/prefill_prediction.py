@@ -24,21 +24,15 @@ from offload.prediction import (
     chunk_sizes,
     total_of,
 )
-from offload.prefill_division import (
-    BANK_S,
-    CPU_START_S,
-    LINK_BYTES_PER_S,
-    Division,
-    PrefillCosts,
-    Ring,
-)
+from offload.prefill_division import CPU_START_S, LINK_BYTES_PER_S, Division, PrefillCosts
 from offload.prefill_split import GAP_S, LEAST_TOKENS
 from offload.staging import bank_slots
 
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
 LAYER_S = 1.5e-3  # Python and small kernels of a layer of a prompt on a GPU
-SEND_S = 1.6e-5  # Python for each expert that is sent, beside BANK_S for each bank
+BANK_S = 1.5e-4  # Python's launches for a bank of experts
+SEND_S = 1.6e-5  # and for each expert that is sent
 
 
 def predict_prefill(
@@ -148,15 +142,15 @@ def _gpu_sides(
 @lru_cache(maxsize=8)
 def _costs(rates: MachineRates, codes: str, activations: str, expert_bytes: int) -> PrefillCosts:
     """What an expert costs; by its tokens it is worked out once for all layouts of a model."""
-    hand_over = rates.switch_over(codes, activations, expert_bytes)
+    columns_from = rates.switch_over(codes, activations, expert_bytes)
     expert_s = rates.expert_s(codes, activations, expert_bytes)
 
     def seconds(count: int) -> float:
-        handed = hand_over is not None and count >= hand_over
-        return rates.beside_s(expert_s(count, handed), expert_bytes)
+        by_columns = columns_from is not None and count >= columns_from
+        return rates.beside_s(expert_s(count, by_columns), expert_bytes)
 
     copy_s = expert_bytes / (rates.peaks.pcie_gbps * GIGA)
-    return PrefillCosts(copy_s=copy_s, expert_s=cache(seconds), hand_over=hand_over)
+    return PrefillCosts(copy_s=copy_s, expert_s=cache(seconds), columns_from=columns_from)
 
 
 _Divider = Callable[[list[int]], tuple[int, list[int]]]
@@ -169,7 +163,7 @@ def _divider(demand: Demand, rates: MachineRates, tokens: int) -> _Divider:
     num_experts = len(demand.layers[0].hot) + len(demand.layers[0].cold)
     division = Division(
         costs=costs,
-        ring=Ring(num_slots=demand.staging_slots, bank_size=bank_slots(demand.staging_slots)),
+        num_slots=demand.staging_slots,
         tokens_each=tokens * demand.top_k / num_experts,
         state_bytes=4 * tokens * demand.hidden,
     )

@@ -17,7 +17,7 @@ class WorkerPool(Protocol):
         *,
         activations: Activations = "f32",
         place_of: np.ndarray | None = None,
-        hand_over: int | None = None,
+        columns_from: int | None = None,
     ) -> Any: ...
 
     def bind(

@@ -107,12 +107,12 @@ def _gpu_rows(rates: "MachineRates") -> dict[str, str]:
 
 
 def _expert_lines(rates: "MachineRates") -> list[str]:
-    lines = ["CPU experts, ms for M tokens (the faster of row by row and in tiles of many tokens)"]
+    lines = ["CPU experts, ms for M tokens (the faster of row by row and by columns of tokens)"]
     for times in rates.times:
         table = times.table
         points = (f"{m}: {table.best(m) * 1e3:.3g}" for m in table.tokens)
         when = table.switch_over()
-        handed = "" if table.handed_s is None else f"; in tiles from M = {when}" if when else ""
+        switch = f"; by columns from M = {when}" if when else ""
         name = f"{table.kernel}, {table.hidden} x {table.width}"
-        lines.append(f"  {name}: {', '.join(points)}{handed}")
+        lines.append(f"  {name}: {', '.join(points)}{switch}")
     return lines

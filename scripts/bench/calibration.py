@@ -3,7 +3,7 @@
     python -m scripts.bench.calibration [--threads N]
 
 Measures the table that ``fiddler calibrate`` keeps of bf16 experts with bf16 activations, for which
-there are two implementations, row by row and in tiles of many tokens; then both at numbers of
+there are two implementations, row by row and by columns of tokens; then both at numbers of
 tokens that the table has not. What the table chooses there should be within a tenth of the better
 one, and all of them together 1.3 times as fast as the worse of always the one and always the other.
 Writes build/bench-calibration.json.
@@ -50,17 +50,17 @@ def measure(num_threads: int, size: Size) -> tuple[TimeTable, TimeTable]:
 
 def rows_of(known: TimeTable, held_out: TimeTable) -> list[Row]:
     """Each held-out number of tokens by the table's choice, and their sum."""
-    assert held_out.handed_s is not None
+    assert held_out.columns_s is not None
     first = known.switch_over()
     rows, chosen_s = [], []
-    for count, own_s, handed_s in zip(HELD_OUT, held_out.own_s, held_out.handed_s, strict=True):
-        is_handed = first is not None and count >= first
-        chosen_s.append(handed_s if is_handed else own_s)
-        best_s = min(own_s, handed_s)
-        name = f"M = {count}, {'in tiles' if is_handed else 'row by row'}, by the table"
+    for count, rows_s, columns_s in zip(HELD_OUT, held_out.rows_s, held_out.columns_s, strict=True):
+        has_columns = first is not None and count >= first
+        chosen_s.append(columns_s if has_columns else rows_s)
+        best_s = min(rows_s, columns_s)
+        name = f"M = {count}, {'by columns' if has_columns else 'row by row'}, by the table"
         ratio = chosen_s[-1] / best_s
         rows.append(at_most(name, chosen_s[-1] * 1e3, "ms", best_s * 1e3, ratio, MOST_OVER))
-    worst_s, total_s = max(sum(held_out.own_s), sum(held_out.handed_s)), sum(chosen_s)
+    worst_s, total_s = max(sum(held_out.rows_s), sum(held_out.columns_s)), sum(chosen_s)
     name = "all of them, against the worse fixed choice"
     gain = worst_s / total_s
     return [*rows, at_least(name, total_s * 1e3, "ms", worst_s * 1e3, gain, LEAST_GAIN)]
@@ -75,7 +75,7 @@ def main() -> None:
     known, held_out = measure(num_threads, size)
     print(host_isa().summary(), file=sys.stderr)
     print(f"bf16/bf16, {size.hidden} x {size.width}, {num_threads} workers")
-    print(f"in tiles from M = {known.switch_over()} on, by the table")
+    print(f"by columns from M = {known.switch_over()} on, by the table")
     rows = rows_of(known, held_out)
     print(table(rows))
     write(rows, OUTPUT)

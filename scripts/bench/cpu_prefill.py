@@ -4,15 +4,19 @@
 
 Prints a table per shape and writes build/bench-cpu-prefill.json. A layer call has the experts that
 a token of the shape chooses, all with M tokens, and each call takes others, so that the weights
-come from memory. "tiles" and "torch" are the two ways to compute bf16/bf16 experts of many tokens,
-each taken in turn with the kernel that goes row by row. Medians of up to five calls.
+come from memory. "by columns" are bf16/bf16 experts computed by columns, taken in turn with the
+kernel that goes row by row; "torch" is one product of torch's for each matrix, with all of its own
+threads, weights from memory too. Medians of up to five calls.
 """
 
 import argparse
+import itertools
+import statistics
 import sys
 import time
 from pathlib import Path
-from unittest import mock
+
+import torch
 
 from cpu_kernels.arena import Arena
 from cpu_kernels.compiled import kernels
@@ -24,41 +28,59 @@ from cpu_kernels.weight_kind import parse_kind
 from scripts.bench.cpu_arena import SHAPES, Shape, fill_experts
 from scripts.bench.rows import Row, at_least, at_most, write
 
-KINDS: tuple[tuple[str, Activations, str], ...] = (
-    *(("bf16", "f32", ""), ("bf16", "bf16", "torch"), ("bf16", "bf16", "tiles")),
-    *(("w8g128", "int8", ""), ("w4g128", "int8", "")),
+KINDS: tuple[tuple[str, Activations], ...] = (
+    *(("bf16", "f32"), ("bf16", "bf16"), ("w8g128", "int8"), ("w4g128", "int8")),
 )
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 BUDGET_S = 5.0  # for one shape and kind; the 8 tables took 35 s on 16 cores
+TORCH_CALLS = 5
 LEAST_RATE = 0.8  # of a kernel's best GFLOP/s, at any M
 OUTPUT = Path("build/bench-cpu-prefill.json")
-Columns = dict[str, tuple[float, ...]]
+Times = dict[str, tuple[float, ...]]
 
 
-def shape_columns(
+def shape_times(
     pool: ExpertPool, arena: Arena, shape: Shape, tokens: tuple[int, ...], budget_s: float
-) -> Columns:
-    """Seconds by kernel, for the numbers of tokens."""
-    found: Columns = {}
-    for weights, activations, many in KINDS:
+) -> Times:
+    """Seconds of an expert by kernel, for the numbers of tokens."""
+    found: Times = {}
+    for weights, activations in KINDS:
         experts, _ = fill_experts(arena, shape, parse_kind(weights))
-        with mock.patch("cpu_kernels.hand_over.may_multiply", return_value=many == "tiles"):
-            table = measure_times(
-                pool,
-                experts,
-                activations,
-                tokens=tokens,
-                routed=shape.routed,
-                budget_s=budget_s,
-            )
-        found[table.kernel] = table.own_s
-        if table.handed_s is not None:
-            found[many] = table.handed_s
-        print(f"{shape.name}, {table.kernel} {many}: measured", file=sys.stderr)
+        table = measure_times(
+            pool, experts, activations, tokens=tokens, routed=shape.routed, budget_s=budget_s
+        )
+        found[table.kernel] = table.rows_s
+        if table.columns_s is not None:
+            found["by columns"] = table.columns_s
+            found["torch"] = torch_times(arena, shape, experts.num_experts, tokens)
+        print(f"{shape.name}, {table.kernel}: measured", file=sys.stderr)
     return found
 
 
-def shape_text(shape: Shape, tokens: tuple[int, ...], found: Columns) -> str:
+def torch_times(
+    arena: Arena, shape: Shape, num_experts: int, tokens: tuple[int, ...]
+) -> tuple[float, ...]:
+    """Of the bf16 experts at the arena's start, one after the other, each by two products."""
+    hidden, width = shape.hidden, shape.width
+    codes = torch.from_numpy(arena.array("int16", (num_experts * shape.elements,)))
+    w13_size = num_experts * 2 * width * hidden
+    w13_EFH = codes[:w13_size].view(torch.bfloat16).view(num_experts, 2 * width, hidden)
+    w2_EHI = codes[w13_size:].view(torch.bfloat16).view(num_experts, hidden, width)
+    next_expert = itertools.cycle(range(num_experts))
+    medians = []
+    for count in tokens:
+        x_TH = torch.randn(count, hidden).bfloat16()
+        times = []
+        for _ in range(TORCH_CALLS):
+            expert, began = next(next_expert), time.perf_counter()
+            gate_TI, up_TI = (x_TH @ w13_EFH[expert].T).chunk(2, dim=-1)
+            (torch.nn.functional.silu(gate_TI) * up_TI) @ w2_EHI[expert].T
+            times.append(time.perf_counter() - began)
+        medians.append(statistics.median(times))
+    return tuple(medians)
+
+
+def shape_text(shape: Shape, tokens: tuple[int, ...], found: Times) -> str:
     """ms per expert (GFLOP/s) by M and kernel, and the fastest one."""
     lines = [f"{shape.name}: ms per expert (GFLOP/s)"]
     lines += [f"{'M':>5} " + "".join(f"{name:>18}" for name in found) + "  fastest of bf16, of all"]
@@ -73,8 +95,8 @@ def shape_text(shape: Shape, tokens: tuple[int, ...], found: Columns) -> str:
     return "\n".join(lines)
 
 
-def shape_rows(shape: Shape, tokens: tuple[int, ...], found: Columns) -> list[Row]:
-    """GFLOP/s against the same kernel's best; tiles against torch."""
+def shape_rows(shape: Shape, tokens: tuple[int, ...], found: Times) -> list[Row]:
+    """GFLOP/s against the same kernel's best; columns against torch."""
     rows = []
     for name, seconds in found.items():
         rates = [gflops(shape, *point) for point in zip(tokens, seconds, strict=True)]
@@ -82,10 +104,9 @@ def shape_rows(shape: Shape, tokens: tuple[int, ...], found: Columns) -> list[Ro
             title = f"{shape.name}, {name}, M = {count}, against its best"
             ratio = rate / max(rates)
             rows.append(at_least(title, rate, "GFLOP/s", max(rates), ratio, LEAST_RATE))
-    for count, tiles_s, torch_s in zip(tokens, found["tiles"], found["torch"], strict=True):
-        title = f"{shape.name}, M = {count}, tiles against torch"
-        ratio = tiles_s / torch_s
-        rows.append(at_most(title, tiles_s * 1e3, "ms", torch_s * 1e3, ratio, 1.0))
+    for count, own_s, torch_s in zip(tokens, found["by columns"], found["torch"], strict=True):
+        title = f"{shape.name}, M = {count}, by columns against torch"
+        rows.append(at_most(title, own_s * 1e3, "ms", torch_s * 1e3, own_s / torch_s, 1.0))
     return rows
 
 
@@ -105,11 +126,12 @@ def main() -> None:
     kernels()
     print(host_isa().summary(), file=sys.stderr)
     started, rows = time.perf_counter(), []
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     arena = Arena(max(shape.arena_bytes for shape in shapes))
     with ExpertPool(options.threads) as pool:
         print(f"{pool.num_threads} workers")
         for shape in shapes:
-            found = shape_columns(pool, arena, shape, tokens, options.budget)
+            found = shape_times(pool, arena, shape, tokens, options.budget)
             print(shape_text(shape, tokens, found), flush=True)
             rows += shape_rows(shape, tokens, found)
     write(rows, OUTPUT)

@@ -15,8 +15,8 @@ import pytest
 from numba import types
 
 from cpu_kernels import columns
-from cpu_kernels.addresses import f32_array
-from cpu_kernels.column_tile import HAS_TILES, ROWS, TOKENS
+from cpu_kernels.column_panels import UNIT as ROWS
+from cpu_kernels.column_tile import HAS_TILES, TOKENS
 from cpu_kernels.compiled import compile_entry, stamped
 from cpu_kernels.isa import LEVELS, VARIABLE, host_isa, isa_from_features
 
@@ -27,18 +27,21 @@ FLOATS = 2.0**-23
 
 @functools.cache
 def entries() -> tuple[Callable[..., None], Callable[..., None]]:
-    def pack(x, num_tokens, depth, packed):
-        for t in range(num_tokens):
+    def pack(x, x_bytes, num_tokens, depth, packed):
+        for t in range(-(-num_tokens // TOKENS) * TOKENS):
             block = packed + t // TOKENS * depth * columns.BLOCK_BYTES
-            columns.pack_row(f32_array(x + 4 * t * depth, depth), t % TOKENS, block)
+            row = x + x_bytes * t * depth if t < num_tokens else 0
+            columns.pack_row(row, x_bytes, depth, t % TOKENS, block)
 
-    def multiply(w, row_bytes, num_rows, x, num_blocks, depth, out, out_bytes):
-        columns.multiply_columns(w, row_bytes, num_rows, x, num_blocks, depth, out, out_bytes)
+    def multiply(w, row_bytes, num_rows, apart, num_runs, x, num_blocks, depth, sums):
+        columns.multiply_columns(
+            w, row_bytes, num_rows, apart, num_runs, x, num_blocks, depth, sums
+        )
 
     word = types.int64
     return (
-        compile_entry(stamped(pack, int(HAS_TILES)), (word,) * 4),
-        compile_entry(stamped(multiply, int(HAS_TILES)), (word,) * 8),
+        compile_entry(stamped(pack, int(HAS_TILES)), (word,) * 5),
+        compile_entry(stamped(multiply, int(HAS_TILES)), (word,) * 9),
     )
 
 
@@ -52,34 +55,37 @@ def as_f32(x: U16) -> F32:
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
-def packed(x_TK: F32) -> U16:
+def packed(x_TK: F32 | U16) -> U16:
+    """Blocks of bf16 numbers, which may lie in float32; padding that is not zero would show."""
     num_tokens, depth = x_TK.shape
-    blocks = np.zeros(-(-num_tokens // TOKENS) * TOKENS * depth, np.uint16)
-    entries()[0](x_TK.ctypes.data, num_tokens, depth, blocks.ctypes.data)
+    blocks = np.full(-(-num_tokens // TOKENS) * TOKENS * depth, 77, np.uint16)
+    address, size = x_TK.ctypes.data, x_TK.itemsize
+    entries()[0](address, size, num_tokens, depth, blocks.ctypes.data)
     return blocks
 
 
-def product(w_RK: U16, x_TK: F32, num_rows: int | None = None) -> F32:
-    """``[R, T]``; what lies behind the rows and the tokens' sums must not change."""
+def product(w_RK: U16, x_TK: U16, *, num_runs: int = 1) -> F32:
+    """``[R, T]``, the rows in so many runs; what lies behind their sums must not change."""
     num_tokens, depth = x_TK.shape
-    num_blocks = -(-num_tokens // TOKENS)
-    num_rows = len(w_RK) if num_rows is None else num_rows
+    num_blocks, num_rows = -(-num_tokens // TOKENS), len(w_RK) // num_runs
     blocks = packed(x_TK)
-    out = np.full((num_rows + 1, num_blocks * TOKENS + 3), np.float32(77))
+    sums = np.full(num_blocks * len(w_RK) * TOKENS + 3, np.float32(77))
+    row_bytes = w_RK.strides[0]
     entries()[1](
-        *(w_RK.ctypes.data, w_RK.strides[0], num_rows, blocks.ctypes.data),
-        *(num_blocks, depth, out.ctypes.data, out.strides[0]),
+        *(w_RK.ctypes.data, row_bytes, num_rows, num_rows * row_bytes, num_runs),
+        *(blocks.ctypes.data, num_blocks, depth, sums.ctypes.data),
     )
-    assert (out[num_rows] == 77).all() and (out[:, num_blocks * TOKENS :] == 77).all()
-    return out[:num_rows, :num_tokens]
+    assert (sums[-3:] == 77).all()
+    of_blocks = sums[:-3].reshape(num_blocks, len(w_RK), TOKENS)
+    return of_blocks.transpose(1, 0, 2).reshape(len(w_RK), -1)[:, :num_tokens]
 
 
-def case(rng: np.random.Generator, num_rows: int, num_tokens: int, depth: int) -> tuple[U16, F32]:
+def case(rng: np.random.Generator, num_rows: int, num_tokens: int, depth: int) -> tuple[U16, U16]:
     w_RK = as_bf16(rng.standard_normal((num_rows, depth), np.float32))
-    return w_RK, rng.standard_normal((num_tokens, depth), np.float32)
+    return w_RK, as_bf16(rng.standard_normal((num_tokens, depth), np.float32))
 
 
-SIZES = [(32, 1, 32), (64, 16, 2048), (96, 17, 768), (32, 48, 96), (70, 33, 64), (256, 100, 4096)]
+SIZES = [(32, 1, 32), (64, 16, 2048), (96, 17, 768), (32, 48, 96), (64, 33, 544), (256, 100, 4096)]
 
 
 @pytest.mark.parametrize(("num_rows", "num_tokens", "depth"), SIZES)
@@ -87,29 +93,30 @@ def test_equals_float64(
     rng: np.random.Generator, num_rows: int, num_tokens: int, depth: int
 ) -> None:
     w_RK, x_TK = case(rng, num_rows, num_tokens, depth)
-    w, x = (as_f32(side).astype(np.float64) for side in (w_RK, as_bf16(x_TK)))
+    w, x = (as_f32(side).astype(np.float64) for side in (w_RK, x_TK))
     bound_RT = depth * FLOATS * (np.abs(w) @ np.abs(x).T)
     assert (np.abs(product(w_RK, x_TK) - w @ x.T) <= bound_RT).all()
 
 
-def test_packing_rounds_to_nearest_even(rng: np.random.Generator) -> None:
-    x_TK = rng.standard_normal((TOKENS, 64), np.float32)
-    x_TK[3, :4] = np.inf, -np.inf, 1 + 2.0**-8, 1 + 3 * 2.0**-8  # two ties
-    blocks = packed(x_TK).reshape(32, TOKENS, 2).transpose(1, 0, 2).reshape(TOKENS, 64)
-    assert np.array_equal(blocks, as_bf16(x_TK))
+def test_packed_numbers_are_those_of_the_tokens(rng: np.random.Generator) -> None:
+    _, x_TK = case(rng, 1, TOKENS + 3, 64)
+    x_TK[3, :3] = 0x7F80, 0xFF80, 0x8000  # Inf, -Inf, -0
+    for rows in (x_TK, as_f32(x_TK)):
+        blocks = packed(rows).reshape(2, 32, TOKENS, 2).transpose(0, 2, 1, 3).reshape(-1, 64)
+        assert np.array_equal(blocks[: len(x_TK)], x_TK) and not blocks[len(x_TK) :].any()
 
 
 def test_bits_depend_on_no_neighbour(rng: np.random.Generator) -> None:
-    w_RK, x_TK = case(rng, 3 * ROWS, 37, 256)
+    w_RK, x_TK = case(rng, 3 * ROWS, 37, 1536)
     whole = product(w_RK, x_TK)
     assert np.array_equal(product(w_RK, x_TK[20:21])[:, 0], whole[:, 20])
     assert np.array_equal(product(w_RK[ROWS:], x_TK), whole[ROWS:])
-    assert np.array_equal(product(w_RK, x_TK, 2 * ROWS + 1), whole[: 2 * ROWS + 1])
+    assert np.array_equal(product(w_RK, x_TK, num_runs=3), whole)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_token(rng: np.random.Generator) -> None:
     w_RK, x_TK = case(rng, 2 * ROWS, 20, 64)
-    w_RK[5, 9], x_TK[18, 2] = 0x7FC0, np.inf
+    w_RK[5, 9], x_TK[18, 2] = 0x7FC0, 0x7F80
     is_finite_RT = np.isfinite(product(w_RK, x_TK))
     assert not is_finite_RT[5].any() and not is_finite_RT[:, 18].any()
     assert is_finite_RT.sum() == (2 * ROWS - 1) * 19

@@ -153,7 +153,7 @@ def shares(
         begin, end = cost * worker // num_workers, cost * (worker + 1) // num_workers
         before, mine = 0, []
         for n, (count, tiles) in enumerate(zip(counts, tiles_of(counts, kept, width), strict=True)):
-            first, last, before = share_of.py_func(starts, n, tiles, before, begin, end)
+            first, last, before = share_of.py_func(READ_COST + count, tiles, before, begin, end)
             mine.append((n, first, last, (last - first) * (READ_COST + count)))
         assert before == cost
         found.append(mine)

@@ -28,22 +28,27 @@ def tables(draw: st.DrawFn) -> TimeTable:
         hidden=64,
         width=32,
         tokens=tuple(tokens),
-        own_s=draw(curve),
-        handed_s=draw(st.none() | curve),
+        rows_s=draw(curve),
+        columns_s=draw(st.none() | curve),
     )
 
 
-def table(own_s: tuple[float, ...], handed_s: tuple[float, ...] | None = None) -> TimeTable:
+def table(rows_s: tuple[float, ...], columns_s: tuple[float, ...] | None = None) -> TimeTable:
     return TimeTable(
-        kernel="bf16/bf16", hidden=4, width=4, tokens=(1, 10, 20), own_s=own_s, handed_s=handed_s
+        kernel="bf16/bf16",
+        hidden=4,
+        width=4,
+        tokens=(1, 10, 20),
+        rows_s=rows_s,
+        columns_s=columns_s,
     )
 
 
 @given(tables())
 def test_time_is_exact_at_the_points_and_never_falls(found: TimeTable) -> None:
-    for handed_over, seconds in ((False, found.own_s), (True, found.handed_s)):
+    for by_columns, seconds in ((False, found.rows_s), (True, found.columns_s)):
         if seconds is not None:
-            times = [found.time(n, handed_over=handed_over) for n in range(400)]
+            times = [found.time(n, by_columns=by_columns) for n in range(400)]
             assert [times[n] for n in found.tokens] == list(seconds)
             assert times == sorted(times)
             assert times[0] == 0
@@ -55,35 +60,35 @@ def test_json_gives_the_same_table(found: TimeTable) -> None:
 
 
 @given(tables())
-def test_the_switch_over_is_where_handing_over_begins_to_stay_faster(found: TimeTable) -> None:
+def test_the_switch_over_is_where_columns_begin_to_stay_faster(found: TimeTable) -> None:
     first, last = found.switch_over(), found.tokens[-1]
-    if found.handed_s is None:
+    if found.columns_s is None:
         assert first is None
         return
-    is_faster = [found.time(n, handed_over=True) < found.time(n) for n in range(last + 1)]
+    is_faster = [found.time(n, by_columns=True) < found.time(n) for n in range(last + 1)]
     if first is None:
         assert not is_faster[last]
     else:
         assert all(is_faster[first:])
         assert not is_faster[first - 1]
     for n in range(last + 50):
-        both = (found.time(n), found.time(n, handed_over=True))
+        both = (found.time(n), found.time(n, by_columns=True))
         assert found.best(n) == min(both)
 
 
 def test_between_and_beyond_the_points() -> None:
     found = table((1.0, 10.0, 30.0), (5.0, 5.0, 5.0))
     assert [found.time(n) for n in (1, 4, 15, 25)] == [1.0, 4.0, 20.0, 40.0]
-    assert (found.time(100, handed_over=True), found.best(25)) == (5.0, 5.0)
+    assert (found.time(100, by_columns=True), found.best(25)) == (5.0, 5.0)
     assert found.switch_over() == 6
     assert table((1.0, 2.0, 3.0), (1.0, 2.0, 3.0)).switch_over() is None
     assert table((4.0, 4.0, 4.0), (1.0, 2.0, 3.0)).switch_over() == 1
-    with pytest.raises(ValueError, match="never handed over"):
-        table((1.0, 2.0, 3.0)).time(1, handed_over=True)
+    with pytest.raises(ValueError, match="never computed by columns"):
+        table((1.0, 2.0, 3.0)).time(1, by_columns=True)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "own_s"),
+    ("tokens", "rows_s"),
     [
         ((), ()),
         ((0, 1), (1.0, 2.0)),
@@ -93,9 +98,9 @@ def test_between_and_beyond_the_points() -> None:
         ((1, 2), (0.0, 1.0)),
     ],
 )
-def test_what_is_no_curve_is_refused(tokens: tuple[int, ...], own_s: tuple[float, ...]) -> None:
+def test_what_is_no_curve_is_refused(tokens: tuple[int, ...], rows_s: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="must"):
-        TimeTable(kernel="f32/f32", hidden=4, width=4, tokens=tokens, own_s=own_s)
+        TimeTable(kernel="f32/f32", hidden=4, width=4, tokens=tokens, rows_s=rows_s)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"tokens": 3}', "no JSON", '{"tokens": [1]}'])
@@ -115,11 +120,11 @@ def packed() -> Experts:
 
 
 @pytest.mark.parametrize(
-    ("experts", "activations", "is_handed"),
+    ("experts", "activations", "has_columns"),
     [(bf16_experts(), "bf16", True), (bf16_experts(), "f32", False), (packed(), "int8", False)],
 )
 def test_a_tiny_layer_is_measured(
-    experts: Experts, activations: Activations, is_handed: bool
+    experts: Experts, activations: Activations, has_columns: bool
 ) -> None:
     with ExpertPool(2) as pool:
         found = measure_times(
@@ -128,5 +133,5 @@ def test_a_tiny_layer_is_measured(
         assert pool.add_layer(experts, activations=activations).number <= 3  # both were removed
     assert found.kernel == f"{experts.kind.name}/{activations}"
     assert (found.hidden, found.width) == (experts.hidden, experts.width)
-    assert (found.handed_s is not None) == is_handed
+    assert (found.columns_s is not None) == has_columns
     assert 0 < found.time(1) <= found.best(600)

@@ -180,7 +180,7 @@ def test_facts_of_this_machine_go_through_json() -> None:
 
 def test_expert_times_and_copies_come_back_bit_for_bit(path: Path) -> None:
     table = TimeTable(
-        kernel="bf16/bf16", hidden=8, width=4, tokens=(1, 8), own_s=(1 / 3, 0.5), handed_s=None
+        kernel="bf16/bf16", hidden=8, width=4, tokens=(1, 8), rows_s=(1 / 3, 0.5), columns_s=None
     )
     for _ in range(2):
         known = Calibration(path, MACHINE)
@@ -228,6 +228,6 @@ def test_costs_of_a_second_start(path: Path, monkeypatch: pytest.MonkeyPatch) ->
             link: Any = Link()
             known = Calibration(path, MACHINE)
             costs = known_costs(known, pool, experts, "f32", link, 5)
-            found.append((costs.copy_s, costs.expert_s(8), costs.hand_over, link.log))
+            found.append((costs.copy_s, costs.expert_s(8), costs.columns_from, link.log))
     assert found[0] == (0.25, found[1][1], None, ["busy 5", "copied 5"])
     assert found[1] == (0.25, found[0][1], None, [])

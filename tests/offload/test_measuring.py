@@ -32,8 +32,8 @@ def times(kernel: str, expert_bytes: int, first_s: float) -> ExpertTimes:
         hidden=8,
         width=4,
         tokens=(1, 8, 64),
-        own_s=(first_s, 2 * first_s, 16 * first_s),
-        handed_s=(3 * first_s, 3 * first_s, 4 * first_s) if kernel == "bf16/bf16" else None,
+        rows_s=(first_s, 2 * first_s, 16 * first_s),
+        columns_s=(3 * first_s, 3 * first_s, 4 * first_s) if kernel == "bf16/bf16" else None,
     )
     return ExpertTimes(expert_bytes=expert_bytes, table=table)
 

@@ -54,12 +54,11 @@ def prefill(
     *,
     cpu_s: float = 1.0,
     dtype: torch.dtype = torch.float32,
-    hand_over: int | None = None,
     popularity: Popularity | None = None,
 ) -> Iterator[PrefillExperts]:
     """``cpu_s``: what an expert costs the CPU, in copies of one."""
     stream = ExpertStream(store, num_slots, DEVICE) if num_slots else None
-    costs = PrefillCosts(copy_s=1.0, expert_s=lambda count: cpu_s, hand_over=hand_over)
+    costs = PrefillCosts(copy_s=1.0, expert_s=lambda count: cpu_s, columns_from=None)
     with ExpertPool(1) as pool:
         experts = PrefillExperts(
             *(store, pool, stream),
@@ -128,9 +127,9 @@ def test_every_way_through_gives_the_sum(resident: set[int], num_slots: int, cpu
         check(store, experts, seed=1)
 
 
-def test_workers_that_hand_over_start_after_the_device() -> None:
+def test_workers_start_before_the_device() -> None:
     store = store_of({0})
-    with prefill(store, 3, cpu_s=0.9, hand_over=2) as experts:
+    with prefill(store, 3, cpu_s=0.9) as experts:
         order: list[str] = []
         start, products = experts._start_pool, LayerWork.compute
 
@@ -146,7 +145,7 @@ def test_workers_that_hand_over_start_after_the_device() -> None:
             patch.setattr(experts, "_start_pool", started)
             patch.setattr(LayerWork, "compute", computed)
             check(store, experts, seed=3)
-        assert order == ["device", "workers"] * len(LAYERS)
+        assert order == ["workers", "device"] * len(LAYERS)
         assert experts.record.cpu_experts > 0 and experts.record.sent_experts > 0
 
 

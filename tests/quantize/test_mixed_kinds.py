@@ -97,7 +97,7 @@ def test_prompts_pass_through_the_ring_kind_by_kind(
         hybrid, config = llm._running.experts, llm.model_config
         costs = {
             layer: PrefillCosts(
-                copy_s=config.mixed[layer].bits / 4, expert_s=lambda count: 1.5, hand_over=None
+                copy_s=config.mixed[layer].bits / 4, expert_s=lambda count: 1.5, columns_from=None
             )
             for layer in hybrid.store.shape.moe_layers
         }
