@@ -123,5 +123,7 @@ def test_a_graph_chooses_anew_at_every_replay(num_tokens: int) -> None:
         graph.replay()
         wanted_ids, wanted_weights = route(workspace.logits_TE, 8)
         assert torch.equal(summed, x_TH + residual_TH)
-        assert torch.equal(ids, wanted_ids) and torch.equal(weights, wanted_weights)
+        assert torch.equal(ids, wanted_ids)
+        # another compilation of the same sums
+        torch.testing.assert_close(weights, wanted_weights, rtol=1e-6, atol=0)
         assert workspace.done_T.eq(0).all()
