@@ -77,6 +77,7 @@ def norm_route(
     assert num_tokens <= MAX_TOKENS and hidden <= MAX_HIDDEN
     assert norm_H.shape == (hidden,) and norm_H.is_contiguous()
     assert router_EH.shape == (num_experts, hidden) and router_EH.is_contiguous()
+    assert router_EH.dtype == x_TH.dtype
     assert 1 <= top_k <= min(MAX_TOP_K, num_experts) and num_experts <= MAX_EXPERTS
     device, dtype = x_TH.device, x_TH.dtype
     assert {t.device for t in (residual_TH, norm_H, router_EH)} == {device}

@@ -26,7 +26,7 @@ def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, Hybrid
     config, plan, device = ground.config, ground.plan, ground.device
     dense = load_dense(weights.numbers, config, device=device, dtype=ground.dtype)
     experts = load_experts(ground, weights)
-    kernels = _kernels(config, plan, device)
+    kernels = _kernels(config, plan, device, ground.dtype)
     decoder = Decoder(config, dense, kernels, experts)
     runner = Runner(
         decoder,
@@ -62,11 +62,18 @@ def cold_share(ground: Ground) -> ShareCosts | None:
     return ground.rates.share_costs(kind.codes, ground.dtypes.few, size)
 
 
-def _kernels(config: ModelConfig, plan: Plan, device: torch.device) -> DeviceKernels:
+def _kernels(
+    config: ModelConfig, plan: Plan, device: torch.device, dtype: torch.dtype
+) -> DeviceKernels:
     cos_SR, sin_SR = (table.to(device) for table in rope_tables(config, plan.context_tokens))
     sm_scale = config.head_dim**-0.5
     if device.type == "cpu":
         return TorchKernels(cos_SR, sin_SR, sm_scale, eps=config.rms_norm_eps)
     from fiddler.models.triton_kernels import TritonKernels  # triton wants a GPU
 
-    return TritonKernels(cos_SR, sin_SR, sm_scale, eps=config.rms_norm_eps)
+    return TritonKernels(
+        *(cos_SR, sin_SR, sm_scale),
+        eps=config.rms_norm_eps,
+        num_experts=config.num_experts,
+        dtype=dtype,
+    )

@@ -1,12 +1,12 @@
 """The decoder: one forward pass over a ragged batch, the same for every architecture.
 
     embed -> [ norm, qkv, (q/k norm), rope + append + paged attention, o,
-               add + norm, router -> routed experts || shared expert, add + norm ] x layers -> head
+               add + norm + router -> routed experts || shared expert, add + norm ] x layers -> head
 
 An addition to the residual stream and the norm after it are one operation, whose norm is the next
-block's. There are two ways to run it, which differ in what is plugged in and not here: with experts
-that a step's routing on the host divides, or with experts that the device divides, which a CUDA
-graph can hold.
+block's; where experts follow, the router's choice is part of it. There are two ways to run it,
+which differ in what is plugged in and not here: with experts that a step's routing on the host
+divides, or with experts that the device divides, which a CUDA graph can hold.
 
 Shapes: T tokens, H hidden, N query heads, M key/value heads, D head dim, F = (N + 2M) * D,
 E experts, K top-k, V vocabulary, R rows that need logits.
@@ -99,9 +99,19 @@ class Decoder:
 
         Returns the same two for the next layer.
         """
+        c, norm_H = self.config, layer.post_attention_norm_H
         y_TH = self._attention(index, layer, y_TH, kv_cache)
-        y_TH, x_TH = self._kernels.add_rms_norm(y_TH, x_TH, layer.post_attention_norm_H)
-        return self._ffn(index, layer, y_TH, x_TH, next_norm_H, drawn_TK)
+        if layer.router_EH is None:
+            y_TH, x_TH = self._kernels.add_rms_norm(y_TH, x_TH, norm_H)
+            return self._kernels.add_rms_norm(self._dense_ffn(layer, y_TH), x_TH, next_norm_H)
+        y_TH, x_TH, ids_TK, weights_TK = self._kernels.norm_route(
+            y_TH, x_TH, norm_H, layer.router_EH, c.top_k, renormalise=c.norm_topk
+        )
+        ids_TK = ids_TK if drawn_TK is None else drawn_TK
+        pending = self._experts.launch(index, _expert_inputs(layer, y_TH), ids_TK, weights_TK)
+        shared_TH = self._shared_expert(layer, y_TH)  # while the experts are under way
+        parts = tuple(part[:, : c.hidden_size] for part in pending.parts())
+        return self._kernels.add_parts(x_TH, parts, shared_TH, next_norm_H, pending.late)
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
@@ -131,31 +141,9 @@ class Decoder:
         )
         return F.linear(out_TND.flatten(1), layer.o_HF, layer.o_bias_H)
 
-    def _ffn(
-        self,
-        index: int,
-        layer: LayerWeights,
-        y_TH: torch.Tensor,
-        x_TH: torch.Tensor,
-        next_norm_H: torch.Tensor,
-        drawn_TK: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the normed ``y_TH``: (``x_TH`` and the layer's result added and normed, added)."""
-        if layer.router_EH is None:
-            assert layer.dense_gate_up_FH is not None and layer.dense_down_HF is not None
-            y_TH = self._gated(y_TH, layer.dense_gate_up_FH, layer.dense_down_HF)
-            return self._kernels.add_rms_norm(y_TH, x_TH, next_norm_H)
-        ids_TK, weights_TK = self._kernels.route(
-            F.linear(y_TH, layer.router_EH), self.config.top_k, self.config.norm_topk
-        )
-        ids_TK = ids_TK if drawn_TK is None else drawn_TK
-        read_TX = y_TH
-        if layer.expert_inputs_X is not None:
-            read_TX = y_TH.index_select(1, layer.expert_inputs_X)
-        pending = self._experts.launch(index, read_TX, ids_TK, weights_TK)
-        shared_TH = self._shared_expert(layer, y_TH)  # while the experts are under way
-        parts = tuple(part[:, : self.config.hidden_size] for part in pending.parts())
-        return self._kernels.add_parts(x_TH, parts, shared_TH, next_norm_H, pending.late)
+    def _dense_ffn(self, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
+        assert layer.dense_gate_up_FH is not None and layer.dense_down_HF is not None
+        return self._gated(x_TH, layer.dense_gate_up_FH, layer.dense_down_HF)
 
     def _shared_expert(self, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor | None:
         if layer.shared_gate_up_FH is None:
@@ -168,6 +156,11 @@ class Decoder:
         self, x_TH: torch.Tensor, gate_up_FH: torch.Tensor, down_HF: torch.Tensor
     ) -> torch.Tensor:
         return F.linear(self._kernels.silu_mul(F.linear(x_TH, gate_up_FH)), down_HF)
+
+
+def _expert_inputs(layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
+    order_X = layer.expert_inputs_X
+    return x_TH if order_X is None else x_TH.index_select(1, order_X)
 
 
 def _norms(layer: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:

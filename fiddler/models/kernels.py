@@ -41,12 +41,20 @@ class DeviceKernels(Protocol):
         """
         ...
 
-    def route(
-        self, logits_TE: torch.Tensor, top_k: int, renormalise: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each token's expert ids ``[T, K]`` and weights (float32): the largest of a softmax.
+    def norm_route(
+        self,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor,
+        norm_H: torch.Tensor,
+        router_EH: torch.Tensor,
+        top_k: int,
+        *,
+        renormalise: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """:meth:`add_rms_norm`'s two, then each token's expert ids ``[T, K]`` and weights.
 
-        The weights are divided by their sum if ``renormalise``.
+        Weights are float32: the largest of a softmax of the router's logits, which are rounded to
+        x's dtype, divided by their sum if ``renormalise``.
         """
         ...
 

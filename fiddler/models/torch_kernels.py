@@ -50,9 +50,23 @@ class TorchKernels:
             y_TH = y_TH + shared_TH
         return self.add_rms_norm(y_TH.to(residual_TH.dtype), residual_TH, weight_H)
 
+    def norm_route(
+        self,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor,
+        norm_H: torch.Tensor,
+        router_EH: torch.Tensor,
+        top_k: int,
+        *,
+        renormalise: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        y_TH, sum_TH = self.add_rms_norm(x_TH, residual_TH, norm_H)
+        return y_TH, sum_TH, *self.route(F.linear(y_TH, router_EH), top_k, renormalise)
+
     def route(
         self, logits_TE: torch.Tensor, top_k: int, renormalise: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert ids ``[T, K]`` and weights of given logits."""
         probs_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
         weights_TK, ids_TK = probs_TE.topk(top_k, dim=-1)
         if renormalise:

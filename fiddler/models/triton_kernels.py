@@ -1,11 +1,12 @@
 """The decoder's kernels on a CUDA device: Triton, over the same paged cache.
 
-Shapes: T tokens, N query heads, M key/value heads, D head dim.
+Shapes: T tokens, H hidden, N query heads, M key/value heads, D head dim, E experts, K top-k.
 """
 
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 
 from fiddler.models.batch import StepBatch
 from fiddler.models.kv_cache import LayerKV
@@ -15,6 +16,7 @@ from gpu_kernels.attention_variant import Variant
 from gpu_kernels.hand_over import collect
 from gpu_kernels.host_words import Bell
 from gpu_kernels.kv_append import rope_and_append
+from gpu_kernels.norm_route import MAX_HIDDEN, MAX_TOKENS, RouteWorkspace, norm_route
 from gpu_kernels.rmsnorm import add_rms_norm, rms_norm
 from gpu_kernels.router import route
 from gpu_kernels.silu_mul import silu_mul
@@ -23,8 +25,9 @@ from gpu_kernels.silu_mul import silu_mul
 class TritonKernels:
     """Decoding rows go through split-KV attention, prompt rows through the ragged kernel.
 
-    The workspace of split-KV attention is kept for the last number of decoding requests: a CUDA
-    graph needs kernels of its own.
+    Two workspaces are kept from call to call: that of split-KV attention, for the last number of
+    decoding requests, and that of routing, whose counters are 0 in between. They serve one stream,
+    and a CUDA graph needs kernels of its own, made before it is captured.
     """
 
     def __init__(
@@ -34,11 +37,17 @@ class TritonKernels:
         sm_scale: float,
         *,
         eps: float,
+        num_experts: int,
+        dtype: torch.dtype,
     ) -> None:
+        """``dtype``: of hidden states and of the router."""
         self._cos_SR = cos_SR
         self._sin_SR = sin_SR
         self._sm_scale = sm_scale
         self._eps = eps
+        self._num_experts = num_experts
+        self._dtype = dtype
+        self._route_workspace = RouteWorkspace.make(MAX_TOKENS, num_experts, dtype, cos_SR.device)
         self._decode_plan: DecodePlan | None = None
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
@@ -59,17 +68,39 @@ class TritonKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return collect(residual_TH, parts, shared_TH, weight_H, self._eps, late=late)
 
-    def route(
-        self, logits_TE: torch.Tensor, top_k: int, renormalise: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return route(logits_TE, top_k, renormalise=renormalise)
+    def norm_route(
+        self,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor,
+        norm_H: torch.Tensor,
+        router_EH: torch.Tensor,
+        top_k: int,
+        *,
+        renormalise: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One launch for few tokens."""
+        num_tokens, hidden = x_TH.shape
+        if num_tokens <= MAX_TOKENS and hidden <= MAX_HIDDEN:
+            return norm_route(
+                *(x_TH, residual_TH, norm_H, router_EH, top_k, self._eps),
+                renormalise=renormalise,
+                workspace=self._route_workspace,
+            )
+        y_TH, sum_TH = self.add_rms_norm(x_TH, residual_TH, norm_H)
+        logits_TE = F.linear(y_TH, router_EH)
+        return y_TH, sum_TH, *route(logits_TE, top_k, renormalise=renormalise)
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         return silu_mul(gate_up_TF)
 
     def copy(self) -> Self:
-        """The same kernels with a workspace of their own."""
-        return type(self)(self._cos_SR, self._sin_SR, self._sm_scale, eps=self._eps)
+        """The same kernels with workspaces of their own."""
+        return type(self)(
+            *(self._cos_SR, self._sin_SR, self._sm_scale),
+            eps=self._eps,
+            num_experts=self._num_experts,
+            dtype=self._dtype,
+        )
 
     def plan(self, batch: StepBatch) -> None:
         self._batch = batch

@@ -83,6 +83,8 @@ def add_decode_steps(
                 torch_kernels._sin_SR,
                 torch_kernels._sm_scale,
                 eps=torch_kernels._eps,
+                num_experts=llm.model_config.num_experts,
+                dtype=torch.float32,
             ),
             kv_caches=runner.kv_caches,
             dtype=torch.float32,

@@ -5,6 +5,8 @@ import torch
 from paged_batch import DEVICE, max_error
 from torch import Tensor
 
+from fiddler.models.torch_kernels import TorchKernels
+from fiddler.models.triton_kernels import TritonKernels
 from gpu_kernels.norm_route import (
     MAX_TOKENS,
     RouteWorkspace,
@@ -67,6 +69,24 @@ def test_equals_one_after_the_other(
     assert workspace.done_T.eq(0).all() and workspace.logits_TE[num_tokens:].isnan().all()
 
 
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, MAX_TOKENS, MAX_TOKENS + 1])
+def test_the_decoders_kernels_agree(num_tokens: int, renormalise: bool) -> None:
+    """Few tokens take one launch, for which the workspace is; more take one after the other."""
+    parts = make(num_tokens, 100, 60)
+    none = torch.empty(0, device=DEVICE)
+    first = TritonKernels(none, none, 1.0, eps=EPS, num_experts=60, dtype=torch.float32)
+    kernels = first.copy()
+    for workspace in (first._route_workspace, kernels._route_workspace):
+        workspace.logits_TE.fill_(torch.nan)
+    found = kernels.norm_route(*parts, 4, renormalise=renormalise)
+    wanted = TorchKernels(none, none, 1.0, eps=EPS).norm_route(*parts, 4, renormalise=renormalise)
+    assert torch.equal(found[1], wanted[1]) and torch.equal(found[2].long(), wanted[2])
+    assert max_error(found[0], wanted[0]) <= 1e-5 and max_error(found[3], wanted[3]) <= 1e-5
+    assert kernels._route_workspace.logits_TE.isnan().all() == (num_tokens > MAX_TOKENS)
+    assert first._route_workspace.logits_TE.isnan().all()
+
+
 def test_rows_may_be_strided_and_there_may_be_none() -> None:
     x_TH, residual_TH, norm_H, router_EH = make(4, 48, 16)
     fused = torch.full((2, 4, 100), torch.nan, device=DEVICE)
@@ -99,6 +119,7 @@ def test_bad_arguments() -> None:
         {"norm": norm_H[:-1]},
         {"router": router_EH[:, :32]},
         {"router": router_EH[:3]},
+        {"router": router_EH.half()},
     ):
         with pytest.raises(AssertionError):
             norm_route(*(good | bad).values(), 4, EPS)
