@@ -83,6 +83,18 @@ def test_a_path_that_does_not_exist(name: str, tmp_path: Path) -> None:
         resolve_model(name, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["models/moe.gguf", "moe.GGUF", "./moe.gguf", "a/b/moe.gguf"])
+@pytest.mark.parametrize("ask", [resolve_model, fetch_metadata])
+def test_a_missing_gguf_file_is_not_asked_of_the_hub(
+    ask: Callable[..., object], name: str, tmp_path: Path
+) -> None:
+    """Wherever it is named to be: with one slash it could be a name on the hub."""
+    with pytest.raises(ConfigError) as failure:
+        ask(name, endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
+    assert failure.value.message == f"there is no file {name}"
+    assert "folder of safetensors or ORG/NAME" in failure.value.hint
+
+
 @pytest.mark.parametrize("at", ["{0}/my-moe/{1}", "./{1}", "my-moe/{1}", "{1}", "~/my-moe/{1}"])
 @pytest.mark.parametrize("ask", [resolve_model, fetch_metadata])
 def test_a_file_is_not_a_folder(
