@@ -14,7 +14,7 @@ from offload.chances import LayerChances, blind_chances, law_chances, placed_cha
 from offload.demand import Demand, decode_work, prefill_work
 from offload.hardware import Hardware, probe
 from offload.limits import decode_limit_s, prefill_limits_s
-from offload.machine_facts import this_machine
+from offload.machine_facts import settings_of, this_machine
 from offload.machine_rates import RATES, MachineRates
 from offload.plan import GpuSide, Plan
 from offload.prediction import Prediction, predict_decode
@@ -189,9 +189,10 @@ def own_rates(hardware: Hardware) -> tuple[MachineRates | None, str]:
     """
     whole = hardware if hardware.has_gpu else probe("auto")
     calibration = Calibration(default_path(), this_machine(whole, __version__))
-    rates = calibration.known(RATES, {})
+    settings = settings_of(whole)
+    rates = calibration.known(RATES, settings)
     if rates is None:
-        return None, calibration.why_unknown(RATES, {})
+        return None, calibration.why_unknown(RATES, settings)
     try:
         check_kernels(rates)
     except ValueError as error:  # memory was short

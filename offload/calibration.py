@@ -94,6 +94,8 @@ class Calibration:
         if section is None and sections:
             others = ", ".join(name_of(other["hardware"]) for other in sections)
             return f"{self.path} is of another machine ({others})"
+        if section is not None and (found := _subjects(section, quantity.name)):
+            return f"it was calibrated with other settings ({changes(found[-1], plain(subject))})"
         return "this machine is not calibrated"
 
     def _keep(
@@ -167,6 +169,12 @@ class Calibration:
             text = f"{self.path} cannot be used ({error}): {quantity.name} has to be measured anew"
             warnings.warn(text, RuntimeWarning, stacklevel=4)
             return None
+
+
+def _subjects(section: Section, name: str) -> list[Mapping[str, Any]]:
+    """What the quantity called ``name`` was measured of."""
+    records = [record for key, record in section["measured"].items() if key.startswith(f"{name}-")]
+    return [r["of"] for r in records if isinstance(r, dict) and isinstance(r.get("of"), dict)]
 
 
 def default_path() -> Path:

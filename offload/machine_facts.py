@@ -45,6 +45,19 @@ def this_machine(hardware: Hardware, fiddler_version: str) -> Machine:
     return Machine(plain(facts), versions | {name: _version(name) for name in PACKAGES})
 
 
+def settings_of(hardware: Hardware) -> dict[str, Any]:
+    """What the environment asks for that a machine's rates depend on; nothing unless it does.
+
+    How a GPU hands work to the workers is the part of a decode step that rates call a hand-over.
+    """
+    if not hardware.has_gpu:
+        return {}
+    from offload.handoff_probe import VARIABLE, forced_way  # brings torch in, as the GPU has
+
+    way = forced_way()
+    return {VARIABLE: way} if way else {}
+
+
 def name_of(hardware: Mapping[str, Any]) -> str:
     """A section's machine as a person calls it."""
     names = [str(hardware.get("cpu_name") or "some CPU"), str(hardware.get("gpu_name") or "no GPU")]
@@ -52,10 +65,10 @@ def name_of(hardware: Mapping[str, Any]) -> str:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which versions differ: ``torch 2.11 then, 2.12 now``; nothing if none does."""
+    """Which facts differ: ``torch 2.11 then, 2.12 now``; nothing if none does."""
     names = sorted({*before, *now})
     return ", ".join(
-        f"{name} {before.get(name)} then, {now.get(name)} now"
+        f"{name} {before.get(name) or 'none'} then, {now.get(name) or 'none'} now"
         for name in names
         if before.get(name) != now.get(name)
     )

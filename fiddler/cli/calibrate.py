@@ -48,7 +48,7 @@ def _measure() -> "ReferenceMachine":
     from fiddler._version import __version__
     from offload.calibration import Calibration, default_path
     from offload.hardware import probe
-    from offload.machine_facts import this_machine
+    from offload.machine_facts import settings_of, this_machine
     from offload.machine_rates import RATES
     from offload.measuring import Setting, machine_steps, measure_rates
     from offload.reference_machines import ReferenceMachine
@@ -67,7 +67,7 @@ def _measure() -> "ReferenceMachine":
     )
     machine = this_machine(hardware, __version__)
     calibration = Calibration(default_path(), machine)
-    calibration.store(RATES, {}, rates)
+    calibration.store(RATES, settings_of(hardware), rates)
     return ReferenceMachine(
         name=machine.name,
         origin=f"measured by fiddler {__version__}",

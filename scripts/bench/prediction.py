@@ -43,7 +43,7 @@ from offload.calibration import Calibration, default_path
 from offload.chances import LayerChances
 from offload.demand import Demand
 from offload.hardware import probe
-from offload.machine_facts import this_machine
+from offload.machine_facts import settings_of, this_machine
 from offload.machine_rates import RATES, MachineRates, from_json, to_json
 from offload.measuring import Setting, machine_steps, measure_rates
 from offload.routing_law import Law
@@ -200,7 +200,7 @@ def known_rates() -> MachineRates:
 
     rates = measure_rates(setting, machine_steps(), say)
     calibration = Calibration(default_path(), this_machine(hardware, __version__))
-    return calibration.store(RATES, {}, rates)
+    return calibration.store(RATES, settings_of(hardware), rates)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

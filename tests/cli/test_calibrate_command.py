@@ -8,13 +8,14 @@ from click.testing import CliRunner, Result
 
 from fiddler._version import __version__
 from fiddler.cli import cli
+from fiddler.speed import own_rates
 from offload.calibration import Calibration, default_path
 from offload.hardware import probe
 from offload.machine_facts import this_machine
 from offload.machine_rates import RATES
 from offload.measuring import Step
 from offload.reference_machines import find_machine
-from tests.offload.test_measuring import ONLY_CPU, TIMES
+from tests.offload.test_measuring import ONLY_CPU, PEAKS, TIMES
 
 STEPS = (
     Step("memory", lambda setting: {"peaks": ONLY_CPU}),
@@ -44,6 +45,47 @@ def test_figures_are_printed_and_kept_for_this_machine() -> None:
     known = Calibration(default_path(), this_machine(probe("cpu"), __version__))
     rates = known.known(RATES, {})
     assert rates is not None and rates.times == TIMES
+
+
+WAYS = (None, "", "values", "hostfunc")
+
+
+@pytest.mark.parametrize("then", WAYS)
+def test_rates_are_of_the_hand_off_that_they_were_measured_with(
+    then: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; unset and empty mean the same, and so does a file that knows no such setting."""
+    hardware = find_machine("rtx4090-ddr5").hardware
+    rates = {"peaks": PEAKS, "pull_gbps": 45.0, "launch_s": 1e-6, "hand_over_s": 1e-5}
+    monkeypatch.setattr("offload.hardware.probe", lambda: hardware)
+    monkeypatch.setattr(
+        "offload.measuring.machine_steps",
+        lambda: (*STEPS, Step("the GPU", lambda setting: rates, on_gpu=True)),
+    )
+    set_way(monkeypatch, then)
+    assert run().exit_code == 0
+    for now in WAYS:
+        set_way(monkeypatch, now)
+        found, why_not = own_rates(hardware)
+        assert (found is not None) == ((now or None) == (then or None))
+        said = f"(FIDDLER_HANDOFF {then or 'none'} then, {now or 'none'} now)"
+        assert why_not == ("" if found else f"it was calibrated with other settings {said}")
+    kept = json.loads(default_path().read_text())["machines"][0]["measured"].values()
+    assert [record["of"] for record in kept] == [{"FIDDLER_HANDOFF": then} if then else {}]
+
+
+def set_way(monkeypatch: pytest.MonkeyPatch, way: str | None) -> None:
+    if way is None:
+        monkeypatch.delenv("FIDDLER_HANDOFF", raising=False)
+    else:
+        monkeypatch.setenv("FIDDLER_HANDOFF", way)
+
+
+def test_without_a_gpu_there_is_no_hand_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_way(monkeypatch, "values")
+    assert run().exit_code == 0
+    set_way(monkeypatch, None)
+    assert own_rates(probe("cpu"))[0] is not None
 
 
 def test_a_file_is_a_machine_for_plans(tmp_path: Path) -> None:

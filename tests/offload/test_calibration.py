@@ -92,6 +92,8 @@ def test_why_something_is_unknown(path: Path) -> None:
     known.store(SPEED, SUBJECT, 1.0)
     assert known.why_unknown(SPEED, SUBJECT) == ""
     assert known.why_unknown(COPY_TIME, SUBJECT) == "this machine is not calibrated"
+    said = known.why_unknown(SPEED, SUBJECT | {"way": "b"})
+    assert said == "it was calibrated with other settings (way none then, b now)"
     text = path.read_text()
     path.write_text(text.replace("1.0", "null"))
     assert known.why_unknown(SPEED, SUBJECT) == f"what {path} has of it cannot be used"
