@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
-from cpu_kernels.weight_kind import PACKED_KINDS
+from fiddler.dtype_names import check_dtype
 from fiddler.errors import ConfigError, named_arguments
 from offload.objective import DEFAULT as DEFAULT_OBJECTIVE
 from offload.objective import parse_objective
@@ -16,7 +16,6 @@ PAGE_SIZE = 16  # tokens per KV page
 MAX_NUM_SEQS = 16  # unasked
 BUILTIN = "builtin"
 
-DTYPES = ("auto", "float32", "bfloat16", *(kind.name for kind in PACKED_KINDS))
 CPU_ACTIVATIONS = ("auto", "f32", "int8")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "int8", "int4")
 DEVICES = ("auto", "cuda", "cpu")
@@ -67,7 +66,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
             raise ConfigError(f"model must be a name or a folder, not {self.model!r}")
-        _one_of("dtype", self.dtype, DTYPES)
+        check_dtype(self.dtype)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("cpu_activations", self.cpu_activations, CPU_ACTIVATIONS)
         _one_of("device", self.device, DEVICES)

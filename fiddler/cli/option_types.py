@@ -1,17 +1,13 @@
 """Types of options: sizes as people write them, and refusals in plain words."""
 
-import difflib
 import re
 from typing import Any
 
 import click
 
-from fiddler.config import DTYPES
+from fiddler.dtype_names import DTYPES, check_dtype
+from fiddler.errors import ConfigError
 
-OF_BITS = {
-    **{bits: tuple(f"w{bits}g{group}" for group in (128, 64, 32)) for bits in "48"},
-    **{"16": ("bfloat16",), "32": ("float32",)},
-}
 _GIB = re.compile(r"(.*\d\.?)\s*(?:g|gb|gib)", re.IGNORECASE)
 _KIBI = re.compile(r"(\d+)\s*k", re.IGNORECASE)
 
@@ -51,26 +47,14 @@ class Tokens(Whole):
 
 
 class Dtype(click.Choice[str]):
-    """A type of weights; one that there is not names the nearest, not all of them."""
+    """A type of weights; what is none is refused as in ``LLM(...)``."""
 
     def __init__(self) -> None:
         super().__init__(DTYPES)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value in DTYPES:
-            return super().convert(value, param, ctx)
-        near = " or ".join(map(repr, near_dtypes(str(value))))
-        self.fail(
-            f"{value!r} is no type of weights; did you mean {near}? There are auto, float32, "
-            "bfloat16, and those of docs/packed-experts.md: w4 or w8, then g32, g64 or g128, then "
-            "z for zero points, then -bf16 for such scales.",
-            param,
-            ctx,
-        )
-
-
-def near_dtypes(name: str) -> list[str]:
-    """At most three: names that look alike, else those of as many bits, as q4_0 and int8 have."""
-    alike = difflib.get_close_matches(name.lower(), DTYPES, n=3, cutoff=0.6)
-    bits = re.search(r"4|8|16|32", name)
-    return alike or list(OF_BITS[bits[0] if bits else "16"])
+        try:
+            check_dtype(value)
+        except ConfigError as error:
+            self.fail(f"{error.message} {error.hint.capitalize()}.", param, ctx)
+        return super().convert(value, param, ctx)

@@ -17,8 +17,9 @@ from fake_llm import FakeLLM
 from fiddler.cli import COMMANDS, cli, session
 from fiddler.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
 from fiddler.cli.params_edit import SETTABLE
-from fiddler.config import DTYPES, EngineConfig
-from fiddler.errors import OutOfMemoryError
+from fiddler.config import EngineConfig
+from fiddler.dtype_names import DTYPES
+from fiddler.errors import ConfigError, OutOfMemoryError
 from fiddler.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +122,9 @@ def test_an_unknown_dtype_names_a_few_near_ones_and_where_all_are(
     named = re.findall(r"'([\w-]+)'", said.partition("did you mean")[2].partition("?")[0])
     assert 1 <= len(named) <= 3 and set(named) <= set(DTYPES) and named[0].startswith(near)
     assert "docs/packed-experts.md" in said
+    with pytest.raises(ConfigError) as failure:  # what LLM(...) says is the same
+        EngineConfig(dtype=name)
+    assert failure.value.message in said and failure.value.hint[1:] in said
 
 
 @pytest.mark.parametrize(

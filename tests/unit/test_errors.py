@@ -1,14 +1,18 @@
 """Errors for people: unknown names, engine options out of range, and what all errors share."""
 
 import pickle
+import re
 import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fiddler import errors
 from fiddler.config import EngineConfig
+from fiddler.dtype_names import DTYPES
 from fiddler.errors import ConfigError, FiddlerError, named_arguments, nearest, reject_unknown
 
 
@@ -97,10 +101,8 @@ def test_an_unknown_engine_option_names_the_nearest(wrong: str, meant: str) -> N
         ("objective", 5, "a word such as decode"),
         ("max_batched_tokens", 0, "a whole number of at least 1"),
         ("cpu_threads", 0, "a whole number of at least 1"),
-        ("dtype", "fp16", "auto, float32, bfloat16"),
         ("device", "gpu", "auto, cuda, cpu"),
         ("load_format", "gguf", "auto, dummy"),
-        ("dtype", None, "auto, float32, bfloat16"),
     ],
 )
 def test_an_engine_option_out_of_range_names_itself_and_what_is_valid(
@@ -110,3 +112,13 @@ def test_an_engine_option_out_of_range_names_itself_and_what_is_valid(
         EngineConfig(**{name: value})
     message = caught.value.message
     assert name in message and expected in message and message.endswith(f"not {value!r}")
+
+
+@given(st.none() | st.integers() | st.text() | st.sampled_from(["half", "float16", "w4g12", "q8"]))
+def test_what_is_no_type_of_weights_brings_a_few_that_are(asked: Any) -> None:
+    with pytest.raises(ConfigError, match="is no type of weights") as caught:
+        EngineConfig(dtype=asked)
+    message = caught.value.message
+    named = re.findall(r"'([\w-]+)'", message.removeprefix(repr(asked)))
+    assert message.startswith(repr(asked)) and 1 <= len(named) <= 3 and set(named) <= set(DTYPES)
+    assert "float32, bfloat16" in caught.value.hint
