@@ -12,20 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+from fiddler.checked_prompt import CheckedPrompt
 from fiddler.engine.request import LogitReader, Request
 from fiddler.errors import ConfigError
 from fiddler.loading import LoadedModel
 from fiddler.outputs import RequestOutput, RunStats
-from fiddler.sampling_params import SamplingParams
 from fiddler.stream import Sample, TokenStream, raise_failure
-
-
-class CheckedPrompt(NamedTuple):
-    """What is asked, complete and within the model's limits; ``text`` if it came as one."""
-
-    text: str | None
-    ids: list[int]
-    params: SamplingParams
 
 
 class Entry(NamedTuple):

@@ -13,25 +13,16 @@ from types import TracebackType
 from typing import Any, Self, overload
 
 from fiddler.arguments import checked_arguments
-from fiddler.batch import Batch, CheckedPrompt
+from fiddler.batch import Batch
+from fiddler.checked_prompt import checked_prompt
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.engine.request import LogitReader
-from fiddler.errors import PromptError, TemplateError
+from fiddler.errors import TemplateError
 from fiddler.loading import LoadedModel, Progress, load_model
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
 from fiddler.outputs import RequestOutput
-from fiddler.prompts import (
-    Prompt,
-    Prompts,
-    check_params,
-    check_prompt,
-    is_batch,
-    is_batch_of_chats,
-    named,
-    one_each,
-    text_and_ids,
-)
+from fiddler.prompts import Prompt, Prompts, is_batch, is_batch_of_chats, named, one_each
 from fiddler.sampling_params import SamplingParams
 from fiddler.stream import TokenStream
 from fiddler.text.tokenizer import Tokenizer
@@ -89,11 +80,7 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; raises PromptError for a named shape, which has none."""
-        if self._files.tokenizer is None:
-            raise PromptError(
-                f"{self.model_name} has no tokenizer", hint="give the prompt as token ids"
-            )
-        return self._files.tokenizer
+        return self._files.needed_tokenizer
 
     def get_tokenizer(self) -> Tokenizer:
         """``tokenizer``, by vLLM's name; it encodes and decodes, templates are applied here."""
@@ -166,7 +153,8 @@ class LLM:
     @checked_arguments
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TokenStream:
         """Complete one prompt, event by event; closing the stream cancels it."""
-        return self._batch.stream(self._batch.add(self._check(prompt, sampling_params)))
+        checked = checked_prompt(prompt, sampling_params, self._running)
+        return self._batch.stream(self._batch.add(checked))
 
     @overload
     def chat(
@@ -228,7 +216,7 @@ class LLM:
         few. Raises PromptError as :meth:`generate` does; what a reader raises ends the batch.
         """
         greedy = SamplingParams(max_tokens=1, temperature=0.0)
-        checked = [self._check(ids, greedy) for ids in prompts]
+        checked = [checked_prompt(ids, greedy, self._running) for ids in prompts]
         pairs = zip(checked, readers, strict=True)
         self._batch.run([self._batch.add(prompt, reader) for prompt, reader in pairs])
 
@@ -281,22 +269,9 @@ class LLM:
     ) -> RequestOutput | list[RequestOutput]:
         """Run what was asked as one batch; an error says which of many, elements of ``name``."""
         many = asked if is_many else [asked]
-        checked = []
+        checked, running = [], self._running
         for index, params in enumerate(one_each(sampling_params, len(many))):
             with named(f"{name}[{index}]") if is_many else contextlib.nullcontext():
-                checked.append(self._check(to_prompt(many[index]), params))
+                checked.append(checked_prompt(to_prompt(many[index]), params, running))
         results = self._batch.run([self._batch.add(prompt) for prompt in checked], on_progress)
         return results if is_many else results[0]
-
-    def _check(self, prompt: Prompt, params: SamplingParams | None) -> CheckedPrompt:
-        """Check one prompt and complete its settings; nothing is queued yet."""
-        vocab_size = self.model_config.vocab_size
-        check_params(params, vocab_size=vocab_size)
-        params = (params or SamplingParams()).with_defaults(self._files.generation_config)
-        text, ids = text_and_ids(prompt)
-        if ids is None:
-            ids = self.tokenizer.encode(text or "")
-        check_prompt(ids, context_tokens=self.plan.context_tokens, vocab_size=vocab_size)
-        if params.stop:
-            self.tokenizer  # noqa: B018  stop strings need text: refuse now, not at the first token
-        return CheckedPrompt(text, ids, params)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddler.config import EngineConfig
+from fiddler.errors import PromptError
 from fiddler.hub import ModelFolder, fetch_metadata, resolve_model
 from fiddler.models.config import ModelConfig
 from fiddler.models.registry import load_config, load_generation_config
@@ -27,6 +28,13 @@ class ModelFiles:
     generation_config: dict[str, Any]
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
+
+    @property
+    def needed_tokenizer(self) -> Tokenizer:
+        """For a prompt or stop strings of text; raises PromptError where there is none."""
+        if self.tokenizer is None:
+            raise PromptError(f"{self.name} has no tokenizer", hint="give the prompt as token ids")
+        return self.tokenizer
 
 
 def find_model(settings: EngineConfig, on_progress: Progress | None = None) -> ModelFiles:

@@ -1,0 +1,81 @@
+"""What is asked of a model becomes ids and settings, or is refused; without a model."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fiddler.checked_prompt import checked_prompt
+from fiddler.errors import ConfigError, PromptError
+from fiddler.loading import ModelFiles
+from fiddler.prompts import Prompt
+from fiddler.sampling_params import SamplingParams
+
+VOCAB_SIZE, CONTEXT = 300, 16
+
+
+class CodePoints:
+    """A tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(char) for char in text]
+
+
+def model(tokenizer: CodePoints | None) -> Any:
+    """As much of a loaded model as is asked."""
+    config: Any = SimpleNamespace(vocab_size=VOCAB_SIZE)
+    encoder: Any = tokenizer
+    files = ModelFiles(
+        name="tiny",
+        revision=None,
+        folder=None,
+        config=config,
+        generation_config={"temperature": 0.5, "top_k": 7},
+        tokenizer=encoder,
+        chat_template=None,
+    )
+    return SimpleNamespace(files=files, plan=SimpleNamespace(context_tokens=CONTEXT))
+
+
+WITH, WITHOUT = model(CodePoints()), model(None)
+
+
+@given(
+    st.lists(st.integers(-2, VOCAB_SIZE + 1), max_size=CONTEXT + 2),
+    st.sampled_from([WITH, WITHOUT]),
+)
+def test_token_ids_need_no_tokenizer_and_stay_within_the_model(ids: list[int], loaded: Any) -> None:
+    if 0 < len(ids) < CONTEXT and all(0 <= token < VOCAB_SIZE for token in ids):
+        checked = checked_prompt(ids, None, loaded)
+        assert (checked.text, checked.ids) == (None, ids) and checked.ids is not ids
+    else:
+        with pytest.raises(PromptError):
+            checked_prompt(ids, None, loaded)
+
+
+@given(st.text(st.characters(max_codepoint=127), min_size=1, max_size=CONTEXT - 1))
+def test_a_text_is_kept_beside_its_ids(text: str) -> None:
+    prompts: list[Prompt] = [text, {"prompt": text}]
+    for prompt in prompts:
+        checked = checked_prompt(prompt, None, WITH)
+        assert (checked.text, checked.ids) == (text, list(map(ord, text)))
+
+
+def test_settings_that_are_left_out_are_the_models() -> None:
+    params = checked_prompt([1], SamplingParams(top_k=3), WITH).params
+    assert (params.temperature, params.top_k) == (0.5, 3)
+    with pytest.raises(ConfigError, match="the vocabulary ends at 299"):
+        checked_prompt([1], SamplingParams(stop_token_ids=[300]), WITH)
+
+
+def test_text_on_either_end_needs_a_tokenizer() -> None:
+    asked: list[tuple[Prompt, SamplingParams | None]] = [
+        ("a", None),
+        ([1], SamplingParams(stop="x")),
+    ]
+    for prompt, params in asked:
+        checked_prompt(prompt, params, WITH)
+        with pytest.raises(PromptError, match="tiny has no tokenizer"):
+            checked_prompt(prompt, params, WITHOUT)
