@@ -22,6 +22,7 @@ from fiddler.loading import LoadedModel, Progress, load_model
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
 from fiddler.outputs import RequestOutput
+from fiddler.progress import Count, request_bar
 from fiddler.prompts import Prompt, Prompts, is_batch, is_batch_of_chats, named, one_each
 from fiddler.sampling_params import SamplingParams
 from fiddler.stream import TokenStream
@@ -119,7 +120,11 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompts: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = False,
     ) -> RequestOutput: ...
 
     @overload
@@ -128,7 +133,8 @@ class LLM:
         prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        on_progress: Callable[[int, int], None] | None = None,
+        use_tqdm: bool = False,
+        on_progress: Count | None = None,
     ) -> list[RequestOutput]: ...
 
     @checked_arguments
@@ -137,18 +143,21 @@ class LLM:
         prompts: Prompt | Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        on_progress: Callable[[int, int], None] | None = None,
+        use_tqdm: bool = False,
+        on_progress: Count | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Complete one prompt, which gives one result, or a list of them, which gives a list.
 
         vLLM gives a list in either case. A prompt is a string, a list of token ids, or a dict of
         ``prompt`` or ``prompt_token_ids``. Several run as one batch and come back in order.
         ``sampling_params`` may be one for all or one each. ``on_progress(done, total)`` counts
-        finished prompts. Raises PromptError for a prompt that is empty or longer than the context,
-        before any of them runs.
+        finished prompts, and so does a bar with ``use_tqdm``, on standard error if that is a
+        terminal (vLLM draws it unasked). Raises PromptError for a prompt that is empty or longer
+        than the context, before any of them runs.
         """
         is_many = is_batch(prompts)
-        return self._run("prompts", prompts, is_many, sampling_params, on_progress=on_progress)
+        bar = request_bar(use_tqdm, on_progress)
+        return self._run("prompts", prompts, is_many, sampling_params, bar)
 
     @checked_arguments
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TokenStream:
@@ -162,6 +171,7 @@ class LLM:
         messages: list[Message],
         sampling_params: SamplingParams | None = None,
         *,
+        use_tqdm: bool = False,
         tools: list[Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutput: ...
@@ -172,6 +182,7 @@ class LLM:
         messages: list[list[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = False,
         tools: list[Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]: ...
@@ -182,17 +193,20 @@ class LLM:
         messages: list[Message] | list[list[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = False,
         tools: list[Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Answer a conversation: messages of ``role`` (system, user, assistant) and ``content``.
 
-        A list of conversations gives a list of results, as with :meth:`generate`.
+        A list of conversations gives a list of results, and ``use_tqdm`` draws a bar, as with
+        :meth:`generate`.
         """
         kwargs: dict[str, Any] = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
         to_prompt = functools.partial(self.apply_chat_template, **kwargs)
         is_many = is_batch_of_chats(messages)
-        return self._run("messages", messages, is_many, sampling_params, to_prompt)
+        bar = request_bar(use_tqdm)
+        return self._run("messages", messages, is_many, sampling_params, bar, to_prompt)
 
     @checked_arguments
     def stream_chat(
@@ -264,8 +278,8 @@ class LLM:
         asked: Any,
         is_many: bool,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        bar: contextlib.AbstractContextManager[Count],
         to_prompt: Callable[[Any], Prompt] = lambda prompt: prompt,
-        on_progress: Callable[[int, int], None] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Run what was asked as one batch; an error says which of many, elements of ``name``."""
         many = asked if is_many else [asked]
@@ -273,5 +287,6 @@ class LLM:
         for index, params in enumerate(one_each(sampling_params, len(many))):
             with named(f"{name}[{index}]") if is_many else contextlib.nullcontext():
                 checked.append(checked_prompt(to_prompt(many[index]), params, running))
-        results = self._batch.run([self._batch.add(prompt) for prompt in checked], on_progress)
+        with bar as tell:
+            results = self._batch.run([self._batch.add(prompt) for prompt in checked], tell)
         return results if is_many else results[0]

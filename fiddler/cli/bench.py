@@ -10,9 +10,9 @@ import click
 from fiddler.cli.console import note, output_width
 from fiddler.cli.options import COUNT, Decorator, model_argument, some_engine_options
 from fiddler.cli.page_file import check_page, html_option, write_page
-from fiddler.cli.progress import progress_bars
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.errors import FiddlerError, reject_unknown
+from fiddler.progress import progress_bars
 
 if TYPE_CHECKING:
     from fiddler.benchmark.cases import Case

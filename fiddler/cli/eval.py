@@ -12,7 +12,7 @@ from fiddler.cli import session
 from fiddler.cli.console import output_width
 from fiddler.cli.option_types import Whole
 from fiddler.cli.options import COUNT, engine_options, model_argument
-from fiddler.cli.progress import Progress, progress_bars
+from fiddler.progress import Progress, progress_bars
 
 if TYPE_CHECKING:
     from fiddler.evaluate.driver import EvaluatedModel

@@ -22,7 +22,7 @@ from fiddler.cli.profile_outputs import (
 )
 from fiddler.cli.profile_pair import compare_files, merge_files
 from fiddler.cli.profile_tables import print_result, record_of
-from fiddler.cli.progress import progress_bars
+from fiddler.progress import progress_bars
 
 if TYPE_CHECKING:
     from fiddler.corpus import Corpus

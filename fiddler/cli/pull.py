@@ -17,8 +17,8 @@ def command(model: str, revision: str | None, token: str | None, offline: bool) 
     stopped.
     """
     from fiddler.cli.console import note
-    from fiddler.cli.progress import progress_bars
     from fiddler.hub import resolve_model
+    from fiddler.progress import progress_bars
 
     with progress_bars() as progress:
         found = resolve_model(

@@ -8,7 +8,7 @@ import click
 from fiddler.cli.console import note
 from fiddler.cli.option_types import Whole
 from fiddler.cli.options import model_argument, some_engine_options
-from fiddler.cli.progress import progress_bars
+from fiddler.progress import progress_bars
 
 if TYPE_CHECKING:
     from cpu_kernels.weight_kind import WeightKind

@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fiddler.cli.progress import progress_bars
 from fiddler.config import EngineConfig
 from fiddler.errors import PromptError, TemplateError
+from fiddler.progress import progress_bars
 
 if TYPE_CHECKING:
     from fiddler.models.config import ModelConfig

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from fiddler.cli import cli, prompt_input
-from fiddler.cli.progress import amount_text
 from fiddler.hub.resolve import BUILTIN_FOLDER
+from fiddler.progress import amount_text
 
 
 def test_pull_prints_the_folder() -> None:

@@ -5,7 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from fiddler.errors import ConfigError
+
 Progress = Callable[[str, int, int], None]  # what, done, total
+Count = Callable[[int, int], None]  # done, total
 
 
 @contextlib.contextmanager
@@ -37,6 +40,25 @@ def progress_bars() -> Iterator[Progress | None]:
             bars.update(tasks[what], completed=done, total=total, amount=text)
 
         yield show
+
+
+@contextlib.contextmanager
+def request_bar(use_tqdm: bool, on_progress: Count | None = None) -> Iterator[Count]:
+    """Yield what is told of finished requests: a bar, if it is asked for, and ``on_progress``."""
+    if not isinstance(use_tqdm, bool):
+        raise ConfigError(
+            f"use_tqdm must be True or False, not {use_tqdm!r}",
+            hint="generate(on_progress=...) tells a display of your own",
+        )
+    with progress_bars() if use_tqdm else contextlib.nullcontext() as bars:
+
+        def tell(done: int, total: int) -> None:
+            if bars is not None:
+                bars("requests", done, total)
+            if on_progress is not None:
+                on_progress(done, total)
+
+        yield tell
 
 
 def amount_text(what: str, done: int, total: int, rate: float = 0.0) -> str:
