@@ -22,7 +22,7 @@ from offload.units import GIB, gib_at_least, size_text
 
 STEP = 1024  # tokens of context that a price is said of
 PRICED = (8192, 4096, 2048, STEP)  # more tokens that are tried, so that parts of experts are seen
-LEAST_CONTEXT = 1024  # that is proposed
+LEAST_CONTEXT = 1024  # that is proposed: nobody has less than 2,048 unasked (docs/planning.md)
 LEAST_GAIN = 0.03  # of a proposal; a prediction says no less
 MOST_SHOWN = 3
 MORE_VRAM = 4 * GIB

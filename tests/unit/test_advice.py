@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fiddler import advice
 from fiddler.advice import (
     LEAST_GAIN,
     Case,
@@ -143,6 +144,19 @@ def test_memory_is_proposed_where_rounding_is_done() -> None:
     assert re.fullmatch(r"\d+ GiB more RAM", way.option) and way.decode[1] > 2 * way.decode[0]
     asked = make(case("qwen3-30b-a3b", small, ram_gb=4, dtype="w4g128"))
     assert [w.option for w in ways_to_go_faster(asked)][-1].startswith("--ram-gb")
+
+
+@pytest.mark.parametrize("context", [4096, 2048, 2046, 1536, 1024])
+def test_half_the_context_is_proposed_down_to_1024_tokens(
+    context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a budget so small that half of any of these gains enough to be shown."""
+    monkeypatch.setattr(advice, "PROPOSALS", advice.PROPOSALS[1:2])
+    made = make(case("olmoe-1b-7b", vram_gb=2.75, dtype="w4g128", max_model_len=context))
+    found = [way.option for way in ways_to_go_faster(made)]
+    assert found == ([f"--context {context // 2}"] if context >= 2048 else [])
+    monkeypatch.setattr(advice, "LEAST_CONTEXT", 1)
+    assert [way.option for way in ways_to_go_faster(made)] == [f"--context {context // 2}"]
 
 
 @given(st.lists(st.floats(-0.5, 2), max_size=8))
