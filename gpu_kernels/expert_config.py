@@ -6,6 +6,7 @@ float32 has no tensor cores here and is for comparisons: small tiles, so that it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -42,10 +43,15 @@ def decode_config(layer: ExpertLayer, num_tokens: int, dtype: torch.dtype) -> Ex
 def prefill_config(layer: ExpertLayer, num_pairs: int, dtype: torch.dtype) -> ExpertConfig:
     """Tiles for ``num_pairs`` pairs spread over the slots."""
     per_slot = -(-num_pairs // layer.num_slots)
-    sizes = {"bits": _bits(layer, dtype), "per_slot": per_slot}
+    gpu, bits = family(layer.device), _bits(layer, dtype)
+    return _prefill_config(gpu, bits, per_slot, layer.hidden, layer.width)
+
+
+@lru_cache  # asked for before each launch
+def _prefill_config(gpu: str, bits: int, per_slot: int, *depths: int) -> ExpertConfig:
+    sizes = {"bits": bits, "per_slot": per_slot}
     gate_up, down = (
-        _prefill_tile(choose("grouped_experts", family(layer.device), **sizes, depth=depth))
-        for depth in (layer.hidden, layer.width)
+        _prefill_tile(choose("grouped_experts", gpu, **sizes, depth=depth)) for depth in depths
     )
     return ExpertConfig(gate_up, down)
 
