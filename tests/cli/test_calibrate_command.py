@@ -41,7 +41,7 @@ def test_figures_are_printed_and_kept_for_this_machine() -> None:
     assert "1 of 2: memory" in done.stderr and "2 of 2: CPU experts" in done.stderr
     assert "no GPU here" in done.stderr
     assert "CPU reads  100.0 GB/s" in " ".join(done.stdout.split(" " * 8))
-    assert "bf16/bf16" in done.stdout and "in tiles from M = " in done.stdout
+    assert "bf16/bf16" in done.stdout and "by columns from M = " in done.stdout
     known = Calibration(default_path(), this_machine(probe("cpu"), __version__))
     rates = known.known(RATES, {})
     assert rates is not None and rates.times == TIMES
