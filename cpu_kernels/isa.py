@@ -53,6 +53,7 @@ class Isa:
     cpu: str  # LLVM's name of the core, e.g. znver4
     extensions: frozenset[str]  # of the keys of LLVM_NAMES
     level: str  # of LEVELS
+    is_lesser: bool = False  # FIDDLER_ISA takes something from this CPU
 
     @property
     def lanes(self) -> int:
@@ -114,7 +115,8 @@ def isa_from_features(
         )
     dropped = dropped_prefixes(found, forced)
     kept = frozenset(name for name in found if not _has_prefix(LLVM_NAMES[name], dropped))
-    return Isa(machine=machine.lower(), cpu=cpu, extensions=kept, level=forced)
+    is_lesser = any(has and _has_prefix(name, dropped) for name, has in features.items())
+    return Isa(machine=machine.lower(), cpu=cpu, extensions=kept, level=forced, is_lesser=is_lesser)
 
 
 def dropped_prefixes(found: frozenset[str], level: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.compiled import source_hash
-from cpu_kernels.isa import host_isa
+from cpu_kernels.isa import VARIABLE, host_isa
 from cpu_kernels.read_kernel import read
 from cpu_kernels.threads import WorkerPool, default_num_threads
 from cpu_kernels.topology import Machine, num_cores, read_cache_bytes, read_machine
@@ -54,14 +54,18 @@ def measured_num_threads() -> int:
 
 
 def fingerprint_of(machine: Machine) -> dict[str, Any]:
-    """What the answer depends on, as JSON gives it back."""
-    nodes = sorted(set(machine.node_of.values()))
+    """What the answer depends on, as JSON gives it back.
+
+    ``FIDDLER_ISA`` is a fact only where it takes something from the CPU.
+    """
+    isa, nodes = host_isa(), sorted(set(machine.node_of.values()))
     return {
-        "cpu": host_isa().cpu,
+        "cpu": isa.cpu,
         "cpus": sorted(machine.core_of),
         "cores": num_cores(machine),
         "nodes": nodes,
         "sources": source_hash(),
+        **({VARIABLE: isa.level} if isa.is_lesser else {}),
     }
 
 

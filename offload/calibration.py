@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cpu_kernels.thread_count import cache_file
-from offload.machine_facts import Machine, changes, name_of, plain
+from offload.machine_facts import Machine, changes, forced_otherwise, name_of, plain
 from offload.whole_file import write_whole
 
 T = TypeVar("T")
@@ -91,11 +91,13 @@ class Calibration:
                 return f"it was calibrated with other versions ({changed})" if changed else ""
         if section is not None and key_of(quantity.name, subject) in section["measured"]:
             return f"what {self.path} has of it cannot be used"
+        if section is not None and (found := _subjects(section, quantity.name)):
+            return f"it was calibrated with other settings ({changes(found[-1], plain(subject))})"
+        if forced := self._forced_otherwise(sections, quantity.name):
+            return f"it was calibrated with other settings ({forced})"
         if section is None and sections:
             others = ", ".join(name_of(other["hardware"]) for other in sections)
             return f"{self.path} is of another machine ({others})"
-        if section is not None and (found := _subjects(section, quantity.name)):
-            return f"it was calibrated with other settings ({changes(found[-1], plain(subject))})"
         return "this machine is not calibrated"
 
     def _keep(
@@ -147,6 +149,12 @@ class Calibration:
 
     def _section(self, sections: list[Section]) -> Section | None:
         return next((s for s in sections if s["hardware"] == self.machine.hardware), None)
+
+    def _forced_otherwise(self, sections: list[Section], name: str) -> str:
+        """How ``FIDDLER_ISA`` differs where the quantity called ``name`` is known; or nothing."""
+        now = self.machine.hardware
+        others = [s["hardware"] for s in sections if _subjects(s, name)]
+        return next(filter(None, (forced_otherwise(other, now) for other in others)), "")
 
     def _new_section(self) -> Section:
         machine = self.machine

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cpu_kernels.compiled import source_hash
+from cpu_kernels.isa import VARIABLE as FORCED_ISA
 from cpu_kernels.thread_count import fingerprint_of
 from cpu_kernels.topology import read_machine
 from offload.hardware import Hardware
@@ -29,9 +30,13 @@ class Machine:
 
 
 def this_machine(hardware: Hardware, fiddler_version: str) -> Machine:
-    """What every measurement depends on: CPU, RAM, GPU, driver; kernels' sources and packages."""
+    """What every measurement depends on: CPU, RAM, GPU, driver; kernels' sources and packages.
+
+    A CPU that ``FIDDLER_ISA`` takes instructions from is a machine of its own.
+    """
     cpu = fingerprint_of(read_machine())
     del cpu["sources"]
+    forced = {FORCED_ISA: cpu.pop(FORCED_ISA)} if FORCED_ISA in cpu else {}
     versions = {"fiddler": fiddler_version, "cpu_kernels": source_hash()}
     facts = {
         "cpu_name": hardware.cpu_name,
@@ -41,6 +46,7 @@ def this_machine(hardware: Hardware, fiddler_version: str) -> Machine:
         "gpu_name": hardware.gpu_name,
         "vram_gib": round(hardware.vram_total_bytes / GIB),
         "driver": hardware.driver,
+        **forced,
     }
     return Machine(plain(facts), versions | {name: _version(name) for name in PACKAGES})
 
@@ -72,6 +78,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for name in names
         if before.get(name) != now.get(name)
     )
+
+
+def forced_otherwise(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The :func:`changes` of a machine where ``FIDDLER_ISA`` alone differs; else nothing."""
+    bare = [{k: v for k, v in facts.items() if k != FORCED_ISA} for facts in (before, now)]
+    return changes(before, now) if bare[0] == bare[1] else ""
 
 
 def plain(facts: Mapping[str, Any]) -> dict[str, Any]:

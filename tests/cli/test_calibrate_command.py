@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from cpu_kernels.isa import NEEDS, isa_from_features
 from fiddler._version import __version__
 from fiddler.cli import cli
 from fiddler.speed import own_rates
@@ -14,6 +15,7 @@ from offload.hardware import probe
 from offload.machine_facts import this_machine
 from offload.machine_rates import RATES
 from offload.measuring import Step
+from offload.prefill_costs import COPY_TIME
 from offload.reference_machines import find_machine
 from tests.offload.test_measuring import ONLY_CPU, PEAKS, TIMES
 
@@ -86,6 +88,42 @@ def test_without_a_gpu_there_is_no_hand_off(monkeypatch: pytest.MonkeyPatch) -> 
     assert run().exit_code == 0
     set_way(monkeypatch, None)
     assert own_rates(probe("cpu"))[0] is not None
+
+
+LEVELS = (None, "plain", "avx2")
+
+
+@pytest.mark.parametrize("then", LEVELS)
+def test_rates_are_of_the_instructions_that_they_were_measured_with(
+    then: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where FIDDLER_ISA forces fewer than the CPU has; what has no rates yet says why."""
+    hardware = probe("cpu")
+    set_level(monkeypatch, then)
+    assert run().exit_code == 0
+    for now in LEVELS:
+        set_level(monkeypatch, now)
+        Calibration(default_path(), this_machine(hardware, __version__)).store(COPY_TIME, {}, 1.0)
+        found, why_not = own_rates(hardware)
+        assert (found is not None) == (now == then)
+        said = f"(FIDDLER_ISA {then or 'none'} then, {now or 'none'} now)"
+        assert why_not == ("" if found else f"it was calibrated with other settings {said}")
+
+
+def test_rates_of_each_level_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for level in LEVELS:
+        set_level(monkeypatch, level)
+        assert run().exit_code == 0
+    for level in LEVELS:
+        set_level(monkeypatch, level)
+        assert own_rates(probe("cpu"))[0] is not None
+
+
+def set_level(monkeypatch: pytest.MonkeyPatch, level: str | None) -> None:
+    """As on a CPU with AVX-512, whichever this one is."""
+    needed = NEEDS["avx2"][0] | NEEDS["avx512"][0]
+    isa = isa_from_features("x86_64", "skylake-avx512", dict.fromkeys(needed, True), level)
+    monkeypatch.setattr("cpu_kernels.thread_count.host_isa", lambda: isa)
 
 
 def test_a_file_is_a_machine_for_plans(tmp_path: Path) -> None:

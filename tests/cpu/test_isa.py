@@ -9,7 +9,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cpu_kernels.bf16 import bf16_to_f32, f32_to_bf16
@@ -77,6 +77,21 @@ def test_pairs_of_bf16_are_multiplied_on_amd_only() -> None:
     for cpu, expected in (("znver4", True), ("znver5", True), ("sapphirerapids", False)):
         isa = isa_from_features("x86_64", cpu, features)
         assert isa.has_bf16 and isa.multiplies_pairs == expected
+
+
+@given(
+    names=st.sets(st.sampled_from(ALL_NAMES)), level=st.one_of(st.none(), st.sampled_from(LEVELS))
+)
+def test_lesser_is_what_is_compiled_for_fewer_features(names: set[str], level: str | None) -> None:
+    free = isa_of(names)
+    if level is None:
+        assert not free.is_lesser
+        return
+    assume(any(needed <= free.extensions for needed in NEEDS[level]))
+    features = {name: name in names for name in ALL_NAMES}
+    dropped = dropped_prefixes(free.extensions, level)
+    is_same = llvm_features(features, dropped) == llvm_features(features, ())
+    assert isa_of(names, level).is_lesser != is_same
 
 
 @given(names=st.sets(st.sampled_from(ALL_NAMES)), level=st.sampled_from(LEVELS))

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpu_kernels import thread_count
+from cpu_kernels.isa import isa_from_features
 from cpu_kernels.thread_count import (
     best_num_threads,
     cache_file,
     counts_to_try,
+    fingerprint_of,
     load_count,
     measured_num_threads,
     store_count,
@@ -64,3 +66,19 @@ def test_another_machine_is_measured_again(tmp_path: Path) -> None:
     assert load_count(path, {"a": 2}) is None
     assert json.loads(path.read_text())["num_threads"] == 3
     store_count(tmp_path / "new" / "cpu.json" / "below_a_file", {"a": 1}, 3)  # cannot be written
+
+
+def test_a_lesser_level_that_is_forced_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other start has the key that files have from before there was this one."""
+    features = dict.fromkeys(("avx2", "fma", "f16c", "avx512vl", "avx512vnni"), True)
+
+    def fingerprint(forced: str | None) -> dict[str, object]:
+        isa = isa_from_features("x86_64", "cascadelake", features, forced)
+        monkeypatch.setattr(thread_count, "host_isa", lambda: isa)
+        return fingerprint_of(read_machine())
+
+    free = fingerprint(None)
+    assert set(free) == {"cpu", "cpus", "cores", "nodes", "sources"}
+    assert fingerprint("avxvnni") == free  # the best that this CPU has
+    for level in ("avx2", "plain"):
+        assert fingerprint(level) == free | {"FIDDLER_ISA": level}
