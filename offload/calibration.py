@@ -72,7 +72,8 @@ class Calibration:
         if section is None:
             return None
         if changed := changes(section["versions"], self.machine.versions):
-            _log.warning("%s is of other versions (%s): measured anew", self.path, changed)
+            text = "%s is of other versions (%s): all has to be measured anew"
+            _log.warning(text, self.path, changed)
             return None
         return self._found(section, quantity, subject)
 

@@ -76,6 +76,19 @@ def test_other_versions_are_measured_anew_and_said(
     assert Calibration(path, OTHER).once(SPEED, SUBJECT, lambda: 6.0) == 5.0
 
 
+def test_who_only_asks_is_not_told_of_a_measurement(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a plan does, which measures nothing."""
+    Calibration(path, MACHINE).store(SPEED, SUBJECT, 1.0)
+    kept = path.read_bytes()
+    assert Calibration(path, NEWER).known(SPEED, SUBJECT) is None
+    assert caplog.messages == [
+        f"{path} is of other versions (torch 1 then, 2 now): all has to be measured anew"
+    ]
+    assert path.read_bytes() == kept
+
+
 def test_measuring_again_takes_the_place_of_what_was_there(path: Path) -> None:
     known = Calibration(path, MACHINE)
     assert known.store(SPEED, SUBJECT, 1.0) == 1.0
