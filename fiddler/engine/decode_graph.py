@@ -1,12 +1,8 @@
-"""Decode steps with static shapes: one CUDA graph for each bucket of batch sizes.
+"""A decode step with static shapes: the buffers of one bucket of batch sizes, and its CUDA graph.
 
 For a token Python fills one array, replays a graph and reads the ids; the CPU workers are rung and
-awaited by the graph itself. A step takes the smallest bucket that its requests fit; the rows beyond
-them are padding. The first step of a bucket captures its graph: twice it runs as it is, so that
-everything is compiled and allocated, then it is recorded.
-
-The next step may be put behind one that is under way, before anybody knows what that draws: its
-tokens are taken on the device. So the device does not wait for Python between two tokens.
+awaited by the graph itself. Rows beyond the requests are padding. The first step captures the
+graph: twice it runs as it is, so that everything is compiled and allocated, then it is recorded.
 
 ``is_eager`` runs the same operations in the same order without a graph, with the same bits as
 result; a step that is put on the stream is complete then.
@@ -20,10 +16,9 @@ back is good until the next one starts.
 Shapes: B rows of a bucket, R requests, H hidden, V vocabulary.
 """
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,8 +26,6 @@ import torch
 
 from fiddler.engine.decode_staging import NUM_SIDES, DrawnIds, Results, Staging
 from fiddler.engine.scheduler import Chunk
-from fiddler.errors import WorkerError
-from fiddler.models.buckets import bucket_for, largest_bucket
 from fiddler.models.decoder import Decoder
 from fiddler.models.kv_cache import LayerKV
 from fiddler.models.triton_kernels import TritonKernels
@@ -76,107 +69,7 @@ class Decoded:
     drawn_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class UnderWay:
-    """A step on the stream, for :meth:`DecodeSteps.collect`."""
-
-    chunks: Sequence[Chunk]
-    bucket: "_Bucket"
-    side: int
-
-
-class DecodeSteps:
-    """Runs steps in which every request decodes one token."""
-
-    def __init__(self, setup: DecodeSetup) -> None:
-        self._setup = setup
-        self._largest = largest_bucket(setup.max_num_seqs)
-        self._shared: _Shared | None = None
-        self._buckets: dict[tuple[int, bool], _Bucket] = {}
-
-    def bucket(self, chunks: Sequence[Chunk], is_drawn: bool = False) -> int | None:
-        """The bucket of a step, or None if it has to run another way.
-
-        ``is_drawn``: its expert ids will be given to :meth:`start`.
-        """
-        num_rows = bucket_for(len(chunks), self._largest)
-        if num_rows is None or not self._bucket(num_rows, is_drawn).staging.fits(chunks):
-            return None
-        return num_rows
-
-    def start(
-        self, chunks: Sequence[Chunk], num_rows: int, drawn_LTK: np.ndarray | None = None
-    ) -> UnderWay:
-        """Put a step in the bucket of ``num_rows`` on the stream, while none is under way.
-
-        ``drawn_LTK``: see :class:`StepBatch`. WorkerError if the CPU workers failed while it was
-        captured; the next step has new ones.
-        """
-        with self._new_workers_after_errors():
-            bucket = self._bucket(num_rows, drawn_LTK is not None)
-            bucket.prepare()
-            return UnderWay(chunks, bucket, bucket.put(chunks, drawn_LTK))
-
-    def may_follow(self, step: UnderWay, chunks: Sequence[Chunk]) -> bool:
-        """Whether ``chunks``, the next tokens of the same requests, may be put behind ``step``."""
-        return not step.bucket.must_move and step.bucket.staging.fits(chunks)
-
-    def start_next(
-        self, step: UnderWay, chunks: Sequence[Chunk], drawn_LTK: np.ndarray | None = None
-    ) -> UnderWay:
-        """Put a step behind the one that is under way, which draws its tokens."""
-        bucket, side = step.bucket, 1 - step.side
-        with self._new_workers_after_errors():
-            return UnderWay(chunks, bucket, bucket.put(chunks, drawn_LTK, side, is_next=True))
-
-    def collect(self, step: UnderWay) -> Decoded:
-        """Wait for a step. What those requests chose that are finished by now is not counted.
-
-        WorkerError if the CPU workers failed; then nothing is under way, and the next step has new
-        ones.
-        """
-        with self._new_workers_after_errors():
-            rows = [r for r, c in enumerate(step.chunks) if not c.request.is_finished]
-            return step.bucket.collect(step.side, len(step.chunks), rows)
-
-    def settle(self) -> None:
-        """Before a step that runs another way: every expert is in its one place."""
-        self._setup.settle()
-
-    def clear(self) -> None:
-        """Drop graphs and buffers; the next step makes new ones."""
-        self._buckets.clear()
-        self._shared = None
-
-    def abandon(self) -> None:
-        """Wait until nothing is under way, for what it gives nobody wants."""
-        with contextlib.suppress(WorkerError), self._new_workers_after_errors():
-            self._wait()
-
-    def _wait(self) -> None:
-        if self._shared is not None:
-            self._shared.wait()
-
-    @contextlib.contextmanager
-    def _new_workers_after_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except WorkerError:
-            with contextlib.suppress(WorkerError):
-                self._wait()  # a step behind the one that failed uses what is dropped now
-            self.clear()
-            self._setup.renew_workers()
-            raise
-
-    def _bucket(self, num_rows: int, is_drawn: bool) -> "_Bucket":
-        key = num_rows, is_drawn
-        if key not in self._buckets:
-            self._shared = self._shared or _Shared(self._setup, self._largest)
-            self._buckets[key] = _Bucket(self._setup, self._shared, *key)
-        return self._buckets[key]
-
-
-class _Shared:
+class SharedBuffers:
     """What all buckets use."""
 
     def __init__(self, setup: DecodeSetup, largest: int) -> None:
@@ -199,10 +92,12 @@ class _Shared:
             self.experts.await_step(is_idle if event is None else event.query, is_idle)
 
 
-class _Bucket:
+class Bucket:
     """One number of rows: its static buffers and, after the first step, its graph."""
 
-    def __init__(self, setup: DecodeSetup, shared: _Shared, num_rows: int, is_drawn: bool) -> None:
+    def __init__(
+        self, setup: DecodeSetup, shared: SharedBuffers, num_rows: int, is_drawn: bool
+    ) -> None:
         max_pages = min(num_rows * setup.pages_per_request, MOST_PAGES)
         self.staging = Staging(num_rows, max_pages, setup.page_size, shared.device)
         self._shared, self._num_rows, self._is_eager = shared, num_rows, setup.is_eager

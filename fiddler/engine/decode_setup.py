@@ -49,7 +49,8 @@ def add_decode_steps(
 
     ``share``: how steps share cold experts; None: the CPU computes them all.
     """
-    from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps
+    from fiddler.engine.decode_graph import DecodeSetup
+    from fiddler.engine.decode_steps import DecodeSteps
     from fiddler.models.triton_kernels import TritonKernels
     from offload.adaptive_placement import AdaptivePlacement
     from offload.decode_experts import DecodeExperts, why_not

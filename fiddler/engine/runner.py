@@ -19,7 +19,7 @@ from fiddler.models.kv_cache import new_kv_caches
 from gpu_kernels.page_table import PageTable
 
 if TYPE_CHECKING:
-    from fiddler.engine.decode_graph import DecodeSteps, UnderWay
+    from fiddler.engine.decode_steps import DecodeSteps, UnderWay
 
 # The expert ids ``[L, T, K]`` of a step's tokens, for benchmarks that do not ask the routers.
 DrawExperts = Callable[[tuple[Chunk, ...]], np.ndarray]

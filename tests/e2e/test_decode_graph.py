@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fiddler import LLM, SamplingParams
-from fiddler.engine.decode_graph import DecodeSteps
+from fiddler.engine.decode_steps import DecodeSteps
 from fiddler.errors import WorkerError
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts

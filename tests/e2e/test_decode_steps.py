@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fiddler import LLM, SamplingParams
-from fiddler.engine.decode_graph import DecodeSetup, DecodeSteps
+from fiddler.engine.decode_graph import DecodeSetup
+from fiddler.engine.decode_steps import DecodeSteps
 from fiddler.errors import WorkerError
 from fiddler.models.buckets import bucket_for, largest_bucket
 from offload.adaptive_placement import AdaptivePlacement
