@@ -19,7 +19,8 @@ KNOWN_MODELS = (
     "allenai/OLMoE-1B-7B-0924-Instruct",
 )
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
-_NO_GGUF = "fiddler reads a folder of safetensors or ORG/NAME[@REVISION] on the hub, and no GGUF"
+_READS = "fiddler reads a folder of safetensors or ORG/NAME[@REVISION] on the hub, and no"
+_FILES = {".gguf": "GGUF", ".safetensors": "single file"}  # how their names end
 _FORMS = "a model is 'builtin', a folder, or ORG/NAME[@REVISION] on the hub"
 
 
@@ -39,8 +40,9 @@ def parse_hub_name(model: str, revision: str | None, cache: Path) -> HubName:
 
     ``revision`` is the option of that name; it may repeat what the model says, not contradict it.
     """
-    if model.lower().endswith(".gguf"):  # with one slash it could be a repository's name
-        raise ConfigError(f"there is no file {model}", hint=_NO_GGUF)
+    for ending, kind in _FILES.items():  # with one slash it could be a repository's name
+        if model.lower().endswith(ending):
+            raise ConfigError(f"there is no file {model}", hint=f"{_READS} {kind}")
     repo, _, inline = model.partition("@")
     if not _REPO.fullmatch(repo):
         raise _not_a_name(model, cache)

@@ -83,16 +83,21 @@ def test_a_path_that_does_not_exist(name: str, tmp_path: Path) -> None:
         resolve_model(name, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["models/moe.gguf", "moe.GGUF", "./moe.gguf", "a/b/moe.gguf"])
+@pytest.mark.parametrize("at", ["models/moe{}", "moe{}", "./moe{}", "a/b/moe{}", "~/moe{}"])
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [(".gguf", "GGUF"), (".GGUF", "GGUF"), ("-00001-of-00002.safetensors", "single file")],
+)
 @pytest.mark.parametrize("ask", [resolve_model, fetch_metadata])
-def test_a_missing_gguf_file_is_not_asked_of_the_hub(
-    ask: Callable[..., object], name: str, tmp_path: Path
+def test_a_missing_file_is_not_asked_of_the_hub(
+    ask: Callable[..., object], ending: str, kind: str, at: str, tmp_path: Path
 ) -> None:
     """Wherever it is named to be: with one slash it could be a name on the hub."""
     with pytest.raises(ConfigError) as failure:
-        ask(name, endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
-    assert failure.value.message == f"there is no file {name}"
+        ask(at.format(ending), endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
+    assert failure.value.message == f"there is no file {at.format(ending)}"
     assert "folder of safetensors or ORG/NAME" in failure.value.hint
+    assert failure.value.hint.endswith(f"no {kind}")
 
 
 @pytest.mark.parametrize("at", ["{0}/my-moe/{1}", "./{1}", "my-moe/{1}", "{1}", "~/my-moe/{1}"])
@@ -104,7 +109,8 @@ def test_a_file_is_not_a_folder(
     monkeypatch.setitem(os.environ, "HOME", str(folder.parent))
     monkeypatch.chdir(folder.parent if "my-moe" in at else folder)
     (folder / "moe.gguf").touch()
-    for name, hint in (("config.json", "name the folder it is in: "), ("moe.gguf", "GGUF is not")):
+    hints = dict.fromkeys(("config.json", "model.safetensors"), "name the folder it is in: ")
+    for name, hint in {**hints, "moe.gguf": "GGUF is not"}.items():
         with pytest.raises(ConfigError, match="is a file, not a model folder") as failure:
             ask(at.format(folder.parent, name))
         assert hint in failure.value.hint
