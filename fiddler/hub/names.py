@@ -61,7 +61,7 @@ def suggestion(name: str, cache: Path) -> str:
 def not_a_folder(model: str, path: Path) -> ConfigError:
     """``model`` is a file on this machine."""
     hint = f"name the folder it is in: {path.parent}"
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         hint = "GGUF is not supported; take the safetensors repository of the same model"
     return ConfigError(f"{model} is a file, not a model folder", hint=hint)
 

@@ -108,9 +108,11 @@ def test_a_file_is_not_a_folder(
     """Wherever it is named from: with one slash it could be a name on the hub."""
     monkeypatch.setitem(os.environ, "HOME", str(folder.parent))
     monkeypatch.chdir(folder.parent if "my-moe" in at else folder)
-    (folder / "moe.gguf").touch()
+    ggufs = dict.fromkeys(("moe.gguf", "moe2.GGUF"), "GGUF is not")
+    for name in ggufs:
+        (folder / name).touch()
     hints = dict.fromkeys(("config.json", "model.safetensors"), "name the folder it is in: ")
-    for name, hint in {**hints, "moe.gguf": "GGUF is not"}.items():
+    for name, hint in (hints | ggufs).items():
         with pytest.raises(ConfigError, match="is a file, not a model folder") as failure:
             ask(at.format(folder.parent, name))
         assert hint in failure.value.hint
