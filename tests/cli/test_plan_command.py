@@ -1,53 +1,25 @@
-"""``fiddler plan`` as a user runs it: tables, JSON, refusals; a made-up machine below."""
+"""``fiddler plan`` as a user runs it: tables, JSON, refusals; a made-up machine."""
 
 import json
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
+from plan_machine import GIB, WITH_GPU, run, set_machine
 
-import fiddler.speed
-from fiddler._version import __version__
 from fiddler.cli import cli
 from fiddler.hub import ModelFolder, ModelMetadata
-from offload.calibration import Calibration, default_path
 from offload.hardware import Hardware
 from offload.layout import LEAST_CONTEXT, MOST_CONTEXT
-from offload.machine_facts import this_machine
-from offload.machine_rates import RATES, MachineRates, to_json
 from offload.objective import DEFAULT
-from offload.reference_machines import find_machine, machine_of, record_of, reference_names
-
-GIB = 1 << 30
 
 
 @pytest.fixture(autouse=True)
 def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Hardware(
-        has_gpu=True,
-        gpu_name="Test GPU",
-        vram_total_bytes=24 * GIB,
-        vram_free_bytes=23 * GIB,
-        cuda_context_bytes=GIB // 2,
-        ram_total_bytes=128 * GIB,
-        ram_available_bytes=120 * GIB,
-        physical_cores=8,
-        cpu_name="Test CPU",
-    )
-    set_machine(monkeypatch, machine)
-
-
-def set_machine(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
-    for module in ("offload.hardware", "fiddler.speed"):
-        monkeypatch.setattr(f"{module}.probe", lambda device: machine)
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, ["plan", *arguments])
+    set_machine(monkeypatch, WITH_GPU)
 
 
 def test_a_shape_is_planned_in_45_lines_that_fit_a_terminal() -> None:
@@ -246,157 +218,3 @@ def test_figures_in_the_docs_are_those_that_plan_prints(objective: str) -> None:
     if objective == DEFAULT:
         price = re.search(r"1,024 more tokens .* tok/s", run(*options).stdout)
         assert price and price[0] in text
-
-
-# --- speeds ---
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("offload.calibration.cache_file", lambda: tmp_path / "cpu.json")
-    return tmp_path / "calibration.json"
-
-
-def keep(rates: MachineRates, **other: str) -> None:
-    """As measured on this machine, or on one that differs in ``other``."""
-    machine = this_machine(fiddler.speed.probe("auto"), __version__)
-    machine = replace(machine, hardware={**machine.hardware, **other})
-    Calibration(default_path(), machine).store(RATES, {}, rates)
-
-
-OPTIONS = ("--shape", "qwen3-30b-a3b", "--vram-gb", "20", "--context", "8192")
-H200 = find_machine("h200-16core")
-
-
-def test_speeds_stand_beside_their_limits_and_say_whose_they_are(cache: Path) -> None:
-    done = run(*OPTIONS)
-    assert "- by the rates of rtx4090-ddr5: composed from published figures" in done.stdout
-    assert "- this machine is not calibrated: fiddler calibrate" in done.stdout
-    keep(H200.rates)
-    done = run(*OPTIONS)
-    assert re.search(r"Predicted decode at 8,192 tokens: \d\d", done.stdout)
-    assert "- by this machine's rates" in done.stdout and "calibrate" not in done.stdout
-    assert "by the rates" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
-    speeds = json.loads(run(*OPTIONS, "--json").stdout)["speeds"]
-    assert speeds["machine"] == "this machine" and speeds["num_tokens"] == 8192
-    for name, tokens in (("decode", 1), ("prefill", 8192)):
-        terms = sum(term["seconds"] for term in speeds[name]["terms"])
-        assert speeds[name]["tokens_per_s"] == pytest.approx(tokens / terms)
-        assert speeds[name]["limit"] > 0
-
-
-def test_a_prompt_faster_than_its_limit_names_what_limits_there(tmp_path: Path) -> None:
-    """Without a GPU that is products or memory, and no PCIe."""
-    path = tmp_path / "slow.json"
-    slow_torch = replace(H200, rates=replace(H200.rates, cpu_tflops=0.1))
-    path.write_text(json.dumps(record_of(slow_torch)))
-    options = ("--shape", "olmoe-1b-7b", "--hardware", str(path), "--context", "1024")
-    line = next(x for x in run(*options, "--device", "cpu").stdout.splitlines() if "reading" in x)
-    assert "(products alone: " in line
-    options = ("--shape", "qwen3-30b-a3b", "--hardware", "rtx4090-ddr5")
-    assert "(PCIe alone: " in run(*options).stdout
-
-
-def test_a_batch_is_planned_for_and_predicted(cache: Path) -> None:
-    options = ("--shape", "olmoe-1b-7b", "--context", "2048", "--batch", "4")
-    done = run(*options)
-    assert "Predicted decode of 4 requests at 2,048 tokens" in done.stdout
-    speeds = json.loads(run(*options, "--json").stdout)["speeds"]
-    assert (speeds["batch"], speeds["num_tokens"]) == (4, 2048)
-    step_s = sum(term["seconds"] for term in speeds["decode"]["terms"])
-    assert speeds["decode"]["tokens_per_s"] == pytest.approx(4 / step_s)
-    crowded = run("--shape", "qwen3-30b-a3b", "--context", "30000", "--batch", "9")
-    assert "the KV cache has room for 1 of 9 requests of 30,000 tokens" in crowded.stdout
-
-
-def test_a_plan_says_what_it_was_chosen_for_and_by_whom(cache: Path) -> None:
-    plans = {}
-    for objective in ("decode", "prefill"):
-        done = run(*OPTIONS, "--objective", objective)
-        assert re.search(rf"Steps of [\d,]+ tokens.*: best of \d+ for {objective}", done.stdout)
-        record = json.loads(run(*OPTIONS, "--objective", objective, "--json").stdout)
-        plans[objective] = record["plan"]
-        assert plans[objective]["chosen"]["objective"] == objective
-        assert plans[objective]["chosen"]["machine"] == "rtx4090-ddr5"
-    assert plans["decode"]["step_tokens"] < plans["prefill"]["step_tokens"]
-    everything = json.loads(run("--shape", "olmoe-1b-7b", "--json").stdout)
-    assert everything["plan"]["chosen"] is None and everything["context_price"] is None
-
-
-def test_what_context_costs_and_what_would_help_is_said_everywhere(
-    cache: Path, tmp_path: Path
-) -> None:
-    page = tmp_path / "plan.html"
-    done = run(*OPTIONS[:4], "--html", str(page))
-    record = json.loads(run(*OPTIONS[:4], "--json").stdout)
-    said = " ".join(ET.fromstring(page.read_text().partition("\n")[2]).itertext())
-    price = record["context_price"]
-    sentence = f"1,024 more tokens of context take the room of {price['experts']:.1f} experts"
-    assert sentence in done.stdout and sentence in said
-    assert 0 < record["pulled_share_of_cold_experts"] < 1
-    assert "Cold experts of a decode step: " in done.stdout
-    assert "--dtype w4g128" in done.stdout
-    for way in record["faster"]:
-        assert way["option"] in done.stdout and way["option"] in said and way["cost"] in said
-        before = way["tokens_per_s_before"]["decode"]
-        assert before == pytest.approx(record["speeds"]["decode"]["tokens_per_s"])
-    for name in ("VRAM 20.0 GiB", "RAM "):
-        assert any(line.startswith(name) and line.endswith("|") for line in done.stdout.split("\n"))
-
-
-def test_a_calibration_of_another_machine_is_not_taken_for_ones_own(cache: Path) -> None:
-    keep(H200.rates, cpu_name="Other CPU")
-    done = run(*OPTIONS, "--json")
-    speeds = json.loads(done.stdout)["speeds"]
-    assert speeds["machine"] == "rtx4090-ddr5"
-    assert speeds["why_not_this_machine"].endswith("of another machine (Other CPU with Test GPU)")
-
-
-def test_a_calibration_without_all_kernels_is_not_planned_by(cache: Path) -> None:
-    keep(replace(H200.rates, times=H200.rates.times[:2]))
-    speeds = json.loads(run(*OPTIONS, "--json").stdout)["speeds"]
-    assert speeds["machine"] == "rtx4090-ddr5"
-    assert "no kernel for" in speeds["why_not_this_machine"]
-
-
-def test_a_damaged_calibration_is_said(cache: Path) -> None:
-    cache.write_text("{")
-    with pytest.warns(RuntimeWarning, match=r"calibration.json cannot be used"):
-        done = run(*OPTIONS)
-    assert done.exit_code == 0 and "this machine is not calibrated" in done.stdout
-
-
-def test_a_plan_for_another_machine(cache: Path, tmp_path: Path) -> None:
-    done = run("--shape", "mixtral-8x7b", "--hardware", "rtx4090-ddr5")
-    assert done.exit_code == 0, done.output
-    assert "NVIDIA GeForce RTX 4090, 23.0 GiB of VRAM" in done.stdout
-    assert "by the rates of rtx4090-ddr5" in done.stdout and "calibrate" not in done.stdout
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(record_of(replace(H200, name="mine", origin="made up"))))
-    done = run("--shape", "mixtral-8x7b", "--hardware", str(path), "--vram-gb", "24")
-    assert "NVIDIA H200, 24.0 GiB" in done.stdout and "rates of mine: made up" in done.stdout
-    done = run("--shape", "mixtral-8x7b", "--hardware", str(path), "--device", "cpu")
-    assert "RAM" in done.stdout and "NVIDIA" not in done.stdout
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *({"format": 2}, {"rates": {}}, {"hardware": {}}, {"hardware": None}, {"name": None}),
-        {"rates": to_json(replace(H200.rates, times=H200.rates.times[:2]))},
-    ],
-)
-def test_a_damaged_machine_is_one_sentence(tmp_path: Path, damage: dict[str, Any]) -> None:
-    path = tmp_path / "mine.json"
-    record = record_of(H200) | damage
-    path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
-    done = run("--shape", "mixtral-8x7b", "--hardware", str(path))
-    assert done.exit_code == 1 and "cannot be used as a machine" in done.stderr
-    assert "fiddler calibrate --output" in done.stderr
-
-
-@pytest.mark.parametrize("name", reference_names())
-def test_shipped_machines_are_what_they_say(name: str) -> None:
-    machine = find_machine(name)
-    assert machine.name == name and machine.origin and machine.rates.has_gpu
-    assert machine_of(json.loads(json.dumps(record_of(machine)))) == machine

@@ -1,13 +1,15 @@
-"""Small models, machines and budgets: some of a size, and random ones for property tests."""
+"""Small models, machines and budgets, and their plans; random ones for property tests."""
 
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
+from fiddler.errors import OutOfMemoryError
 from offload.hardware import Hardware
 from offload.placement import Placement
-from offload.plan import Budget, Footprint
+from offload.plan import Budget, Footprint, Plan
+from offload.planner import plan
 from offload.popularity import Popularity
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -114,3 +116,21 @@ def placements(draw: st.DrawFn, footprint: Footprint) -> Placement:
         draw(experts) if layer in footprint.moe_layers else []
         for layer in range(footprint.num_layers)
     )
+
+
+def planned(
+    footprint: Footprint, hardware: Hardware, budget: Budget, placement: Placement | None = None
+) -> Plan:
+    """The plan where every expert counts the same."""
+    popularity = Popularity.uniform(footprint.num_layers, footprint.num_experts)
+    return plan(
+        footprint, hardware, budget, popularity, popularity_name="uniform", placement=placement
+    )
+
+
+def planned_or_none(footprint: Footprint, hardware: Hardware, budget: Budget) -> Plan | None:
+    """None where nothing fits."""
+    try:
+        return planned(footprint, hardware, budget)
+    except OutOfMemoryError:
+        return None
