@@ -1,4 +1,7 @@
-"""Whether this process may use AMX's tiles: Linux gives their registers to those who ask."""
+"""Whether this process may use AMX's tiles: Linux gives their registers to those who ask.
+
+Asking is for good, for all threads, and happens when the kernels are imported.
+"""
 
 import ctypes
 import functools

@@ -16,6 +16,7 @@ import numba
 from numba import types
 
 from cpu_kernels import addresses, intrinsics, worker
+from cpu_kernels.amx import may_use_tiles
 
 FOLDER = Path(__file__).parent
 
@@ -84,8 +85,12 @@ def source_hash() -> str:
 
 
 def stamped(function: Callable[..., Any], *key: int | str) -> Callable[..., Any]:
-    """The function, named so that Numba's cache finds it for these sources and this key only."""
-    function.__qualname__ = ".".join([function.__qualname__, source_hash(), *map(str, key)])
+    """The function, named so that Numba's cache finds it for these sources and this key only.
+
+    And for this process: one that may not use AMX's tiles must not load code that does.
+    """
+    parts = [function.__qualname__, source_hash(), *map(str, key)]
+    function.__qualname__ = ".".join([*parts, "tiles"] if may_use_tiles() else parts)
     return function
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from cpu_kernels.column_panels import (
     CHEAPER,
     UNIT,
+    any_is_big,
     down_columns,
     gate_up_columns,
     is_big,
@@ -146,7 +147,7 @@ def down_piece(path, part, row_bytes, job, kept, worker, begin, end):
 @jit
 def down(path, part, weight_bytes, job, worker, num_workers):
     kept, row_bytes = kept_rows(job, worker), job.width * weight_bytes
-    unit = UNIT if job.least > 0 else ROWS
+    unit = UNIT if any_is_big(job, worker) else ROWS
     units = (job.hidden + unit - 1) // unit
     rounds = num_rounds(kept * job.hidden * weight_bytes, num_workers)
     forget_pieces(job.taken, GATE_UP, worker)
@@ -156,7 +157,7 @@ def down(path, part, weight_bytes, job, worker, num_workers):
 
 
 def num_phases(kernel: KernelPath, *, has_columns: bool = False) -> int:
-    """Of the stage of a path, in a step in which experts may be computed by columns or not."""
+    """Of the stage of a path, for a layer whose experts may be computed by columns or not."""
     return 2 + (kernel.activations == "bf16") + has_columns
 
 

@@ -28,7 +28,7 @@ ADDRESSES = (
 SIZES = (
     *("num_tokens", "top_k", "num_ids", "num_experts", "hidden", "width"),
     *("x_row_bytes", "act_row_bytes", "act_cols", "activation"),
-    "least",  # pairs of an expert that is computed by columns; 0: none is
+    "columns_from",  # pairs of an expert that is computed by columns; 0: none is
 )
 JOB = np.dtype(
     [

@@ -86,7 +86,7 @@ class ExpertLayer:
         experts, mlp = self.experts, self.experts.mlp
         record["stage"] = stage_address(stage_maker(experts.kind), number)
         record["num_phases"] = self._num_phases()
-        record["least"] = self.columns_from
+        record["columns_from"] = self.columns_from
         for name in ("w13", "w13_stride", "w2", "w2_stride", "num_experts", "hidden", "width"):
             record[name] = getattr(experts, name)
         for name, array in (

@@ -37,8 +37,17 @@ from cpu_kernels.routes import (
     routed_experts,
     routed_pairs,
     share_of,
-    total_cost,
 )
+
+
+@jit
+def total_cost(starts, kept, width, tile_rows):
+    """Cost of all tiles of the first ``kept`` rows, the routed experts lying end to end."""
+    cost = 0
+    for n in range(len(starts) - 1):
+        tiles = (kept_width(kept, n, width) + tile_rows - 1) // tile_rows
+        cost += tiles * (READ_COST + starts[n + 1] - starts[n])
+    return cost
 
 
 @jit

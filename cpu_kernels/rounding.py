@@ -18,6 +18,12 @@ def bf16_bits(x):
 
 
 @jit
+def bf16_pair(first, second):
+    """Two bf16 numbers in the upper halves of int32, whatever is below, in one."""
+    return (second & -65536) | ((first >> 16) & 0xFFFF)
+
+
+@jit
 def store_row(form, x, address):
     """Write the float32 array ``x`` to ``address`` in one of the forms above."""
     if form == AS_BF16:

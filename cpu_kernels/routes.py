@@ -110,16 +110,6 @@ READ_COST = 16
 
 
 @jit
-def total_cost(starts, kept, width, tile_rows):
-    """Cost of all tiles of the first ``kept`` rows, the routed experts lying end to end."""
-    cost = 0
-    for n in range(len(starts) - 1):
-        tiles = (kept_width(kept, n, width) + tile_rows - 1) // tile_rows
-        cost += tiles * (READ_COST + starts[n + 1] - starts[n])
-    return cost
-
-
-@jit
 def share_of(cost, tiles, before, begin, end):
     """Tiles [first, last) of an expert, at ``cost`` each, whose cost lies in [begin, end).
 

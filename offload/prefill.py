@@ -8,14 +8,12 @@ that earlier layers have read of host buffers is done by then. Next it writes th
 asks for copies, as many as the ring has room for, starts the pool once its input has come (an event
 says so), and gives the device its kernels; after each bank's kernels the bank goes back to the ring
 and the next copy is asked for: first the rest of this layer's, then some of the next layer's, those
-that are expected to be used most, before its router has run. Workers that hand experts over run
-Python: 14 of them and the launches would wait for each other's lock, so there the device gets its
-kernels first and the pool starts after that. ``result`` waits for the pool and lets a kernel add
-what it has written, straight from pinned memory. The next ``launch`` waits for its routing, which
-comes later in the same stream, before it overwrites anything. An abandoned step leaves banks in no
-one's hands; ``begin_step`` takes the ring back before anything else is asked for. Nothing is sent
-ahead from one step to the next: the copies of a step's tokens and positions would wait behind it,
-and the next step may decode.
+that are expected to be used most, before its router has run. ``result`` waits for the pool and lets
+a kernel add what it has written, straight from pinned memory. The next ``launch`` waits for its
+routing, which comes later in the same stream, before it overwrites anything. An abandoned step
+leaves banks in no one's hands; ``begin_step`` takes the ring back before anything else is asked
+for. Nothing is sent ahead from one step to the next: the copies of a step's tokens and positions
+would wait behind it, and the next step may decode.
 
 Shapes: T tokens, K top-k, E experts, C a layer's cold experts (rows on the host), H hidden.
 """

@@ -17,7 +17,7 @@ from offload.expert_stream import ExpertStream
 from offload.prefill_division import PrefillCosts
 from offload.units import MIB
 
-# Four points and the straight lines through them; the slow way with 256 tokens of a Mixtral expert
+# Points and the straight lines through them; the slow way with 256 tokens of a Mixtral expert
 # alone takes 0.14 s.
 TOKENS = (1, 8, 32, 128, 256)
 BUDGET_S = 1.0
@@ -77,17 +77,19 @@ def known_costs(
     }
     table = calibration.once(EXPERT_TIMES, {**subject, **how}, measure_table)
     if stream is None:
-        return costs_of(table, activations, copy_s=math.inf)
+        return costs_of(table, copy_s=math.inf)
     copy_s = calibration.once(COPY_TIME, subject, lambda: stream.seconds_per_expert(layer))
-    return costs_of(table, activations, copy_s=copy_s)
+    return costs_of(table, copy_s=copy_s)
 
 
-def costs_of(table: TimeTable, activations: Activations, *, copy_s: float) -> PrefillCosts:
+def costs_of(table: TimeTable, *, copy_s: float) -> PrefillCosts:
     """The costs that follow from measured times; pure."""
-    # float32 products stay with the exact kernels, whose sums do not depend on the machine
-    if activations == "f32":
-        return PrefillCosts(copy_s=copy_s, expert_s=table.time, columns_from=None)
-    return PrefillCosts(copy_s=copy_s, expert_s=table.best, columns_from=table.switch_over())
+    columns_from = table.switch_over()
+
+    def seconds(count: int) -> float:
+        return table.time(count, by_columns=columns_from is not None and count >= columns_from)
+
+    return PrefillCosts(copy_s=copy_s, expert_s=seconds, columns_from=columns_from)
 
 
 def prefill_activations(dtype: torch.dtype, expert_dtype: torch.dtype) -> Activations:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lesser_levels import LESSER_LEVELS, passes
 
 from cpu_kernels.activation_reference import ACTIVATIONS, Activation
 from cpu_kernels.bf16 import f32_to_bf16, widen
-from cpu_kernels.column_panels import BLOCKS, most_blocks
+from cpu_kernels.column_panels import SUM_BLOCKS, most_blocks
 from cpu_kernels.column_tile import TOKENS
+from cpu_kernels.expert_layer import ExpertLayer
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.experts import Experts, Mlp, dense_experts, packed_experts
 from cpu_kernels.kernel_paths import Activations
@@ -22,7 +24,7 @@ from cpu_kernels.weight_kind import parse_kind
 
 LEAST = 20
 TOLERANCE = 1e-2  # of the largest output: x and act are rounded to bf16
-HIDDEN, WIDTH = 96, 160  # panels of 64 rows and of 32
+HIDDEN, WIDTH = 288, 160  # several panels of down; of gate and up one of 32 rows beside others
 
 
 @pytest.fixture(params=[(1, True), (2, True), (2, False), (3, False)], scope="module")
@@ -70,8 +72,7 @@ class Case:
         out_TH = np.full_like(self.x_TH, np.nan)
         layer = pool.add_layer(self.experts(), activations=self.activations, **options)
         try:
-            pool.submit(layer, self.x_TH, self.ids_TS, self.weights_TS, out_TH)
-            pool.wait()
+            submit(pool, layer, self, out_TH)
         finally:
             pool.remove_layer(layer)
         return out_TH
@@ -92,6 +93,11 @@ class Case:
             **biases,
         )
         return float(np.abs(out_TH - expected_TH).max() / np.abs(expected_TH).max())
+
+
+def submit(pool: ExpertPool, layer: ExpertLayer, case: Case, out_TH: Any) -> None:
+    pool.submit(layer, case.x_TH, case.ids_TS, case.weights_TS, out_TH)
+    pool.wait()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -117,8 +123,7 @@ def test_the_same_bits_again_and_after_other_steps(pool: ExpertPool) -> None:
     answers = []
     for step in (case, case, other, case):
         out_TH = np.full_like(step.x_TH, np.nan)
-        pool.submit(layer, step.x_TH, step.ids_TS, step.weights_TS, out_TH)
-        pool.wait()
+        submit(pool, layer, step, out_TH)
         answers.append(out_TH)
     pool.remove_layer(layer)
     for again in (answers[1], answers[3]):
@@ -161,7 +166,9 @@ def test_an_unknown_id_is_found_and_the_pool_goes_on(pool: ExpertPool) -> None:
     assert case.error(case.run(pool, columns_from=LEAST)) < TOLERANCE
 
 
-@pytest.mark.parametrize("count", [TOKENS, 3 * TOKENS - 1, 20 * TOKENS, (BLOCKS + 3) * TOKENS - 5])
+@pytest.mark.parametrize(
+    "count", [TOKENS, 3 * TOKENS - 1, 20 * TOKENS, (SUM_BLOCKS + 3) * TOKENS - 5]
+)
 def test_experts_of_many_tokens(pool: ExpertPool, count: int) -> None:
     """More than the sums of which wait for their activation at a time, too."""
     case = Case(seed=1, tokens=count)
@@ -191,16 +198,38 @@ def test_there_is_room_for_all_blocks(counts: list[int], least: int) -> None:
     assert blocks <= most_blocks(sum(counts), len(counts), least)
 
 
+def test_layers_share_scratch_that_grows(pool: ExpertPool) -> None:
+    """A layer that was bound to smaller scratch goes on with its own, until it needs more."""
+    cases = [Case(tokens=20), Case(seed=2, tokens=500)]
+    layers = [pool.add_layer(each.experts(), activations="bf16", columns_from=1) for each in cases]
+    outs = [np.full_like(each.x_TH, np.nan) for each in cases]
+    for n in (0, 1, 0, 1):  # the same arrays again: they stay bound
+        outs[n][:] = np.nan
+        submit(pool, layers[n], cases[n], outs[n])
+        assert cases[n].error(outs[n]) < TOLERANCE
+    more = Case(tokens=700)
+    out_TH = np.full_like(more.x_TH, np.nan)
+    submit(pool, layers[0], more, out_TH)
+    assert more.error(out_TH) < TOLERANCE
+    for layer in layers:
+        pool.remove_layer(layer)
+
+
+@pytest.mark.parametrize("level", LESSER_LEVELS)
+def test_lesser_levels_pass_these_tests_too(level: str) -> None:
+    passes(level, __file__, "some_experts or neighbours")
+
+
 def test_what_cannot_be_computed_by_columns_is_refused(pool: ExpertPool) -> None:
     packed = PackedShape(parse_kind("w4g32"), 64, 64)
     blob_EB = np.zeros((1, packed.expert_bytes), np.uint8)
     with pytest.raises(ValueError, match="w4g32/int8 experts of 64 x 64 cannot be computed by"):
         pool.add_layer(packed_experts(blob_EB, packed), activations="int8", columns_from=LEAST)
-    with pytest.raises(ValueError, match="bf16/f32 experts of 96 x 160 cannot"):
+    with pytest.raises(ValueError, match="bf16/f32 experts of 288 x 160 cannot"):
         pool.add_layer(Case().experts(), activations="f32", columns_from=LEAST)
     odd = Case()
     odd.w13_EFH, odd.w2_EHI = odd.w13_EFH[:, : 2 * 150].copy(), odd.w2_EHI[:, :, :150].copy()
-    with pytest.raises(ValueError, match="96 x 150 cannot be computed by columns"):
+    with pytest.raises(ValueError, match="288 x 150 cannot be computed by columns"):
         pool.add_layer(odd.experts(), activations="bf16", columns_from=LEAST)
     with pytest.raises(ValueError, match="at least 1"):
         pool.add_layer(Case().experts(), activations="bf16", columns_from=0)

@@ -1,24 +1,18 @@
 """Weight rows times packed tokens, against float64; by the level that FIDDLER_ISA leaves, too."""
 
 import functools
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lesser_levels import LESSER_LEVELS, passes
 from numba import types
 
 from cpu_kernels import columns
 from cpu_kernels.column_panels import UNIT as ROWS
-from cpu_kernels.column_tile import HAS_TILES, TOKENS
+from cpu_kernels.column_tile import TOKENS
 from cpu_kernels.compiled import compile_entry, stamped
-from cpu_kernels.isa import LEVELS, VARIABLE, host_isa, isa_from_features
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
@@ -40,8 +34,8 @@ def entries() -> tuple[Callable[..., None], Callable[..., None]]:
 
     word = types.int64
     return (
-        compile_entry(stamped(pack, int(HAS_TILES)), (word,) * 5),
-        compile_entry(stamped(multiply, int(HAS_TILES)), (word,) * 9),
+        compile_entry(stamped(pack), (word,) * 5),
+        compile_entry(stamped(multiply), (word,) * 9),
     )
 
 
@@ -130,23 +124,6 @@ def test_rows_may_lie_apart(rng: np.random.Generator) -> None:
     )
 
 
-def can_run(level: str) -> bool:
-    try:
-        isa_from_features(platform.machine(), "", dict(llvm.get_host_cpu_features()), level)
-    except ValueError:
-        return False
-    return level != host_isa().level
-
-
-@pytest.mark.parametrize("level", [level for level in LEVELS if can_run(level)])
+@pytest.mark.parametrize("level", LESSER_LEVELS)
 def test_lesser_levels_pass_these_tests_too(level: str) -> None:
-    names = "equals_float64 or depend_on_no_neighbour"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names],
-        env=os.environ | {VARIABLE: level},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    passes(level, __file__, "equals_float64 or depend_on_no_neighbour")

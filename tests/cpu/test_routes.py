@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from cpu_kernels.expert_job import JOB, ROOM, job_array
 from cpu_kernels.expert_pool import routes_words
+from cpu_kernels.packed_stage import total_cost
 from cpu_kernels.routes import (
     READ_COST,
     make_routes,
     routed_experts,
     routed_pairs,
     share_of,
-    total_cost,
 )
 
 SENTINEL = -77

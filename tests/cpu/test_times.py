@@ -110,8 +110,8 @@ def test_json_that_is_no_table_is_refused(text: str) -> None:
 
 
 def bf16_experts() -> Experts:
-    weights = np.full((4, 32, 64), 0x3C00, np.uint16)
-    return dense_experts(weights, weights[:, :16].reshape(4, 64, 16).copy())
+    weights = np.full((4, 64, 64), 0x3C00, np.uint16)
+    return dense_experts(weights, weights[:, :32].reshape(4, 64, 32).copy())
 
 
 def packed() -> Experts:

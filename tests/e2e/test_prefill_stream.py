@@ -62,7 +62,7 @@ def test_a_prompt_gives_the_same_logits_in_the_interpreter() -> None:
                 *(store, pool, ExpertStream(store, 2, cpu)),
                 dict.fromkeys(
                     store.shape.moe_layers,
-                    PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.5, hand_over=None),
+                    PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.5, columns_from=None),
                 ),
                 llm._running.plan.popularity,
                 device=cpu,
@@ -113,24 +113,22 @@ def test_bfloat16_weights(model: str, dtype: str, ring: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("handed", [True, False])
-def test_the_cpu_takes_a_share_and_says_the_same(handed: bool) -> None:
+@pytest.mark.parametrize("columns_from", [1, None])
+def test_the_cpu_takes_a_share_and_says_the_same(columns_from: int | None) -> None:
     """Costs are set so that about half of the experts go to the workers."""
     with loaded("mixtral", 0.0, stored="bfloat16", dtype="bfloat16") as llm:
-        prefill = llm._running.experts._prefill
+        experts = llm._running.experts
+        prefill = experts._prefill
         assert prefill is not None
         everything_sent = logits(llm)
-        even = PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.0, hand_over=None)
+        even = PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.0, columns_from=columns_from)
         prefill._costs = dict.fromkeys(prefill._costs, even)
         for parts in prefill._layers.values():
-            hand_over = parts.pool_layer.hand_over
-            if not handed:
-                parts.pool_layer.hand_over = None
-            elif hand_over is not None:
-                hand_over._least = 1
+            experts.pool.remove_layer(parts.pool_layer)
+        prefill.use_pool(prefill._pool)
         shared = logits(llm)
     error = relative_error(shared, everything_sent)
-    print(f"half on the CPU, handed over {handed}: {error:.1e} from all on the GPU")
+    print(f"half on the CPU, by columns from {columns_from}: {error:.1e} from all on the GPU")
     assert 0 < error < 5e-2
 
 
@@ -229,7 +227,7 @@ def test_a_second_start_divides_prompts_as_the_first() -> None:
             prefill = llm._running.experts._prefill
             assert prefill is not None and prefill._costs is not None
             costs, record = next(iter(prefill._costs.values())), prefill.record
-            print(f"{record}; {time.perf_counter() - began:.2f} s; hand over {costs.hand_over}")
+            print(f"{record}; {time.perf_counter() - began:.2f} s; from {costs.columns_from}")
             times = [costs.copy_s, *(costs.expert_s(n) for n in (1, 8, 32, 128, 512))]
             found.append((tokens, times, record.cpu_experts, record.sent_experts))
     assert found[0] == found[1] == found[2]
@@ -268,7 +266,7 @@ def test_speed_and_costs_of_a_model_that_does_not_fit() -> None:
         costs, stream = next(iter(prefill._costs.values())), prefill._side.stream
         assert stream is not None
         times = {n: f"{costs.expert_s(n) * 1e3:.3f}" for n in (1, 8, 32, 128, 512)}
-        print(f"copy {costs.copy_s * 1e3:.3f} ms, CPU ms {times}, hand over {costs.hand_over}")
+        print(f"copy {costs.copy_s * 1e3:.3f} ms, CPU ms {times}, from {costs.columns_from}")
         print(f"{stream.num_slots} slots in banks of {stream.bank_size}")
         for num_tokens in (64, 512, 2048):
             prompts = [[(i * 7919 + r) % 50_000 for i in range(num_tokens)] for r in range(3)]
