@@ -25,13 +25,17 @@ from tests.tiny_models import shared_tiny
 
 MODELS = ("mixtral", "qwen2_moe", "qwen3_moe")
 LENGTHS = [150, 40, 1, 33]  # one ragged step, far beyond what the decode kernels take
+WHOLE = {"intermediate_size": 64}  # whole tiles: such experts can be computed by columns
 PARAMS = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 MIB = 1 << 20
 
 
 @contextmanager
-def loaded(model: str, share: float, *, stored: str = "float32", **options: Any) -> Iterator[LLM]:
-    folder = shared_tiny(model, dtype=stored)
+def loaded(
+    model: str, share: float, *, stored: str = "float32", sizes: Any = None, **options: Any
+) -> Iterator[LLM]:
+    """``sizes``: fields of config.json."""
+    folder = shared_tiny(model, dtype=stored, **(sizes or {}))
     settings = {"device": "cuda", "vram_gb": 8, "dtype": "float32", "max_model_len": 256}
     with LLM(
         str(folder), placement=split_at_random(folder, seed=1, share=share), **settings | options
@@ -51,30 +55,40 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     return int(request.param)
 
 
-def test_a_prompt_gives_the_same_logits_in_the_interpreter() -> None:
-    with loaded("mixtral", 0.4, device="cpu", vram_gb=1, max_batched_tokens=64) as llm:
+@pytest.mark.parametrize(
+    ("dtype", "columns_from", "bound"),
+    [("float32", None, 1e-5), ("bfloat16", None, 0.1), ("bfloat16", 1, 0.1)],
+)
+def test_a_prompt_gives_the_same_logits_without_a_gpu(
+    dtype: str, columns_from: int | None, bound: float
+) -> None:
+    """In bfloat16, which the interpreter does not multiply rightly, all experts are the CPU's.
+
+    Its rounding changes a choice of experts now and then.
+    """
+    is_exact = dtype == "float32"
+    options = {"dtype": dtype, "device": "cpu", "vram_gb": 1, "max_batched_tokens": 64}
+    with loaded("mixtral", 0.4 * is_exact, stored=dtype, sizes=WHOLE, **options) as llm:
         texts = random_texts([34, 8], llm.model_config.vocab_size)
         wanted = Forward(llm).logits(texts, [33, 5])
         hybrid, cpu = llm._running.experts, torch.device("cpu")
         store: ExpertStore = hybrid._store
+        costs = PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.5, columns_from=columns_from)
         with ExpertPool(1) as pool:
             hybrid._prefill = PrefillExperts(
-                *(store, pool, ExpertStream(store, 2, cpu)),
-                dict.fromkeys(
-                    store.shape.moe_layers,
-                    PrefillCosts(copy_s=1.0, expert_s=lambda count: 1.5, columns_from=None),
-                ),
+                *(store, pool, ExpertStream(store, 2, cpu) if is_exact else None),
+                dict.fromkeys(store.shape.moe_layers, costs),
                 llm._running.plan.popularity,
                 device=cpu,
-                dtype=torch.float32,
-                activations="f32",
+                dtype=getattr(torch, dtype),
+                activations="f32" if is_exact else "bf16",
                 max_tokens=64,
                 top_k=llm.model_config.top_k,
             )
             found = Forward(llm).logits(texts, [33, 5])
             hybrid._prefill.clear()
             hybrid._prefill = None
-    assert relative_error(found, wanted) < 1e-5
+    assert relative_error(found, wanted) < bound
 
 
 @pytest.mark.gpu
@@ -116,7 +130,7 @@ def test_bfloat16_weights(model: str, dtype: str, ring: int) -> None:
 @pytest.mark.parametrize("columns_from", [1, None])
 def test_the_cpu_takes_a_share_and_says_the_same(columns_from: int | None) -> None:
     """Costs are set so that about half of the experts go to the workers."""
-    with loaded("mixtral", 0.0, stored="bfloat16", dtype="bfloat16") as llm:
+    with loaded("mixtral", 0.0, stored="bfloat16", sizes=WHOLE, dtype="bfloat16") as llm:
         experts = llm._running.experts
         prefill = experts._prefill
         assert prefill is not None
