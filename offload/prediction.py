@@ -16,10 +16,10 @@ from offload.demand import Demand
 from offload.limits import GIGA
 from offload.machine_rates import STEP_PART, MachineRates
 
-# Kernels of a decode step's layer beside its experts and the hand-over: two norms, qkv, rope and
-# append, two of attention, o, the router's product, its choice, publishing; and two of residents.
-# So it was fitted; by now a norm, the product and the choice are one launch for up to 8 tokens.
-LAYER_KERNELS = 12
+# Kernels of a decode step's layer beside its experts and the hand-over: a norm, qkv, rope and
+# append, two of attention, o, a norm with the router's product and its choice, publishing; and two
+# of residents. The norm, the product and the choice are three kernels for more than 8 tokens.
+LAYER_KERNELS, ROUTE_KERNELS, ROUTED_AT_ONCE = 10, 2, 8
 # The weights of a layer are read by products of one row, at this part of a large read's rate.
 DENSE_RATE = 0.8
 HOT_RATE = {"f32": 0.9, "bf16": 0.9, "int8": 0.75, "int4": 0.7}
@@ -89,7 +89,8 @@ def predict_decode(demand: Demand, rates: MachineRates, *, rows: int, depth: int
         return _on_cpu(demand, rates, rows, depth, total)
     read = rates.peaks.gpu_read_gbps * GIGA
     is_graph = demand.disk_share == 0
-    launches_s = LAYER_KERNELS * rates.launch_s
+    kernels = LAYER_KERNELS + (ROUTE_KERNELS if rows > ROUTED_AT_ONCE else 0)
+    launches_s = kernels * rates.launch_s
     if not is_graph:
         launches_s = EAGER_CALLS * rates.call_s + EAGER_LAYER_S
     kv_bytes = rows * depth * demand.kv_bytes

@@ -67,8 +67,8 @@ H200 = find_machine("h200-16core").rates
 @pytest.mark.parametrize(
     ("shape", "vram_gb", "dtype", "activations", "decode", "prompt_2048"),
     [
-        ("mixtral-8x7b", 24, "auto", "f32", 7.3, 1552),
-        ("qwen3-30b-a3b", 24, "auto", "f32", 47.5, 2797),
+        ("mixtral-8x7b", 24, "auto", "f32", 7.9, 1686),
+        ("qwen3-30b-a3b", 24, "auto", "f32", 52.6, 3245),
         ("qwen3-30b-a3b", 8, "w4g128", "int8", 109.2, 8782),
         ("mixtral-8x7b", 12, "w4g128", "f32", 23.1, 6716),
     ],
