@@ -6,6 +6,7 @@ T tokens, in blocks of 16; K depth, a multiple of 32; R rows, a multiple of 32.
 from cpu_kernels.addresses import bits_of, f32_array, i32_array
 from cpu_kernels.column_tile import (
     BLOCKS,
+    HAS_TILES,
     LONE_ROWS,
     PAIR_BYTES,
     ROWS,
@@ -19,10 +20,10 @@ from cpu_kernels.intrinsics import jit
 from cpu_kernels.rounding import bf16_pair
 
 BLOCK_BYTES = PAIR_BYTES // 2  # of a block, for each element of the depth
-# Elements of the depth that all rows and tokens pass before the next: 32 KB of 32 tokens. By AMX
-# tiles, 14336 x 4096 with 512 tokens and 14 threads: 8.8 TFLOP/s, 7.9 with the whole depth; without
-# AMX it makes no difference.
-DEPTH = 512
+# Elements of the depth that all rows and tokens pass before the next. By AMX tiles, 14336 x 4096
+# with 512 tokens and 14 threads: 8.8 TFLOP/s, 7.9 with the whole depth. Without AMX 1,024 are the
+# best or within a tenth; 512, which 768 is no multiple of, lose a third there with 32 tokens.
+DEPTH = 512 if HAS_TILES else 1024
 
 
 @jit
