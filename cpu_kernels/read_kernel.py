@@ -1,4 +1,7 @@
-"""A plain read of memory by the worker pool: the speed that the expert kernels are held against."""
+"""A plain read of memory by the worker pool: the speed that the expert kernels are held against.
+
+And what has to come before it: pages that nobody has written are all one page of zeros, in cache.
+"""
 
 from typing import Any
 
@@ -16,9 +19,11 @@ HEADER_BYTES = np.dtype(JOB_HEADER).itemsize
 # A range of read_words int64 at read, for the first num_readers workers; a result of each at out.
 FIELDS = ("num_readers", "read", "read_words", "out", "taken")
 READ_JOB = np.dtype([*JOB_HEADER, *((name, np.int64) for name in FIELDS)])
+TOUCH_JOB = np.dtype([*JOB_HEADER, ("arena", np.int64), ("num_words", np.int64)])
 
 STREAMS = 4  # parts read side by side, as the kernels do: one alone is slower by a quarter
 STREAM_WORDS = 512  # a part, 4 KB: one after the other they are one range, read once
+PAGE_WORDS = 512
 
 
 @jit
@@ -75,10 +80,36 @@ def read(pool: WorkerPool, arena: npt.NDArray[Any], num_readers: int) -> int:
     found = np.zeros(pool.num_threads, np.int64)
     sizes = (num_readers, arena.ctypes.data, arena.nbytes // 8, found.ctypes.data)
     job = (stage_address(make_read_stage), 2, *sizes, pool.words[TAKEN:].ctypes.data)
-    number = pool.add_job(np.array([job], READ_JOB))
+    _run(pool, np.array([job], READ_JOB))
+    return int(np.bitwise_xor.reduce(found))
+
+
+def make_touch_stage():
+    """Writes a word of every page of the worker's share, one of equal ones."""
+
+    def touch_stage(job_address, phase, worker, num_workers):
+        address, num_words = i64_array(job_address + HEADER_BYTES, 2)
+        words = i64_array(address, num_words)
+        end = num_words * (worker + 1) // num_workers
+        for at in range(num_words * worker // num_workers, end, PAGE_WORDS):
+            words[at] = 1
+
+    return touch_stage
+
+
+def touch(pool: WorkerPool, arena: npt.NDArray[np.int64]) -> None:
+    """Give every page memory of its own, near the worker that reads it when all read.
+
+    ``arena`` is C-contiguous. Ordering: as ring and wait.
+    """
+    job = (stage_address(make_touch_stage), 1, arena.ctypes.data, len(arena))
+    _run(pool, np.array([job], TOUCH_JOB))
+
+
+def _run(pool: WorkerPool, record: npt.NDArray[Any]) -> None:
+    number = pool.add_job(record)
     try:
         pool.ring(number)
         pool.wait()
     finally:
         pool.remove_job(number)
-    return int(np.bitwise_xor.reduce(found))

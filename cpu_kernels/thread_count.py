@@ -15,16 +15,14 @@ import numpy as np
 
 from cpu_kernels.compiled import source_hash
 from cpu_kernels.isa import VARIABLE, host_isa
-from cpu_kernels.read_kernel import read
+from cpu_kernels.read_kernel import read, touch
 from cpu_kernels.threads import WorkerPool, default_num_threads
 from cpu_kernels.topology import Machine, num_cores, read_cache_bytes, read_machine
-from cpu_kernels.worker import JOB_HEADER
 
 NOISE = 0.02  # a count within this of the best is as good
 CACHES = 4  # the buffer is so many times as large as all last-level caches
 MAX_BYTES = 2**30
 SECONDS = 0.5  # for all measurements together; each count is read at least once
-PAGE_WORDS = 512
 
 
 def best_num_threads(candidates: Iterable[int], measure: Callable[[int], float]) -> int:
@@ -103,7 +101,7 @@ def _measure(limit: int) -> int:
     counts = counts_to_try(limit)
     with WorkerPool(limit) as pool:
         arena = np.empty(_buffer_bytes() // 8, np.int64)
-        _touch(pool, arena)
+        touch(pool, arena)
 
         def bytes_per_s(num_readers: int) -> float:
             times: list[float] = []
@@ -115,22 +113,6 @@ def _measure(limit: int) -> int:
             return arena.nbytes / min(times)
 
         return best_num_threads(counts, bytes_per_s)
-
-
-def _touch(pool: WorkerPool, arena: np.ndarray[Any, Any]) -> None:
-    """Give every page memory of its own, near the worker that reads it when all read.
-
-    Untouched pages would all be the same page of zeros, in cache.
-    """
-
-    def touch_share(phase: int, worker: int, num_workers: int) -> None:
-        share = slice(len(arena) * worker // num_workers, len(arena) * (worker + 1) // num_workers)
-        arena[share][::PAGE_WORDS] = 1
-
-    number = pool.add_job(np.array([(0, 1)], JOB_HEADER), touch_share)
-    pool.ring(number)
-    pool.wait()
-    pool.remove_job(number)
 
 
 def _buffer_bytes() -> int:

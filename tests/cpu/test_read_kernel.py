@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cpu_kernels.read_kernel import read
+from cpu_kernels.read_kernel import PAGE_WORDS, read, touch
 from cpu_kernels.threads import WorkerPool
 
 
@@ -21,3 +21,11 @@ def test_a_plain_read_refuses_what_it_cannot_read() -> None:
         for bad, readers in ((arena.T, 1), (np.zeros(3, np.uint16), 1), (arena, 0), (arena, 3)):
             with pytest.raises(ValueError):
                 read(pool, bad, readers)
+
+
+@pytest.mark.parametrize("num_words", [0, 1, PAGE_WORDS, 10 * PAGE_WORDS, 100_003])
+def test_a_touch_writes_to_every_page(num_words: int) -> None:
+    arena = np.zeros(num_words, np.int64)
+    with WorkerPool(3) as pool:
+        touch(pool, arena)
+    assert all(arena[at : at + PAGE_WORDS].any() for at in range(0, num_words, PAGE_WORDS))
