@@ -15,7 +15,7 @@ from typing import Any
 import numba
 from numba import types
 
-from cpu_kernels import addresses, intrinsics, worker
+from cpu_kernels import addresses, worker
 from cpu_kernels.amx import may_use_tiles
 
 FOLDER = Path(__file__).parent
@@ -32,27 +32,26 @@ class Kernels:
     Python 0.3 us more. :mod:`cpu_kernels.worker` says what they do.
     """
 
-    worker_loop: Callable[[int, int, int, int, int, int], tuple[int, int, int]]
-    work_as_caller: Callable[[int, int, int, int, int], tuple[int, int]]
+    worker_loop: Callable[[int, int, int, int], int]
+    work_as_caller: Callable[[int, int, int, int], None]
     ring: Callable[[int, int], int]
     wait_while: Callable[[int, int, int, bool], int]
     announce: Callable[[int, int, int, int], int]
-    flush_denormals: Callable[[], None]
 
 
 def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Functions and signatures."""
     num_words, num_jobs = worker.NUM_WORDS, worker.MAX_JOBS
 
-    def worker_loop(words, table, number, phase, index, num_workers):
+    def worker_loop(words, table, index, num_workers):
         shared = addresses.i64_array(words, num_words)
         jobs = addresses.i64_array(table, num_jobs)
-        return worker.worker_loop(shared, jobs, number, phase, index, num_workers)
+        return worker.worker_loop(shared, jobs, index, num_workers)
 
-    def work_as_caller(words, table, number, phase, num_workers):
+    def work_as_caller(words, table, number, num_workers):
         shared = addresses.i64_array(words, num_words)
         jobs = addresses.i64_array(table, num_jobs)
-        return worker.work_as_caller(shared, jobs, number, phase, num_workers)
+        worker.work_as_caller(shared, jobs, number, num_workers)
 
     def ring(words, number):
         return worker.ring(addresses.i64_array(words, num_words), number)
@@ -64,16 +63,12 @@ def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     def announce(words, index, value, other):
         return worker.announce(addresses.i64_array(words, num_words), index, value, other)
 
-    def flush_denormals():
-        intrinsics.flush_denormals()
-
     return {
-        "worker_loop": (worker_loop, (_INT,) * 6),
-        "work_as_caller": (work_as_caller, (_INT,) * 5),
+        "worker_loop": (worker_loop, (_INT,) * 4),
+        "work_as_caller": (work_as_caller, (_INT,) * 4),
         "ring": (ring, (_INT, _INT)),
         "wait_while": (wait_while, (_INT, _INT, _INT, types.boolean)),
         "announce": (announce, (_INT,) * 4),
-        "flush_denormals": (flush_denormals, ()),
     }
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,26 +16,22 @@ from cpu_kernels.worker import (
     DOORBELL,
     FINISHED,
     FOREVER,
-    IDLE,
     MAX_JOBS,
     NUM_WORDS,
     PARKED,
     PATIENCE,
-    PYTHON,
     SPINS,
     STOP,
     STOPPED,
 )
 
-PythonStage = Callable[[int, int, int], None]  # (phase, worker, number of workers)
-
 
 class Crew:
     """What the worker threads and their caller share: words, jobs, places to sleep, a failure.
 
-    Ordering: :mod:`cpu_kernels.worker` has the words' rules. ``jobs`` and ``python_stages`` of a
-    number are written before it is rung. ``_num_wakes``, ``_num_held`` and ``_num_parked`` belong
-    to the lock of ``_may_go``; a worker parks after it has told PARKED and then seen no bell, so a
+    Ordering: :mod:`cpu_kernels.worker` has the words' rules. ``jobs``, which keeps what ``table``
+    points to, is the caller's alone. ``_num_wakes``, ``_num_held`` and ``_num_parked`` belong to
+    the lock of ``_may_go``; a worker parks after it has told PARKED and then seen no bell, so a
     ring either is seen by it or sees it, and then has to take the lock to wake it. ``failure`` is
     written before STOP.
     """
@@ -48,7 +44,6 @@ class Crew:
         self.table = np.zeros(MAX_JOBS, np.int64)
         self.table_address: int = self.table.ctypes.data
         self.jobs: dict[int, npt.NDArray[Any]] = {}
-        self.python_stages: dict[int, PythonStage] = {}
         self.failure: BaseException | None = None
         self._may_go = threading.Condition()
         self._is_done = threading.Condition()
@@ -66,7 +61,6 @@ class Crew:
             if cpu is not None:
                 with contextlib.suppress(OSError):  # a sandbox may forbid it: slower, not wrong
                     os.sched_setaffinity(0, {cpu})  # 0: this thread
-            self.kernels.flush_denormals()
             self._work(worker)
         except BaseException as failure:
             self._fail(failure)
@@ -74,21 +68,10 @@ class Crew:
     def work_as_caller(self, number: int) -> None:
         """Do worker 0's share of a job on this thread; returns when the job is done or failed.
 
-        After an interrupt before our first phase or after the last it may be called again; one in
-        between is a failure: what we did of the phase is not known, and the others wait in it.
+        After an interrupt, which comes before our share or after it, it may be called again.
         """
-        reason, phase = PYTHON, -1
-        try:
-            while reason == PYTHON and self._is_rung(number):
-                reason, phase = self.kernels.work_as_caller(
-                    self.address, self.table_address, number, phase, self.num_workers
-                )
-                if reason == PYTHON:
-                    self.python_stages[number](phase, 0, self.num_workers)
-        except BaseException as failure:
-            if phase < 0 or not self._is_rung(number):
-                raise
-            self._fail(failure)
+        if self.words[DOORBELL] == number:
+            self.kernels.work_as_caller(self.address, self.table_address, number, self.num_workers)
 
     def wait_done(self) -> None:
         """Return when the rung job is done or a worker has failed; sleeps if it takes long."""
@@ -132,21 +115,15 @@ class Crew:
         self.failure = self.failure or failure
         self.stop()  # the others would wait for us
 
-    def _is_rung(self, number: int) -> bool:
-        return bool(self.words[DOORBELL] == number)
-
     def _has_ended(self) -> bool:
         return bool(self.words[DONE_BELL] or self.words[STOP])
 
     def _work(self, worker: int) -> None:
-        reason, number, phase = IDLE, 0, 0
         while True:
-            reason, number, phase = self.kernels.worker_loop(
-                self.address, self.table_address, number, phase, worker, self.num_workers
+            reason = self.kernels.worker_loop(
+                self.address, self.table_address, worker, self.num_workers
             )
-            if reason == PYTHON:
-                self.python_stages[number](phase, worker, self.num_workers)
-            elif reason == FINISHED:
+            if reason == FINISHED:
                 with self._is_done:
                     self._is_done.notify_all()
             elif reason == STOPPED:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.compiled import kernels
-from cpu_kernels.crew import Crew, PythonStage, aligned_words
+from cpu_kernels.crew import Crew, aligned_words
 from cpu_kernels.topology import can_pin, num_cores, read_machine, spread
 from cpu_kernels.worker import (
     DOORBELL,
@@ -70,7 +70,7 @@ class WorkerPool:
     workers do. Or a compiled loop or a GPU feeds ``words`` by the protocol of that module, with
     nothing rung from here at that time, within :meth:`awake`, and only if not ``caller_works``.
 
-    A pool that is dropped ends its threads, unless its Python stages refer to it.
+    A pool that is dropped ends its threads.
     """
 
     def __init__(
@@ -123,30 +123,26 @@ class WorkerPool:
         """Where a stage stores a code other than 0 to complain; 8 bytes, atomically."""
         return self._crew.address + 8 * ERROR
 
-    def add_job(self, record: npt.NDArray[Any], python_stage: PythonStage | None = None) -> int:
+    def add_job(self, record: npt.NDArray[Any]) -> int:
         """Make a record of one element a job; returns its number, 1 or more, for :meth:`ring`.
 
         Its dtype starts with JOB_HEADER. The pool keeps the array, whose contents may change while
-        the job does not run. If its stage is 0, each phase is ``python_stage(phase, worker,
-        num_workers)``, called by all workers.
+        the job does not run.
         """
         header = [(name, record.dtype[name].type) for name in (record.dtype.names or ())[:2]]
         assert header == JOB_HEADER, record.dtype
         assert record.size == 1 and record["num_phases"].item() >= 1, record
-        assert (record["stage"].item() == 0) == (python_stage is not None)
+        assert record["stage"].item() != 0, "a job needs a stage"
         crew = self._crew
         number = self._free_numbers.pop() if self._free_numbers else len(crew.jobs) + 1
         assert number < MAX_JOBS, "too many jobs"
         crew.jobs[number], crew.table[number] = record, record.ctypes.data
-        if python_stage is not None:
-            crew.python_stages[number] = python_stage
         return number
 
     def remove_job(self, number: int) -> None:
         """Forget a job that does not run; its number may be given to another."""
         assert number != self._rung, "the job runs"
         del self._crew.jobs[number]
-        self._crew.python_stages.pop(number, None)
         self._free_numbers.append(number)
 
     def ring(self, number: int) -> None:
@@ -164,7 +160,7 @@ class WorkerPool:
     def wait(self) -> None:
         """Return when the rung job is done; if the caller works, it works here.
 
-        Raises the exception of a worker's Python phase, which ends the pool, or StageError.
+        Raises the exception of a worker that failed, which ends the pool, or StageError.
         """
         if self._rung:
             if self.words[PARKED]:  # an interrupt may have kept ring from it
@@ -221,7 +217,7 @@ class WorkerPool:
 def _end(crew: Crew, threads: list[threading.Thread]) -> None:
     crew.stop()
     for thread in threads:
-        is_own = thread is threading.current_thread()  # a Python stage dropped the pool
+        is_own = thread is threading.current_thread()  # a worker collects the garbage
         if thread.is_alive() and not is_own:
             thread.join()
 

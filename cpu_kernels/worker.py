@@ -2,7 +2,7 @@
 
 A job is a record that starts with JOB_HEADER; table[k] is the address of job k. Its stage is a C
 function (job address, phase, worker, number of workers), which all workers call for phase 0, 1, ...
-and between two phases all wait for each other. Stage 0 is a phase in Python: the loop returns.
+and between two phases all wait for each other.
 
 Protocol: a feeder (Python, a compiled loop or a GPU stream, with stores of 8 or of the lower 4
 bytes) stores 0 to DONE_BELL, then k to DOORBELL, and may ring again once it has read k from
@@ -39,7 +39,7 @@ from cpu_kernels.intrinsics import (
     yield_core,
 )
 
-# The first fields of a job's record: a C function's address (0: Python) and its number of phases.
+# The first fields of a job's record: a C function's address and its number of phases.
 JOB_HEADER: list[tuple[str, type]] = [("stage", np.int64), ("num_phases", np.int64)]
 
 # Words that threads share. Each has two cache lines, since cores fetch lines in pairs.
@@ -71,7 +71,7 @@ MAX_JOBS = 4096  # length of the table of addresses
 EAGER = 64  # looks without a pause, of up to 60 ns: what is near is heard at once
 
 # Why compiled code came back to Python.
-IDLE, STOPPED, FINISHED, PYTHON = range(4)
+IDLE, STOPPED, FINISHED = range(3)
 
 
 @jit
@@ -126,53 +126,43 @@ def meet(words, ends_job, worker, num_workers):
 
 
 @jit
-def run_job(words, table, number, phase, worker, num_workers):
-    """One worker's share of a job after phase ``phase`` (-1: all of it); returns (reason, phase).
-
-    PYTHON: do this phase in Python and come back with it; IDLE: the job is done. Else as meet.
-    """
-    header = i64_array(table[number], 2)
+def run_job(words, table, number, worker, num_workers):
+    """One worker's share of a job. IDLE: the job is done; else as :func:`meet`."""
+    job = table[number]
+    header = i64_array(job, 2)
     stage, num_phases = header[0], header[1]
-    while True:
-        if phase >= 0:
-            is_end = phase + 1 == num_phases
-            reason = meet(words, number if is_end else 0, worker, num_workers)
-            if is_end or reason == STOPPED:
-                return reason, phase
-        phase += 1
-        if stage == 0:
-            return PYTHON, phase
-        call_stage(stage, table[number], phase, worker, num_workers)
-
-
-@jit
-def worker_loop(words, table, number, phase, worker, num_workers):
-    """Run jobs as they are rung, first the rest of job ``number`` after ``phase`` if it is not 0.
-
-    Returns (reason, number, phase). IDLE: the bell was silent for SPINS; FINISHED: wake the caller;
-    PYTHON: do this phase of this job and come back with both; STOPPED.
-    """
-    while True:
-        if number == 0:
-            number, phase = wait_while(words, DOORBELL, 0, False), -1
-            if number == 0:
-                return (STOPPED if atomic_load(words, STOP) != 0 else IDLE), 0, 0
-        reason, phase = run_job(words, table, number, phase, worker, num_workers)
-        if reason == PYTHON:
-            return reason, number, phase
+    for phase in range(num_phases):
+        call_stage(stage, job, phase, worker, num_workers)
+        ends_job = number if phase + 1 == num_phases else 0
+        reason = meet(words, ends_job, worker, num_workers)
         if reason != IDLE:
-            return reason, 0, 0
-        number = 0
+            return reason
+    return IDLE
 
 
 @jit
-def work_as_caller(words, table, number, phase, num_workers):
+def worker_loop(words, table, worker, num_workers):
+    """Run jobs as they are rung, until this thread is needed in Python.
+
+    IDLE: the bell was silent for SPINS; FINISHED: wake the caller; STOPPED.
+    """
+    flush_denormals()
+    while True:
+        number = wait_while(words, DOORBELL, 0, False)
+        if number == 0:
+            return STOPPED if atomic_load(words, STOP) != 0 else IDLE
+        reason = run_job(words, table, number, worker, num_workers)
+        if reason != IDLE:
+            return reason
+
+
+@jit
+def work_as_caller(words, table, number, num_workers):
     """As :func:`run_job` for worker 0, on the caller's thread; leaves its float modes alone."""
     control = float_control()
     flush_denormals()
-    result = run_job(words, table, number, phase, 0, num_workers)
+    run_job(words, table, number, 0, num_workers)
     set_float_control(control)
-    return result
 
 
 @jit

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from cpu_kernels.addresses import i64_array
 from cpu_kernels.compiled import stage_address
 from cpu_kernels.intrinsics import atomic_add, atomic_load, pause, store_release
 from cpu_kernels.threads import WorkerPool
-from cpu_kernels.worker import DONE_BELL, DOORBELL, JOB_HEADER, NUM_WORDS, PARKED
+from cpu_kernels.worker import DONE_BELL, DOORBELL, JOB_HEADER, NUM_WORDS
 
 MODES = [(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)]
 modes = pytest.mark.parametrize(("num_threads", "caller_works"), MODES)
@@ -112,10 +111,6 @@ def count_job(pool: WorkerPool, counter: npt.NDArray[np.int64], num_phases: int,
     return pool.add_job(record)
 
 
-def python_job(pool: WorkerPool, num_phases: int, stage: Callable[[int, int, int], None]) -> int:
-    return pool.add_job(np.array([(0, num_phases)], JOB_HEADER), stage)
-
-
 @contextmanager
 def busy_neighbour() -> Iterator[None]:
     """Another process that never lets go of a core."""
@@ -125,14 +120,3 @@ def busy_neighbour() -> Iterator[None]:
     finally:
         hog.kill()
         hog.wait()
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def is_parked(pool: WorkerPool) -> bool:
-    return int(pool.words[PARKED]) == pool.num_threads - pool.caller_works

@@ -3,19 +3,19 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from pool_jobs import (
     HEADER_BYTES,
     MAX_PHASES,
+    MODES,
     CheckJob,
     busy_neighbour,
     count_job,
     feed,
     modes,
-    python_job,
-    wait_until,
 )
 
 from cpu_kernels.addresses import f32_array, i64_array
@@ -24,6 +24,7 @@ from cpu_kernels.intrinsics import atomic_store
 from cpu_kernels.isa import host_isa
 from cpu_kernels.threads import StageError, WorkerPool
 from cpu_kernels.worker import DONE_BELL, DOORBELL, ERROR, JOB_HEADER, NUM_WORDS
+from tests.workers import fail_worker, wait_until
 
 # --- jobs ---
 
@@ -103,54 +104,28 @@ def test_job_numbers() -> None:
         with pytest.raises(AssertionError):
             pool.add_job(np.zeros(1, [("stage", "i8"), ("num_phases", "i4")]))
         with pytest.raises(AssertionError):
-            pool.add_job(np.array([(0, 1)], JOB_HEADER))  # a Python stage is missing
-
-
-# --- Python phases ---
-
-
-@modes
-def test_python_phases_wait_for_each_other(num_threads: int, caller_works: bool) -> None:
-    calls: list[tuple[int, int]] = []
-
-    def stage(phase: int, worker: int, num_workers: int) -> None:
-        assert num_workers == num_threads
-        time.sleep(0.0003 * ((phase + worker) % 3))
-        calls.append((phase, worker))
-
-    with WorkerPool(num_threads, caller_works=caller_works) as pool:
-        number, compiled = python_job(pool, 4, stage), CheckJob(pool)
-        for _ in range(10):
-            calls.clear()
-            pool.ring(number)
-            pool.wait()
-            assert [phase for phase, _ in calls] == [
-                p for p in range(4) for _ in range(num_threads)
-            ]
-            assert sorted(calls) == [(p, w) for p in range(4) for w in range(num_threads)]
-            compiled.run()
-
-
-@modes
-@pytest.mark.parametrize("failing", [0, 2])
-def test_an_exception_in_a_python_phase(num_threads: int, caller_works: bool, failing: int) -> None:
-    def stage(phase: int, worker: int, num_workers: int) -> None:
-        if phase == 1 and worker == min(failing, num_workers - 1):
-            raise MemoryError("no room")
-
-    before = threading.active_count()
-    pool = WorkerPool(num_threads, caller_works=caller_works)
-    number = python_job(pool, 3, stage)
-    pool.ring(number)
-    with pytest.raises(MemoryError, match="no room"):
-        pool.wait()
-    with pytest.raises(MemoryError, match="no room"):
-        pool.ring(number)
-    pool.close()
-    assert threading.active_count() == before
+            pool.add_job(np.array([(0, 1)], JOB_HEADER))  # a stage is missing
 
 
 # --- errors and float modes ---
+
+
+@pytest.mark.parametrize("is_awake", [False, True])
+@pytest.mark.parametrize(("num_threads", "caller_works"), MODES[1:])  # 1, True: no thread
+def test_a_worker_whose_thread_fails(num_threads: int, caller_works: bool, is_awake: bool) -> None:
+    """In the middle of a job, for which the others wait, or between two."""
+    before = threading.active_count()
+    pool = WorkerPool(num_threads, caller_works=caller_works)
+    job = CheckJob(pool)
+    job.run()
+    with pool.awake() if is_awake else nullcontext():
+        fail_worker(pool, MemoryError("no room"))
+        with pytest.raises(MemoryError, match="no room"):
+            job.run()
+    with pytest.raises(MemoryError, match="no room"):
+        job.start()
+    pool.close()
+    assert threading.active_count() == before
 
 
 def make_complaining_stage() -> Callable[..., None]:

@@ -1,12 +1,12 @@
 """Ctrl-C while a pool rings, waits or works."""
 
 import dataclasses
-import threading
 
 import pytest
-from pool_jobs import CheckJob, is_parked, modes, python_job, wait_until
+from pool_jobs import CheckJob, modes
 
 from cpu_kernels.threads import WorkerPool
+from tests.workers import is_parked, wait_until
 
 
 def interrupt_once(pool: WorkerPool, name: str, *, after: bool) -> None:
@@ -50,20 +50,3 @@ def test_a_ring_may_be_interrupted_before_it_wakes_the_parked(
         pool.wait()
         job.check()
         job.run()
-
-
-def test_an_interrupt_within_a_phase_ends_the_pool() -> None:
-    def stage(phase: int, worker: int, num_workers: int) -> None:
-        if phase == 1 and worker == 0:
-            raise KeyboardInterrupt
-
-    before = threading.active_count()
-    pool = WorkerPool(2, caller_works=True)
-    number = python_job(pool, 3, stage)
-    pool.ring(number)
-    with pytest.raises(KeyboardInterrupt):
-        pool.wait()
-    with pytest.raises(KeyboardInterrupt):
-        pool.ring(number)
-    pool.close()
-    assert threading.active_count() == before

@@ -6,11 +6,12 @@ import time
 
 import numpy as np
 import pytest
-from pool_jobs import MODES, CheckJob, count_job, feed, is_parked, modes, python_job, wait_until
+from pool_jobs import MODES, CheckJob, count_job, feed, modes
 
 from cpu_kernels.threads import WorkerPool, default_num_threads
 from cpu_kernels.topology import num_cores, read_machine
 from cpu_kernels.worker import DOORBELL
+from tests.workers import fail_worker, is_parked, wait_until
 
 # --- sleep ---
 
@@ -99,11 +100,10 @@ def test_close_while_parked(num_threads: int, caller_works: bool) -> None:
 
 
 def test_close_reports_a_failure_that_nobody_waited_for() -> None:
-    def stage(phase: int, worker: int, num_workers: int) -> None:
-        raise OSError("gone")
-
     pool = WorkerPool(2)
-    pool.ring(python_job(pool, 1, stage))
+    job = CheckJob(pool)
+    fail_worker(pool, OSError("gone"))
+    job.start()
     with pytest.raises(OSError, match="gone"):
         pool.close()
 

@@ -22,6 +22,7 @@ from tests.forward import random_texts
 from tests.model.test_parity import MODELS, folder_of, split_at_random
 from tests.random_swaps import random_placement
 from tests.tiny_models import MODEL_TYPES
+from tests.workers import fail_worker, python_stage
 
 pytestmark = pytest.mark.gpu
 WAYS = ("kernel", "values", "hostfunc")
@@ -307,21 +308,14 @@ def test_requests_join_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(found[way] == found["enforce_eager"] for way in ways())
 
 
-def break_a_layer(llm: LLM, work: Any) -> None:
-    """Make one layer's job a Python function, which worker 0 runs."""
+def hold_a_layer(llm: LLM, may_go: threading.Event) -> None:
+    """Have worker 0 stand still in one layer's job."""
     layer: Any = list(llm._running.experts.pool_layers.values())[1]
-    workers: Any = llm._running.experts.pool.workers  # type: ignore[attr-defined]
-
-    def stage(phase: int, worker: int, num_workers: int) -> None:
-        if worker == 0:
-            work()
-
-    workers._crew.python_stages[layer.number] = stage
-    layer.record["stage"] = 0
+    layer.record["stage"] = python_stage(lambda _, worker, __: worker == 0 and may_go.wait(60))
 
 
 @pytest.mark.parametrize("way", ["enforce_eager", *WAYS])
-def test_a_worker_that_raises(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_fails(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = random_texts([9], 264)[0]
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     with loaded("mixtral", monkeypatch, way, share=0.0) as llm:
@@ -330,7 +324,9 @@ def test_a_worker_that_raises(way: str, monkeypatch: pytest.MonkeyPatch) -> None
             stream = llm.stream(prompt, params)
             for _ in range(3):
                 next(stream)
-            break_a_layer(llm, lambda: 1 / 0)
+            workers: Any = llm._running.experts.pool.workers  # type: ignore[attr-defined]
+            with workers.awake():  # a step may be under way
+                fail_worker(workers, MemoryError("no room"))
             with pytest.raises(WorkerError, match="a CPU worker failed"):
                 list(stream)
             assert llm.generate(prompt, params).outputs[0].token_ids == wanted
@@ -351,7 +347,7 @@ def test_a_worker_that_stands_still(
             stream = llm.stream(prompt, params)
             for _ in range(3):
                 next(stream)
-            break_a_layer(llm, may_go.wait)
+            hold_a_layer(llm, may_go)
             if comes_back:
                 threading.Timer(0.8, may_go.set).start()
             started = time.monotonic()

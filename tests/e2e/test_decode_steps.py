@@ -1,13 +1,14 @@
 """Decode steps in buckets give the tokens of plain steps, here in Triton's interpreter."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cpu_kernels.expert_pool import ExpertPool
 from fiddler import LLM, SamplingParams
 from fiddler.engine.decode_graph import DecodeSetup
 from fiddler.engine.decode_steps import DecodeSteps
@@ -22,6 +23,7 @@ from tests.forward import random_texts
 from tests.model.test_parity import folder_of, split_at_random
 from tests.random_swaps import random_placement
 from tests.tiny_models import MODEL_TYPES
+from tests.workers import fail_worker
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are compiled")
 PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
@@ -68,6 +70,7 @@ def add_decode_steps(
     llm: LLM,
     share: ShareCosts | None = None,
     adaptive: AdaptivePlacement | None = None,
+    renew_workers: Callable[[], None] = lambda: None,
 ) -> DecodeSteps:
     """As a GPU would have them, but for the graph."""
     from fiddler.models.triton_kernels import TritonKernels
@@ -75,7 +78,19 @@ def add_decode_steps(
     running = llm._running
     runner, experts = running.engine._runner, running.experts
     torch_kernels: Any = runner.decoder._kernels
-    workers: Any = experts.pool.workers  # type: ignore[attr-defined]
+
+    def make_experts() -> DecodeExperts:
+        workers: Any = experts.pool.workers  # type: ignore[attr-defined]
+        return DecodeExperts(
+            experts,
+            workers,
+            EagerHandOff(workers, lambda: None),
+            dtype=torch.float32,
+            max_rows=4,
+            share=share,
+            adaptive=adaptive,
+        )
+
     runner.decode_steps = DecodeSteps(
         DecodeSetup(
             decoder=runner.decoder,
@@ -89,16 +104,8 @@ def add_decode_steps(
             ),
             kv_caches=runner.kv_caches,
             dtype=torch.float32,
-            make_experts=lambda: DecodeExperts(
-                experts,
-                workers,
-                EagerHandOff(workers, lambda: None),
-                dtype=torch.float32,
-                max_rows=4,
-                share=share,
-                adaptive=adaptive,
-            ),
-            renew_workers=lambda: None,
+            make_experts=make_experts,
+            renew_workers=renew_workers,
             settle=adaptive.settle if adaptive else lambda: None,
             page_size=16,
             max_num_seqs=4,
@@ -247,7 +254,7 @@ def test_a_step_that_does_not_fit_runs_plainly() -> None:
         assert found == wanted and not steps._buckets
 
 
-def test_a_worker_that_fails_ends_the_step_and_no_more() -> None:
+def test_a_worker_that_complains_ends_the_step_and_no_more() -> None:
     with loaded("mixtral", 0.0) as llm:
         prompt = random_texts([5], llm.model_config.vocab_size)[0]
         wanted = llm.generate(prompt, PARAMS).outputs[0].token_ids
@@ -263,3 +270,30 @@ def test_a_worker_that_fails_ends_the_step_and_no_more() -> None:
         assert not steps._buckets  # new ones for new workers
         some.place_of[:] = place_of
         assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
+
+
+@pytest.mark.parametrize("is_awake", [False, True])
+def test_a_worker_that_fails_ends_the_step_and_is_replaced(is_awake: bool) -> None:
+    """When the next job wakes it, or while it waits for that."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with ExitStack() as pools, loaded("mixtral", 0.0) as llm:
+        experts: Any = llm._running.experts
+
+        def renew_workers() -> None:
+            experts.replace_pool(pools.enter_context(ExpertPool(1, caller_works=False)))
+
+        prompt = random_texts([5], llm.model_config.vocab_size)[0]
+        wanted = llm.generate(prompt, params).outputs[0].token_ids
+        renew_workers()  # there was no thread if the only core is the caller's
+        add_decode_steps(llm, renew_workers=renew_workers)
+        for _ in range(2):
+            stream = llm.stream(prompt, params)
+            for _ in range(2):
+                next(stream)
+            left = experts.pool
+            with left.workers.awake() if is_awake else nullcontext():
+                fail_worker(left.workers, MemoryError("no room"))
+            with pytest.raises(WorkerError, match=r"a CPU worker failed \(no room\)"):
+                list(stream)
+            assert experts.pool is not left
+            assert llm.generate(prompt, params).outputs[0].token_ids == wanted

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from cpu_kernels.threads import WorkerPool
-from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, JOB_HEADER, NUM_WORDS, STOP
+from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, NUM_WORDS, STOP
 from fiddler.errors import WorkerError
 from offload.handoff import EagerHandOff, HostBell, Watchdog, await_stream
+from tests.workers import add_python_job, fail_worker
 
 
 class Stream:
@@ -32,12 +33,9 @@ def pool() -> Iterator[WorkerPool]:
         yield workers
 
 
-def add_python_job(pool: WorkerPool, work: Callable[[], object]) -> int:
-    def stage(phase: int, worker: int, num_workers: int) -> None:
-        if worker == 0:
-            work()
-
-    return pool.add_job(np.array([(0, 1)], JOB_HEADER), stage)
+def add_job(pool: WorkerPool, work: Callable[[], object]) -> int:
+    """One of a single phase, in which worker 0 does ``work``."""
+    return add_python_job(pool, lambda phase, worker, num_workers: worker == 0 and work())
 
 
 def feed(pool: WorkerPool, numbers: list[int], patience_s: float = 20.0) -> None:
@@ -51,7 +49,7 @@ def feed(pool: WorkerPool, numbers: list[int], patience_s: float = 20.0) -> None
 
 def test_jobs_run_in_the_order_of_the_stream(pool: WorkerPool) -> None:
     seen: list[str] = []
-    numbers = [add_python_job(pool, lambda n=n: seen.append(n)) for n in "abc"]
+    numbers = [add_job(pool, lambda n=n: seen.append(n)) for n in "abc"]
     for _ in range(20):
         feed(pool, numbers)
     assert "".join(seen) == "abc" * 20
@@ -62,19 +60,21 @@ def test_jobs_run_in_the_order_of_the_stream(pool: WorkerPool) -> None:
 
 def test_the_eager_way_waits_for_the_stream_first(pool: WorkerPool) -> None:
     seen: list[str] = []
-    number = add_python_job(pool, lambda: seen.append("job"))
+    number = add_job(pool, lambda: seen.append("job"))
     hand_off = EagerHandOff(pool, lambda: seen.append("stream"))
     hand_off.ring(number)
     hand_off.wait(number)
     assert seen == ["stream", "job"]
 
 
-def test_a_worker_that_raises_does_not_hold_the_stream() -> None:
+def test_a_worker_that_fails_does_not_hold_the_stream() -> None:
     pool = WorkerPool(2, caller_works=False)
-    numbers = [add_python_job(pool, lambda: None), add_python_job(pool, lambda: 1 / 0)]
+    numbers = [add_job(pool, lambda: None) for _ in range(2)]
+    feed(pool, numbers)
+    fail_worker(pool, MemoryError("no room"))
     with pytest.raises(WorkerError, match="a CPU worker failed"):
         feed(pool, [*numbers, *numbers])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(MemoryError, match="no room"):
         pool.wait()
     pool.close()
 
@@ -84,8 +84,8 @@ def test_workers_that_stand_still_do_not_hold_the_stream(comes_back: bool) -> No
     """Even if they wake later, clear the bell and say that a job long gone is done."""
     pool = WorkerPool(2, caller_works=False)
     may_go = threading.Event()
-    stuck = add_python_job(pool, may_go.wait)
-    later = [add_python_job(pool, lambda: time.sleep(0.01)) for _ in range(3)]
+    stuck = add_job(pool, lambda: may_go.wait(60))
+    later = [add_job(pool, lambda: time.sleep(0.01)) for _ in range(3)]
     bell = HostBell(pool.words)
     stream = Stream(
         lambda: bell.ring(stuck),
@@ -103,7 +103,7 @@ def test_workers_that_stand_still_do_not_hold_the_stream(comes_back: bool) -> No
 
 def test_a_step_is_awaited_without_the_one_behind_it(pool: WorkerPool) -> None:
     may_end = threading.Event()
-    numbers = [add_python_job(pool, lambda: None), add_python_job(pool, may_end.wait)]
+    numbers = [add_job(pool, lambda: None), add_job(pool, lambda: may_end.wait(60))]
     bell, seen = HostBell(pool.words), list[int]()
     work = [lambda n=n, do=do: do(n) for n in numbers for do in (bell.ring, bell.wait)]
     work.insert(2, lambda: seen.append(1))
@@ -118,17 +118,25 @@ def test_a_step_is_awaited_without_the_one_behind_it(pool: WorkerPool) -> None:
 
 def test_a_failure_of_the_step_behind_is_told_when_that_is_awaited() -> None:
     pool = WorkerPool(2, caller_works=False)
-    numbers = [add_python_job(pool, lambda: None), add_python_job(pool, lambda: 1 / 0)]
-    bell, seen = HostBell(pool.words), list[int]()
-    work = [lambda n=n, do=do: do(n) for n in numbers for do in (bell.ring, bell.wait)]
-    work.insert(2, lambda: seen.append(1))
-    stream = Stream(*work)
+    numbers = [add_job(pool, lambda: None) for _ in range(2)]
+    bell, is_awaited = HostBell(pool.words), threading.Event()
+    seen: list[int] = []
+    stream = Stream(
+        lambda: bell.ring(numbers[0]),
+        lambda: bell.wait(numbers[0]),
+        lambda: seen.append(1),
+        lambda: is_awaited.wait(60),
+        lambda: fail_worker(pool, MemoryError("no room")),
+        lambda: bell.ring(numbers[1]),
+        lambda: bell.wait(numbers[1]),
+    )
     with pool.awake():
         await_stream(lambda: bool(seen), stream.is_done, pool.words, numbers)
+        is_awaited.set()
         with pytest.raises(WorkerError, match="a CPU worker failed"):
             await_stream(stream.is_done, stream.is_done, pool.words, numbers)
     assert stream.is_done()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(MemoryError, match="no room"):
         pool.wait()
     pool.close()
 
@@ -146,7 +154,7 @@ def test_an_interrupt_waits_for_the_stream(pool: WorkerPool) -> None:
     """The workers that it needs would park."""
     bell, is_awaited = HostBell(pool.words), threading.Event()
     seen: list[str] = []
-    number = add_python_job(pool, lambda: time.sleep(0.05))
+    number = add_job(pool, lambda: time.sleep(0.05))
     stream = Stream(
         is_awaited.wait,
         _thread.interrupt_main,

@@ -11,11 +11,12 @@ import torch
 from torch.profiler import record_function
 
 from cpu_kernels.threads import WorkerPool
-from cpu_kernels.worker import ARRIVED, DOORBELL, GENERATION, JOB_HEADER, LINE, NUM_WORDS
+from cpu_kernels.worker import ARRIVED, DOORBELL, GENERATION, LINE, NUM_WORDS
 from fiddler.benchmark.bell_log import BellLog, Look, job_spans
 from fiddler.benchmark.gpu_log import MARK, GpuLog, clock_offset_us, gpu_spans
 from fiddler.benchmark.timeline import Span, chrome_trace, within
 from tests.timelines import assert_nested, rows_of
+from tests.workers import add_python_job
 
 
 def span(thread: str, begin_ns: int, end_ns: int, name: str = "some") -> Span:
@@ -134,7 +135,7 @@ def test_a_pools_jobs_are_seen() -> None:
         time.sleep(0.03 if worker == 1 else 0.01)
 
     with WorkerPool(2, caller_works=False) as pool:
-        number = pool.add_job(np.array([(0, 2)], JOB_HEADER), stage)
+        number = add_python_job(pool, stage, num_phases=2)
         with BellLog(pool.words, pool.num_threads) as log:
             _wait_until_seen(log, pool.words)
             entered_ns = log.looks[-1].before_ns
