@@ -119,6 +119,11 @@ class WorkerPool:
             thread.start()  # may fail: the finalizer ends those that run
 
     @property
+    def has_failed(self) -> bool:
+        """Whether a worker has failed, which ends the pool: ring and wait raise what it raised."""
+        return self._crew.failure is not None
+
+    @property
     def error_address(self) -> int:
         """Where a stage stores a code other than 0 to complain; 8 bytes, atomically."""
         return self._crew.address + 8 * ERROR

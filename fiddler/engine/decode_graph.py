@@ -42,6 +42,7 @@ _log = logging.getLogger("fiddler.decode")
 class DecodeSetup:
     """What decode steps are made of. ``make_experts`` is called again after workers have failed,
     and ``renew_workers`` before it. ``settle`` ends what moves experts, between steps.
+    ``workers_failed``: whether those in use have to be renewed.
     """
 
     decoder: Decoder
@@ -50,6 +51,7 @@ class DecodeSetup:
     dtype: torch.dtype  # of the hidden states
     make_experts: Callable[[], DecodeExperts]
     renew_workers: Callable[[], None]
+    workers_failed: Callable[[], bool]
     settle: Callable[[], None]
     page_size: int
     max_num_seqs: int

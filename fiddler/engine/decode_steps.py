@@ -94,9 +94,14 @@ class DecodeSteps:
         self._shared = None
 
     def abandon(self) -> None:
-        """Wait until nothing is under way, for what it gives nobody wants."""
+        """Wait until nothing is under way, for what it gives nobody wants.
+
+        Workers may have failed in a step that ran another way: then the next one has new ones too.
+        """
         with contextlib.suppress(WorkerError), self._new_workers_after_errors():
             self._wait()
+        if self._setup.workers_failed():
+            self._renew_workers()
 
     def _wait(self) -> None:
         if self._shared is not None:
@@ -109,9 +114,12 @@ class DecodeSteps:
         except WorkerError:
             with contextlib.suppress(WorkerError):
                 self._wait()  # a step behind the one that failed uses what is dropped now
-            self.clear()
-            self._setup.renew_workers()
+            self._renew_workers()
             raise
+
+    def _renew_workers(self) -> None:
+        self.clear()
+        self._setup.renew_workers()
 
     def _bucket(self, num_rows: int, is_drawn: bool) -> Bucket:
         key = num_rows, is_drawn

@@ -106,6 +106,7 @@ def add_decode_steps(
             dtype=torch.float32,
             make_experts=make_experts,
             renew_workers=renew_workers,
+            workers_failed=lambda: experts.pool.workers.has_failed,  # type: ignore[attr-defined]
             settle=adaptive.settle if adaptive else lambda: None,
             page_size=16,
             max_num_seqs=4,
@@ -269,6 +270,27 @@ def test_a_worker_that_complains_ends_the_step_and_no_more() -> None:
             list(stream)
         assert not steps._buckets  # new ones for new workers
         some.place_of[:] = place_of
+        assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
+
+
+def test_a_worker_that_fails_between_requests_is_replaced() -> None:
+    """The next prompt finds out, and the request after it has new workers."""
+    with ExitStack() as pools, loaded("mixtral", 0.0) as llm:
+        experts: Any = llm._running.experts
+
+        def renew_workers() -> None:
+            experts.replace_pool(pools.enter_context(ExpertPool(1, caller_works=False)))
+
+        prompt = random_texts([5], llm.model_config.vocab_size)[0]
+        wanted = llm.generate(prompt, PARAMS).outputs[0].token_ids
+        renew_workers()
+        add_decode_steps(llm, renew_workers=renew_workers)
+        left = experts.pool
+        with left.workers.awake():
+            fail_worker(left.workers, MemoryError("no room"))
+        with pytest.raises(MemoryError, match="no room"):
+            llm.generate(prompt, PARAMS)
+        assert experts.pool is not left
         assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
 
 
