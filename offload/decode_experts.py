@@ -38,12 +38,13 @@ from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts, StepRouting
 from offload.expert_store import ExpertStore
-from offload.handoff import PATIENCE_S, HandOff, await_stream, workers_errors
+from offload.handoff import PATIENCE_S, HandOff, await_stream
 from offload.host_buffers import HostBuffers, HostRows
 from offload.place_table import PlaceTable
 from offload.pulled_experts import PulledExperts
 from offload.side_stream import SideStream
 from offload.slot_weights import slot_weights
+from offload.worker_errors import workers_errors
 
 MAX_ROWS = MAX_TOKENS
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from offload.row_cache import RowCache
+from offload.worker_errors import workers_errors
 from offload.worker_pool import WorkerPool
 
 
@@ -27,7 +28,8 @@ class DiskJob:
         """Give the pool one run of tokens after the other; it is left busy with the last one."""
         self._submit(pool, pool_layer, self._runs[0][0])
         for tokens, experts in self._runs[1:]:
-            pool.wait()
+            with workers_errors():
+                pool.wait()
             self._cache.begin(self._layer, experts)
             self._submit(pool, pool_layer, tokens)
 
@@ -36,7 +38,8 @@ class DiskJob:
         x, ids, weights, out = self._arrays
         if len(self._runs) > 1:
             x, ids, weights, out = x[tokens], ids[tokens], weights[tokens], out[tokens]
-        pool.submit(pool_layer, x, ids, weights, out)
+        with workers_errors():
+            pool.submit(pool_layer, x, ids, weights, out)
 
 
 def runs_of_tokens(

@@ -29,6 +29,7 @@ from offload.host_buffers import HostBuffers, HostRows
 from offload.layer_experts import LayerExperts
 from offload.prefill_record import StepRecord
 from offload.prefill_split import LEAST_TOKENS
+from offload.worker_errors import workers_errors
 from offload.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -152,8 +153,12 @@ class HybridExperts:
                 self._pool_layers[layer] = added
 
     def begin_step(self, num_tokens: int) -> None:
-        """Start a new record of routing, once no worker is busy with an abandoned step."""
-        self._pool.wait()
+        """Start a new record of routing, once no worker is busy with an abandoned step.
+
+        WorkerError if one has failed.
+        """
+        with workers_errors():
+            self._pool.wait()
         if self._prefill is not None and num_tokens >= LEAST_TOKENS:
             self._prefill.begin_step(num_tokens)
         self.routing = StepRouting(
@@ -188,7 +193,8 @@ class HybridExperts:
         if has_cold and self._store.cache is not None:
             from_disk = DiskJob(self._store.cache, layer, rows.arrays, cold_TK)
         elif has_cold:
-            self._pool.submit(self._pool_layers[layer], *rows.arrays)
+            with workers_errors():
+                self._pool.submit(self._pool_layers[layer], *rows.arrays)
         is_all_cold = has_cold and bool(cold_TK.all())
         hot_TH = None if is_all_cold else self._resident(experts, x_TH, ids, ~cold_TK, weights_TK)
         if from_disk is not None:
@@ -197,7 +203,8 @@ class HybridExperts:
 
     def collect(self, out_TH: torch.Tensor) -> torch.Tensor:
         """Wait for the pool and return its part on the device, a copy."""
-        self._pool.wait()
+        with workers_errors():
+            self._pool.wait()
         return out_TH.to(self._device, non_blocking=True, copy=True)
 
     def clear(self) -> None:

@@ -15,8 +15,7 @@ that fails is passed by: :func:`await_stream` stores the awaited words itself.
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +29,7 @@ from fiddler.errors import WorkerError
 from gpu_kernels.host_words import Bell, Ring
 from offload.cuda_driver import HostCallback, cuda_driver, current_stream
 from offload.handoff_probe import Way
+from offload.worker_errors import worker_error, workers_errors
 
 Words = npt.NDArray[np.int64]
 
@@ -251,24 +251,8 @@ def _watch(
         complaint = watchdog.complaint()
         if complaint:
             _help_past(is_idle, words, numbers, patience_s)
-            raise _error(complaint)
+            raise worker_error(complaint)
         time.sleep(POLL_S)
-
-
-@contextmanager
-def workers_errors() -> Iterator[None]:
-    """What the pool raises within, as a WorkerError."""
-    try:
-        yield
-    except Exception as error:
-        raise _error(f"a CPU worker failed ({error})") from error
-
-
-def _error(complaint: str) -> WorkerError:
-    return WorkerError(
-        f"{complaint} in the middle of a step; its requests were ended",
-        hint="run them again: the next step has new workers",
-    )
 
 
 def _help_past(

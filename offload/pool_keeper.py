@@ -19,6 +19,11 @@ class PoolKeeper:
         self._start = start
         self.pool = start()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the pool in use can do nothing any more."""
+        return self.pool.workers.has_failed
+
     def replace(self, layers: Iterable[ExpertLayer]) -> ExpertPool:
         """Leave the pool to itself, with its ``layers``, and start another."""
         left = (self.pool, list(layers))

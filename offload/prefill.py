@@ -38,6 +38,7 @@ from offload.popularity import Popularity
 from offload.prefill_division import Division, PrefillCosts
 from offload.prefill_layer import DeviceSide, LayerParts, LayerWork, Sent
 from offload.prefill_record import StepRecord
+from offload.worker_errors import workers_errors
 
 
 class PrefillExperts:
@@ -218,7 +219,8 @@ class PrefillExperts:
         is_others_E[parts.cold_C[cpu_rows]] = False
         x, ids, weights, out = rows.arrays
         ids[is_others_E[ids]] = -1
-        self._pool.submit(parts.pool_layer, x, ids, weights, out)
+        with workers_errors():
+            self._pool.submit(parts.pool_layer, x, ids, weights, out)
 
     def _mark_written(self) -> None:
         if self._written is not None:
@@ -250,6 +252,7 @@ class PendingPrefill:
         if self._host_out_TH is None:
             return self._hot_TH
         began = time.perf_counter()
-        self._pool.wait()
+        with workers_errors():
+            self._pool.wait()
         self._record.cpu_wait_s += time.perf_counter() - began
         return read_host(self._host_out_TH, self._hot_TH, add=self._hot_TH)

@@ -89,7 +89,7 @@ def add_decode_steps(
             dtype=dtype,
             make_experts=make_experts,
             renew_workers=renew_workers,
-            workers_failed=lambda: keeper.pool.workers.has_failed,
+            workers_failed=lambda: keeper.has_failed,
             settle=adaptive.settle if adaptive is not None else _stay,
             page_size=page_size,
             max_num_seqs=max_num_seqs,

@@ -61,11 +61,13 @@ class Runner:
         page_size: int,
         device: torch.device,
         kv_dtype: str,
+        renew_failed_workers: Callable[[], None],
     ) -> None:
         self.decoder = decoder
         self.draw_experts: DrawExperts | None = None
         self._page_size = page_size
         self._device = device
+        self._renew_failed_workers = renew_failed_workers
         shape = kv_cache_shape(decoder.config, num_pages, page_size)
         self.kv_caches = new_kv_caches(decoder.config.num_layers, shape, kv_dtype, device)
         self.decode_steps: DecodeSteps | None = None
@@ -117,9 +119,10 @@ class Runner:
         return Forwarded(decoded.hidden_RH, decoded.logits_RV, decoded.drawn_ids)
 
     def abandon(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until nothing is under way. Workers that have failed are replaced."""
         if self.decode_steps is not None:
-            self.decode_steps.abandon()
+            self.decode_steps.abandon()  # which replaces them itself: its buffers are theirs
+        self._renew_failed_workers()
 
     def clear(self) -> None:
         """Drop the cache's memory, and what decodes with it."""

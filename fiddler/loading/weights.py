@@ -28,12 +28,18 @@ def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, Hybrid
     experts = load_experts(ground, weights)
     kernels = _kernels(config, plan, device, ground.dtype)
     decoder = Decoder(config, dense, kernels, experts)
+
+    def renew_failed_workers() -> None:
+        if ground.keeper.has_failed:
+            experts.replace_pool(ground.keeper.replace(experts.pool_layers.values()))
+
     runner = Runner(
         decoder,
         num_pages=plan.num_pages,
         page_size=PAGE_SIZE,
         device=device,
         kv_dtype=ground.dtypes.kv,
+        renew_failed_workers=renew_failed_workers,
     )
     ground.resources.callback(runner.clear)
     if ground.way is not None:

@@ -39,7 +39,7 @@ def test_buckets() -> None:
 
 
 @contextmanager
-def loaded(model: str, share: float, **options: Any) -> Iterator[LLM]:
+def loaded(model: str, share: float, *, cpu_threads: int = 1, **options: Any) -> Iterator[LLM]:
     folder: Path = folder_of(model)
     placement = split_at_random(folder, seed=1, share=share)
     with LLM(
@@ -47,7 +47,7 @@ def loaded(model: str, share: float, **options: Any) -> Iterator[LLM]:
         device="cpu",
         dtype="float32",
         max_model_len=128,
-        cpu_threads=1,
+        cpu_threads=cpu_threads,
         placement=placement,
         vram_gb=1,
         **options,
@@ -288,10 +288,25 @@ def test_a_worker_that_fails_between_requests_is_replaced() -> None:
         left = experts.pool
         with left.workers.awake():
             fail_worker(left.workers, MemoryError("no room"))
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(WorkerError, match=r"a CPU worker failed \(no room\)"):
             llm.generate(prompt, PARAMS)
         assert experts.pool is not left
         assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
+
+
+def test_workers_of_a_model_without_a_gpu_are_replaced_too() -> None:
+    with loaded("mixtral", 0.0, cpu_threads=2) as llm:
+        experts: Any = llm._running.experts
+        prompt = random_texts([5], llm.model_config.vocab_size)[0]
+        wanted = llm.generate(prompt, PARAMS).outputs[0].token_ids
+        for _ in range(2):
+            left = experts.pool
+            with left.workers.awake():
+                fail_worker(left.workers, MemoryError("no room"))
+            with pytest.raises(WorkerError, match=r"a CPU worker failed \(no room\)"):
+                llm.generate(prompt, PARAMS)
+            assert experts.pool is not left
+            assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
 
 
 @pytest.mark.parametrize("is_awake", [False, True])
