@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ParamSpec, TypeVar
 
-from fiddler.errors import ConfigError, nearest
+from fiddler.errors import BY_OTHER_NAMES, ConfigError, nearest
 from fiddler.sampling_params import SamplingParams
 
 P = ParamSpec("P")
@@ -40,6 +40,8 @@ def checked_arguments(method: Callable[P, R]) -> Callable[P, R]:
 
 def _unknown(method: str, name: str, value: Any, valid: list[str]) -> ConfigError:
     said = f"{method}() takes no {name!r}"
+    if name in BY_OTHER_NAMES:
+        return ConfigError(said, hint=BY_OTHER_NAMES[name])
     if close := nearest(name, valid):
         return ConfigError(f"{said}{close}", hint=_takes(valid))
     setting = name if name in _SETTINGS else next((s for s in _SETTINGS if nearest(name, [s])), "")

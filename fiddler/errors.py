@@ -82,11 +82,28 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+# What arguments of vLLM and transformers are called here, or why there are none.
+BY_OTHER_NAMES = {
+    "gpu_memory_utilization": "vram_gb is the GPU memory to use in all, in GiB",
+    "cpu_offload_gb": "vram_gb is the GPU memory to use in all, ram_gb the host's",
+    "tensor_parallel_size": "fiddler uses one GPU, and the CPU beside it",
+    "trust_remote_code": "fiddler runs no code of a model's repository; leave it out",
+    "quantization": "how a model is quantised stands in its config.json; dtype='w4g128' quantises "
+    "experts as they are loaded",
+    "torch_dtype": "dtype is its name here",
+    "device_map": "fiddler places experts itself; device is cpu or cuda",
+    "do_sample": "temperature=0 takes the likeliest token; else tokens are drawn",
+    "add_generation_prompt": "chat() always lets the model answer; leave it out",
+}
+
+
 def reject_unknown(kind: str, given: Iterable[str], valid: Iterable[str]) -> None:
     """Raise :class:`ConfigError` for the first of ``given`` that is not in ``valid``."""
     known = sorted(valid)
     for name in given:
         if name not in known:
+            if name in BY_OTHER_NAMES:
+                raise ConfigError(f"unknown {kind} {name!r}", hint=BY_OTHER_NAMES[name])
             raise ConfigError(
                 f"unknown {kind} {name!r}{nearest(name, known)}",
                 hint=f"valid names: {', '.join(known)}",

@@ -58,6 +58,8 @@ def text_and_ids(prompt: object) -> tuple[str | None, list[int] | None]:
         return prompt, None
     if not isinstance(prompt, dict):
         return None, _token_ids(prompt)
+    if "role" in prompt:
+        raise _is_a_chat()
     for key in prompt:
         if key not in _KEYS:
             raise PromptError(
@@ -70,8 +72,17 @@ def text_and_ids(prompt: object) -> tuple[str | None, list[int] | None]:
     return text, None if ids is None else _token_ids(ids)
 
 
+def _is_a_chat() -> PromptError:
+    return PromptError(
+        "messages are a conversation, not a prompt",
+        hint="give them to chat(), or to stream_chat() for one token after the other",
+    )
+
+
 def _token_ids(prompt: object) -> list[int]:
     """Return a copy of a prompt of token ids; PromptError for anything else."""
+    if isinstance(prompt, list) and any(isinstance(m, dict) and "role" in m for m in prompt):
+        raise _is_a_chat()
     if not isinstance(prompt, list) or not all(isinstance(token, int) for token in prompt):
         raise PromptError(
             f"a prompt is a text or a list of token ids, not {type(prompt).__name__}",

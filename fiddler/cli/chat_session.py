@@ -23,6 +23,9 @@ from fiddler.outputs import RunStats
 from fiddler.sampling_params import SamplingParams
 from fiddler.text.reasoning import OPEN_TAG, ReasoningSplitter
 
+# What other programs are left with; models are asked such a thing by mistake only.
+WORDS_TO_LEAVE = ("exit", "quit", "bye")
+
 
 @dataclass(slots=True, kw_only=True)
 class Chat:
@@ -66,6 +69,8 @@ class Chat:
         if command is not None:
             name, argument = command
             find_command(name, TABLE).run(self, argument)
+        elif text.rstrip().lower() in WORDS_TO_LEAVE:
+            note("/exit or Ctrl-D leaves; a blank in front sends the word to the model")
         elif text.strip():
             self.answer(self.conversation.ask(text))
 

@@ -1,5 +1,6 @@
 """The CPU workers that a model starts with, their kernels compiled."""
 
+import logging
 import os
 from typing import Any
 
@@ -17,6 +18,8 @@ from offload.handoff import pinned_words
 from offload.handoff_probe import Way
 from offload.plan import GpuSide, Plan
 from offload.prefill_costs import prefill_activations
+
+_log = logging.getLogger("fiddler.loading")
 
 FED_BY_HOST = (None, "eager")  # ways to hand work to the pool
 
@@ -45,6 +48,8 @@ def start_pool(
         kernels += [(kind, rounded) for kind in kinds]
     compiles = needs_compile() or any(needs_warm_up(*which) for which in kernels)
     report = on_progress if on_progress is not None and compiles else _no_progress
+    if on_progress is None and compiles:
+        _log.warning("compiling CPU kernels for this machine, which takes some 15 s")
     report("compiling CPU kernels, once", 0, 1)
     fed_by_gpu = {"words": pinned_words(), "caller_works": False} if way not in FED_BY_HOST else {}
     pool = ExpertPool(settings.cpu_threads or measured_num_threads(), **fed_by_gpu)

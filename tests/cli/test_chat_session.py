@@ -328,3 +328,15 @@ def test_exit_ends_the_chat(chat: Chat) -> None:
 def test_debug_lets_the_error_through() -> None:
     with pytest.raises(RuntimeError, match="the engine broke"):
         new_chat(is_debug=True).run(["crash"])
+
+
+@pytest.mark.parametrize("word", ["exit", "Quit", "bye "])
+def test_a_word_to_leave_is_not_asked(
+    chat: Chat, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    assert chat.run([word])
+    printed = capsys.readouterr()
+    assert printed.out == "" and "/exit or Ctrl-D leaves" in printed.err
+    assert contents(chat) == []
+    assert chat.run([" exit"])  # as the note says
+    assert contents(chat)[0].strip() == "exit"

@@ -1,6 +1,8 @@
 """``fiddler pull``, how progress is told, and a pipe that keeps a command waiting."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -53,3 +55,14 @@ def test_a_pipe_that_keeps_silent_is_explained(
         assert prompt_input.full_prompt("say") == "say\n\nlate"
         speaker.join()
     assert "waiting for the end of standard input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(stream: str) -> None:
+    """As a daemon may have them; Python then has None in its place."""
+    code = f"import sys; sys.{stream} = None; from fiddler.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "pull", "builtin"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("" if stream == "stdout" else f"{BUILTIN_FOLDER}\n")

@@ -20,3 +20,14 @@ def test_kernels_are_compiled_before_experts_are_loaded(
     if needs_compile:
         assert [seen.pop(0), seen.pop(0)] == [(COMPILING, 0, 1), (COMPILING, 1, 1)]
     assert {what for what, _, _ in seen} == {"experts"}
+
+
+@pytest.mark.parametrize("needs_compile", [True, False])
+def test_who_does_not_watch_is_told_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, needs_compile: bool
+) -> None:
+    monkeypatch.setattr(workers, "needs_compile", lambda: needs_compile)
+    monkeypatch.setattr(workers, "needs_warm_up", lambda kind, activations: False)
+    open_folder(shared_tiny("mixtral")).close()
+    said = [r.message for r in caplog.records if "compiling CPU kernels" in r.message]
+    assert len(said) == needs_compile

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from fiddler.checked_prompt import checked_prompt
 from fiddler.errors import ConfigError, PromptError
 from fiddler.loading import ModelFiles
-from fiddler.prompts import Prompt
+from fiddler.prompts import Prompt, text_and_ids
 from fiddler.sampling_params import SamplingParams
 
 VOCAB_SIZE, CONTEXT = 300, 16
+
+MESSAGE = {"role": "user", "content": "hi"}
 
 
 class CodePoints:
@@ -79,3 +81,10 @@ def test_text_on_either_end_needs_a_tokenizer() -> None:
         checked_prompt(prompt, params, WITH)
         with pytest.raises(PromptError, match="tiny has no tokenizer"):
             checked_prompt(prompt, params, WITHOUT)
+
+
+@pytest.mark.parametrize("messages", [MESSAGE, [MESSAGE], [{"role": "system"}, MESSAGE]])
+def test_messages_are_sent_to_the_chat(messages: object) -> None:
+    with pytest.raises(PromptError, match="are a conversation") as caught:
+        text_and_ids(messages)
+    assert "stream_chat()" in caught.value.hint

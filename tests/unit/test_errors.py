@@ -3,7 +3,7 @@
 import pickle
 import re
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from fiddler import errors
 from fiddler.config import EngineConfig
 from fiddler.dtype_names import DTYPES
-from fiddler.errors import ConfigError, FiddlerError, named_arguments, nearest, reject_unknown
+from fiddler.errors import (
+    BY_OTHER_NAMES,
+    ConfigError,
+    FiddlerError,
+    named_arguments,
+    nearest,
+    reject_unknown,
+)
+from fiddler.sampling_params import SamplingParams
 
 
 def test_every_error_is_a_fiddler_error_with_message_and_hint() -> None:
@@ -122,3 +130,23 @@ def test_what_is_no_type_of_weights_brings_a_few_that_are(asked: Any) -> None:
     named = re.findall(r"'([\w-]+)'", message.removeprefix(repr(asked)))
     assert message.startswith(repr(asked)) and 1 <= len(named) <= 3 and set(named) <= set(DTYPES)
     assert "float32, bfloat16" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("wrong", "advice"),
+    [
+        ("gpu_memory_utilization", "vram_gb"),
+        ("tensor_parallel_size", "one GPU"),
+        ("quantization", "config.json"),
+        ("device_map", "places experts itself"),
+    ],
+)
+def test_names_of_other_libraries_are_known(wrong: str, advice: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown engine option '{wrong}'") as caught:
+        EngineConfig(**{wrong: 1})
+    assert advice in caught.value.hint
+
+
+def test_advice_names_nothing_that_is_an_option() -> None:
+    own = {field.name for cls in (EngineConfig, SamplingParams) for field in fields(cls)}
+    assert not own & set(BY_OTHER_NAMES)
