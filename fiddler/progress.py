@@ -17,7 +17,7 @@ def progress_bars() -> Iterator[Progress | None]:
 
     Things named like a repository (``ORG/NAME``), and experts, are counted in bytes.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -27,6 +27,7 @@ from offload.disk_job import DiskJob
 from offload.expert_store import ExpertStore
 from offload.host_buffers import HostBuffers, HostRows
 from offload.layer_experts import LayerExperts
+from offload.pool_keeper import PoolKeeper
 from offload.prefill_record import StepRecord
 from offload.prefill_split import LEAST_TOKENS
 from offload.worker_errors import workers_errors
@@ -134,6 +135,10 @@ class HybridExperts:
     def prefill_record(self) -> StepRecord | None:
         """How the last step of many tokens was divided; None where no such step is."""
         return self._prefill.record if self._prefill is not None else None
+
+    def renew_workers(self, keeper: PoolKeeper) -> None:
+        """Go on with a new pool of the keeper's, whose last one failed."""
+        self.replace_pool(keeper.replace(self._pool_layers.values()))
 
     def replace_pool(self, pool: ExpertPool) -> None:
         """Go on with ``pool``; the one used before keeps what it has."""

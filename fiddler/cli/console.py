@@ -16,14 +16,9 @@ if TYPE_CHECKING:
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def is_terminal(stream: IO[str] | None) -> bool:
-    """Whether somebody may look at ``stream``; a closed one, as of a daemon, is None."""
-    return stream is not None and stream.isatty()
-
-
-def has_colour(stream: IO[str] | None) -> bool:
+def has_colour(stream: IO[str]) -> bool:
     """Whether ``stream`` is a terminal and the user has not set ``NO_COLOR``."""
-    return is_terminal(stream) and not os.environ.get("NO_COLOR")
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def styled(text: str, **style: Any) -> str:
@@ -46,8 +41,8 @@ def output_width() -> int:
     return _width(sys.stdout)
 
 
-def _width(stream: IO[str] | None) -> int:
-    return shutil.get_terminal_size().columns if is_terminal(stream) else sys.maxsize
+def _width(stream: IO[str]) -> int:
+    return shutil.get_terminal_size().columns if stream.isatty() else sys.maxsize
 
 
 def wrapped(label: str, text: str, width: int) -> list[str]:

@@ -78,9 +78,6 @@ def add_decode_steps(
             adaptive=adaptive,
         )
 
-    def renew_workers() -> None:
-        experts.replace_pool(keeper.replace(experts.pool_layers.values()))
-
     runner.decode_steps = DecodeSteps(
         DecodeSetup(
             decoder=decoder,
@@ -88,7 +85,7 @@ def add_decode_steps(
             kv_caches=runner.kv_caches,
             dtype=dtype,
             make_experts=make_experts,
-            renew_workers=renew_workers,
+            renew_workers=lambda: experts.renew_workers(keeper),
             workers_failed=lambda: keeper.has_failed,
             settle=adaptive.settle if adaptive is not None else _stay,
             page_size=page_size,

@@ -31,7 +31,7 @@ def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, Hybrid
 
     def renew_failed_workers() -> None:
         if ground.keeper.has_failed:
-            experts.replace_pool(ground.keeper.replace(experts.pool_layers.values()))
+            experts.renew_workers(ground.keeper)
 
     runner = Runner(
         decoder,

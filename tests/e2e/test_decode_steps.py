@@ -273,14 +273,18 @@ def test_a_worker_that_complains_ends_the_step_and_no_more() -> None:
         assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
 
 
+@contextmanager
+def new_pools(experts: Any) -> Iterator[Callable[[], None]]:
+    """What gives ``experts`` another pool at each call."""
+    with ExitStack() as pools:
+        yield lambda: experts.replace_pool(pools.enter_context(ExpertPool(1, caller_works=False)))
+
+
 def test_a_worker_that_fails_between_requests_is_replaced() -> None:
     """The next prompt finds out, and the request after it has new workers."""
     with ExitStack() as pools, loaded("mixtral", 0.0) as llm:
         experts: Any = llm._running.experts
-
-        def renew_workers() -> None:
-            experts.replace_pool(pools.enter_context(ExpertPool(1, caller_works=False)))
-
+        renew_workers = pools.enter_context(new_pools(experts))
         prompt = random_texts([5], llm.model_config.vocab_size)[0]
         wanted = llm.generate(prompt, PARAMS).outputs[0].token_ids
         renew_workers()
@@ -315,10 +319,7 @@ def test_a_worker_that_fails_ends_the_step_and_is_replaced(is_awake: bool) -> No
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     with ExitStack() as pools, loaded("mixtral", 0.0) as llm:
         experts: Any = llm._running.experts
-
-        def renew_workers() -> None:
-            experts.replace_pool(pools.enter_context(ExpertPool(1, caller_works=False)))
-
+        renew_workers = pools.enter_context(new_pools(experts))
         prompt = random_texts([5], llm.model_config.vocab_size)[0]
         wanted = llm.generate(prompt, params).outputs[0].token_ids
         renew_workers()  # there was no thread if the only core is the caller's
