@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -71,4 +73,12 @@ def main() -> None:
     # built-in model wrote 7 to 19 tokens a second in each of two processes on two cores, 370 to 425
     # with this; alone on the machine 690 and 590 to 650.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _open_outputs()
     cli.main(prog_name="fiddler")
+
+
+def _open_outputs() -> None:
+    """What is written to a closed stream, as a daemon may have them, goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))

@@ -57,12 +57,27 @@ def test_a_pipe_that_keeps_silent_is_explained(
     assert "waiting for the end of standard input" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_closed_stream_is_no_error(stream: str) -> None:
-    """As a daemon may have them; Python then has None in its place."""
+def run_without(stream: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """As a daemon may run it; Python has None in place of a closed stream."""
     code = f"import sys; sys.{stream} = None; from fiddler.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "pull", "builtin"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(stream: str) -> None:
+    done = run_without(stream, "pull", "builtin")
     assert done.stdout == ("" if stream == "stdout" else f"{BUILTIN_FOLDER}\n")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_an_answer_needs_no_stream(stream: str) -> None:
+    done = run_without(stream, "generate", "hi", "--max-tokens", "3")
+    assert bool(done.stdout) == (stream == "stderr")
