@@ -81,4 +81,4 @@ def _open_outputs() -> None:
     """What is written to a closed stream, as a daemon may have them, goes nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  for the whole run
