@@ -1,4 +1,4 @@
-"""Bytes of group-quantised experts: what CPU kernels read as one stream and GPUs receive as it is.
+"""Bytes of packed experts: what CPU kernels read as one stream and GPUs receive as it is.
 
 The picture is in docs/packed-experts.md. N rows, K columns, P columns padded to whole groups,
 G groups of a row, B blocks of 16 rows, I expert width, H hidden.
@@ -62,7 +62,15 @@ class MatrixShape:
         return self.scale_offset + 2 * BLOCK_ROWS * self.groups
 
     @cached_property
+    def most_exceptions(self) -> int:
+        """Of a block of bf12: 1/256 of its weights, in whole cache lines."""
+        assert self.kind.is_lossless, self
+        return -(-self.padded_cols // 256) * 16
+
+    @cached_property
     def block_bytes(self) -> int:
+        if self.kind.is_lossless:  # codes; a line of scales and of ends; exceptions of 4 bytes
+            return self.scale_offset + ALIGNMENT + 4 * self.most_exceptions
         used = self.zero_offset + BLOCK_ROWS * self.groups * self.kind.has_zeros
         return -(-used // ALIGNMENT) * ALIGNMENT
 

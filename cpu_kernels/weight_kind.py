@@ -1,17 +1,19 @@
-"""Kinds of expert weights: floats as they are, or unsigned codes that share a scale per group.
+"""Kinds of expert weights: floats as they are, or packed in blocks of 16 rows.
 
-A packed weight is ``scale[n, k // group] * (code[n, k] - zero[n, k // group])``.
+A rounded weight is ``scale[n, k // group] * (code[n, k] - zero[n, k // group])``. ``bf12`` are
+bfloat16 weights in 12 bits, without loss (:mod:`cpu_kernels.lossless`).
 """
 
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-Codes = Literal["f32", "bf16", "int8", "int4"]
+Codes = Literal["f32", "bf16", "bf12", "int8", "int4"]
 Scales = Literal["f16", "bf16"]
 
-BITS: dict[Codes, int] = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
-PACKED_CODES: tuple[Codes, ...] = ("int4", "int8")
+BITS: dict[Codes, int] = {"f32": 32, "bf16": 16, "bf12": 12, "int8": 8, "int4": 4}
+ROUNDED_CODES: tuple[Codes, ...] = ("int4", "int8")
+PACKED_CODES: tuple[Codes, ...] = (*ROUNDED_CODES, "bf12")
 GROUPS = (32, 64, 128)
 SCALES: tuple[Scales, ...] = ("f16", "bf16")
 
@@ -21,7 +23,8 @@ class WeightKind:
     """How one model's expert weights are stored; ValueError for what no kernel knows."""
 
     codes: Codes
-    group: int = 0  # neighbours along k that share a scale; 0 for floats
+    # neighbours along k that share a scale, or that parts of a row are cut in; 0 for floats
+    group: int = 0
     scales: Scales = "f16"
     has_zeros: bool = False  # a zero point per row and group; else it is half of the codes' range
 
@@ -45,30 +48,42 @@ class WeightKind:
         return self.codes in PACKED_CODES
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether numbers are rounded to these weights: codes with scales."""
+        return self.codes in ROUNDED_CODES
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether these are bfloat16 numbers in fewer bits."""
+        return self.codes == "bf12"
+
+    @property
     def max_code(self) -> int:
-        assert self.is_packed, self
+        assert self.is_rounded, self
         return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
         """The zero point of a symmetric kind: 8 or 128."""
-        assert self.is_packed, self
+        assert self.is_rounded, self
         return 1 << (self.bits - 1)
 
     @property
     def name(self) -> str:
         """``bf16``; ``w4g128``; with zero points ``w4g128z``; with bf16 scales ``w4g128z-bf16``."""
-        if not self.is_packed:
+        if not self.is_rounded:
             return self.codes
         zeros = "z" if self.has_zeros else ""
         scales = "-bf16" if self.scales == "bf16" else ""
         return f"w{self.bits}g{self.group}{zeros}{scales}"
 
 
-PACKED_KINDS = tuple(
+ROUNDED_KINDS = tuple(
     WeightKind(codes, group, scales, has_zeros)
-    for codes, group, has_zeros, scales in product(PACKED_CODES, GROUPS, (False, True), SCALES)
+    for codes, group, has_zeros, scales in product(ROUNDED_CODES, GROUPS, (False, True), SCALES)
 )
+BF12 = WeightKind("bf12", 64, "bf16")  # a power of two for each row
+PACKED_KINDS = (*ROUNDED_KINDS, BF12)
 KINDS = {kind.name: kind for kind in (WeightKind("f32"), WeightKind("bf16"), *PACKED_KINDS)}
 
 

@@ -34,7 +34,10 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where codes, scales and zero points of a packed expert lie; everything in bytes."""
+    """Where codes, scales and zero points of a packed expert lie; everything in bytes.
+
+    12 ``bits`` are bf12: a scale a row, and exceptions, of which a block has so many at most.
+    """
 
     bits: int
     group: int
@@ -44,7 +47,7 @@ class PackedLayout:
     width: int
 
     def __post_init__(self) -> None:
-        assert self.bits in (4, 8) and self.group in (32, 64, 128), self
+        assert self.bits in (4, 8, 12) and self.group in (32, 64, 128), self
         assert self.scale_dtype in (torch.float16, torch.bfloat16), self
         assert self.hidden > 0 and self.width > 0, self
 
@@ -63,7 +66,12 @@ class PackedLayout:
     def zero_offset(self, cols: int) -> int:
         return self.scale_offset(cols) + 2 * BLOCK_ROWS * self._groups(cols)
 
+    def most_exceptions(self, cols: int) -> int:
+        return -(-self._groups(cols) * self.group // 256) * 16
+
     def block_bytes(self, cols: int) -> int:
+        if self.bits == 12:
+            return self.scale_offset(cols) + ALIGNMENT + 4 * self.most_exceptions(cols)
         used = self.zero_offset(cols) + BLOCK_ROWS * self._groups(cols) * self.has_zeros
         return -(-used // ALIGNMENT) * ALIGNMENT
 
