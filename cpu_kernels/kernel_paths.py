@@ -21,7 +21,7 @@ class KernelPath:
 
 
 def _activations(kind: WeightKind) -> tuple[Activations, ...]:
-    if kind.is_packed:
+    if kind.is_rounded:
         return ("f32", "int8")
     return ("f32", "bf16") if kind.codes == "bf16" else ("f32",)
 

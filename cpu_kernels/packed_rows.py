@@ -1,7 +1,8 @@
 """Hidden states as the packed kernels read them: one row of bytes per token.
 
-float32: [K'] with zeros after K. int8: codes int8 [K'], then scales float32 [G], then the sums of
-the codes as float32 [G]; see ``quantise_activations`` in :mod:`cpu_kernels.packed_reference`.
+float32: [K'] times a power of two, with zeros after K. int8: codes int8 [K'], then scales float32
+[G], then the sums of the codes as float32 [G]; see ``quantise_activations`` in
+:mod:`cpu_kernels.packed_reference`.
 """
 
 import numpy as np
@@ -18,11 +19,11 @@ ROUNDER = np.float32(1.5 * 2**23)  # added and taken away it rounds half to even
 
 
 @jit
-def copy_group(x, row, g, group):
-    """The float32 of group ``g``, which may be shorter than the others in ``x``."""
+def copy_group(x, row, g, group, factor):
+    """The float32 of group ``g`` times ``factor``; it may be shorter than the others in ``x``."""
     out = f32_array(row + 4 * g * group, group)
     for k in range(len(x)):
-        out[k] = x[k]
+        out[k] = x[k] * factor
     for k in range(len(x), group):
         out[k] = np.float32(0)
 
@@ -54,11 +55,12 @@ def quantise_group(x, row, g, group, num_groups):
 
 @jit
 def prepare_rows(
-    source, stride, cols, num_rows, rows, row_bytes, is_int8, group, worker, num_workers
+    source, stride, cols, num_rows, rows, row_bytes, is_int8, group, factor, worker, num_workers
 ):
     """One worker's groups of all rows: float32 at ``source`` to prepared rows at ``rows``.
 
-    From row to row there are ``stride`` floats, and ``row_bytes`` bytes of what is prepared.
+    From row to row there are ``stride`` floats, and ``row_bytes`` bytes of what is prepared. A
+    power of two, ``factor`` is for those that stay float32.
     """
     num_groups = (cols + group - 1) // group
     total = num_rows * num_groups
@@ -69,4 +71,4 @@ def prepare_rows(
         if is_int8:
             quantise_group(x, rows + r * row_bytes, g, group, num_groups)
         else:
-            copy_group(x, rows + r * row_bytes, g, group)
+            copy_group(x, rows + r * row_bytes, g, group, factor)

@@ -26,6 +26,7 @@ from cpu_kernels.expert_parts import (
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS, KernelPath
+from cpu_kernels.lossless_dot import GROUP, add_exceptions, exceptions_at, factor_of, x_factor
 from cpu_kernels.packed_rows import prepare_rows
 from cpu_kernels.packed_tile import FULL_TOKENS, PART_TOKENS, ROWS, packed_tile
 from cpu_kernels.pieces import DOWN, GATE_UP, forget_pieces, num_rounds, pieces
@@ -70,6 +71,9 @@ def multiply_block(path, block, next_block, xs, num_xs, num_groups, row_groups, 
             packed_tile(
                 path, FULL_TOKENS, block, ahead, xs, t, num_groups, row_groups, at, PANEL_ROWS
             )
+    behind = exceptions_at(path, row_groups)
+    if behind != 0:
+        add_exceptions(block + behind, xs, num_xs, num_groups * GROUP, out, PANEL_ROWS)
 
 
 @jit
@@ -94,7 +98,7 @@ def gate_up_block(path, job, sizes, panel, tokens, room):
         activate_row(job, products, t, num_rows, act)
         to = f32_array(job.act + 4 * ((first + t) * job.act_cols + row), num_rows)
         for r in range(num_rows):
-            to[r] = act[r]
+            to[r] = act[r] * x_factor(path)
         if row + ROWS >= job.width:  # what pads the last group
             pads = f32_array(job.act + 4 * (first + t) * job.act_cols, job.act_cols)
             pads[job.width :] = np.float32(0)
@@ -156,7 +160,7 @@ def down_piece(path, job, group, group_bytes, kept, worker, begin, end):
     products, _, xs, _ = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
-    row_groups, block_bytes = block_sizes(job.width, group, group_bytes)
+    row_groups, block_bytes = block_sizes(path, job.width, group, group_bytes)
     clear_out(job, begin * ROWS, min(end * ROWS, job.hidden))
     for n in range(len(places)):
         width = kept_width(kept, n, job.width)
@@ -194,13 +198,16 @@ def prepare_act(job, group, worker, num_workers):
         first, num_pairs = starts[n], starts[n + 1] - starts[n]
         source, rows = job.act + 4 * first * job.act_cols, job.act_rows + first * job.act_row_bytes
         args = (source, job.act_cols, width, num_pairs, rows, job.act_row_bytes)
-        prepare_rows(*args, True, group, worker, num_workers)
+        prepare_rows(*args, True, group, np.float32(1), worker, num_workers)
 
 
 @jit
-def block_sizes(cols, group, group_bytes):
+def block_sizes(path, cols, group, group_bytes):
     """Groups of a row, and bytes of a block of 16 rows."""
     num_groups = (cols + group - 1) // group
+    behind = exceptions_at(path, num_groups)
+    if behind != 0:
+        return num_groups, behind + 64 + (num_groups * group + 255) // 256 * 64
     return num_groups, (num_groups * group_bytes + 63) // 64 * 64
 
 
@@ -215,6 +222,7 @@ def make_packed_stage(path: int) -> Any:
     kind = kernel.kind
     is_int8, group = kernel.activations == "int8", kind.group
     group_bytes = ROWS * (group * kind.bits // 8 + 2 + kind.has_zeros)  # codes, scales, zeros
+    factor = np.float32(factor_of(kernel))
 
     def stage(job_address, phase, worker, num_workers):
         job = job_array(job_address, 1)[0]
@@ -222,9 +230,9 @@ def make_packed_stage(path: int) -> Any:
             if not make_routes(job, worker):
                 complain(job)
             args = (job.x, job.hidden, job.hidden, job.num_tokens, job.x_rows, job.x_row_bytes)
-            prepare_rows(*args, is_int8, group, worker, num_workers)
+            prepare_rows(*args, is_int8, group, factor, worker, num_workers)
         elif phase == 1:
-            sizes = block_sizes(job.hidden, group, group_bytes)
+            sizes = block_sizes(path, job.hidden, group, group_bytes)
             gate_up(path, job, sizes, worker, num_workers)
         elif is_int8 and phase == 2:
             prepare_act(job, group, worker, num_workers)

@@ -15,6 +15,7 @@ from numba.core import cgutils
 from cpu_kernels import vector_ir as v
 from cpu_kernels.intrinsics import intrinsic
 from cpu_kernels.kernel_paths import PATHS, KernelPath
+from cpu_kernels.lossless_dot import emit_dot
 from cpu_kernels.vector_ir import F32, I8, I16, I32, I64, LANES
 
 ROWS = 16
@@ -230,6 +231,17 @@ def _add_floats(tile: _Tile, totals: Any) -> None:
                 v.accumulate(builder, totals[t][part], group_sum, scale)
 
 
+def _emit_groups(tile: _Tile, place: Any) -> None:
+    """Store the products of codes in groups where ``place(token, row)`` says."""
+    add_products = _add_bytes if tile.path.activations == "int8" else _add_floats
+    totals = tile.slots(F32, len(tile.xs), PARTS)
+    tile.clear(totals, F32)
+    add_products(tile, totals)
+    for t, of_token in enumerate(totals):
+        for part, total in enumerate(of_token):
+            v.store(tile.builder, tile.builder.load(total), place(t, LANES * part))
+
+
 @intrinsic
 def packed_tile(
     typingctx, path, num_tokens, block, next_block, xs, x, num_groups, row_groups, out, stride
@@ -244,22 +256,21 @@ def packed_tile(
     if not isinstance(path, types.IntegerLiteral):
         return None
     kernel, count = PATHS[path.literal_value], num_tokens.literal_value
-    add_products = _add_bytes if kernel.activations == "int8" else _add_floats
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, _, block, next_block, array, first, num_groups, row_groups, out, stride = args
         data = context.make_array(v.ADDRESSES)(context, builder, array).data
         xs = [builder.load(builder.gep(data, [builder.add(first, I64(t))])) for t in range(count)]
-        tile = _Tile(builder, kernel, block, xs, num_groups, row_groups, next_block)
-        totals = tile.slots(F32, count, PARTS)
-        tile.clear(totals, F32)
-        add_products(tile, totals)
-        for t in range(count):
-            row = builder.add(out, builder.mul(I64(4 * t), stride))
-            for part in range(PARTS):
-                v.store(
-                    builder, builder.load(totals[t][part]), v.offset(builder, row, 4 * LANES * part)
-                )
+
+        def place(token: int, row: int) -> Any:
+            at = builder.add(out, builder.mul(I64(4 * token), stride))
+            return v.offset(builder, at, 4 * row)
+
+        if kernel.kind.is_lossless:
+            emit_dot(builder, block, next_block, xs, num_groups, row_groups, place)
+        else:
+            tile = _Tile(builder, kernel, block, xs, num_groups, row_groups, next_block)
+            _emit_groups(tile, place)
         return context.get_dummy_value()
 
     i64 = types.int64

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.bf16 import bf16_to_f32, f32_to_bf16
+from cpu_kernels.bf16 import U16, bf16_to_f32, f32_to_bf16
 from cpu_kernels.expert_layer import ExpertLayer
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.experts import Experts, Mlp, dense_experts, packed_experts
 from cpu_kernels.kernel_paths import PATHS, KernelPath
+from cpu_kernels.lossless import pack_lossless
 from cpu_kernels.packed_layout import (
     PackedShape,
     Quantised,
@@ -24,7 +25,7 @@ from cpu_kernels.packed_layout import (
     pack_expert,
 )
 from cpu_kernels.packed_reference import dense_layer_reference, packed_layer_reference
-from cpu_kernels.weight_kind import WeightKind
+from cpu_kernels.weight_kind import BF12, WeightKind
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -37,11 +38,12 @@ PACKED_PATHS = (
     *("w4g32z/int8", "w8g64/int8", "w8g128z-bf16/int8"),
     *("w8g32-bf16/f32", "w4g64z-bf16/f32", "w4g128/f32"),
 )
-TESTED_PATHS = DENSE_PATHS + PACKED_PATHS
+LOSSLESS_PATHS = ("bf12/f32",)
+TESTED_PATHS = DENSE_PATHS + PACKED_PATHS + LOSSLESS_PATHS
 EXACT_PATHS = tuple(name for name in TESTED_PATHS if name.endswith("/f32"))
 ROUNDED_PATHS = tuple(name for name in TESTED_PATHS if not name.endswith("/f32"))
 # One of each stage's source and each way to round: for what does not depend on the kind.
-FEW_PATHS = ("bf16/f32", "bf16/bf16", "w4g64z-bf16/f32", "w4g32z/int8")
+FEW_PATHS = ("bf16/f32", "bf16/bf16", "w4g64z-bf16/f32", "w4g32z/int8", "bf12/f32")
 
 BY_NAME = {path.name: path for path in PATHS}
 # The matrices are scaled so that outputs are about so large, times the root of a token's choices.
@@ -99,7 +101,9 @@ def random_weights(
     """Weights for the path called ``name``; packed ones are random codes, scales and zeros."""
     path = BY_NAME[name]
     sizes = (num_experts, hidden, width)
-    make = _random_packed if path.kind.is_packed else _random_dense
+    make = _random_packed if path.kind.is_rounded else _random_dense
+    if path.kind.is_lossless:
+        make = _random_lossless
     return make(rng, path, *sizes, Mlp() if mlp is None else mlp)
 
 
@@ -124,6 +128,40 @@ def dense_weights(path: KernelPath, w13_EFH: F32, w2_EHI: F32, mlp: Mlp | None =
         experts = dense_experts(w13_EFH, w2_EHI, mlp)
     wide = {"w13_EFH": w13_EFH.astype(np.float64), "w2_EHI": w2_EHI.astype(np.float64)}
     return Weights(path=path, experts=experts, **wide)
+
+
+def _random_lossless(rng: Rng, path: KernelPath, e: int, h: int, i: int, mlp: Mlp) -> Weights:
+    """Normal numbers, zeros, and a few that are far larger or smaller than their neighbours."""
+
+    def matrix(rows: int, cols: int) -> U16:
+        w_NK = normal(rng, rows, cols) / np.float32(cols**0.5)
+        w_NK *= rng.choice([1, 0, 2**-30, 16], (rows, cols), p=[0.992, 0.005, 0.001, 0.002])
+        w_NK[rng.random(rows) < 0.1] *= np.float32(2**-40)  # whole rows
+        return f32_to_bf16(w_NK)
+
+    experts = [(matrix(i, h), matrix(i, h), matrix(h, i)) for _ in range(e)]
+    return lossless_weights(path, experts, mlp)
+
+
+def lossless_weights(
+    path: KernelPath, matrices: list[tuple[U16, U16, U16]], mlp: Mlp | None = None
+) -> Weights:
+    """From the bits of gate, up and down of each expert."""
+    hidden, width = matrices[0][2].shape
+    shape = PackedShape(BF12, hidden, width)
+    blob_EB = np.zeros((len(matrices), shape.expert_bytes), np.uint8)
+    for blob_B, (gate_IH, up_IH, down_HI) in zip(blob_EB, matrices, strict=True):
+        both = blob_B[: shape.w2_offset].reshape(shape.gate.num_blocks, 2, -1)
+        pack_lossless(gate_IH, both[:, 0])
+        pack_lossless(up_IH, both[:, 1])
+        pack_lossless(down_HI, blob_B[shape.w2_offset :].reshape(shape.down.num_blocks, -1))
+    w13 = [bf16_to_f32(np.concatenate(parts[:2])) for parts in matrices]
+    return Weights(
+        path=path,
+        experts=packed_experts(blob_EB, shape, mlp),
+        w13_EFH=np.array(w13, np.float64),
+        w2_EHI=np.array([bf16_to_f32(parts[2]) for parts in matrices], np.float64),
+    )
 
 
 def _random_packed(rng: Rng, path: KernelPath, e: int, h: int, i: int, mlp: Mlp) -> Weights:
@@ -197,7 +235,7 @@ def reference(weights: Weights, step: Step, activations: str | None = None) -> F
         "activations": path.activations if activations is None else activations,
     }
     oracle: Callable[..., F64] = dense_layer_reference
-    if path.kind.is_packed:
+    if path.kind.is_rounded:
         oracle, options["group"] = packed_layer_reference, path.kind.group
     return oracle(weights.w13_EFH, weights.w2_EHI, *step.arrays(), **options)
 
