@@ -12,6 +12,7 @@ import numpy.typing as npt
 from cpu_kernels.arena import Arena
 from cpu_kernels.bf16 import f32_to_bf16
 from cpu_kernels.experts import Experts, dense_experts, packed_experts
+from cpu_kernels.lossless import pack_lossless
 from cpu_kernels.packed_layout import MatrixShape, PackedShape, pack_matrix
 from cpu_kernels.quantise import round_to_nearest
 from cpu_kernels.weight_kind import WeightKind
@@ -51,11 +52,20 @@ def _normal_bf16(size: int) -> npt.NDArray[np.uint16]:
     return f32_to_bf16(rng.standard_normal(size, np.float32) / np.float32(64))
 
 
+def _blocks(kind: WeightKind, weights_NK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    if kind.is_rounded:
+        return pack_matrix(kind, *round_to_nearest(weights_NK, kind))
+    shape = MatrixShape(kind, *weights_NK.shape)
+    blocks = np.empty((shape.num_blocks, shape.block_bytes), np.uint8)
+    pack_lossless(f32_to_bf16(weights_NK), blocks)
+    return blocks
+
+
 def _packed_expert(packed: PackedShape) -> npt.NDArray[np.uint8]:
     def blocks(shape: MatrixShape, count: int) -> npt.NDArray[np.uint8]:
         rng = np.random.default_rng(0)
         weights = rng.standard_normal((16 * NUM_BLOCKS, shape.cols), np.float32) / np.float32(64)
-        some = pack_matrix(packed.kind, *round_to_nearest(weights, packed.kind))
+        some = _blocks(packed.kind, weights)
         return np.resize(some, (count, shape.block_bytes)).reshape(-1)
 
     w13 = blocks(packed.gate, 2 * packed.gate.num_blocks)
