@@ -19,7 +19,7 @@ def round_to_nearest(w_NK: F32, kind: WeightKind) -> Quantised:
     sign beyond the last code is off by up to one scale. ValueError for NaN, Inf, or weights too
     large for scales of the kind's type.
     """
-    assert kind.is_packed and w_NK.ndim == 2, (kind, w_NK.shape)
+    assert kind.is_rounded and w_NK.ndim == 2, (kind, w_NK.shape)
     w_NGL = _grouped(w_NK, kind.group)
     top_NG, bottom_NG = w_NGL.max(axis=2).astype(np.float64), w_NGL.min(axis=2).astype(np.float64)
     if not (np.isfinite(top_NG) & np.isfinite(bottom_NG)).all():

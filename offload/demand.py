@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cpu_kernels.weight_kind import PACKED_CODES
 from offload.chances import LayerChances, distinct
 from offload.limits import Work
 
@@ -43,7 +44,7 @@ class Demand:
     @property
     def is_packed(self) -> bool:
         """Whether experts are of packed weights."""
-        return self.codes in ("int8", "int4")
+        return self.codes in PACKED_CODES
 
 
 def decode_work(demand: Demand, *, rows: int, depth: int) -> Work:

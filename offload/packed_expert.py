@@ -7,8 +7,10 @@ Shapes: B bytes, F = 2I, H hidden, I expert width, X blocks of 16 rows, N rows, 
 whole groups, G groups of a row.
 """
 
+import numpy as np
 import torch
 
+from cpu_kernels.lossless import unpack_lossless
 from cpu_kernels.packed_layout import BLOCK_ROWS, MatrixShape, PackedShape
 
 SCALES = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -27,6 +29,8 @@ def dequantised(blob_B: torch.Tensor, shape: PackedShape) -> tuple[torch.Tensor,
 def _matrix(blocks_X: torch.Tensor, shape: MatrixShape) -> torch.Tensor:
     """The float32 matrix of some blocks ``[X, block_bytes]``."""
     kind = shape.kind
+    if kind.is_lossless:
+        return _lossless(blocks_X, shape)
     weights_NP = _codes(blocks_X[:, : shape.scale_offset], kind.bits).float()
     scale_bytes = blocks_X[:, shape.scale_offset : shape.zero_offset].contiguous()
     scales_NG = _by_row(scale_bytes.view(SCALES[kind.scales])).float()
@@ -38,6 +42,13 @@ def _matrix(blocks_X: torch.Tensor, shape: MatrixShape) -> torch.Tensor:
         weights_NGL -= kind.middle
     weights_NGL *= scales_NG[:, :, None]
     return weights_NP[: shape.rows, : shape.cols]
+
+
+def _lossless(blocks_X: torch.Tensor, shape: MatrixShape) -> torch.Tensor:
+    """The same of bf12 blocks, by the way of the host."""
+    blocks = blocks_X.cpu().contiguous().numpy()
+    bits_NK = unpack_lossless(shape.rows, shape.cols, blocks).view(np.int16)
+    return torch.from_numpy(bits_NK).view(torch.bfloat16).float().to(blocks_X.device)
 
 
 def _codes(bytes_X: torch.Tensor, bits: int) -> torch.Tensor:

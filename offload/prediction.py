@@ -22,7 +22,7 @@ from offload.machine_rates import STEP_PART, MachineRates
 LAYER_KERNELS, ROUTE_KERNELS, ROUTED_AT_ONCE = 10, 2, 8
 # The weights of a layer are read by products of one row, at this part of a large read's rate.
 DENSE_RATE = 0.8
-HOT_RATE = {"f32": 0.9, "bf16": 0.9, "int8": 0.75, "int4": 0.7}
+HOT_RATE = {"f32": 0.9, "bf16": 0.9, "bf12": 0.9, "int8": 0.75, "int4": 0.7}
 SAMPLING_KERNELS = 6
 # Between two tokens: an array is filled, a graph started, choices counted, a token told. Where the
 # next step is on the stream by then, that is beside a step, and copies and a graph's start remain.

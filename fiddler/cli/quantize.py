@@ -100,10 +100,10 @@ def command(
 
 
 def _kind(scheme: str) -> "WeightKind":
-    from cpu_kernels.weight_kind import PACKED_KINDS
+    from cpu_kernels.weight_kind import ROUNDED_KINDS
     from fiddler.errors import ConfigError, nearest
 
-    kinds = {kind.name: kind for kind in PACKED_KINDS}
+    kinds = {kind.name: kind for kind in ROUNDED_KINDS}
     if scheme not in kinds:
         raise ConfigError(
             f"there is no scheme {scheme!r}{nearest(scheme, kinds)}",

@@ -13,7 +13,7 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.dummy import DummySource
 from fiddler.models.dummy_packed import dummy_packing
 from fiddler.models.foreign.source import ForeignSource
-from fiddler.models.packing import FillPacked, rounding, stored
+from fiddler.models.packing import FillPacked, lossless, rounding, stored, stored_bits
 from fiddler.models.weights import CheckpointSource, WeightSource
 
 
@@ -43,5 +43,12 @@ def _checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> OpenedWeights:
         return OpenedWeights(foreign, foreign.packing)
     checkpoint.check(config)
     source = CheckpointSource(checkpoint)
-    way = rounding if config.packed is None else stored
-    return OpenedWeights(source, partial(way, source, config))
+    return OpenedWeights(source, partial(_packed, source, config))
+
+
+def _packed(source: CheckpointSource, config: ModelConfig, kind: WeightKind) -> FillPacked:
+    if config.packed is not None:
+        return stored(source, config, kind)
+    if kind.is_lossless:
+        return lossless(config, stored_bits(source))
+    return rounding(source, config, kind)

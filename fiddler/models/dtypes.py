@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cpu_kernels.kernel_paths import Activations
-from cpu_kernels.weight_kind import WeightKind, parse_kind
+from cpu_kernels.weight_kind import BF12, WeightKind, parse_kind
 from fiddler.errors import ConfigError
 from fiddler.models.config import KIND_JOINT
 
@@ -63,7 +63,7 @@ def resolve_dtypes(
     Experts stored in bfloat16 stay so even under float32: widening is exact, and half the bytes.
     Packed experts stay as they are (``packed`` names their kinds): another kind of them is refused.
     ``kv`` is what is asked of the cache; auto is the activations' type. ``cpu_activations`` is
-    auto, f32 or int8, which packed experts alone can be multiplied with; auto is int8 for them
+    auto, f32 or int8, which rounded experts alone can be multiplied with; auto is int8 for them
     where activations are bfloat16: it takes half the time, and of normal numbers it rounds off 0.65
     % where four bits cost 10 %.
     """
@@ -76,17 +76,24 @@ def resolve_dtypes(
             hint="leave out --dtype, or take the model that they were made from",
         )
     if packed is not None or is_kind:
-        rounds = cpu_activations == "int8" or (cpu_activations, compute) == ("auto", "bfloat16")
         kinds = packed if packed is not None else asked
+        if kinds == BF12.name:
+            _refuse_int8(cpu_activations)
+            return Dtypes(compute, kinds, kv)
+        rounds = cpu_activations == "int8" or (cpu_activations, compute) == ("auto", "bfloat16")
         return Dtypes(compute, kinds, kv, "int8" if rounds else "f32")
-    if cpu_activations == "int8":
-        raise ConfigError(
-            "int8 activations are for packed experts, and this model's are not",
-            hint="leave out --cpu-activations, or round the experts with --dtype w4g128",
-        )
+    _refuse_int8(cpu_activations)
     if compute == "bfloat16" or stored == "bfloat16":
         return Dtypes(compute, "bfloat16", kv)
     return Dtypes(compute, "float32", kv)
+
+
+def _refuse_int8(cpu_activations: str) -> None:
+    if cpu_activations == "int8":
+        raise ConfigError(
+            "int8 activations are for rounded experts, and this model's are not",
+            hint="leave out --cpu-activations, or round the experts with --dtype w4g128",
+        )
 
 
 def check_kv(dtypes: Dtypes, *, has_gpu: bool, capability: tuple[int, int] | None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpu_kernels.bf16 import U16
 from cpu_kernels.seeded_table import LEVELS, fill_from_table
 from fiddler.models.config import ModelConfig, WeightNames
 
@@ -40,6 +41,14 @@ class DummySource:
         """Return a new float32 tensor on the CPU."""
         out = torch.empty(shape)
         self.fill_(out, name)
+        return out
+
+    def bits(self, name: str, shape: tuple[int, ...], rows: slice) -> U16:
+        """Bits of some rows of a matrix in bfloat16, on the calling thread alone."""
+        cols = shape[1]
+        out = np.empty((rows.stop - rows.start, cols), np.uint16)
+        table = _table(*self.moments(name, shape), torch.bfloat16)
+        fill_from_table(out.reshape(-1), table, self.key(name), rows.start * cols)
         return out
 
     def forget(self, name: str) -> None:

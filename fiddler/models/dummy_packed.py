@@ -18,11 +18,16 @@ from cpu_kernels.weight_kind import WeightKind
 from fiddler.models.config import ModelConfig
 from fiddler.models.dummy import DummySource
 from fiddler.models.manifest import expert_parts, packed_shape
-from fiddler.models.packing import FillPacked, halves
+from fiddler.models.packing import FillPacked, halves, lossless
 
 
 def dummy_packing(source: DummySource, config: ModelConfig, kind: WeightKind) -> FillPacked:
-    """Random experts of ``kind``, or each layer's own, the same ones for the same seed."""
+    """Random experts of ``kind``, or each layer's own, the same ones for the same seed.
+
+    Those of bf12 are those of bfloat16.
+    """
+    if kind.is_lossless:
+        return lossless(config, lambda part, rows: source.bits(part.name, part.shape, rows))
 
     def fill(layer: int, expert: int, out_B: Tensor) -> None:
         shape = packed_shape(config, config.packed_kind(kind, layer))

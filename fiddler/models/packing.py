@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpu_kernels.bf16 import U16
+from cpu_kernels.lossless import pack_lossless
 from cpu_kernels.packed_layout import (
     BLOCK_ROWS,
     U8,
@@ -20,7 +22,7 @@ from cpu_kernels.packed_layout import (
     Quantised,
     pack_matrix,
 )
-from cpu_kernels.weight_kind import WeightKind
+from cpu_kernels.weight_kind import BF12, WeightKind
 from fiddler.errors import ConfigError, NumericsError
 from fiddler.models.config import ModelConfig
 from fiddler.models.manifest import Part, expert_parts, packed_part, packed_shape
@@ -32,12 +34,25 @@ from fiddler.rounding.matrix import round_matrix
 FillPacked = Callable[[int, int, Tensor], None]
 # Codes of some rows of a matrix of the checkpoint.
 RowsOf = Callable[[Part, slice], Quantised]
+# Bits of the bfloat16 numbers of some rows.
+BitsOf = Callable[[Part, slice], U16]
+# Write some rows of a matrix as blocks ``[X, block_bytes]``.
+FillBlocks = Callable[[Part, slice, U8], None]
 
 CHUNK = 1 << 21  # weights at a time: 8 MB as float32
+INFINITE = 0x7F80  # the exponent of bfloat16 that are no finite numbers
 
 
 def packing(config: ModelConfig, kind: WeightKind, rows_of: RowsOf) -> FillPacked:
     """Make experts of the codes that ``rows_of`` gives; it may be called by several threads."""
+
+    def fill_blocks(part: Part, rows: slice, blocks_X: U8) -> None:
+        blocks_X[:] = pack_matrix(kind, *rows_of(part, rows))
+
+    return _in_blocks(config, kind, fill_blocks)
+
+
+def _in_blocks(config: ModelConfig, kind: WeightKind, fill_blocks: FillBlocks) -> FillPacked:
     shape = packed_shape(config, kind)
 
     def fill(layer: int, expert: int, out_B: Tensor) -> None:
@@ -49,9 +64,7 @@ def packing(config: ModelConfig, kind: WeightKind, rows_of: RowsOf) -> FillPacke
             step = max(1, CHUNK // matrix.cols // BLOCK_ROWS) * BLOCK_ROWS
             for first in range(0, matrix.rows, step):
                 rows = slice(first, min(first + step, matrix.rows))
-                packed = pack_matrix(kind, *rows_of(part, rows))
-                begin = first // BLOCK_ROWS
-                blocks[begin : begin + len(packed)] = packed
+                fill_blocks(part, rows, blocks[first // BLOCK_ROWS : -(-rows.stop // BLOCK_ROWS)])
         if not is_host:
             out_B.copy_(torch.from_numpy(blob_B))
 
@@ -75,6 +88,36 @@ def rounding(source: WeightSource, config: ModelConfig, kind: WeightKind) -> Fil
         return found
 
     return packing(config, kind, rows_of)
+
+
+def lossless(config: ModelConfig, bits_of: BitsOf) -> FillPacked:
+    """Pack bfloat16 numbers as bf12; ``bits_of`` may be called by several threads."""
+
+    def fill_blocks(part: Part, rows: slice, blocks_X: U8) -> None:
+        w_NK = bits_of(part, rows)
+        if (w_NK & INFINITE == INFINITE).any():
+            raise NumericsError(f"tensor {part.name} holds NaN or Inf")
+        try:
+            pack_lossless(w_NK, blocks_X)
+        except ValueError as error:
+            raise ConfigError(
+                f"tensor {part.name} has no room in 12 bits: {error}",
+                hint="load it with --dtype bfloat16",
+            ) from error
+
+    return _in_blocks(config, BF12, fill_blocks)
+
+
+def stored_bits(source: WeightSource) -> BitsOf:
+    """Those of a checkpoint; numbers of other types are rounded to bfloat16."""
+
+    def bits_of(part: Part, rows: slice) -> U16:
+        w_NK = source.tensor(part.name, part.shape)[rows].bfloat16()
+        if rows.stop == part.shape[0]:
+            source.forget(part.name)
+        return w_NK.view(torch.int16).numpy().view(np.uint16)
+
+    return bits_of
 
 
 def stored(source: CheckpointSource, config: ModelConfig, kind: WeightKind) -> FillPacked:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
+from cpu_kernels.weight_kind import ROUNDED_KINDS, WeightKind
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.models.config import ModelConfig
 from fiddler.models.foreign.scheme import foreign_layout
@@ -55,7 +55,7 @@ def _own_experts(scheme: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str,
 
 
 def _kind(name: object) -> WeightKind:
-    found = next((kind for kind in PACKED_KINDS if kind.name == name), None)
+    found = next((kind for kind in ROUNDED_KINDS if kind.name == name), None)
     if found is None:
         raise CheckpointError(f"the config.json names no known kind of packed experts: {name!r}")
     return found
@@ -90,7 +90,7 @@ def check_groups(config: ModelConfig, kind: WeightKind, option: str) -> None:
 
 def _fitting(config: ModelConfig, option: str) -> str:
     sizes = config.hidden_size, config.expert_size
-    groups = {kind.group for kind in PACKED_KINDS if not any(s % kind.group for s in sizes)}
+    groups = {kind.group for kind in ROUNDED_KINDS if not any(s % kind.group for s in sizes)}
     if not groups:
         return "no kind has groups that do"
     return f"take groups of {' or '.join(map(str, sorted(groups)))}: {option} w4g{max(groups)}"

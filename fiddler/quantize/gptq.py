@@ -49,7 +49,7 @@ def gptq(
     ValueError as :func:`fiddler.rounding.grid.find_grid`, or if the Hessian holds NaN or Inf.
     """
     num_rows, cols = w_NK.shape
-    assert kind.is_packed and cols % kind.group == 0, (kind, w_NK.shape)
+    assert kind.is_rounded and cols % kind.group == 0, (kind, w_NK.shape)
     repair_KK = repairs(hessian_KK)
     importance_K = hessian_KK.diagonal().numpy()
     w_KN = torch.from_numpy(np.ascontiguousarray(w_NK.T))  # changes as errors are repaired

@@ -26,7 +26,7 @@ def round_matrix(
     ``importance_K``: how much an error in column k counts, such as the mean square of its input.
     """
     num_rows, cols = w_NK.shape
-    assert kind.is_packed and cols % kind.group == 0, (kind, w_NK.shape)
+    assert kind.is_rounded and cols % kind.group == 0, (kind, w_NK.shape)
     importance_GL = None if importance_K is None else importance_K.reshape(-1, kind.group)
     codes_NK = np.empty(w_NK.shape, np.uint8)
     grids: list[Grid] = []

@@ -166,7 +166,7 @@ def test_the_cpu_may_round_activations() -> None:
     pairs = zip(found["auto"], found["f32"], strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)  # beside float32 nothing is rounded unasked
     assert 1e-4 < relative_error(found["int8"], found["f32"]) < 0.03
-    with pytest.raises(ConfigError, match="int8 activations are for packed experts"):
+    with pytest.raises(ConfigError, match="int8 activations are for rounded experts"):
         loaded(tiny(), "float32", cpu_activations="int8")
     assert resolve_dtypes("w4g128", "bfloat16", has_gpu=True).few == "int8"
     assert resolve_dtypes("bfloat16", "bfloat16", has_gpu=True).few == "f32"
