@@ -6,7 +6,7 @@ one of Mixtral-8x7B each would be 11 GB.
 Shapes: B bytes of an expert, N rows, K columns, X blocks of 16 rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cpu_kernels.bf16 import U16
 from cpu_kernels.lossless import pack_lossless
+from cpu_kernels.neuron_scales import ColumnExponents, drop_unfit_rows, scaled
 from cpu_kernels.packed_layout import (
     BLOCK_ROWS,
     U8,
@@ -61,14 +62,19 @@ def _in_blocks(config: ModelConfig, kind: WeightKind, fill_blocks: FillBlocks) -
         for part, (matrix, blocks) in zip(
             expert_parts(config, layer, expert), halves(shape, blob_B), strict=True
         ):
-            step = max(1, CHUNK // matrix.cols // BLOCK_ROWS) * BLOCK_ROWS
-            for first in range(0, matrix.rows, step):
-                rows = slice(first, min(first + step, matrix.rows))
-                fill_blocks(part, rows, blocks[first // BLOCK_ROWS : -(-rows.stop // BLOCK_ROWS)])
+            for rows in _chunks(matrix):
+                first, last = rows.start // BLOCK_ROWS, -(-rows.stop // BLOCK_ROWS)
+                fill_blocks(part, rows, blocks[first:last])
         if not is_host:
             out_B.copy_(torch.from_numpy(blob_B))
 
     return fill
+
+
+def _chunks(matrix: MatrixShape) -> Iterator[slice]:
+    step = max(1, CHUNK // matrix.cols // BLOCK_ROWS) * BLOCK_ROWS
+    for first in range(0, matrix.rows, step):
+        yield slice(first, min(first + step, matrix.rows))
 
 
 def rounding(source: WeightSource, config: ModelConfig, kind: WeightKind) -> FillPacked:
@@ -91,21 +97,43 @@ def rounding(source: WeightSource, config: ModelConfig, kind: WeightKind) -> Fil
 
 
 def lossless(config: ModelConfig, bits_of: BitsOf) -> FillPacked:
-    """Pack bfloat16 numbers as bf12; ``bits_of`` may be called by several threads."""
+    """Pack bfloat16 numbers as bf12; ``bits_of`` may be called by several threads.
 
-    def fill_blocks(part: Part, rows: slice, blocks_X: U8) -> None:
-        w_NK = bits_of(part, rows)
-        if (w_NK & INFINITE == INFINITE).any():
-            raise NumericsError(f"tensor {part.name} holds NaN or Inf")
-        try:
-            pack_lossless(w_NK, blocks_X)
-        except ValueError as error:
-            raise ConfigError(
-                f"tensor {part.name} has no room in 12 bits: {error}",
-                hint="load it with --dtype bfloat16",
-            ) from error
+    Neurons that are far smaller than the others are scaled (:mod:`cpu_kernels.neuron_scales`).
+    """
+    shape = packed_shape(config, BF12)
 
-    return _in_blocks(config, BF12, fill_blocks)
+    def fill(layer: int, expert: int, out_B: Tensor) -> None:
+        _, up, down = expert_parts(config, layer, expert)
+        exponents = ColumnExponents(shape.width)
+        for rows in _chunks(shape.down):
+            exponents.add(bits_of(down, rows))
+        shift_I = exponents.shifts()
+
+        def fill_blocks(part: Part, rows: slice, blocks_X: U8) -> None:
+            w_NK = bits_of(part, rows)
+            if part == up:
+                drop_unfit_rows(w_NK, shift_I[rows])
+                w_NK = scaled(w_NK, shift_I[rows, None])
+            elif part == down:
+                w_NK = scaled(w_NK, -shift_I)
+            _pack_bits(part, w_NK, blocks_X)
+
+        _in_blocks(config, BF12, fill_blocks)(layer, expert, out_B)
+
+    return fill
+
+
+def _pack_bits(part: Part, w_NK: U16, blocks_X: U8) -> None:
+    if (w_NK & INFINITE == INFINITE).any():
+        raise NumericsError(f"tensor {part.name} holds NaN or Inf")
+    try:
+        pack_lossless(w_NK, blocks_X)
+    except ValueError as error:
+        raise ConfigError(
+            f"tensor {part.name} has no room in 12 bits: {error}",
+            hint="load it with --dtype bfloat16",
+        ) from error
 
 
 def stored_bits(source: WeightSource) -> BitsOf:
