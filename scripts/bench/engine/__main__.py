@@ -1,7 +1,8 @@
 """The whole engine on named shapes: one table and build/bench-engine.json.
 
     python -m scripts.bench.engine [--repetitions 5]
-            [--parts qwen,mixtral,skew,hand_over,qwen_w4,mixtral_w4,placement]
+            [--parts qwen,mixtral,qwen_bf12,mixtral_bf12,skew,hand_over,qwen_w4,mixtral_w4,
+                placement]
 
 Weights are seeded, one request at a time, short context; within 24 GiB, or as rows say. Speeds
 stand beside the limit that this run's bandwidths set, and a target in the same unit.
@@ -26,6 +27,8 @@ OUTPUT = Path("build/bench-engine.json")
 PARTS = {
     "qwen": lambda repetitions: shape_rows(speeds.QWEN, repetitions),
     "mixtral": lambda repetitions: shape_rows(speeds.MIXTRAL, repetitions),
+    "qwen_bf12": lambda repetitions: shape_rows(speeds.QWEN, repetitions, "bf12"),
+    "mixtral_bf12": lambda repetitions: shape_rows(speeds.MIXTRAL, repetitions, "bf12"),
     "skew": skewed_rows,
     "hand_over": hand_over_rows,
     "qwen_w4": lambda repetitions: packed_rows(packed.QWEN, repetitions),

@@ -1,4 +1,4 @@
-"""Speeds of shapes in bf16, beside the limits of this run's bandwidths."""
+"""Speeds of shapes in bf16, or without loss in 12 bits, beside the limits of this run's bandwidths."""
 
 from dataclasses import dataclass
 
@@ -47,11 +47,12 @@ MIXTRAL = Targets(
 )
 
 
-def shape_rows(targets: Targets, repetitions: int) -> list[Row]:
+def shape_rows(targets: Targets, repetitions: int, dtype: str = "auto") -> list[Row]:
     """Decode and prompts of one shape; then the limits, in the memory that it has left."""
     one, four = decode(targets.written), decode(targets.written, 4)
     cases = [one, prompt(512), prompt(2048), *([four] if targets.batch_4 else [])]
-    with loaded_shape(targets.shape, cases) as loaded:
+    shape = targets.shape if dtype == "auto" else f"{targets.shape} {dtype}"
+    with loaded_shape(targets.shape, cases, dtype=dtype) as loaded:
         driver = driver_of(loaded, Law())
         uniform = [driver.measure(case, repetitions) for case in cases]
         if targets.routed is not None:
@@ -62,24 +63,24 @@ def shape_rows(targets: Targets, repetitions: int) -> list[Row]:
     )
     setting = Setting(subject=subject, peaks=peaks, routing="uniform", build=build_commit())
     print(
-        f"{targets.shape}: CPU reads {peaks.cpu_read_gbps:.0f} GB/s, with PCIe "
+        f"{shape}: CPU reads {peaks.cpu_read_gbps:.0f} GB/s, with PCIe "
         f"{peaks.joint_gbps:.0f}, PCIe {peaks.pcie_gbps:.1f}; {subject.num_threads} threads, "
         f"{subject.plan.placement.num_resident} experts on the GPU"
     )
     names = ("decode", "prompt of 512", "prompt of 2,048")
     wanted = (targets.decode, targets.prompt_512, targets.prompt_2048)
     rows = [
-        speed_row(f"{targets.shape}, {name}, uniform", measured, setting, target)
+        speed_row(f"{shape}, {name}, uniform", measured, setting, target)
         for name, measured, target in zip(names, uniform, wanted, strict=False)
     ]
     value, limit, ratio = rows[0].value, rows[0].limit, rows[0].ratio
-    name = f"{targets.shape}, decode, share of its limit"
+    name = f"{shape}, decode, share of its limit"
     rows.append(at_least(name, value, "tok/s", limit, ratio, targets.decode_share))
     if targets.batch_4 is not None:
-        rows.append(batch_row(targets.shape, uniform[0], uniform[-1], targets.batch_4))
+        rows.append(batch_row(shape, uniform[0], uniform[-1], targets.batch_4))
     if targets.routed is not None:
         missed = 1 - routed.decode.hit_rate
-        name = f"{targets.shape}, decode, the routers' choices, {missed:.0%} missed"
+        name = f"{shape}, decode, the routers' choices, {missed:.0%} missed"
         rows.append(speed_row(name, routed, setting, targets.routed))
     return rows
 
