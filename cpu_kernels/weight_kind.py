@@ -35,7 +35,10 @@ class WeightKind:
             raise ValueError(f"{self.codes} weights need groups of 32, 64 or 128, not {self.group}")
         if self.is_packed and self.scales not in SCALES:
             raise ValueError(f"scales must be f16 or bf16, not {self.scales!r}")
-        if not self.is_packed and (self.group, self.scales, self.has_zeros) != (0, "f16", False):
+        own = (self.group, self.scales, self.has_zeros)
+        if self.is_lossless and own != (64, "bf16", False):
+            raise ValueError("bf12 weights have groups of 64, bf16 scales and no zero points")
+        if not self.is_packed and own != (0, "f16", False):
             raise ValueError(f"{self.codes} weights have no groups, scales or zero points")
 
     @property

@@ -140,14 +140,17 @@ def _random_lossless(rng: Rng, path: KernelPath, e: int, h: int, i: int, mlp: Ml
         return f32_to_bf16(w_NK)
 
     experts = [(matrix(i, h), matrix(i, h), matrix(h, i)) for _ in range(e)]
-    return lossless_weights(path, experts, mlp)
+    return lossless_weights(path, experts, h, i, mlp)
 
 
 def lossless_weights(
-    path: KernelPath, matrices: list[tuple[U16, U16, U16]], mlp: Mlp | None = None
+    path: KernelPath,
+    matrices: list[tuple[U16, U16, U16]],
+    hidden: int,
+    width: int,
+    mlp: Mlp | None = None,
 ) -> Weights:
     """From the bits of gate, up and down of each expert."""
-    hidden, width = matrices[0][2].shape
     shape = PackedShape(BF12, hidden, width)
     blob_EB = np.zeros((len(matrices), shape.expert_bytes), np.uint8)
     for blob_B, (gate_IH, up_IH, down_HI) in zip(blob_EB, matrices, strict=True):
@@ -159,8 +162,10 @@ def lossless_weights(
     return Weights(
         path=path,
         experts=packed_experts(blob_EB, shape, mlp),
-        w13_EFH=np.array(w13, np.float64),
-        w2_EHI=np.array([bf16_to_f32(parts[2]) for parts in matrices], np.float64),
+        w13_EFH=np.array(w13, np.float64).reshape(-1, 2 * width, hidden),
+        w2_EHI=np.array([bf16_to_f32(parts[2]) for parts in matrices], np.float64).reshape(
+            -1, hidden, width
+        ),
     )
 
 

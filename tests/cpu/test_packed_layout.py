@@ -19,7 +19,7 @@ from cpu_kernels.packed_layout import (
     unpack_expert,
     unpack_matrix,
 )
-from cpu_kernels.weight_kind import KINDS, PACKED_KINDS, WeightKind, parse_kind
+from cpu_kernels.weight_kind import KINDS, PACKED_KINDS, ROUNDED_KINDS, WeightKind, parse_kind
 
 SIZES = st.integers(1, 200)
 
@@ -60,7 +60,7 @@ def read_weight(kind: WeightKind, packed: Any, row: int, col: int, cols: int) ->
 
 
 @settings(max_examples=150)
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(PACKED_KINDS), rows=SIZES, cols=SIZES)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(ROUNDED_KINDS), rows=SIZES, cols=SIZES)
 def test_matrix_goes_round(seed: int, kind: WeightKind, rows: int, cols: int) -> None:
     matrix = random_matrix(np.random.default_rng(seed), kind, rows, cols)
     packed = pack_matrix(kind, *matrix)
@@ -69,7 +69,7 @@ def test_matrix_goes_round(seed: int, kind: WeightKind, rows: int, cols: int) ->
 
 
 @settings(max_examples=150)
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(PACKED_KINDS), rows=SIZES, cols=SIZES)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(ROUNDED_KINDS), rows=SIZES, cols=SIZES)
 def test_every_byte_has_its_place(seed: int, kind: WeightKind, rows: int, cols: int) -> None:
     rng = np.random.default_rng(seed)
     matrix = random_matrix(rng, kind, rows, cols)
@@ -80,7 +80,7 @@ def test_every_byte_has_its_place(seed: int, kind: WeightKind, rows: int, cols: 
 
 
 @settings(max_examples=100)
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(PACKED_KINDS), rows=SIZES, cols=SIZES)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(ROUNDED_KINDS), rows=SIZES, cols=SIZES)
 def test_padding_is_exactly_zero(seed: int, kind: WeightKind, rows: int, cols: int) -> None:
     packed = pack_matrix(kind, *random_matrix(np.random.default_rng(seed), kind, rows, cols))
     shape = MatrixShape(kind, rows, cols)
@@ -94,7 +94,7 @@ def test_padding_is_exactly_zero(seed: int, kind: WeightKind, rows: int, cols: i
 
 
 @settings(max_examples=100)
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(PACKED_KINDS), hidden=SIZES, width=SIZES)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(ROUNDED_KINDS), hidden=SIZES, width=SIZES)
 def test_expert_goes_round_in_the_promised_size(
     seed: int, kind: WeightKind, hidden: int, width: int
 ) -> None:
@@ -142,7 +142,7 @@ def test_bits_per_weight(name: str, bits: float) -> None:
     assert MatrixShape(parse_kind(name), 4096, 14336).nbytes * 8 / (4096 * 14336) == bits
 
 
-@pytest.mark.parametrize("kind", PACKED_KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ROUNDED_KINDS, ids=lambda kind: kind.name)
 def test_dequantise_is_exact(kind: WeightKind) -> None:
     matrix = random_matrix(np.random.default_rng(3), kind, 33, 150)
     zeros_NG = matrix.zeros_NG if matrix.zeros_NG is not None else np.float64(kind.middle)
@@ -182,17 +182,28 @@ def turned(matrix: Quantised) -> Quantised:
 
 
 def test_names_of_kinds() -> None:
-    assert len(PACKED_KINDS) == len(set(PACKED_KINDS)) == 24 and len(KINDS) == 26
+    assert len(ROUNDED_KINDS) == len(set(ROUNDED_KINDS)) == 24 and len(KINDS) == 27
     assert all(parse_kind(kind.name) == kind for kind in PACKED_KINDS)
     assert parse_kind("w4g128z-bf16") == WeightKind("int4", 128, "bf16", has_zeros=True)
-    assert [parse_kind(name).bits for name in ("f32", "bf16", "w8g64")] == [32, 16, 8]
+    assert [parse_kind(name).bits for name in ("f32", "bf16", "bf12", "w8g64")] == [32, 16, 12, 8]
     with pytest.raises(ValueError, match="choose one of f32, bf16, w4g32"):
         parse_kind("w4g256")
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("int4",), ("int4", 256), ("bf16", 32), ("f32", 0, "bf16"), ("fp8", 32), ("int8", 32, "f32")],
+    [
+        ("int4",),
+        ("int4", 256),
+        ("bf16", 32),
+        ("f32", 0, "bf16"),
+        ("fp8", 32),
+        ("int8", 32, "f32"),
+        ("bf12",),
+        ("bf12", 32, "bf16"),
+        ("bf12", 64, "f16"),
+        ("bf12", 64, "bf16", True),
+    ],
 )
 def test_impossible_kinds_are_refused(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError):

@@ -15,9 +15,9 @@ from cpu_kernels.packed_reference import (
     quantise_activations,
 )
 from cpu_kernels.quantise import round_to_nearest
-from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind, parse_kind
+from cpu_kernels.weight_kind import ROUNDED_KINDS, WeightKind, parse_kind
 
-KIND_NAMES = [kind.name for kind in PACKED_KINDS]
+KIND_NAMES = [kind.name for kind in ROUNDED_KINDS]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_groups_are_better_than_one_scale_per_row(rng: np.random.Generator) -> N
 @settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32),
-    kind=st.sampled_from(PACKED_KINDS),
+    kind=st.sampled_from(ROUNDED_KINDS),
     rows=st.integers(1, 20),
     cols=st.integers(1, 200),
     exponent=st.integers(-44, 4),
@@ -110,7 +110,7 @@ def test_weights_beyond_f16_scales_need_bf16() -> None:
 
 def test_padding_a_row_changes_no_code(rng: np.random.Generator) -> None:
     w_NK = rng.standard_normal((5, 100), np.float32)
-    for kind in PACKED_KINDS:
+    for kind in ROUNDED_KINDS:
         padded_NP = np.zeros((5, MatrixShape(kind, 5, 100).padded_cols), np.float32)
         padded_NP[:, :100] = w_NK
         short, full = round_to_nearest(w_NK, kind), round_to_nearest(padded_NP, kind)

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from cpu_kernels.bf16 import bf16_to_f32, f32_to_bf16
+from cpu_kernels.lossless import pack_lossless
 from cpu_kernels.packed_layout import PackedShape, dequantise, pack_expert, unpack_expert
 from cpu_kernels.quantise import round_to_nearest
-from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind, parse_kind
+from cpu_kernels.weight_kind import BF12, PACKED_KINDS, ROUNDED_KINDS, WeightKind, parse_kind
+from fiddler.models.packing import halves
 from gpu_kernels.expert_weights import PackedWeights
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.expert_stream import ExpertStream
@@ -28,7 +31,7 @@ def blob(kind: WeightKind, seed: int, hidden: int = HIDDEN, width: int = WIDTH) 
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("kind", PACKED_KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ROUNDED_KINDS, ids=lambda kind: kind.name)
 def test_torch_and_numpy_restore_the_same_numbers(kind: WeightKind, device: str) -> None:
     shape = PackedShape(kind, HIDDEN, WIDTH)
     packed = blob(kind, 0)
@@ -37,6 +40,21 @@ def test_torch_and_numpy_restore_the_same_numbers(kind: WeightKind, device: str)
     for ours, wanted in zip(found, (np.concatenate((gate, up)), down), strict=True):
         difference = np.abs(ours.cpu().numpy() - wanted).max()
         assert np.array_equal(ours.cpu().numpy(), wanted), f"{kind.name}: off by {difference}"
+        assert ours.is_contiguous() and ours.device.type == device
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_lossless_experts_are_restored(device: str) -> None:
+    shape = PackedShape(BF12, HIDDEN, WIDTH)
+    packed, stored = np.zeros(shape.expert_bytes, np.uint8), []
+    rng = np.random.default_rng(0)
+    for matrix, blocks in halves(shape, packed):
+        weights = rng.standard_normal((matrix.rows, matrix.cols), np.float32)
+        stored.append(f32_to_bf16(weights))
+        pack_lossless(stored[-1], blocks)
+    w13_FH, w2_HI = dequantised(torch.from_numpy(packed).to(device), shape)
+    for ours, wanted in ((w13_FH, np.concatenate(stored[:2])), (w2_HI, stored[2])):
+        assert np.array_equal(ours.cpu().numpy(), bf16_to_f32(wanted))
         assert ours.is_contiguous() and ours.device.type == device
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cpu_kernels.bf16 import F32
 from cpu_kernels.packed_layout import Quantised, decode_scales, dequantise, encode_scales
 from cpu_kernels.quantise import round_to_nearest
-from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind, parse_kind
+from cpu_kernels.weight_kind import ROUNDED_KINDS, WeightKind, parse_kind
 from fiddler.rounding.grid import SHRINKS
 from fiddler.rounding.matrix import round_matrix
 
@@ -22,7 +22,7 @@ def error(w_NK: F32, found: Quantised, kind: WeightKind) -> float:
 
 
 @given(
-    kind=st.sampled_from(PACKED_KINDS),
+    kind=st.sampled_from(ROUNDED_KINDS),
     seed=st.integers(0, 2**32),
     rows=st.integers(1, 40),
     groups=st.integers(1, 3),

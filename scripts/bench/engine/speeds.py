@@ -1,4 +1,4 @@
-"""Speeds of shapes in bf16, or without loss in 12 bits, beside the limits of this run's bandwidths."""
+"""Speeds of shapes in bf16 or bf12, beside the limits of this run's bandwidths."""
 
 from dataclasses import dataclass
 
