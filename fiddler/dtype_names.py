@@ -3,7 +3,7 @@
 import difflib
 import re
 
-from cpu_kernels.weight_kind import PACKED_KINDS
+from cpu_kernels.weight_kind import BF12, PACKED_KINDS
 from fiddler.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", *(kind.name for kind in PACKED_KINDS))
@@ -20,13 +20,15 @@ def check_dtype(name: object) -> None:
     near = " or ".join(map(repr, _near(str(name))))
     raise ConfigError(
         f"{name!r} is no type of weights; did you mean {near}?",
-        hint="there are auto, float32, bfloat16, and those of docs/packed-experts.md: w4 or w8, "
-        "then g32, g64 or g128, then z for zero points, then -bf16 for such scales",
+        hint="there are auto, float32, bfloat16, bf12, and those of docs/packed-experts.md: w4 or "
+        "w8, then g32, g64 or g128, then z for zero points, then -bf16 for such scales",
     )
 
 
 def _near(name: str) -> list[str]:
     """At most three: names that look alike, else those of as many bits, as q4_0 and int8 have."""
-    alike = difflib.get_close_matches(name.lower(), DTYPES, n=3, cutoff=0.6)
+    # bf16 is no typo of bf12
+    known = [dtype for dtype in DTYPES if dtype != BF12.name or "12" in name]
+    alike = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
     bits = re.search(r"4|8|16|32", name)
     return alike or list(_OF_BITS[bits[0] if bits else "16"])
