@@ -147,6 +147,16 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
                 {"bits": 4},
                 {"rows": 32, "depth": 256, "num_warps": 2, "num_stages": 3, "splits": 4},
             ),
+            ({"bits": 8}, {"rows": 16, "depth": 128, "num_warps": 1, "num_stages": 4}),
+            # a long depth: few warps, of which each takes longer to decode than to read
+            (
+                {"bits": 12, "depth": 4096},
+                {"rows": 16, "depth": 128, "num_warps": 1, "num_stages": 4},
+            ),
+            (
+                {"bits": 12},
+                {"rows": 16, "depth": 128, "num_warps": 1, "num_stages": 4, "splits": 4},
+            ),
         ],
     },
     # up to 16 pairs for each slot the weights' bytes bind, then arithmetic; sm90 has wgmma
