@@ -16,6 +16,7 @@ import triton.language as tl
 
 from gpu_kernels.dense_products import dense_products
 from gpu_kernels.gated_activation import activate
+from gpu_kernels.lossless_products import lossless_products
 from gpu_kernels.packed_products import packed_products
 from gpu_kernels.packed_tile import tile_row
 
@@ -64,6 +65,20 @@ def expert_tile(
             SPEC,
         )
         a_row_M = first_row + tl.arange(0, M)
+    elif SPEC.bits == 12:
+        a_MN, b_MN, a_MF, b_MF = lossless_products(
+            w_ptr,
+            first_row,
+            split,
+            begin,
+            x_ptr,
+            x_offset_N,
+            is_used_N,
+            x_offset_F,
+            is_used_F,
+            SPEC,
+        )
+        a_row_M = first_row + tile_row(tl.arange(0, M), SPEC)
     else:
         a_MN, b_MN, a_MF, b_MF = packed_products(
             w_ptr,

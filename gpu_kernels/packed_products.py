@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.expert_columns import load_columns
-from gpu_kernels.packed_tile import decode_words, load_group, load_words, order_depth, tile_row
+from gpu_kernels.packed_tile import (
+    block_offset,
+    decode_words,
+    load_group,
+    load_words,
+    order_depth,
+    tile_row,
+    wait_for_products,
+)
 from gpu_kernels.split_depth import part_of_depth
 
 
@@ -45,10 +53,10 @@ def packed_products(
     first_unit, length = part_of_depth(split, begin, UNIT, SPEC)
     row_M = tile_row(tl.arange(0, M), SPEC)
     first_block = first_row // 16
-    a_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 0, SPEC)
-    b_ptr_B = _block_ptr(w_ptr, first_block + tl.arange(0, M // 16), 1, SPEC)
-    a_ptr_M = _block_ptr(w_ptr, first_block + row_M // 16, 0, SPEC)
-    b_ptr_M = _block_ptr(w_ptr, first_block + row_M // 16, 1, SPEC)
+    a_ptr_B = w_ptr + block_offset(first_block + tl.arange(0, M // 16), 0, SPEC)
+    b_ptr_B = w_ptr + block_offset(first_block + tl.arange(0, M // 16), 1, SPEC)
+    a_ptr_M = w_ptr + block_offset(first_block + row_M // 16, 0, SPEC)
+    b_ptr_M = w_ptr + block_offset(first_block + row_M // 16, 1, SPEC)
     first_group = tl.minimum(first_unit, NUM_UNITS - 1) * UNIT // GROUP
     a_scale_M, a_zero_M = load_group(a_ptr_M, row_M, first_group, SPEC)
     b_scale_M, b_zero_M = load_group(b_ptr_M, row_M, first_group, SPEC)
@@ -59,7 +67,7 @@ def packed_products(
         b_MF = tl.zeros([M, is_used_F.shape[0]], tl.float32)
     for first in range(first_unit, tl.minimum(first_unit + length, NUM_UNITS), STEP // UNIT):
         if SPEC.waits:
-            _wait_for_products()
+            wait_for_products()
         for part in tl.static_range(STEP // UNIT):
             # beyond the last unit the columns are 0: any weights will do
             unit = tl.minimum(first + part, NUM_UNITS - 1)
@@ -92,35 +100,6 @@ def packed_products(
         return a_MN, b_MN, a_MN, b_MN
     else:
         return a_MN, b_MN, a_MF, b_MF
-
-
-@triton.jit
-def _wait_for_products():
-    """Let no product of the last step be under way when this step's weights are decoded.
-
-    A wgmma reads its weights from registers while it runs. Triton 3.6 waits for what writes the
-    same sums only, and lets the next step write these registers (triton-lang/triton issue 9433).
-    """
-    tl.inline_asm_elementwise(
-        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;",
-        "=r",
-        [],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _block_ptr(w_ptr, block_X, WHICH: tl.constexpr, SPEC: tl.constexpr):
-    """Where blocks of the first (0) or second (1) tile begin; ``block_X`` are the first's."""
-    LAST: tl.constexpr = (SPEC.rows - 1) // 16
-    BYTES: tl.constexpr = SPEC.block_bytes
-    if SPEC.paired:
-        return w_ptr + (tl.minimum(block_X, LAST) * 2 + WHICH) * BYTES
-    else:
-        NEXT: tl.constexpr = SPEC.tile_rows // 16
-        return w_ptr + tl.minimum(block_X + WHICH * NEXT, LAST) * BYTES
 
 
 @triton.jit

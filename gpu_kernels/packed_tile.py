@@ -29,12 +29,50 @@ def tile_row(m_M, SPEC: tl.constexpr):
 
 
 @triton.jit
+def block_offset(block_X, WHICH: tl.constexpr, SPEC: tl.constexpr):
+    """Bytes before blocks of the first (0) or second (1) tile; ``block_X`` are the first's.
+
+    Blocks beyond a matrix are its last one.
+    """
+    LAST: tl.constexpr = (SPEC.rows - 1) // 16
+    BYTES: tl.constexpr = SPEC.block_bytes
+    if SPEC.paired:
+        return (tl.minimum(block_X, LAST) * 2 + WHICH) * BYTES
+    else:
+        NEXT: tl.constexpr = SPEC.tile_rows // 16
+        return tl.minimum(block_X + WHICH * NEXT, LAST) * BYTES
+
+
+@triton.jit
+def wait_for_products():
+    """Let no product of the last step be under way when this step's weights are decoded.
+
+    A wgmma reads its weights from registers while it runs. Triton 3.6 waits for what writes the
+    same sums only, and lets the next step write these registers (triton-lang/triton issue 9433).
+    """
+    tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def load_words(block_ptr_B, step, S: tl.constexpr, SPEC: tl.constexpr):
     """Words ``step .. step + S`` of the rows of some blocks, int32 ``[M, S]``."""
-    M: tl.constexpr = SPEC.tile_rows
     word_SR = tl.arange(0, S)[:, None] * 16 + tl.arange(0, 16)[None, :]
     word_ptr_B = block_ptr_B.to(tl.pointer_type(tl.int32)) + step * 16
-    words_BSR = tl.load(word_ptr_B[:, None, None] + word_SR[None, :, :])
+    return rows_first(tl.load(word_ptr_B[:, None, None] + word_SR[None, :, :]), SPEC)
+
+
+@triton.jit
+def rows_first(words_BSR, SPEC: tl.constexpr):
+    """Words of blocks as rows of a tile, ``[M, S]``, in the order of ``tile_row``."""
+    M: tl.constexpr = SPEC.tile_rows
+    S: tl.constexpr = words_BSR.shape[1]
     if SPEC.in_registers:
         words_BSGH = tl.reshape(words_BSR, (M // 16, S, 8, 2))
         return tl.reshape(tl.permute(words_BSGH, (0, 3, 2, 1)), (M, S))

@@ -147,21 +147,31 @@ TABLE: dict[str, dict[str, list[tuple[Limits, Config]]]] = {
                 {"bits": 4},
                 {"rows": 32, "depth": 256, "num_warps": 2, "num_stages": 3, "splits": 4},
             ),
+            ({"bits": 8}, {"rows": 16, "depth": 128, "num_warps": 1, "num_stages": 4}),
+            # a long depth: few warps, of which each takes longer to decode than to read
+            (
+                {"bits": 12, "depth": 4096},
+                {"rows": 16, "depth": 128, "num_warps": 1, "num_stages": 4},
+            ),
+            (
+                {"bits": 12},
+                {"rows": 16, "depth": 128, "num_warps": 1, "num_stages": 4, "splits": 4},
+            ),
         ],
     },
     # up to 16 pairs for each slot the weights' bytes bind, then arithmetic; sm90 has wgmma
     "grouped_experts": {
         "sm80": [
             ({"bits": 16, "per_slot": 16}, _tile(32, 16, 128, 2, 4, in_registers=True)),
-            ({"bits": 8}, _tile(64, 64, 64, 4, 3, in_registers=True)),
+            ({"bits": 12}, _tile(64, 64, 64, 4, 3, in_registers=True)),
             ({"bits": 16}, _tile(64, 64, 64, 4, 3)),
             ({}, _tile(32, 32, 32, 4, 2)),
         ],
         "sm90": [
             ({"bits": 16, "per_slot": 16}, _tile(32, 16, 128, 2, 4, in_registers=True)),
-            ({"bits": 8, "per_slot": 64}, _tile(64, 64, 64, 4, 3)),
+            ({"bits": 12, "per_slot": 64}, _tile(64, 64, 64, 4, 3)),
             ({"bits": 16, "per_slot": 64}, _tile(64, 64, 64, 4, 4)),
-            ({"bits": 8}, _tile(64, 128, 64, 4, 3)),
+            ({"bits": 12}, _tile(64, 128, 64, 4, 3)),
             # a short depth leaves much of a program to its ends: two of them share a multiprocessor
             ({"bits": 16, "depth": 1024}, _tile(64, 128, 64, 4, 3)),
             ({"bits": 16}, _tile(128, 128, 64, 8, 4)),

@@ -227,7 +227,8 @@ def experts(bits: int, num_tokens: int, dtype: torch.dtype = BF16) -> None:
         w13 = torch.zeros(slots, 2 * width, hidden, dtype=BF16)
         layer = ExpertLayer(DenseWeights(w13, torch.zeros(slots, hidden, width, dtype=BF16)))
     else:
-        layout = PackedLayout(bits, 128, bits == 4, torch.float16, hidden, width)
+        group, scales = (64, BF16) if bits == 12 else (128, torch.float16)
+        layout = PackedLayout(bits, group, bits == 4, scales, hidden, width)
         blob = torch.zeros(slots, layout.expert_bytes, dtype=torch.uint8)
         layer = ExpertLayer(PackedWeights(blob, layout))
     x = torch.zeros(num_tokens, hidden, dtype=dtype)
@@ -237,7 +238,7 @@ def experts(bits: int, num_tokens: int, dtype: torch.dtype = BF16) -> None:
         grouped_experts(*step)
         return
     expert_decode(*step)
-    expert_decode(*step, last_rows=LastRows(ids, 256, 64 if bits == 16 else 128))
+    expert_decode(*step, last_rows=LastRows(ids, 256, 64 if bits >= 12 else 128))
 
 
 def cases(sm: int) -> dict[str, Callable[[], object]]:
@@ -259,7 +260,7 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
             found[f"prefill attention {head_dim} {kind}"] = partial(
                 prefill, head_dim, dtype, Variant()
             )
-    for bits in (4, 8, 16):
+    for bits in (4, 8, 12, 16):
         for num_tokens in (1, 32, 4096):
             found[f"experts {bits} bits {num_tokens}"] = partial(experts, bits, num_tokens)
     for head_dim in (32, 64, 128, 256):

@@ -15,10 +15,19 @@ import torch
 from paged_batch import DEVICE
 from torch import Tensor
 
+from cpu_kernels.bf16 import F32, U16, bf16_to_f32, f32_to_bf16
+from cpu_kernels.lossless import pack_lossless
+from cpu_kernels.packed_layout import (
+    MatrixShape,
+    PackedShape,
+    decode_scales,
+    dequantise,
+    encode_scales,
+    pack_expert,
+)
 from cpu_kernels.packed_layout import Quantised as Matrix
-from cpu_kernels.packed_layout import decode_scales, dequantise, encode_scales, pack_expert
 from cpu_kernels.packed_reference import dense_layer_reference
-from cpu_kernels.weight_kind import WeightKind, parse_kind
+from cpu_kernels.weight_kind import BF12, WeightKind, parse_kind
 from gpu_kernels.expert_weights import (
     Activation,
     DenseWeights,
@@ -27,8 +36,8 @@ from gpu_kernels.expert_weights import (
     PackedWeights,
 )
 
-# Every pair of two of: codes, group, zero points, type of the scales.
-KINDS = ("w4g32z", "w4g64z-bf16", "w4g128", "w8g32-bf16", "w8g64", "w8g128z-bf16")
+# Every pair of two of: codes, group, zero points, type of the scales; and the lossless kind.
+KINDS = ("w4g32z", "w4g64z-bf16", "w4g128", "w8g32-bf16", "w8g64", "w8g128z-bf16", "bf12")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +102,7 @@ def make_case(
 ) -> Case:
     """A case of ``dense`` weights or of a packed kind; one in eight choices is -1."""
     rng = np.random.default_rng(seed)
-    make = _dense if kind == "dense" else _packed
+    make = {"dense": _dense, "bf12": _lossless}.get(kind, _packed)
     weights, w13_SFH, w2_SHI = make(rng, kind, num_slots, hidden, width, dtype)
     b13_SF, b2_SH = _normal(rng, num_slots, 2 * width), _normal(rng, num_slots, hidden)
     layer = ExpertLayer(
@@ -134,6 +143,38 @@ def random_matrix(rng: np.random.Generator, kind: WeightKind, rows: int, cols: i
     return Matrix(codes_NK, scales_NG, zeros_NG if kind.has_zeros else None)
 
 
+def lossless_matrix(rng: np.random.Generator, rows: int, cols: int) -> U16:
+    """Bits of bfloat16 weights of about unit gain; a block has no exceptions, the most, or some.
+
+    Exceptions are weights of usual size in rows of tiny ones, and denormal: at both ends of rows,
+    too. The others are far from being one. Some weights are zero, of both signs.
+    """
+    weights_NK = 2.0 ** rng.uniform(-3, 1, (rows, cols)) * rng.choice([-1, 1], (rows, cols))
+    weights_NK *= np.where(rng.random((rows, cols)) < 0.1, 0.0, cols**-0.5)
+    most = MatrixShape(BF12, rows, cols).most_exceptions
+    for block in range(-(-rows // 16)):
+        block_NK = weights_NK[16 * block : 16 * block + 16]
+        left = (most, int(rng.integers(1, most)), 0)[block % 3]
+        for row in rng.permutation(len(block_NK)):
+            here = min(left, cols // 3, int(rng.integers(1, most + 1)))
+            _plant(rng, block_NK[row], here)
+            left -= here
+    return f32_to_bf16(weights_NK.astype(np.float32))
+
+
+def _plant(rng: np.random.Generator, row_K: F32, number: int) -> None:
+    """Make so many weights of the row exceptions."""
+    if number == 0:
+        return
+    size = abs(row_K).max()
+    columns = rng.permutation(np.arange(1, len(row_K) - 1))[: max(number - 2, 0)]
+    columns = np.concatenate([[0, len(row_K) - 1], columns])[:number]
+    row_K *= 2.0**-30
+    row_K[columns] = rng.uniform(0.5, 1, number) * rng.choice([-size, size], number)
+    if number > 2:
+        row_K[columns[2]] = -1e-39
+
+
 def _normal(rng: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(rng.standard_normal(shape, np.float32))
 
@@ -150,6 +191,25 @@ def _dense(
         wide[:, 0] = matrices
         apart.append(wide.to(DEVICE)[:, 0])
     return DenseWeights(*apart), *(w.double().cpu().numpy() for w in apart)
+
+
+def _lossless(
+    rng: np.random.Generator, _: str, slots: int, hidden: int, width: int, __: torch.dtype
+) -> tuple[PackedWeights, Any, Any]:
+    """Slots stand apart, all bits set between them."""
+    layout, shape = packed_layout(BF12, hidden, width), PackedShape(BF12, hidden, width)
+    blob_SB = np.full((slots, layout.expert_bytes + 128), 255, np.uint8)
+    w13_SFH, w2_SHI = np.zeros((slots, 2 * width, hidden)), np.zeros((slots, hidden, width))
+    for slot in range(slots):
+        gate, up = (lossless_matrix(rng, width, hidden) for _ in range(2))
+        down = lossless_matrix(rng, hidden, width)
+        halves = blob_SB[slot, : shape.w2_offset].reshape(-1, 2, shape.gate.block_bytes)
+        pack_lossless(gate, halves[:, 0])
+        pack_lossless(up, halves[:, 1])
+        blocks = blob_SB[slot, shape.w2_offset : shape.expert_bytes]
+        pack_lossless(down, blocks.reshape(-1, shape.down.block_bytes))
+        w13_SFH[slot], w2_SHI[slot] = bf16_to_f32(np.concatenate([gate, up])), bf16_to_f32(down)
+    return PackedWeights(torch.from_numpy(blob_SB).to(DEVICE), layout), w13_SFH, w2_SHI
 
 
 def _packed(

@@ -12,6 +12,7 @@ from paged_batch import DEVICE, frobenius_error, max_error
 from gpu_kernels.expert_config import ExpertConfig
 from gpu_kernels.expert_decode import DecodeWorkspace, expert_decode, expert_decode_reference
 from gpu_kernels.expert_weights import ACTIVATION_KINDS
+from gpu_kernels.grouped_gemm import grouped_experts
 from gpu_kernels.tile_spec import TileConfig
 
 TILE = TileConfig(64, 8, 128, num_warps=4, num_stages=2, in_registers=True)
@@ -37,26 +38,27 @@ def test_packed_equals_float64(kind: str) -> None:
     assert max_error(run(case), case.expected()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dense", "w4g32", "w8g64z"])
+@pytest.mark.parametrize("kind", ["dense", "w4g32", "w8g64z", "bf12"])
 @pytest.mark.parametrize(("hidden", "width"), [(1, 1), (17, 33), (64, 16)])
 def test_sizes(hidden: int, width: int, kind: str) -> None:
     case = make_case(kind, hidden=hidden, width=width, num_tokens=1, num_slots=1, num_experts=1)
     assert max_error(run(case, config=MANY_TILES), case.expected()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dense", "w4g64z"])
+@pytest.mark.parametrize("kind", ["dense", "w4g64z", "bf12"])
 def test_default_tiles(kind: str) -> None:
     case = make_case(kind, num_tokens=9, hidden=24, width=16, num_slots=1, num_experts=2)
     assert max_error(run(case, config=None), case.expected()) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["dense", "bf12"])
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (1, 5), (8, 3)])
-def test_tokens_and_choices(num_tokens: int, top_k: int) -> None:
-    case = make_case("dense", num_tokens=num_tokens, top_k=top_k, hidden=24, width=16)
+def test_tokens_and_choices(num_tokens: int, top_k: int, kind: str) -> None:
+    case = make_case(kind, num_tokens=num_tokens, top_k=top_k, hidden=24, width=16)
     assert max_error(run(case), case.expected()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g32"])
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g32", "bf12"])
 def test_float16(kind: str) -> None:
     case = make_case(kind, num_tokens=1, num_experts=3, dtype=torch.float16)
     assert frobenius_error(run(case), case.expected()) <= 1e-3
@@ -180,10 +182,22 @@ def test_half_dtypes_on_the_gpu(dtype: torch.dtype, kind: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["dense", "w4g128", "w4g32z", "w8g64"])
+@pytest.mark.parametrize("kind", ["dense", "w4g128", "w4g32z", "w8g64", "bf12"])
 @pytest.mark.parametrize(("hidden", "width"), [(2880, 2880), (4096, 3584), (1000, 200)])
 def test_sizes_on_the_gpu(hidden: int, width: int, kind: str) -> None:
     check_on_the_gpu(kind, torch.bfloat16, hidden, width, top_k=4)
+
+
+@pytest.mark.gpu
+def test_mixtrals_lossless_experts_on_the_gpu() -> None:
+    """Of a size at which w2's depth has several programs: each adds its own exceptions."""
+    sizes = {"hidden": 4096, "width": 14336, "num_slots": 1, "num_experts": 2}
+    case = make_case("bf12", num_tokens=32, dtype=torch.bfloat16, **sizes)
+    expected = case.expected()
+    for num_tokens in (32, 9, 1):
+        actual = case.tokens(slice(0, num_tokens)).run(expert_decode)
+        assert frobenius_error(actual, expected[:num_tokens]) <= 5e-3
+    assert frobenius_error(case.run(grouped_experts), expected) <= 5e-3
 
 
 @pytest.mark.gpu
@@ -194,7 +208,7 @@ def test_float32_on_the_gpu(kind: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["dense", "w4g128", "w4g32z", "w8g64"])
+@pytest.mark.parametrize("kind", ["dense", "w4g128", "w4g32z", "w8g64", "bf12"])
 def test_batches_do_not_change_a_bit_on_the_gpu(kind: str) -> None:
     sizes = {"hidden": 2048, "width": 768, "num_slots": 6, "num_experts": 16}
     case = make_case(kind, num_tokens=32, top_k=8, dtype=torch.bfloat16, **sizes)

@@ -38,26 +38,26 @@ def test_dense_equals_float64(activation: str) -> None:
     assert max_error(run(case), case.expected()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["w4g32z", "w4g128", "w8g64"])
+@pytest.mark.parametrize("kind", ["w4g32z", "w4g128", "w8g64", "bf12"])
 def test_packed_equals_float64(kind: str) -> None:
     case = make_case(kind, num_tokens=10, hidden=136, num_slots=2, num_experts=3)
     assert max_error(run(case), case.expected()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64"])
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64", "bf12"])
 def test_many_tiles_and_odd_sizes(kind: str) -> None:
     sizes = {"num_tokens": 9, "hidden": 33, "width": 17, "num_slots": 2, "num_experts": 3}
     case = make_case(kind, **sizes)
     assert max_error(run(case, config=MANY_TILES), case.expected()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["w4g64z", "w8g32"])
+@pytest.mark.parametrize("kind", ["w4g64z", "w8g32", "bf12"])
 def test_codes_in_registers(kind: str) -> None:
     case = make_case(kind, num_tokens=10, num_slots=1, num_experts=3)
     assert max_error(run(case, config=IN_REGISTERS), case.expected()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64"])
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64", "bf12"])
 @pytest.mark.parametrize("counts", [(8, 9, 33), (40, 41, 0), (72, 1, 73)])
 def test_a_slots_last_tile_takes_a_few_more(kind: str, counts: tuple[int, ...]) -> None:
     case = make_case(kind, num_tokens=sum(counts), top_k=1, num_experts=3)
@@ -85,7 +85,7 @@ def test_default_tiles() -> None:
     assert max_error(run(case, config=None), case.expected()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dense", "w4g32z"])
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "bf12"])
 def test_float16(kind: str) -> None:
     case = make_case(kind, num_tokens=20, num_experts=3, dtype=torch.float16)
     assert frobenius_error(run(case), case.expected()) <= 2e-3
@@ -207,13 +207,14 @@ def test_half_dtypes_on_the_gpu(dtype: torch.dtype, kind: str, num_tokens: int) 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["w4g128", "bf12"])
 @pytest.mark.parametrize("launch", [(64, 4, 3), (128, 8, 4)])  # the table's, one that was wrong
-def test_decoded_weights_never_race_on_the_gpu(launch: tuple[int, int, int]) -> None:
+def test_decoded_weights_never_race_on_the_gpu(launch: tuple[int, int, int], weights: str) -> None:
     """Products under way while the next weights are decoded: wrong by timing, if at all."""
     from scripts.bench.kernels import expert_case as bench  # a whole layer of 128 experts
 
     shape = bench.SHAPES["qwen3-30b-a3b"]
-    case = bench.Case(shape, bench.make_layer(shape, "w4g128"), 2048)
+    case = bench.Case(shape, bench.make_layer(shape, weights), 2048)
     expected = case.run(grouped_experts_reference)
     rows, num_warps, num_stages = launch
     tile = TileConfig(rows, 128, 64, num_warps, num_stages)

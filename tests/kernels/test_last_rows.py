@@ -22,7 +22,7 @@ TILE = TileConfig(64, 8, 128, num_warps=4, num_stages=2, in_registers=True)
 FEW_TILES = ExpertConfig(TILE, TILE)  # the interpreter pays for each program and step
 TILE = TileConfig(16, 8, 64, num_warps=1, num_stages=2, in_registers=True)
 MANY_TILES = ExpertConfig(TILE, replace(TILE, splits=3))
-UNITS = {"dense": 16, "w4g32z": 32, "w4g128": 128, "w8g64": 64, "w8g128z-bf16": 128}
+UNITS = {"dense": 16, "w4g32z": 32, "w4g128": 128, "w8g64": 64, "w8g128z-bf16": 128, "bf12": 64}
 
 
 def last_rows(case: Case, first: int, most: int, unit: int) -> LastRows:
@@ -46,7 +46,10 @@ def expected(case: Case, first: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [*((kind, FEW_TILES) for kind in UNITS), ("dense", MANY_TILES), ("w4g32z", MANY_TILES)],
+    [
+        *((kind, FEW_TILES) for kind in UNITS),
+        *((kind, MANY_TILES) for kind in ("dense", "w4g32z", "bf12")),
+    ],
 )
 def test_the_last_rows_equal_float64(kind: str, config: ExpertConfig) -> None:
     unit = UNITS[kind]
@@ -67,7 +70,7 @@ def test_the_last_rows_equal_float64(kind: str, config: ExpertConfig) -> None:
             assert torch.equal(found, case.run(expert_decode, **options))
 
 
-@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64"])
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64", "bf12"])
 def test_each_expert_has_its_own_rows(kind: str) -> None:
     """As in a step: some experts whole, one in part, others not at all."""
     unit = UNITS[kind]
@@ -131,7 +134,7 @@ def on_host(weights: Tensor) -> Tensor:
     return copied.pin_memory() if DEVICE == "cuda" else copied
 
 
-@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64"])
+@pytest.mark.parametrize("kind", ["dense", "w4g32z", "w8g64", "bf12"])
 def test_a_layer_in_host_memory_gives_the_same_bits(kind: str) -> None:
     case = make_case(kind, num_tokens=4, hidden=40, width=24)
     layer = host_layer(case.layer)
@@ -145,7 +148,7 @@ def test_a_layer_in_host_memory_gives_the_same_bits(kind: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["dense", "w4g128", "w8g128z-bf16"])
+@pytest.mark.parametrize("kind", ["dense", "w4g128", "w8g128z-bf16", "bf12"])
 def test_host_memory_is_read_at_the_speed_of_the_link(kind: str, dtype: torch.dtype) -> None:
     sizes = {"hidden": 2048, "width": 768, "num_slots": 8, "num_experts": 8}
     case = make_case(kind, num_tokens=1, top_k=8, dtype=dtype, **sizes)
@@ -172,7 +175,7 @@ def test_host_memory_is_read_at_the_speed_of_the_link(kind: str, dtype: torch.dt
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kind", ["dense", "w4g128", "w4g32z", "w8g64", "w8g128z-bf16"])
+@pytest.mark.parametrize("kind", ["dense", "w4g128", "w4g32z", "w8g64", "w8g128z-bf16", "bf12"])
 def test_any_first_row_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
     """From host memory; one and many tokens, and a width that is no multiple of a step."""
     for hidden, width in ((2048, 768), (1000, 1096)):
@@ -194,7 +197,7 @@ def test_any_first_row_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["dense", "w4g128"])
+@pytest.mark.parametrize("kind", ["dense", "w4g128", "bf12"])
 def test_a_graph_follows_the_first_row(kind: str) -> None:
     case = make_case(kind, num_tokens=4, top_k=4, hidden=1024, width=768, dtype=torch.bfloat16)
     layer = host_layer(case.layer)
@@ -215,7 +218,7 @@ def test_a_graph_follows_the_first_row(kind: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.alone
-@pytest.mark.parametrize("kind", ["dense", "w4g128"])
+@pytest.mark.parametrize("kind", ["dense", "w4g128", "bf12"])
 def test_the_last_rows_are_read_at_the_speed_of_the_link(kind: str) -> None:
     """Half and a quarter of every expert, per byte as fast as all of it, or nearly."""
     sizes = {"hidden": 2048, "width": 768, "num_slots": 8, "num_experts": 8}

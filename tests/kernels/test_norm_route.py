@@ -129,6 +129,28 @@ def test_bad_arguments() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 3, MAX_TOKENS])
+@pytest.mark.parametrize(("hidden", "num_experts", "top_k"), [shape[1:] for shape in SHAPES])
+def test_half_precision_on_the_gpu(
+    hidden: int, num_experts: int, top_k: int, num_tokens: int
+) -> None:
+    """Other experts than the best are chosen only where rounded logits cannot tell."""
+    parts = make(num_tokens, hidden, num_experts, HALF)
+    normed, summed, ids, weights = norm_route(*parts, top_k, EPS)
+    wanted_normed, wanted_sum, _, _ = norm_route_reference(*parts, top_k, EPS)
+    eps = torch.finfo(HALF).eps
+    assert torch.equal(summed, wanted_sum)
+    assert torch.allclose(normed.float(), wanted_normed.float(), eps, 0)
+    logits_TE = normed.double() @ parts[3].double().T
+    apart_T1 = eps * logits_TE.abs().amax(1, keepdim=True) + 1e-5  # two of them, half of eps each
+    chosen_TK = logits_TE.gather(1, ids.long())
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+    assert ((chosen_TK - logits_TE.topk(top_k).values).abs() <= apart_T1).all()
+    wanted_weights = chosen_TK.softmax(1)
+    assert ((weights - wanted_weights).abs() <= apart_T1.expm1() * wanted_weights + 1e-6).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 8])
 def test_a_graph_chooses_anew_at_every_replay(num_tokens: int) -> None:
     x_TH, residual_TH, norm_H, router_EH = make(num_tokens, 2048, 128, HALF)

@@ -9,7 +9,7 @@ from expert_case import packed_layout, random_matrix
 from paged_batch import DEVICE
 
 from cpu_kernels.packed_layout import pack_matrix
-from cpu_kernels.weight_kind import PACKED_KINDS, parse_kind
+from cpu_kernels.weight_kind import ROUNDED_KINDS, parse_kind
 from gpu_kernels.expert_weights import Activation
 from gpu_kernels.packed_tile import decode_words, load_group, load_words, order_depth, tile_row
 from gpu_kernels.tile_spec import TileSpec
@@ -83,7 +83,7 @@ def decoded(name: str, dtype: torch.dtype, in_registers: bool) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("in_registers", [False, True])
-@pytest.mark.parametrize("kind", PACKED_KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ROUNDED_KINDS, ids=lambda kind: kind.name)
 def test_codes_are_exact(kind: object, in_registers: bool) -> None:
     actual, expected = decoded(kind.name, torch.float32, in_registers)  # type: ignore[attr-defined]
     assert torch.equal(actual, expected)
@@ -91,7 +91,7 @@ def test_codes_are_exact(kind: object, in_registers: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("in_registers", [False, True])
-@pytest.mark.parametrize("kind", PACKED_KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ROUNDED_KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_codes_are_exact_in_half_dtypes_on_the_gpu(
     dtype: torch.dtype, kind: object, in_registers: bool

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cpu_kernels.lossless import pack_lossless
+from cpu_kernels.packed_layout import MatrixShape
+from cpu_kernels.weight_kind import BF12
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 
 DEVICE = "cuda"
@@ -28,7 +32,7 @@ SHAPES = {
     "mixtral-8x7b": Shape(4096, 14336, 8, 2),
     "qwen3-30b-a3b": Shape(2048, 768, 128, 8),
 }
-FORMATS = ("bf16", "w4g128")
+FORMATS = ("bf16", "bf12", "w4g128")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Case:
 
 
 def make_layer(shape: Shape, weights: str) -> ExpertLayer:
-    """Weights in bf16, or packed in int4 with groups of 128."""
+    """Weights in bf16, the same without loss in bf12, or packed in int4 with groups of 128."""
     slots, hidden, width = shape.num_experts, shape.hidden, shape.width
     if weights == "bf16":
         w13_SFH = torch.empty(slots, 2 * width, hidden, dtype=torch.bfloat16, device=DEVICE)
@@ -73,6 +77,8 @@ def make_layer(shape: Shape, weights: str) -> ExpertLayer:
         return ExpertLayer(
             DenseWeights(w13_SFH.normal_(std=hidden**-0.5), w2_SHI.normal_(std=width**-0.5))
         )
+    if weights == "bf12":
+        return _lossless_layer(shape)
     assert weights == "w4g128", weights
     layout = PackedLayout(4, 128, False, torch.float16, hidden, width)
     blob_SB = torch.randint(256, (slots, layout.expert_bytes), dtype=torch.uint8, device=DEVICE)
@@ -86,6 +92,27 @@ def expert_bytes(layer: ExpertLayer) -> int:
     if isinstance(weights, DenseWeights):
         return 3 * layer.hidden * layer.width * weights.w2_SHI.itemsize
     return weights.layout.expert_bytes
+
+
+def _lossless_layer(shape: Shape) -> ExpertLayer:
+    """One slot's weights are normal numbers, the others are copies of it."""
+    slots, hidden, width = shape.num_experts, shape.hidden, shape.width
+    layout = PackedLayout(12, 64, False, torch.bfloat16, hidden, width)
+    blob_SB = torch.empty(slots, layout.expert_bytes, dtype=torch.uint8, device=DEVICE)
+    halves = [_lossless_blocks(width, hidden) for _ in range(2)]
+    blob_SB[:, : layout.w2_offset] = torch.stack(halves, 1).flatten()
+    blob_SB[:, layout.w2_offset :] = _lossless_blocks(hidden, width).flatten()
+    return ExpertLayer(PackedWeights(blob_SB, layout))
+
+
+def _lossless_blocks(rows: int, cols: int) -> Tensor:
+    """The blocks of a matrix of normal numbers."""
+    shape = MatrixShape(BF12, rows, cols)
+    weights_NK = torch.randn(rows, cols, device=DEVICE).bfloat16() * cols**-0.5
+    bits_NK = weights_NK.view(torch.int16).cpu().numpy().view(np.uint16)
+    blocks = np.zeros((shape.num_blocks, shape.block_bytes), np.uint8)
+    pack_lossless(bits_NK, blocks)
+    return torch.from_numpy(blocks).to(DEVICE)
 
 
 def _fill_scales(blob_SB: Tensor, layout: PackedLayout, cols: int) -> None:

@@ -18,7 +18,7 @@ from scripts.bench.rows import Row, at_least, table
 DECODE_TOKENS = (1, 2, 4, 8)
 PREFILL_TOKENS = (512, 2048)
 DECODE_TARGETS = {"mixtral-8x7b": 0.8, "qwen3-30b-a3b": 0.6}
-PREFILL_TARGETS = {"bf16": 0.65, "w4g128": 0.45}
+PREFILL_TARGETS = {"bf16": 0.65, "bf12": 0.45, "w4g128": 0.45}
 
 
 def read_ms(num_bytes: int) -> float:
