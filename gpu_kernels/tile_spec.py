@@ -24,7 +24,7 @@ class TileConfig:
     A program computes two tiles of ``rows`` weight rows for ``columns`` tokens, ``depth`` elements
     at a time. ``in_registers`` is for products by mma: packed codes go from the registers in which
     they were decoded into the product, exactly, and are scaled after it. Otherwise (wgmma) they are
-    scaled first, in x's dtype.
+    scaled first, in x's dtype; bf12 always is, exactly.
     """
 
     rows: int
