@@ -65,7 +65,8 @@ def test_equals_one_after_the_other(
     wanted_TE = normed.double() @ router_EH.double().T
     assert torch.allclose(logits_TE.double(), wanted_TE, 2 * torch.finfo(dtype).eps, 1e-5)
     wanted_ids, wanted_weights = route(logits_TE, top_k)
-    assert torch.equal(ids, wanted_ids) and torch.equal(weights, wanted_weights)
+    # two compilations of one function: a GPU's may round a last bit elsewhere
+    assert torch.equal(ids, wanted_ids) and torch.allclose(weights, wanted_weights, 1e-6, 0)
     assert workspace.done_T.eq(0).all() and workspace.logits_TE[num_tokens:].isnan().all()
 
 
