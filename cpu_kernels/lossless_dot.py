@@ -32,8 +32,8 @@ CHAINS = 4
 X_FACTOR = 2.0**64
 PREFETCH = 4096  # bytes ahead in the stream of codes, to the second level of cache
 TOKENS = {16: 4, 8: 2, 4: 2}[LANES]  # that share one decoding: their sums have to stay in registers
-_PAIR = 0x87FF87FF - (1 << 32)  # sign, exponent and mantissa of both halves of a word
-_UPPER = _PAIR & ~0xFFFF
+PAIR = 0x87FF87FF - (1 << 32)  # sign, exponent and mantissa of both halves of a word
+_UPPER = PAIR & ~0xFFFF
 
 
 def emit_dot(
