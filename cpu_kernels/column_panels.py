@@ -37,6 +37,8 @@ assert all(UNIT % size == 0 for size in (STEP, ROWS, LONE_ROWS)) and DEPTH % STE
 
 def may_use_columns(path: KernelPath, hidden: int, width: int) -> bool:
     """Whether experts of these sizes can be computed so."""
+    if path.kind.is_lossless:
+        return path.activations == "bf16"
     return path.name == "bf16/bf16" and hidden % UNIT == 0 and width % UNIT == 0
 
 
@@ -69,8 +71,15 @@ def num_blocks(count):
 @jit
 def pack_tokens(x_bytes, job, worker, num_workers):
     """One worker's blocks of x."""
-    _, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
+    for first, last, block in own_blocks(job, worker, num_workers):
+        pack_block(x_bytes, job, tokens, first, last, block)
+
+
+@jit
+def own_blocks(job, worker, num_workers):
+    """Yield (first pair, end of the expert's pairs, number) of one worker's blocks of tokens."""
+    _, starts = routed_experts(job, worker)
     total = 0
     for n in range(len(starts) - 1):
         count = starts[n + 1] - starts[n]
@@ -82,9 +91,7 @@ def pack_tokens(x_bytes, job, worker, num_workers):
             continue
         blocks = num_blocks(count)
         for block in range(max(begin - before, 0), min(end - before, blocks)):
-            pack_block(
-                x_bytes, job, tokens, starts[n] + block * TOKENS, starts[n + 1], before + block
-            )
+            yield starts[n] + block * TOKENS, starts[n + 1], before + block
         before += blocks
 
 

@@ -5,16 +5,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels import dense_stage, packed_stage
+from cpu_kernels import dense_stage, lossless_stage, packed_stage
 from cpu_kernels.activations import ACTIVATIONS
 from cpu_kernels.checks import ID, check_array
-from cpu_kernels.column_panels import UNIT, may_use_columns
+from cpu_kernels.column_panels import SUMS_BYTES, UNIT, may_use_columns
 from cpu_kernels.compiled import stage_address
 from cpu_kernels.dot_tile import x_bytes
 from cpu_kernels.expert_job import JOB
 from cpu_kernels.experts import Experts
-from cpu_kernels.kernel_paths import PATHS, Activations, path_number
-from cpu_kernels.weight_kind import WeightKind
+from cpu_kernels.kernel_paths import PATHS, Activations, KernelPath, path_number
+from cpu_kernels.lossless_panels import LOSSLESS_ROOM_BYTES
+from cpu_kernels.packed_layout import PackedShape
 from cpu_kernels.worker import ERROR, TAKEN
 
 I32 = npt.NDArray[np.int32]
@@ -58,9 +59,17 @@ class ExpertLayer:
             return experts.hidden * size, experts.width * size, 0
         group = kind.group
         x_groups, act_groups = -(-experts.hidden // group), -(-experts.width // group)
-        if self.path.activations == "f32":
-            return x_groups * group * 4, act_groups * group * 4, act_groups * group
-        return x_groups * (group + 8), act_groups * (group + 8), experts.width
+        if self.path.activations == "int8":
+            return x_groups * (group + 8), act_groups * (group + 8), experts.width
+        return x_groups * group * 4, act_groups * group * 4, act_groups * group
+
+    def column_sizes(self) -> tuple[int, int, int]:
+        """For columns: depths of blocks of x and of act, and bytes of each worker's own room."""
+        experts = self.experts
+        if not self.path.kind.is_lossless:
+            return experts.hidden, experts.width, SUMS_BYTES
+        shape = PackedShape(experts.kind, experts.hidden, experts.width)
+        return shape.gate.padded_cols, shape.down.padded_cols, LOSSLESS_ROOM_BYTES
 
     def _checked_columns(self, columns_from: int | None) -> int:
         """Pairs of an expert that is computed by columns; 0: none is."""
@@ -70,21 +79,25 @@ class ExpertLayer:
         if not may_use_columns(self.path, hidden, width):
             raise ValueError(
                 f"{self.path.name} experts of {hidden} x {width} cannot be computed by columns, "
-                f"which takes bf16 weights and activations and multiples of {UNIT}"
+                "which takes bf16 activations and bf12 weights, or bf16 ones and multiples of "
+                f"{UNIT}"
             )
         if columns_from < 1:
             raise ValueError(f"columns_from must be at least 1 token, not {columns_from}")
         return columns_from
 
     def _num_phases(self) -> int:
-        if self.experts.kind.is_packed:
-            return packed_stage.num_phases(self.path)
-        return dense_stage.num_phases(self.path, has_columns=self.columns_from > 0)
+        has_columns = self.columns_from > 0
+        if not self.path.kind.is_packed:
+            return dense_stage.num_phases(self.path, has_columns=has_columns)
+        if stage_maker(self.path) is lossless_stage.make_lossless_stage:
+            return lossless_stage.num_phases(has_columns=has_columns)
+        return packed_stage.num_phases(self.path)
 
     def _fill(self, record: np.void, number: int, words: npt.NDArray[np.int64]) -> None:
         """Write what does not change from step to step."""
         experts, mlp = self.experts, self.experts.mlp
-        record["stage"] = stage_address(stage_maker(experts.kind), number)
+        record["stage"] = stage_address(stage_maker(self.path), number)
         record["num_phases"] = self._num_phases()
         record["columns_from"] = self.columns_from
         for name in ("w13", "w13_stride", "w2", "w2_stride", "num_experts", "hidden", "width"):
@@ -102,9 +115,12 @@ class ExpertLayer:
         record["x_row_bytes"], record["act_row_bytes"], record["act_cols"] = self.row_sizes()
 
 
-def stage_maker(kind: WeightKind) -> Any:
-    """What makes the stage of a path with these weights."""
-    return packed_stage.make_packed_stage if kind.is_packed else dense_stage.make_dense_stage
+def stage_maker(path: KernelPath) -> Any:
+    """What makes the stage of a path."""
+    if not path.kind.is_packed:
+        return dense_stage.make_dense_stage
+    is_rounding = path.kind.is_lossless and path.activations == "bf16"
+    return lossless_stage.make_lossless_stage if is_rounding else packed_stage.make_packed_stage
 
 
 def _check_places(place_of: I32, num_experts: int) -> None:

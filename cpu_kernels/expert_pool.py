@@ -11,13 +11,13 @@ import numpy.typing as npt
 
 from cpu_kernels.bf16 import F32
 from cpu_kernels.checks import FLOAT, ID, check_array
-from cpu_kernels.column_panels import SUMS_BYTES, most_blocks
+from cpu_kernels.column_panels import most_blocks
 from cpu_kernels.columns import BLOCK_BYTES
 from cpu_kernels.compiled import stage_needs_compile
 from cpu_kernels.expert_job import ROOM
 from cpu_kernels.expert_layer import I32, ExpertLayer, stage_maker
 from cpu_kernels.experts import Experts
-from cpu_kernels.kernel_paths import Activations, path_number
+from cpu_kernels.kernel_paths import PATHS, Activations, path_number
 from cpu_kernels.routes import COUNTS
 from cpu_kernels.threads import StageError, WorkerPool
 from cpu_kernels.weight_kind import WeightKind
@@ -52,13 +52,14 @@ class ExpertPool:
         """A layer for :meth:`submit`; compiles its kernels if no start before did.
 
         ``activations``: what x and the intermediate are rounded to before each product. "f32" is
-        exact; "bf16" (bf16 weights) and "int8" (packed weights, a scale per token and group) are
-        faster for more than one token. ``place_of``: the place of expert e among ``experts``, -1 if
-        it is not there and its choices are to be left out; None: ids are places. The array is read
-        at each step, so it may change while the layer does not run. ``columns_from``: experts with
-        that many tokens of a step or more are computed by tiles that read a weight once for 16 of
-        them (bf16 weights with bf16 activations, sizes that are multiples of 32); None: never.
-        ValueError if the weights cannot be had with these activations, or not computed so.
+        exact; "bf16" (bf16 and bf12 weights) and "int8" (rounded weights, a scale per token and
+        group) are faster for more than one token. ``place_of``: the place of expert e among
+        ``experts``, -1 if it is not there and its choices are to be left out; None: ids are places.
+        The array is read at each step, so it may change while the layer does not run.
+        ``columns_from``: experts with that many tokens of a step or more are computed by tiles that
+        read a weight once for 16 of them (bf12 weights with bf16 activations, or bf16 ones whose
+        sizes are multiples of 32); None: never. ValueError if the weights cannot be had with these
+        activations, or not computed so.
         """
         self.wait()
         layer = ExpertLayer(experts, activations, place_of, columns_from, self.workers.words)
@@ -159,10 +160,11 @@ class ExpertPool:
         }
         if layer.columns_from:
             blocks = most_blocks(num_pairs, layer.experts.num_experts, layer.columns_from)
+            hidden, width, own_bytes = layer.column_sizes()
             sizes |= {
-                "x_blocks": blocks * layer.experts.hidden * BLOCK_BYTES,
-                "act_blocks": blocks * layer.experts.width * BLOCK_BYTES,
-                "column_sums": SUMS_BYTES * self.num_threads,
+                "x_blocks": blocks * hidden * BLOCK_BYTES,
+                "act_blocks": blocks * width * BLOCK_BYTES,
+                "column_sums": own_bytes * self.num_threads,
             }
         for name, num_bytes in sizes.items():
             layer.scratch[name] = self._room(name, num_bytes)
@@ -185,7 +187,8 @@ class ExpertPool:
 
 def needs_compile(kind: WeightKind, activations: Activations = "f32") -> bool:
     """Whether add_layer will compile for these weights; see :mod:`cpu_kernels.compiled`."""
-    return stage_needs_compile(stage_maker(kind), path_number(kind, activations))
+    number = path_number(kind, activations)
+    return stage_needs_compile(stage_maker(PATHS[number]), number)
 
 
 def routes_words(num_experts: int, num_pairs: int) -> int:

@@ -23,7 +23,7 @@ class KernelPath:
 def _activations(kind: WeightKind) -> tuple[Activations, ...]:
     if kind.is_rounded:
         return ("f32", "int8")
-    return ("f32", "bf16") if kind.codes == "bf16" else ("f32",)
+    return ("f32",) if kind.codes == "f32" else ("f32", "bf16")
 
 
 PATHS = tuple(KernelPath(kind, a) for kind in KINDS.values() for a in _activations(kind))

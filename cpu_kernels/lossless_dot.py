@@ -17,6 +17,7 @@ from cpu_kernels import vector_ir as v
 from cpu_kernels.addresses import f32_array, float_of, i32_array, u16_array
 from cpu_kernels.intrinsics import intrinsic, jit
 from cpu_kernels.kernel_paths import PATHS, KernelPath
+from cpu_kernels.rounding import bf16_bits
 from cpu_kernels.vector_ir import F32, I16, I32, I64, LANES
 from cpu_kernels.weight_kind import BF12
 
@@ -151,6 +152,26 @@ def x_factor(typingctx, path):
         return ir.Constant(F32, factor)
 
     return types.float32(path), codegen
+
+
+@intrinsic
+def rounds_act(typingctx, path):
+    """Whether what a product reads is rounded to bf16."""
+    if not isinstance(path, types.IntegerLiteral):
+        return None
+    rounds = PATHS[path.literal_value].activations == "bf16"
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(1), int(rounds))
+
+    return types.boolean(path), codegen
+
+
+@jit
+def as_operand(path, number):
+    """A float32 as prepared rows of act have it, where these are float32."""
+    lifted = number * x_factor(path)
+    return float_of(bf16_bits(lifted)) if rounds_act(path) else lifted
 
 
 def factor_of(path: KernelPath) -> float:

@@ -1,15 +1,17 @@
 """Hidden states as the packed kernels read them: one row of bytes per token.
 
-float32: [K'] times a power of two, with zeros after K. int8: codes int8 [K'], then scales float32
-[G], then the sums of the codes as float32 [G]; see ``quantise_activations`` in
-:mod:`cpu_kernels.packed_reference`.
+float32: [K'] times a power of two, rounded to bf16 or not, with zeros after K. int8: codes int8
+[K'], then scales float32 [G], then the sums of the codes as float32 [G]; see
+``quantise_activations`` in :mod:`cpu_kernels.packed_reference`.
 """
 
 import numpy as np
 
 from cpu_kernels.addresses import bits_of, f32_array, float_of, i8_array
 from cpu_kernels.intrinsics import jit
+from cpu_kernels.rounding import AS_ROUNDED_F32, bf16_bits
 
+AS_CODES = 3  # beside the forms of cpu_kernels.rounding
 LARGEST_CODE = np.float32(127)
 PART = np.float32(1) / LARGEST_CODE
 SMALLEST_BITS = 9 << 23  # of 2**-118: below, a group counts as zero
@@ -19,11 +21,12 @@ ROUNDER = np.float32(1.5 * 2**23)  # added and taken away it rounds half to even
 
 
 @jit
-def copy_group(x, row, g, group, factor):
+def copy_group(form, x, row, g, group, factor):
     """The float32 of group ``g`` times ``factor``; it may be shorter than the others in ``x``."""
     out = f32_array(row + 4 * g * group, group)
     for k in range(len(x)):
-        out[k] = x[k] * factor
+        number = x[k] * factor
+        out[k] = float_of(bf16_bits(number)) if form == AS_ROUNDED_F32 else number
     for k in range(len(x), group):
         out[k] = np.float32(0)
 
@@ -55,7 +58,7 @@ def quantise_group(x, row, g, group, num_groups):
 
 @jit
 def prepare_rows(
-    source, stride, cols, num_rows, rows, row_bytes, is_int8, group, factor, worker, num_workers
+    source, stride, cols, num_rows, rows, row_bytes, form, group, factor, worker, num_workers
 ):
     """One worker's groups of all rows: float32 at ``source`` to prepared rows at ``rows``.
 
@@ -68,7 +71,7 @@ def prepare_rows(
         r, g = unit // num_groups, unit % num_groups
         length = min(group, cols - g * group)
         x = f32_array(source + 4 * (r * stride + g * group), length)
-        if is_int8:
+        if form == AS_CODES:
             quantise_group(x, rows + r * row_bytes, g, group, num_groups)
         else:
-            copy_group(x, rows + r * row_bytes, g, group, factor)
+            copy_group(form, x, rows + r * row_bytes, g, group, factor)

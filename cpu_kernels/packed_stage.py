@@ -26,10 +26,11 @@ from cpu_kernels.expert_parts import (
 )
 from cpu_kernels.intrinsics import jit
 from cpu_kernels.kernel_paths import PATHS, KernelPath
-from cpu_kernels.lossless_dot import GROUP, add_exceptions, exceptions_at, factor_of, x_factor
-from cpu_kernels.packed_rows import prepare_rows
+from cpu_kernels.lossless_dot import GROUP, add_exceptions, as_operand, exceptions_at, factor_of
+from cpu_kernels.packed_rows import AS_CODES, prepare_rows
 from cpu_kernels.packed_tile import FULL_TOKENS, PART_TOKENS, ROWS, packed_tile
 from cpu_kernels.pieces import DOWN, GATE_UP, forget_pieces, num_rounds, pieces
+from cpu_kernels.rounding import AS_F32
 from cpu_kernels.routes import (
     READ_COST,
     kept_rows,
@@ -98,33 +99,40 @@ def gate_up_block(path, job, sizes, panel, tokens, room):
         activate_row(job, products, t, num_rows, act)
         to = f32_array(job.act + 4 * ((first + t) * job.act_cols + row), num_rows)
         for r in range(num_rows):
-            to[r] = act[r] * x_factor(path)
+            to[r] = as_operand(path, act[r])
         if row + ROWS >= job.width:  # what pads the last group
             pads = f32_array(job.act + 4 * (first + t) * job.act_cols, job.act_cols)
             pads[job.width :] = np.float32(0)
 
 
 @jit
-def gate_up_piece(path, job, sizes, kept, worker, begin, end):
-    """The blocks whose cost lies in [begin, end)."""
+def gate_up_rows(path, job, sizes, n, first_block, last_block, goes_on, worker):
+    """act of the n-th routed expert's blocks; ``goes_on``: the next expert's come after them."""
     room = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     tokens, _ = routed_pairs(job, worker)
+    for block in range(first_block, last_block):
+        next_block = 0
+        if block + 1 < last_block:
+            next_block = job.w13 + places[n] * job.w13_stride + 2 * (block + 1) * sizes[1]
+        elif goes_on and n + 1 < len(places):
+            next_block = job.w13 + places[n + 1] * job.w13_stride
+        for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
+            last = min(first + PANEL_TOKENS, starts[n + 1])
+            panel = (places[n], block, first, last, next_block)
+            gate_up_block(path, job, sizes, panel, tokens, room)
+
+
+@jit
+def gate_up_piece(path, job, sizes, kept, worker, begin, end):
+    """The blocks whose cost lies in [begin, end)."""
+    places, starts = routed_experts(job, worker)
     before = 0
     for n in range(len(places)):
         blocks = (kept_width(kept, n, job.width) + ROWS - 1) // ROWS
         cost = READ_COST + starts[n + 1] - starts[n]
         first_block, last_block, before = share_of(cost, blocks, before, begin, end)
-        for block in range(first_block, last_block):
-            next_block = 0
-            if block + 1 < last_block:
-                next_block = job.w13 + places[n] * job.w13_stride + 2 * (block + 1) * sizes[1]
-            elif before < end and n + 1 < len(places):
-                next_block = job.w13 + places[n + 1] * job.w13_stride
-            for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
-                last = min(first + PANEL_TOKENS, starts[n + 1])
-                panel = (places[n], block, first, last, next_block)
-                gate_up_block(path, job, sizes, panel, tokens, room)
+        gate_up_rows(path, job, sizes, n, first_block, last_block, before < end, worker)
 
 
 @jit
@@ -155,11 +163,28 @@ def down_block(path, job, sizes, panel, pairs, xs, products):
 
 
 @jit
-def down_piece(path, job, group, group_bytes, kept, worker, begin, end):
-    """Blocks [begin, end) of every expert, so that one worker adds up an output."""
+def down_rows(path, job, sizes, n, begin, end, next_kept, worker):
+    """Blocks [begin, end) of the n-th routed expert; ``next_kept``: the next expert's width."""
     products, _, xs, _ = room_of(job, worker)
     places, starts = routed_experts(job, worker)
     pairs = routed_pairs(job, worker)
+    block_bytes = sizes[2]
+    for block in range(begin, end):
+        next_block = 0
+        if block + 1 < end:
+            next_block = job.w2 + places[n] * job.w2_stride + (block + 1) * block_bytes
+        elif n + 1 < len(places) and next_kept > 0:
+            next_block = job.w2 + places[n + 1] * job.w2_stride + begin * block_bytes
+        for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
+            last = min(first + PANEL_TOKENS, starts[n + 1])
+            panel = (places[n], block, first, last, next_block)
+            down_block(path, job, sizes, panel, pairs, xs, products)
+
+
+@jit
+def down_piece(path, job, group, group_bytes, kept, worker, begin, end):
+    """Blocks [begin, end) of every expert, so that one worker adds up an output."""
+    places, _ = routed_experts(job, worker)
     row_groups, block_bytes = block_sizes(path, job.width, group, group_bytes)
     clear_out(job, begin * ROWS, min(end * ROWS, job.hidden))
     for n in range(len(places)):
@@ -167,16 +192,8 @@ def down_piece(path, job, group, group_bytes, kept, worker, begin, end):
         if width == 0:
             break
         sizes = ((width + group - 1) // group, row_groups, block_bytes)
-        for block in range(begin, end):
-            next_block = 0
-            if block + 1 < end:
-                next_block = job.w2 + places[n] * job.w2_stride + (block + 1) * block_bytes
-            elif n + 1 < len(places) and kept_width(kept, n + 1, job.width) > 0:
-                next_block = job.w2 + places[n + 1] * job.w2_stride + begin * block_bytes
-            for first in range(starts[n], starts[n + 1], PANEL_TOKENS):
-                last = min(first + PANEL_TOKENS, starts[n + 1])
-                panel = (places[n], block, first, last, next_block)
-                down_block(path, job, sizes, panel, pairs, xs, products)
+        next_kept = kept_width(kept, n + 1, job.width)
+        down_rows(path, job, sizes, n, begin, end, next_kept, worker)
 
 
 @jit
@@ -198,7 +215,7 @@ def prepare_act(job, group, worker, num_workers):
         first, num_pairs = starts[n], starts[n + 1] - starts[n]
         source, rows = job.act + 4 * first * job.act_cols, job.act_rows + first * job.act_row_bytes
         args = (source, job.act_cols, width, num_pairs, rows, job.act_row_bytes)
-        prepare_rows(*args, True, group, np.float32(1), worker, num_workers)
+        prepare_rows(*args, AS_CODES, group, np.float32(1), worker, num_workers)
 
 
 @jit
@@ -222,7 +239,7 @@ def make_packed_stage(path: int) -> Any:
     kind = kernel.kind
     is_int8, group = kernel.activations == "int8", kind.group
     group_bytes = ROWS * (group * kind.bits // 8 + 2 + kind.has_zeros)  # codes, scales, zeros
-    factor = np.float32(factor_of(kernel))
+    factor, form = np.float32(factor_of(kernel)), AS_CODES if is_int8 else AS_F32
 
     def stage(job_address, phase, worker, num_workers):
         job = job_array(job_address, 1)[0]
@@ -230,7 +247,7 @@ def make_packed_stage(path: int) -> Any:
             if not make_routes(job, worker):
                 complain(job)
             args = (job.x, job.hidden, job.hidden, job.num_tokens, job.x_rows, job.x_row_bytes)
-            prepare_rows(*args, is_int8, group, factor, worker, num_workers)
+            prepare_rows(*args, form, group, factor, worker, num_workers)
         elif phase == 1:
             sizes = block_sizes(path, job.hidden, group, group_bytes)
             gate_up(path, job, sizes, worker, num_workers)

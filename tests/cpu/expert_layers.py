@@ -38,7 +38,7 @@ PACKED_PATHS = (
     *("w4g32z/int8", "w8g64/int8", "w8g128z-bf16/int8"),
     *("w8g32-bf16/f32", "w4g64z-bf16/f32", "w4g128/f32"),
 )
-LOSSLESS_PATHS = ("bf12/f32",)
+LOSSLESS_PATHS = ("bf12/f32", "bf12/bf16")
 TESTED_PATHS = DENSE_PATHS + PACKED_PATHS + LOSSLESS_PATHS
 EXACT_PATHS = tuple(name for name in TESTED_PATHS if name.endswith("/f32"))
 ROUNDED_PATHS = tuple(name for name in TESTED_PATHS if not name.endswith("/f32"))

@@ -19,6 +19,7 @@ from expert_layers import (
     Step,
     Weights,
     dense_weights,
+    lossless_weights,
     normal,
     packed_weights,
     random_matrix,
@@ -32,6 +33,7 @@ from expert_layers import (
 from cpu_kernels.activation_reference import ACTIVATIONS
 from cpu_kernels.bf16 import bf16_to_f32, f32_to_bf16
 from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.kernel_paths import KernelPath
 from cpu_kernels.packed_layout import Quantised
 from cpu_kernels.packed_reference import quantise_activations
 from cpu_kernels.weight_kind import WeightKind
@@ -53,14 +55,22 @@ def identity(kind: WeightKind, size: int) -> Quantised:
     return Quantised(codes_NK, np.ones((size, groups), np.float32), zeros_NG)
 
 
+def lossless_from_floats(path: KernelPath, w13_EFH: F32, w2_EHI: F32) -> Weights:
+    """Of one expert."""
+    gate_IH, up_IH = np.split(f32_to_bf16(w13_EFH[0]), 2)
+    matrices = [(gate_IH, up_IH, f32_to_bf16(w2_EHI[0]))]
+    return lossless_weights(path, matrices, w2_EHI.shape[1], w2_EHI.shape[2])
+
+
 def with_and_without_down(rng: Rng, name: str, size: int) -> tuple[Weights, Weights]:
     """One expert [size, size, size] with random w2, and with the identity in its place."""
     path = BY_NAME[name]
-    if not path.kind.is_packed:
+    if not path.kind.is_rounded:
         w13_EFH = normal(rng, 1, 2 * size, size) / np.float32(size**0.5)
         w2_EHI = normal(rng, 1, size, size) / np.float32(size**0.5)
         eye_EHI = np.eye(size, dtype=np.float32)[None]
-        return dense_weights(path, w13_EFH, w2_EHI), dense_weights(path, w13_EFH, eye_EHI)
+        make = lossless_from_floats if path.kind.is_lossless else dense_weights
+        return make(path, w13_EFH, w2_EHI), make(path, w13_EFH, eye_EHI)
     gate, up, down = (random_matrix(rng, path.kind, size, size) for _ in range(3))
     with_down = packed_weights(path, [(gate, up, down)], size, size)
     return with_down, packed_weights(path, [(gate, up, identity(path.kind, size))], size, size)

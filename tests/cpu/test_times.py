@@ -114,14 +114,20 @@ def bf16_experts() -> Experts:
     return dense_experts(weights, weights[:, :32].reshape(4, 64, 32).copy())
 
 
-def packed() -> Experts:
-    shape = PackedShape(parse_kind("w8g32"), 64, 32)
+def packed(kind: str) -> Experts:
+    shape = PackedShape(parse_kind(kind), 64, 32)
     return packed_experts(np.zeros((3, shape.expert_bytes), np.uint8), shape)
 
 
 @pytest.mark.parametrize(
     ("experts", "activations", "has_columns"),
-    [(bf16_experts(), "bf16", True), (bf16_experts(), "f32", False), (packed(), "int8", False)],
+    [
+        (bf16_experts(), "bf16", True),
+        (bf16_experts(), "f32", False),
+        (packed("w8g32"), "int8", False),
+        (packed("bf12"), "bf16", True),
+        (packed("bf12"), "f32", False),
+    ],
 )
 def test_a_tiny_layer_is_measured(
     experts: Experts, activations: Activations, has_columns: bool
