@@ -4,9 +4,9 @@
 
 Prints a table per shape and writes build/bench-cpu-prefill.json. A layer call has the experts that
 a token of the shape chooses, all with M tokens, and each call takes others, so that the weights
-come from memory. "by columns" are bf16/bf16 experts computed by columns, taken in turn with the
-kernel that goes row by row; "torch" is one product of torch's for each matrix, with all of its own
-threads, weights from memory too. Medians of up to five calls.
+come from memory. "by columns" are experts with bf16 activations computed by columns, taken in turn
+with the kernel that goes row by row; "torch" is one product of torch's for each matrix of bf16,
+with all of its own threads, weights from memory too. Medians of up to five calls.
 """
 
 import argparse
@@ -29,13 +29,15 @@ from scripts.bench.cpu_arena import SHAPES, Shape, fill_experts
 from scripts.bench.rows import Row, at_least, at_most, write
 
 KINDS: tuple[tuple[str, Activations], ...] = (
-    *(("bf16", "f32"), ("bf16", "bf16"), ("w8g128", "int8"), ("w4g128", "int8")),
+    *(("bf16", "f32"), ("bf16", "bf16"), ("bf12", "f32"), ("bf12", "bf16")),
+    *(("w8g128", "int8"), ("w4g128", "int8")),
 )
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 BUDGET_S = 5.0  # for one shape and kind; the 8 tables took 35 s on 16 cores
 TORCH_CALLS = 5
 LEAST_RATE = 0.8  # of a kernel's best GFLOP/s, at any M
 OUTPUT = Path("build/bench-cpu-prefill.json")
+BY_COLUMNS = "by columns"
 Times = dict[str, tuple[float, ...]]
 
 
@@ -51,8 +53,9 @@ def shape_times(
         )
         found[table.kernel] = table.rows_s
         if table.columns_s is not None:
-            found["by columns"] = table.columns_s
-            found["torch"] = torch_times(arena, shape, experts.num_experts, tokens)
+            found[f"{weights} {BY_COLUMNS}"] = table.columns_s
+            if weights == "bf16":
+                found["torch"] = torch_times(arena, shape, experts.num_experts, tokens)
         print(f"{shape.name}, {table.kernel}: measured", file=sys.stderr)
     return found
 
@@ -90,7 +93,7 @@ def shape_text(shape: Shape, tokens: tuple[int, ...], found: Times) -> str:
             for seconds in found.values()
         )
         by_time = sorted(found, key=lambda name: found[name][n])
-        of_bf16 = next(name for name in by_time if not name.startswith("w"))
+        of_bf16 = next(name for name in by_time if name.startswith(("bf16", "torch")))
         lines.append(f"{count:5} " + " ".join(cells) + f"  {of_bf16}, {by_time[0]}")
     return "\n".join(lines)
 
@@ -104,9 +107,10 @@ def shape_rows(shape: Shape, tokens: tuple[int, ...], found: Times) -> list[Row]
             title = f"{shape.name}, {name}, M = {count}, against its best"
             ratio = rate / max(rates)
             rows.append(at_least(title, rate, "GFLOP/s", max(rates), ratio, LEAST_RATE))
-    for count, own_s, torch_s in zip(tokens, found["by columns"], found["torch"], strict=True):
-        title = f"{shape.name}, M = {count}, by columns against torch"
-        rows.append(at_most(title, own_s * 1e3, "ms", torch_s * 1e3, own_s / torch_s, 1.0))
+    for name in (name for name in found if name.endswith(BY_COLUMNS)):
+        for count, own_s, torch_s in zip(tokens, found[name], found["torch"], strict=True):
+            title = f"{shape.name}, M = {count}, {name} against torch"
+            rows.append(at_most(title, own_s * 1e3, "ms", torch_s * 1e3, own_s / torch_s, 1.0))
     return rows
 
 
