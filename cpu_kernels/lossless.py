@@ -8,7 +8,8 @@ block, where they have code 0. (Zhang et al., "70% Size, 100% Accuracy", 2025, s
 2.6 bits of information in the exponents of language models; codes of one length need no search.)
 
 A word is 32 bits: two weights of a row, each with sign, four bits of another weight, exponent and
-mantissa. Three words are eight weights (docs/packed-experts.md has the picture).
+mantissa. Three words are eight weights; 64 columns have all their first words side by side, then
+the second ones, then the third (docs/packed-experts.md has the picture).
 
 N rows, K columns, B blocks.
 """
@@ -27,7 +28,7 @@ EXPONENTS = 15  # of a row's codes; 0 is for zero
 HIGHEST = 254  # exponent field of a finite number
 MOST_SHIFT = 127  # the largest power of two that bfloat16 has
 WORDS = 3  # for eight columns
-STEP = 8
+STEPS = 8  # of eight columns in a group, whose first words lie together, then second, then third
 
 Words = npt.NDArray[np.uint32]
 
@@ -59,7 +60,8 @@ def unpack_lossless(rows: int, cols: int, blocks_BX: U8) -> U16:
     shape = MatrixShape(BF12, rows, cols)
     blocks = np.ascontiguousarray(blocks_BX).reshape(shape.num_blocks, shape.block_bytes)
     code_bytes = np.ascontiguousarray(blocks[:, : shape.scale_offset])
-    words = code_bytes.view(np.uint32).reshape(shape.num_blocks, -1, WORDS, BLOCK_ROWS)
+    groups = code_bytes.view(np.uint32).reshape(shape.num_blocks, -1, WORDS, STEPS, BLOCK_ROWS)
+    words = groups.swapaxes(2, 3).reshape(shape.num_blocks, -1, WORDS, BLOCK_ROWS)
     halves = np.stack([words & 0xFFFF, words >> 16], axis=-1).astype(np.uint16)
     direct = halves & 0x87FF  # [B, steps, 3, rows, 2]
     fourth = (
@@ -166,7 +168,7 @@ def _spread(codes: Any, words: Any, r: int) -> None:
             )
             for j in range(3):
                 code = np.uint32(codes[8 * s + 2 * j + half]) | parts[j] << np.uint32(11)
-                at = (3 * s + j) * 16 + r
+                at = (s // 8 * 24 + j * 8 + s % 8) * 16 + r
                 if half == 0:
                     words[at] = code
                 else:

@@ -27,6 +27,8 @@ LINE = 64
 WORDS = 3  # lines of a step, which is eight columns
 STEP = 8
 STEP_BYTES = WORDS * LINE
+STEPS = 8  # of a group
+PLANE_BYTES = STEPS * LINE  # of a group's first words, which its second ones follow
 GROUP = BF12.group
 GROUP_BYTES = ROWS * GROUP * BF12.bits // 8
 CHAINS = 4
@@ -87,7 +89,7 @@ def _sums(
                 v.prefetch(builder, at, to_level_1=False)
         first_x = builder.mul(loop.index, I64(4 * STEP))
         for part in range(PARTS):
-            at = v.offset(builder, builder.add(block, in_block), 4 * LANES * part)
+            at = v.offset(builder, step_address(builder, block, loop.index), 4 * LANES * part)
             for k, weights in enumerate(decode_step(builder, at, LANES)):
                 for x, of_token in zip(xs, slots, strict=True):
                     number = v.load(
@@ -103,11 +105,26 @@ def _folded(builder: Any, chains: list[Any]) -> Any:
     return builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
 
 
+def step_address(builder: Any, codes: Any, step: Any) -> Any:
+    """Of the first words of a step, of which ``codes`` has whole groups."""
+    in_group = builder.and_(step, I64(STEPS - 1))
+    group = builder.mul(builder.sub(step, in_group), I64(STEP_BYTES))
+    return builder.add(builder.add(codes, group), builder.mul(in_group, I64(LINE)))
+
+
+def load_words(builder: Any, address: Any, lanes: int) -> list[Any]:
+    """The three words of a step of ``lanes`` rows."""
+    return [
+        v.load(builder, v.offset(builder, address, PLANE_BYTES * j), I32, lanes)
+        for j in range(WORDS)
+    ]
+
+
 def decode_step(builder: Any, address: Any, lanes: int) -> list[Any]:
     """The codes of eight columns of ``lanes`` rows as float32, 2**-scale of the weights."""
     floats, high = v.wide(F32, lanes), v.constant(I32, lanes, 16)
     upper = v.constant(I32, lanes, _UPPER)
-    words = [v.load(builder, v.offset(builder, address, LINE * j), I32, lanes) for j in range(3)]
+    words = load_words(builder, address, lanes)
     columns = []
     for pair in (*words, last_pair(builder, words, lanes)):
         columns.append(builder.and_(builder.shl(pair, high), upper))

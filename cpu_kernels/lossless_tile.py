@@ -21,14 +21,14 @@ from cpu_kernels import vector_ir as v
 from cpu_kernels.column_tile import A_TILE, B_TILE, HAS_TILES, STEP, TOKENS
 from cpu_kernels.intrinsics import intrinsic
 from cpu_kernels.isa import host_isa
-from cpu_kernels.lossless_dot import LINE, PAIR, WORDS, last_pair
+from cpu_kernels.lossless_dot import LINE, PAIR, last_pair, load_words, step_address
 from cpu_kernels.packed_layout import BLOCK_ROWS
 from cpu_kernels.vector_ir import F32, I8, I32, I64, LANES
 
 SUMS = TOKENS * LINE  # bytes of the sums of a weight block and a block of tokens
 STEP_BYTES = 16 * LINE  # of a step of the depth, of either side
 STEP_CODES = 12 * LINE  # bytes of codes that hold a step of a weight block
-PAIRS = 4  # vectors that WORDS decode to,
+PAIRS = 4  # vectors that three of words decode to
 # Weight blocks and tokens whose sums are in registers at once: 4 of 8 AMX tiles, 16 of 32 vectors
 # of AVX-512, 8 of 16 of AVX2.
 BLOCKS, TILE_TOKENS = (2, 32) if HAS_TILES else (2, 8) if LANES == 16 else (1, 4)
@@ -40,17 +40,13 @@ assert BLOCK_ROWS == TOKENS and STEP * TOKENS * 2 == STEP_BYTES
 
 @intrinsic
 def decode_pairs(typingctx, words, num_steps, pairs):
-    """The pairs of bf16 that ``num_steps`` times three vectors of words hold; addresses."""
+    """The pairs of bf16 of ``num_steps`` steps, whole groups; the others are addresses."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         words, num_steps, pairs = args
         with cgutils.for_range(builder, num_steps, intp=I64) as loop:
-            source = builder.add(words, builder.mul(loop.index, I64(WORDS * LINE)))
+            loaded = load_words(builder, step_address(builder, words, loop.index), BLOCK_ROWS)
             to = builder.add(pairs, builder.mul(loop.index, I64(PAIRS * LINE)))
-            loaded = [
-                v.load(builder, v.offset(builder, source, n * LINE), I32, BLOCK_ROWS)
-                for n in range(WORDS)
-            ]
             for n, pair in enumerate(_decoded(builder, loaded)):
                 v.store(builder, pair, v.offset(builder, to, n * LINE))
         return context.get_dummy_value()

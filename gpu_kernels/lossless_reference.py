@@ -15,7 +15,8 @@ def lossless_matrix(blocks: Tensor, layout: PackedLayout, cols: int) -> Tensor:
     """Blocks, uint8 ``[B, block_bytes]``, as float32 rows ``[N, K]``, to the bit."""
     scale_at = layout.scale_offset(cols)
     words = blocks[:, :scale_at].contiguous().view(torch.int32)
-    w0, w1, w2 = words.unflatten(1, (-1, 3, BLOCK_ROWS)).unbind(2)  # [B, steps, rows]
+    planes = words.unflatten(1, (-1, 3, 8, BLOCK_ROWS)).unbind(2)
+    w0, w1, w2 = (plane.flatten(1, 2) for plane in planes)  # [B, steps, rows]
     last = w0 >> 4 & 0x07800780 | w1 >> 8 & 0x00780078
     last |= w2 >> 11 & 0x00070007 | (w2 & 0x40004000) << 1
     pairs = torch.stack([w0, w1, w2, last], dim=3) & -0x78007801  # 0x87FF87FF

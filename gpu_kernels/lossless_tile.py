@@ -33,8 +33,10 @@ def load_steps(block_ptr_B, first, SPEC: tl.constexpr):
 def _load_words(block_ptr_B, first, WHICH: tl.constexpr, SPEC: tl.constexpr):
     S: tl.constexpr = SPEC.step // 8
     s_S = tl.arange(0, S)
-    word_SR = ((s_S * 3 + WHICH) * 16)[:, None] + tl.arange(0, 16)[None, :]
-    word_ptr_B = block_ptr_B.to(tl.pointer_type(tl.int32)) + first * 6
+    # a part of a group of 64 columns, or whole ones
+    step_S = first % 64 // 8 + s_S if S < 8 else s_S // 8 * 24 + s_S % 8
+    word_SR = ((step_S + WHICH * 8) * 16)[:, None] + tl.arange(0, 16)[None, :]
+    word_ptr_B = block_ptr_B.to(tl.pointer_type(tl.int32)) + first // 64 * 384
     word_ptr_BSR = word_ptr_B[:, None, None] + word_SR[None, :, :]
     if SPEC.is_ragged:
         COLS: tl.constexpr = SPEC.scale_offset // 24
