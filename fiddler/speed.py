@@ -111,7 +111,6 @@ def demand_of(
     numel, shared = _layer_numels(config)
     per_token = plan.per_token
     sizes = [expert_bytes(config, dtypes.expert, layer) for layer in moe_layers(config)]
-    is_bf16 = dtypes.compute == dtypes.expert_memory == "bfloat16"
     return Demand(
         on_gpu=plan.gpu_side is GpuSide.CUDA,
         num_layers=config.num_layers,
@@ -119,7 +118,7 @@ def demand_of(
         top_k=config.top_k,
         hidden=config.expert_sides[0],
         codes=dtypes.expert_kinds[0].codes,
-        activations="bf16" if is_bf16 else "f32",
+        activations=dtypes.many,
         few=dtypes.few,
         expert_bytes=round(sum(sizes) / len(sizes)),
         expert_numel=config.expert_numel,

@@ -6,8 +6,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import Activations
@@ -90,8 +88,3 @@ def costs_of(table: TimeTable, *, copy_s: float) -> PrefillCosts:
         return table.time(count, by_columns=columns_from is not None and count >= columns_from)
 
     return PrefillCosts(copy_s=copy_s, expert_s=seconds, columns_from=columns_from)
-
-
-def prefill_activations(dtype: torch.dtype, expert_dtype: torch.dtype) -> Activations:
-    """What the CPU rounds hidden states to for many tokens: bf16 where the device does so too."""
-    return "bf16" if dtype == expert_dtype == torch.bfloat16 else "f32"

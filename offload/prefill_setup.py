@@ -3,13 +3,14 @@
 import torch
 
 from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.packed_layout import PackedShape
 from offload.calibration import Calibration
 from offload.expert_store import ExpertStore
 from offload.expert_stream import ExpertStream
 from offload.popularity import Popularity
 from offload.prefill import PrefillExperts
-from offload.prefill_costs import known_costs, prefill_activations
+from offload.prefill_costs import known_costs
 from offload.prefill_division import PrefillCosts
 
 
@@ -22,11 +23,14 @@ def make_prefill(
     num_slots: int,
     device: torch.device,
     dtype: torch.dtype,
+    activations: Activations,
     max_tokens: int,
     top_k: int,
 ) -> PrefillExperts:
-    """For a GPU: a ring of ``num_slots``, and both sides' times, which a first start measures."""
-    activations = prefill_activations(dtype, store.dtype)
+    """For a GPU: a ring of ``num_slots``, and both sides' times, which a first start measures.
+
+    ``activations``: what the CPU rounds hidden states to.
+    """
     stream = ExpertStream(store, num_slots, device) if num_slots > 0 else None
     costs: dict[PackedShape | None, PrefillCosts] = {}
     with_cold = [layer for layer in store.shape.moe_layers if len(store[layer].cpu_w13_CFH)]

@@ -43,6 +43,7 @@ def load_experts(ground: Ground, weights: OpenedWeights) -> HybridExperts:
             num_slots=ground.plan.staging_slots,
             device=ground.device,
             dtype=ground.dtype,
+            activations=ground.dtypes.many,
             **sizes,
         )
     experts = HybridExperts(

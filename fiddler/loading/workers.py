@@ -4,8 +4,6 @@ import logging
 import os
 from typing import Any
 
-import torch
-
 from cpu_kernels.compiled import needs_compile
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.thread_count import measured_num_threads
@@ -17,7 +15,6 @@ from offload.executor import needs_warm_up, warm_up
 from offload.handoff import pinned_words
 from offload.handoff_probe import Way
 from offload.plan import GpuSide, Plan
-from offload.prefill_costs import prefill_activations
 
 _log = logging.getLogger("fiddler.loading")
 
@@ -43,9 +40,7 @@ def start_pool(
     # what hidden states are rounded to: in steps of few tokens, and of many beside a GPU
     kernels: list[tuple[Any, ...]] = [(kind, dtypes.few) for kind in kinds] if has_cold else []
     if has_cold and plan.gpu_side is GpuSide.CUDA:
-        stored: torch.dtype = getattr(torch, dtypes.expert_memory)
-        rounded = prefill_activations(getattr(torch, dtypes.compute), stored)
-        kernels += [(kind, rounded) for kind in kinds]
+        kernels += [(kind, dtypes.many) for kind in kinds]
     compiles = needs_compile() or any(needs_warm_up(*which) for which in kernels)
     report = on_progress if on_progress is not None and compiles else _no_progress
     if on_progress is None and compiles:

@@ -41,6 +41,12 @@ class Dtypes:
         return tuple(map(parse_kind, self.expert.split(KIND_JOINT)))
 
     @property
+    def many(self) -> Activations:
+        """What the CPU rounds the activations of many tokens to: bf16 where the device does too."""
+        are_bf16 = all(kind.codes in ("bf16", "bf12") for kind in self.expert_kinds)
+        return "bf16" if self.compute == "bfloat16" and are_bf16 else "f32"
+
+    @property
     def expert_memory(self) -> str:
         """The type of the memory that experts lie in."""
         return self.expert if self.expert in FLOATS else "uint8"

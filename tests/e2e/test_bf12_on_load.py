@@ -101,6 +101,11 @@ def test_what_has_no_room_is_one_sentence(tmp_path: Path) -> None:
 def test_activations_are_not_rounded() -> None:
     assert resolve_dtypes("bf12", "bfloat16", has_gpu=True).few == "f32"
     assert resolve_dtypes("bf12", "bfloat16", has_gpu=True).compute == "bfloat16"
+    many = [
+        resolve_dtypes(asked, "bfloat16", has_gpu=True).many
+        for asked in ("bf12", "bfloat16", "float32", "w4g128")
+    ]
+    assert many == ["bf16", "bf16", "f32", "f32"]
     with pytest.raises(ConfigError, match="int8 activations are for rounded experts"):
         resolve_dtypes("bf12", "bfloat16", has_gpu=True, cpu_activations="int8")
 
