@@ -58,7 +58,8 @@ ENGINE_OPTIONS = (
         "dtype",
         Dtype(),
         "TYPE",
-        "Weights in memory: float32, bfloat16, or experts in w4g128, w8g128 and the like.",
+        "Weights in memory: float32, bfloat16, or experts in bf12 (bfloat16 without loss), w4g128, "
+        "w8g128 and the like.",
     ),
     Shared(
         "--kv-dtype",
