@@ -27,7 +27,7 @@ from offload.units import MIB
 
 # weights and what activations are rounded to, as the engine computes them
 KERNELS: tuple[tuple[str, Activations], ...] = (
-    *(("bf16", "f32"), ("bf16", "bf16")),
+    *(("bf16", "f32"), ("bf16", "bf16"), ("bf12", "f32"), ("bf12", "bf16")),
     *(("w8g128", "f32"), ("w4g128", "f32")),
     *(("w8g128", "int8"), ("w4g128", "int8")),
 )

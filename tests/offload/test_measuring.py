@@ -144,6 +144,22 @@ def test_other_kinds_are_taken_for_measured_ones_by_their_bytes() -> None:
     assert RATES_HERE.switch_over("bf16", "f32", 9_000) is None
 
 
+def test_lossless_experts_are_taken_for_bf16_where_they_were_not_measured() -> None:
+    """By their bytes with few tokens, by their number of weights with many."""
+    bf16 = RATES_HERE.expert_s("bf16", "f32", 20_000)
+    bf12 = RATES_HERE.expert_s("bf12", "f32", 15_000)
+    assert bf12(1, False) == RATES_HERE.expert_s("bf16", "f32", 15_000)(1, False) < bf16(1, False)
+    assert bf12(64, False) == bf16(64, False)
+    own = tuple(
+        replace(one, table=replace(one.table, kernel="bf12/f32", rows_s=tuple(r / 4 for r in rows)))
+        for one in TIMES
+        if one.table.kernel == "bf16/f32"
+        for rows in [one.table.rows_s]
+    )
+    measured = replace(RATES_HERE, times=TIMES + own).expert_s("bf12", "f32", 20_000)
+    assert measured(64, False) == pytest.approx(bf16(64, False) / 4)
+
+
 def test_workers_are_slower_beside_a_gpu_where_memory_bounds_them() -> None:
     assert RATES_HERE.beside_s(1e-3, 100_000_000) == pytest.approx(100 / 80e3)
     assert RATES_HERE.beside_s(2e-3, 100_000_000) == 2e-3
