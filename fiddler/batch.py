@@ -6,6 +6,7 @@ the collector finds only appends to ``_abandoned``: its request is cancelled bef
 """
 
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Batch:
 
     def __init__(self, loaded: LoadedModel, seed: int) -> None:
         self._loaded: LoadedModel | None = loaded
+        self._process = os.getpid()
         self._seed = seed
         self._samples: dict[int, Sample] = {}
         self._abandoned: deque[Request] = deque()  # appended to without the lock
@@ -44,17 +46,27 @@ class Batch:
 
     @property
     def running(self) -> LoadedModel:
-        """The model; ConfigError once it is closed."""
+        """The model; ConfigError once it is closed, and in a fork of its process."""
+        if self._is_forked:
+            raise ConfigError(
+                "this LLM belongs to the process that loaded it, whose threads a fork leaves there",
+                hint="load the model in the process that uses it",
+            )
         if self._loaded is None:
             raise ConfigError("this LLM is closed", hint="make a new one")
         return self._loaded
 
     @property
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process
+
+    @property
     def num_free_pages(self) -> int:
         """KV pages that no request and no cached prefix holds."""
+        running = self.running
         with self._lock:
             self._cancel_abandoned()
-            return self.running.pages.num_free
+            return running.pages.num_free
 
     def add(self, prompt: CheckedPrompt, reader: LogitReader | None = None) -> Entry:
         """Let a prompt's samples join; they run when somebody asks for their events."""
@@ -112,7 +124,12 @@ class Batch:
         return [_result(entry, peak) for entry in entries]
 
     def close(self) -> None:
-        """Cancel everything and give back GPU memory, pinned memory and threads. Idempotent."""
+        """Cancel everything and give back GPU memory, pinned memory and threads. Idempotent.
+
+        A fork has none of them to give back.
+        """
+        if self._is_forked:
+            return
         with self._lock:
             for sample in list(self._samples.values()):
                 self._cancel(sample.request, "cancelled")

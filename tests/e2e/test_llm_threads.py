@@ -1,5 +1,6 @@
 """One model, several threads; and what is left when it is closed."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -156,6 +157,23 @@ def test_a_closed_model_says_so() -> None:
     # what is known of the model stays known
     assert llm.tokenizer.encode("a") and llm.plan.num_pages and llm.default_params()
     assert llm.model_name == mixtral().name and llm.revision is None
+
+
+def test_a_forked_child_is_told_to_load_its_own_model() -> None:
+    """It has none of the threads; closing there leaves the parent's alone."""
+    with open_folder(mixtral()) as llm:
+        before = llm.generate("a", params(seed=1)).outputs[0].token_ids
+        child = os.fork()
+        if child == 0:
+            try:
+                with llm, pytest.raises(ConfigError, match="belongs to the process that loaded it"):
+                    llm.generate("a")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+        assert os.waitpid(child, 0)[1] == 0
+        assert llm.generate("a", params(seed=1)).outputs[0].token_ids == before
 
 
 def test_closing_ends_another_threads_call(monkeypatch: pytest.MonkeyPatch) -> None:
