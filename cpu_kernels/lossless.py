@@ -25,8 +25,8 @@ from cpu_kernels.packed_layout import ALIGNMENT, BLOCK_ROWS, U8, MatrixShape
 from cpu_kernels.weight_kind import BF12
 
 EXPONENTS = 15  # of a row's codes; 0 is for zero
-HIGHEST = 254  # exponent field of a finite number
 MOST_SHIFT = 127  # the largest power of two that bfloat16 has
+MOST_COLUMNS = 1 << 16  # an exception has 16 bits for its column
 WORDS = 3  # for eight columns
 STEPS = 8  # of eight columns in a group, whose first words lie together, then second, then third
 
@@ -36,12 +36,15 @@ Words = npt.NDArray[np.uint32]
 def pack_lossless(weights_NK: U16, blocks_BX: U8) -> None:
     """Write the bfloat16 with the bits ``weights_NK`` as blocks, uint8 [B, block_bytes].
 
-    ``blocks_BX`` may be a view of every other block. ValueError if a weight is Inf or NaN, or a
-    block has more exceptions than there is room for; it says which. Releases the GIL.
+    ``blocks_BX`` may be a view of every other block. ValueError if a weight is Inf or NaN, a
+    block has more exceptions than there is room for, or a row more than MOST_COLUMNS weights; it
+    says which. Releases the GIL.
     """
     shape = MatrixShape(BF12, *weights_NK.shape)
     assert weights_NK.dtype == np.uint16 and weights_NK.strides[1] == 2
     assert blocks_BX.shape == (shape.num_blocks, shape.block_bytes) and blocks_BX.strides[1] == 1
+    if shape.cols > MOST_COLUMNS:
+        raise ValueError(f"rows have {shape.cols} weights, more than {MOST_COLUMNS}")
     row = _pack_rows(
         weights_NK, blocks_BX, shape.scale_offset, shape.most_exceptions, shape.padded_cols
     )
@@ -50,8 +53,8 @@ def pack_lossless(weights_NK: U16, blocks_BX: U8) -> None:
     if (weights_NK[row] & 0x7F80 == 0x7F80).any():
         raise ValueError("the weights hold NaN or Inf: the checkpoint is damaged")
     raise ValueError(
-        f"rows {row // BLOCK_ROWS * BLOCK_ROWS} to {row} have more than {shape.most_exceptions} "
-        "weights with exponents of their own"
+        f"16 neighbouring rows have more than {shape.most_exceptions} weights with exponents of "
+        "their own"
     )
 
 

@@ -57,8 +57,16 @@ def test_as_many_exceptions_as_there_is_room_for() -> None:
     weights_NK[:3] = weights_NK[4:16] = 0
     assert np.array_equal(unpack_lossless(32, 512, packed(weights_NK)), weights_NK)
     weights_NK[3, room] = 0x0080
-    with pytest.raises(ValueError, match="rows 0 to 3 have more than 32 weights"):
+    with pytest.raises(ValueError, match="16 neighbouring rows have more than 32 weights"):
         packed(weights_NK)
+
+
+def test_the_last_column_that_an_exception_can_name() -> None:
+    weights_NK = normal(0, 2, 1 << 16)
+    weights_NK[1, -1] = 0x0080
+    assert np.array_equal(unpack_lossless(*weights_NK.shape, packed(weights_NK)), weights_NK)
+    with pytest.raises(ValueError, match="rows have 65537 weights, more than 65536"):
+        packed(normal(0, 2, (1 << 16) + 1))
 
 
 @pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0])
