@@ -39,9 +39,9 @@ class EngineConfig:
     token: str | None = None
     offline: bool = False
     load_format: str = "auto"
-    dtype: str = "auto"  # a kind of packed experts: rounded while loading, the rest as by auto
+    dtype: str = "auto"  # a kind of packed experts: made while loading, the rest as by auto
     kv_cache_dtype: str = "auto"  # auto: that of the activations
-    cpu_activations: str = "auto"  # of decode steps, before packed experts on the CPU
+    cpu_activations: str = "auto"  # of decode steps, before rounded experts on the CPU
     device: str = "auto"
     vram_gb: float | None = None
     ram_gb: float | None = None

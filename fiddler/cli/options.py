@@ -73,7 +73,7 @@ ENGINE_OPTIONS = (
         "cpu_activations",
         click.Choice(CPU_ACTIVATIONS),
         None,
-        "What the CPU rounds activations to before packed experts; auto: int8 beside bfloat16.",
+        "What the CPU rounds activations to before rounded experts; auto: int8 beside bfloat16.",
     ),
     Shared("--device", "device", click.Choice(DEVICES), None, "Where the dense layers run."),
     Shared(
