@@ -79,6 +79,46 @@ def test_the_built_in_model_says_the_same() -> None:
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_parts_of_matrices_are_packed_as_wholes_are(
+    stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the numbers are stored as: they are those of bfloat16."""
+    folder = shared_tiny("qwen3_moe", dtype=stored)
+    with loaded(folder, "bfloat16") as llm:
+        wanted = matrices(llm)
+    monkeypatch.setattr("fiddler.models.packing.CHUNK", 20 * 64)
+    with loaded(folder, "bf12") as llm:
+        found = matrices(llm)
+    for at, parts in wanted.items():
+        assert all(np.array_equal(a, b) for a, b in zip(found[at], parts, strict=True))
+
+
+def test_neurons_are_scaled_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an expert whose matrices are packed in parts."""
+    folder = shared_tiny("qwen3_moe", dtype="bfloat16", moe_intermediate_size=64)
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / SINGLE)
+    for name, tensor in tensors.items():
+        if name.endswith("down_proj.weight") and ".experts." in name:
+            tensor[:, ::3] *= 2.0**-20
+    save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
+    texts, found = random_texts([9, 30], 256), []
+    monkeypatch.setattr("fiddler.models.packing.CHUNK", 20 * 64)
+    for dtype in ("float32", "bf12"):
+        with loaded(tmp_path, dtype) as llm:
+            found.append((matrices(llm), Forward(llm).logits(texts, [5, 20])))
+    (wanted, wanted_logits), (got, got_logits) = found
+    for at, (gate, up, down) in wanted.items():
+        assert np.array_equal(got[at][0], gate)
+        by_I = got[at][2][0] / down[0]  # powers of two
+        assert (by_I[::3] > 2.0**14).all() and (by_I[1::3] == 1).all()
+        assert np.array_equal(got[at][2], down * by_I)
+        assert np.array_equal(got[at][1] * by_I[:, None], up)
+    assert relative_error(got_logits, wanted_logits) < 1e-5
+
+
 def test_what_has_no_room_is_one_sentence(tmp_path: Path) -> None:
     folder = shared_tiny("qwen3_moe", dtype="bfloat16")
     for path in folder.iterdir():

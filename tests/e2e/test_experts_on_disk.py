@@ -123,6 +123,16 @@ def test_packed_experts(kind: str, tmp_path: Path) -> None:
         assert cache_of(llm).most == 5 and cache_of(llm).num_read > 10
 
 
+@pytest.mark.parametrize("options", [{}, {"load_format": "dummy"}])
+def test_lossless_experts(options: dict[str, Any]) -> None:
+    folder = shared_tiny("qwen3_moe", dtype="bfloat16")
+    with loaded(folder, dtype="bf12", **options) as llm:
+        wanted, budget = results(llm), ram_gb(llm, 5)
+    with loaded(folder, dtype="bf12", ram_gb=budget, **options) as llm:
+        assert_same(results(llm), wanted)
+        assert cache_of(llm).most == 5 and cache_of(llm).num_read > 10
+
+
 def test_requests_side_by_side_and_one_that_is_cancelled() -> None:
     folder = folder_of("mixtral")
     prompts = random_texts(LENGTHS, 264, seed=8)
