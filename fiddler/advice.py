@@ -223,7 +223,8 @@ def _smaller_experts(made: Planned) -> Iterator[Proposal]:
     (now, *_) = dtypes.expert_kinds
     if model.packed is not None:  # they are stored so
         return
-    if now.codes == "bf16" and model.dtype == "bfloat16" != made.case.settings.dtype != "float32":
+    is_auto = made.case.settings.dtype == "auto"  # the rest stays what it is
+    if is_auto and now.codes == "bf16" and model.dtype == "bfloat16":
         yield "--dtype bf12", "the same numbers in 12 bits", made.case.asking(dtype="bf12")
     for kind, bits in (("w8g128", 8), ("w4g128", 4)):
         if not now.is_packed or bits < now.bits:

@@ -133,6 +133,16 @@ def test_what_is_proposed_is_what_the_option_gives(
         assert way.prefill[1] > way.prefill[0]
 
 
+def test_bf12_is_proposed_where_nothing_else_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "cheapest", list)
+    shape = case("qwen3-30b-a3b", vram_gb=20)
+    for dtype in ("auto", "bfloat16", "float32", "bf12", "w8g128"):
+        options = [way.option for way in ways_to_go_faster(make(shape.asking(dtype=dtype)))]
+        assert ("--dtype bf12" in options) == (dtype == "auto"), dtype
+    made = make(replace(shape, model=replace(shape.model, dtype="float16")))  # would be rounded
+    assert "--dtype bf12" not in [way.option for way in ways_to_go_faster(made)]
+
+
 def test_memory_is_proposed_where_rounding_is_done() -> None:
     packed = make(case("qwen3-30b-a3b", vram_gb=12, dtype="w4g128"))
     assert [way.option for way in ways_to_go_faster(packed)][-1] == "--vram-gb 16.0"
