@@ -58,8 +58,9 @@ class MatrixShape:
 
     @cached_property
     def zero_offset(self) -> int:
-        """Where the zero points of a block begin, or would begin."""
-        return self.scale_offset + 2 * BLOCK_ROWS * self.groups
+        """Where the zero points of a block begin, or would begin: behind the scales."""
+        per_row = 1 if self.kind.is_lossless else self.groups
+        return self.scale_offset + 2 * BLOCK_ROWS * per_row
 
     @cached_property
     def most_exceptions(self) -> int:

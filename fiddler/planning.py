@@ -144,7 +144,7 @@ def ask(
         cpu_activations=settings.cpu_activations,
     )
     (kind, *_) = dtypes.expert_kinds
-    if model.packed is None and kind.is_rounded:
+    if model.packed is None and kind.is_packed:
         check_groups(model, kind, "--dtype")
     check_kv(dtypes, has_gpu=hardware.has_gpu, capability=hardware.gpu_capability)
     popularity, popularity_name = find_popularity(settings.profile, model, name, folder)

@@ -64,7 +64,8 @@ class PackedLayout:
         return BLOCK_ROWS * self._groups(cols) * self.group * self.bits // 8
 
     def zero_offset(self, cols: int) -> int:
-        return self.scale_offset(cols) + 2 * BLOCK_ROWS * self._groups(cols)
+        per_row = 1 if self.bits == 12 else self._groups(cols)
+        return self.scale_offset(cols) + 2 * BLOCK_ROWS * per_row
 
     def most_exceptions(self, cols: int) -> int:
         return -(-self._groups(cols) * self.group // 256) * 16

@@ -24,8 +24,9 @@ EXAMPLES = 5  # experts named of those that saw too little
     "--scheme",
     default="w4g128z",
     show_default=True,
-    metavar="w4g128|w4g64|w4g32|w8g128|...",
-    help="Bits and group; a z at the end: with zero points; -bf16: bfloat16 scales.",
+    metavar="bf12|w8g128|w4g128|w4g64|w4g32|...",
+    help="bf12: bfloat16 in 12 bits, without loss. Else bits and group; z: with zero points;"
+    " -bf16: bfloat16 scales.",
 )
 @click.option(
     "--method",
@@ -100,10 +101,10 @@ def command(
 
 
 def _kind(scheme: str) -> "WeightKind":
-    from cpu_kernels.weight_kind import ROUNDED_KINDS
+    from cpu_kernels.weight_kind import PACKED_KINDS
     from fiddler.errors import ConfigError, nearest
 
-    kinds = {kind.name: kind for kind in ROUNDED_KINDS}
+    kinds = {kind.name: kind for kind in PACKED_KINDS}
     if scheme not in kinds:
         raise ConfigError(
             f"there is no scheme {scheme!r}{nearest(scheme, kinds)}",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpu_kernels.weight_kind import ROUNDED_KINDS, WeightKind
+from cpu_kernels.weight_kind import PACKED_KINDS, ROUNDED_KINDS, WeightKind
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.models.config import ModelConfig
 from fiddler.models.foreign.scheme import foreign_layout
@@ -55,7 +55,7 @@ def _own_experts(scheme: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str,
 
 
 def _kind(name: object) -> WeightKind:
-    found = next((kind for kind in ROUNDED_KINDS if kind.name == name), None)
+    found = next((kind for kind in PACKED_KINDS if kind.name == name), None)
     if found is None:
         raise CheckpointError(f"the config.json names no known kind of packed experts: {name!r}")
     return found
@@ -75,13 +75,13 @@ def _outliers(scheme: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[tuple[
 
 
 def check_groups(config: ModelConfig, kind: WeightKind, option: str) -> None:
-    """Raise :class:`QuantizeError` for groups that do not divide the experts' sides.
+    """Raise :class:`QuantizeError` for groups of codes that do not divide the experts' sides.
 
     The hint names kinds that do, as values of ``option``.
     """
     sizes = {"hidden size": config.hidden_size, "expert width": config.expert_size}
     for what, size in sizes.items():
-        if size % kind.group:
+        if kind.is_rounded and size % kind.group:
             raise QuantizeError(
                 f"groups of {kind.group} do not divide the {what} of {size}",
                 hint=_fitting(config, option),

@@ -18,7 +18,7 @@ from fiddler.quantize.sensitivity import share_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeJob:
-    """``kind`` experts of the model in ``source``, as the folder ``output``.
+    """``kind`` experts of the model in ``source``, as the folder ``output``; bf12 rounds nothing.
 
     ``calibration`` is a text file; "gptq" needs one. ``outliers``: as many inputs of each matrix,
     the largest of that text, are read by columns of 8 bits. ``sensitivity``: layers that lose most
@@ -49,6 +49,11 @@ def checked(job: QuantizeJob) -> tuple[dict[str, Any], ModelConfig]:
     if job.method == "gptq" and job.calibration is None:
         raise QuantizeError(
             "gptq fits the weights to a text, and none was given", hint="add --calibration FILE"
+        )
+    if job.kind.is_lossless and job.calibration is not None:
+        raise QuantizeError(
+            f"{job.kind.name} loses nothing, so there is nothing to fit to a text",
+            hint="leave out --calibration",
         )
     config = load_config(job.source)
     check_groups(config, job.kind, "--scheme")

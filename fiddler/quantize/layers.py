@@ -24,6 +24,7 @@ from cpu_kernels.weight_kind import WeightKind
 from fiddler.errors import QuantizeError
 from fiddler.models.config import ModelConfig
 from fiddler.models.manifest import packed_shape
+from fiddler.models.packing import lossless, stored_bits
 from fiddler.models.safetensors_header import read_header
 from fiddler.models.weights import WeightSource, load_expert_into
 from fiddler.quantize.calibration import Calibration, ExpertInputs
@@ -114,6 +115,10 @@ class Layers:
     ) -> tuple[PackedExpert, Tensor | None]:
         hidden, width = self._config.hidden_size, self._config.expert_size
         kind = self._config.packed_kind(self._kind, layer)
+        if kind.is_lossless:
+            out_B = torch.empty(packed_shape(self._config, kind).expert_bytes, dtype=torch.uint8)
+            lossless(self._config, stored_bits(self._source))(layer, expert, out_B)
+            return PackedExpert(out_B.numpy(), is_fitted=False), None
         w13_FH, w2_HI = torch.empty(2 * width, hidden), torch.empty(hidden, width)
         load_expert_into(self._source, self._config, layer, expert, w13_FH, w2_HI)
         x_MH = None if seen is None else seen.inputs_of(expert)

@@ -111,7 +111,7 @@ def test_beside_an_emulated_gpu_side(share: float) -> None:
         assert cache_of(llm).most == 3 and cache_of(llm).num_read > 0
 
 
-@pytest.mark.parametrize("kind", ["w4g32z", "w8g32"])
+@pytest.mark.parametrize("kind", ["w4g32z", "w8g32", "bf12"])
 def test_packed_experts(kind: str, tmp_path: Path) -> None:
     source = shared_tiny("qwen3_moe", moe_intermediate_size=64)
     job = QuantizeJob(source=source, output=tmp_path / "q", kind=parse_kind(kind), method="rtn")
