@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import click
 
-from fiddler.cli.console import styled
+from fiddler.cli.console import error_width, styled, wrapped
 from fiddler.errors import FiddlerError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -30,9 +30,19 @@ class Sentence(click.ClickException):
 
 def print_error(message: str, hint: str = "") -> None:
     """Write ``error: message`` and, if there is one, ``hint: hint`` to standard error."""
-    click.echo(f"{styled('error:', fg='red', bold=True)} {message}", err=True)
+    _print_labelled("error:", message, fg="red", bold=True)
     if hint:
-        click.echo(f"{styled('hint:', fg='cyan')} {hint}", err=True)
+        _print_labelled("hint:", hint, fg="cyan")
+
+
+def _print_labelled(label: str, text: str, **style: Any) -> None:
+    """On a terminal in lines of its width, broken at blanks; else in one."""
+    width = error_width()
+    lines = wrapped(f"{label} ", text, width) if width < sys.maxsize else [f"{label} {text}"]
+    first, *more = lines
+    click.echo(styled(label, **style) + first.removeprefix(label), err=True)
+    for line in more:
+        click.echo(line, err=True)
 
 
 @contextlib.contextmanager

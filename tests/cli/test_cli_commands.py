@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from fake_llm import FakeLLM
+from terminal import terminal
 
 from fiddler.cli import COMMANDS, cli, session
 from fiddler.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
@@ -240,3 +241,15 @@ def test_debug_shows_where_it_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, RuntimeError("odd"))
     result = CliRunner().invoke(cli, ["--debug", "generate", "hello"])
     assert isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
+def test_an_error_breaks_between_words_in_a_terminal(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fiddler", "generate", "hi", "-m", "/no/folder"]
+    with terminal(command, tmp_path, COLUMNS="50", NO_COLOR="1") as shown:
+        assert shown.exit_code() == 1
+        found = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", shown.transcript).splitlines()
+    lines = [line for line in found if line.strip()]
+    assert len(lines) > 2 and max(map(len, lines)) <= 50
+    plain = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert " ".join(lines).split() == plain.split()
