@@ -70,7 +70,7 @@ def slot_matrices(weights: DenseWeights | PackedWeights, slot: int) -> tuple[Ten
 def _matrix(blocks: Tensor, layout: PackedLayout, cols: int) -> Tensor:
     """Blocks of 16 rows, uint8 ``[blocks, block_bytes]``, as float32 rows."""
     if layout.bits == 12:
-        return lossless_matrix(blocks, layout, cols)
+        return lossless_matrix(blocks, layout.scale_offset(cols))[:, :cols]
     scale_at, zero_at = layout.scale_offset(cols), layout.zero_offset(cols)
     codes = blocks[:, :scale_at].unflatten(1, (-1, BLOCK_ROWS, 4)).transpose(1, 2)
     if layout.bits == 4:
