@@ -50,12 +50,17 @@ def pack_lossless(weights_NK: U16, blocks_BX: U8) -> None:
     )
     if row < 0:
         return
-    if (weights_NK[row] & 0x7F80 == 0x7F80).any():
+    if not is_finite(weights_NK[row]):
         raise ValueError("the weights hold NaN or Inf: the checkpoint is damaged")
     raise ValueError(
         f"16 neighbouring rows have more than {shape.most_exceptions} weights with exponents of "
         "their own"
     )
+
+
+def is_finite(bits: U16) -> bool:
+    """Whether all of these bfloat16 are numbers."""
+    return not (bits & 0x7F80 == 0x7F80).any()
 
 
 def unpack_lossless(rows: int, cols: int, blocks_BX: U8) -> U16:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cpu_kernels.bf16 import U16
-from cpu_kernels.lossless import pack_lossless
+from cpu_kernels.lossless import is_finite, pack_lossless
 from cpu_kernels.neuron_scales import ColumnExponents, drop_unfit_rows, scaled
 from cpu_kernels.packed_layout import (
     BLOCK_ROWS,
@@ -41,7 +41,6 @@ BitsOf = Callable[[Part, slice], U16]
 FillBlocks = Callable[[Part, slice, U8], None]
 
 CHUNK = 1 << 21  # weights at a time: 8 MB as float32
-INFINITE = 0x7F80  # the exponent of bfloat16 that are no finite numbers
 
 
 def packing(config: ModelConfig, kind: WeightKind, rows_of: RowsOf) -> FillPacked:
@@ -125,11 +124,11 @@ def lossless(config: ModelConfig, bits_of: BitsOf) -> FillPacked:
 
 
 def _pack_bits(part: Part, w_NK: U16, blocks_X: U8) -> None:
-    if (w_NK & INFINITE == INFINITE).any():
-        raise NumericsError(f"tensor {part.name} holds NaN or Inf")
     try:
         pack_lossless(w_NK, blocks_X)
     except ValueError as error:
+        if not is_finite(w_NK):
+            raise NumericsError(f"tensor {part.name} holds NaN or Inf") from error
         raise ConfigError(
             f"tensor {part.name} has no room in 12 bits: {error}",
             hint="load it with --dtype bfloat16",
