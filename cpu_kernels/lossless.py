@@ -58,6 +58,14 @@ def pack_lossless(weights_NK: U16, blocks_BX: U8) -> None:
     )
 
 
+def lossless_blocks(weights_NK: U16) -> U8:
+    """The same in new memory."""
+    shape = MatrixShape(BF12, *weights_NK.shape)
+    blocks_BX = np.empty((shape.num_blocks, shape.block_bytes), np.uint8)
+    pack_lossless(weights_NK, blocks_BX)
+    return blocks_BX
+
+
 def is_finite(bits: U16) -> bool:
     """Whether all of these bfloat16 are numbers."""
     return not (bits & 0x7F80 == 0x7F80).any()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cpu_kernels.arena import Arena
 from cpu_kernels.bf16 import f32_to_bf16
 from cpu_kernels.experts import Experts, dense_experts, packed_experts
-from cpu_kernels.lossless import pack_lossless
+from cpu_kernels.lossless import lossless_blocks
 from cpu_kernels.packed_layout import MatrixShape, PackedShape, pack_matrix
 from cpu_kernels.quantise import round_to_nearest
 from cpu_kernels.weight_kind import WeightKind
@@ -55,10 +55,7 @@ def _normal_bf16(size: int) -> npt.NDArray[np.uint16]:
 def _blocks(kind: WeightKind, weights_NK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     if kind.is_rounded:
         return pack_matrix(kind, *round_to_nearest(weights_NK, kind))
-    shape = MatrixShape(kind, *weights_NK.shape)
-    blocks = np.empty((shape.num_blocks, shape.block_bytes), np.uint8)
-    pack_lossless(f32_to_bf16(weights_NK), blocks)
-    return blocks
+    return lossless_blocks(f32_to_bf16(weights_NK))
 
 
 def _packed_expert(packed: PackedShape) -> npt.NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from cpu_kernels import lossless_columns
 from cpu_kernels.bf16 import bf16_to_f32, f32_to_bf16, widen
 from cpu_kernels.column_tile import TOKENS
 from cpu_kernels.compiled import compile_entry, stamped
-from cpu_kernels.lossless import pack_lossless, unpack_lossless
+from cpu_kernels.lossless import lossless_blocks, unpack_lossless
 from cpu_kernels.lossless_columns import BLOCK_BYTES, PART_BYTES
 from cpu_kernels.packed_layout import BLOCK_ROWS, MatrixShape
 from cpu_kernels.weight_kind import BF12
@@ -48,9 +48,7 @@ def entries() -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 def blocks_of(bits_NK: U16) -> U8:
-    shape = MatrixShape(BF12, *bits_NK.shape)
-    blocks_BX = np.zeros((shape.num_blocks, shape.block_bytes), np.uint8)
-    pack_lossless(bits_NK, blocks_BX)
+    blocks_BX = lossless_blocks(bits_NK)
     assert np.array_equal(unpack_lossless(*bits_NK.shape, blocks_BX), bits_NK)
     return blocks_BX
 

@@ -10,7 +10,7 @@ from paged_batch import DEVICE
 from torch import Tensor
 
 from cpu_kernels.bf16 import F32, U16, bf16_to_f32, f32_to_bf16
-from cpu_kernels.lossless import pack_lossless
+from cpu_kernels.lossless import lossless_blocks
 from cpu_kernels.packed_layout import MatrixShape
 from cpu_kernels.weight_kind import BF12
 from gpu_kernels.device import family
@@ -54,10 +54,7 @@ def products_kernel(w_ptr, x_ptr, out_ptr, begin, num_columns, SPEC: tl.constexp
 
 
 def packed(bits_NK: U16) -> tuple[MatrixShape, np.ndarray]:
-    shape = MatrixShape(BF12, *bits_NK.shape)
-    blocks = np.zeros((shape.num_blocks, shape.block_bytes), np.uint8)
-    pack_lossless(bits_NK, blocks)
-    return shape, blocks
+    return MatrixShape(BF12, *bits_NK.shape), lossless_blocks(bits_NK)
 
 
 def products(

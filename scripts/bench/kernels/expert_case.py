@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpu_kernels.lossless import pack_lossless
-from cpu_kernels.packed_layout import MatrixShape
-from cpu_kernels.weight_kind import BF12
+from cpu_kernels.lossless import lossless_blocks
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 
 DEVICE = "cuda"
@@ -107,12 +105,9 @@ def _lossless_layer(shape: Shape) -> ExpertLayer:
 
 def _lossless_blocks(rows: int, cols: int) -> Tensor:
     """The blocks of a matrix of normal numbers."""
-    shape = MatrixShape(BF12, rows, cols)
     weights_NK = torch.randn(rows, cols, device=DEVICE).bfloat16() * cols**-0.5
     bits_NK = weights_NK.view(torch.int16).cpu().numpy().view(np.uint16)
-    blocks = np.zeros((shape.num_blocks, shape.block_bytes), np.uint8)
-    pack_lossless(bits_NK, blocks)
-    return torch.from_numpy(blocks).to(DEVICE)
+    return torch.from_numpy(lossless_blocks(bits_NK)).to(DEVICE)
 
 
 def _fill_scales(blob_SB: Tensor, layout: PackedLayout, cols: int) -> None:
