@@ -37,10 +37,10 @@ from scripts.bench.rows import Row, at_least, at_most, row_from, table, write
 
 # Least share of a plain read that one token must reach, by the weights' codes; and the same with
 # FIDDLER_ISA=avx2 and avxvnni.
-BANDWIDTH = {"bf16": 0.85, "int8": 0.85, "int4": 0.75}
-NARROW_BANDWIDTH = {"bf16": 0.75, "int8": 0.75, "int4": 0.6}
-KINDS = "bf16/f32,bf16/bf16,w8g128/f32,w8g128/int8,w4g128/int8"  # weights/activations
-NARROW_KINDS = "bf16/f32,w4g128/int8"
+BANDWIDTH = {"bf16": 0.85, "bf12": 0.85, "int8": 0.85, "int4": 0.75}
+NARROW_BANDWIDTH = {"bf16": 0.75, "bf12": 0.75, "int8": 0.75, "int4": 0.6}
+KINDS = "bf16/f32,bf16/bf16,bf12/f32,w8g128/f32,w8g128/int8,w4g128/int8"  # weights/activations
+NARROW_KINDS = "bf16/f32,bf12/f32,w4g128/int8"
 TOKENS = {4: 1.25, 8: 1.6}  # tokens that share experts: largest time in units of one token's
 EMPTY_CALL_US = 15.0
 EMPTY_FLAG_US = 3.0
