@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+import numpy as np
 
 from cpu_kernels.times import TimeTable
 from cpu_kernels.weight_kind import BITS
@@ -35,6 +37,19 @@ class ExpertTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedRates:
+    """What workers and link read of experts of one kernel and size that they share, GB/s.
+
+    ``link_gbps`` 0: sharing gains nothing.
+    """
+
+    kernel: str
+    expert_bytes: int
+    cpu_gbps: float
+    link_gbps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MachineRates:
     """One machine. A rate is 1e9 bytes a second, times are seconds; 0 is what was not measured.
 
@@ -43,7 +58,7 @@ class MachineRates:
     graph. ``cpu_tflops``: torch's float32 products on the CPU, 1e12 operations a second.
     ``hand_over_s``: workers that have nothing to do, in one layer of a decode step.
     ``disk_gbps``: of the disk that has the user's cache. ``times`` of every measured kernel, as
-    ``bf16/f32``, and size.
+    ``bf16/f32``, and size; ``shared`` of some.
     """
 
     num_threads: int
@@ -57,10 +72,12 @@ class MachineRates:
     beside_pull_gbps: float = 0.0
     hand_over_s: float = 0.0
     disk_gbps: float = 0.0
+    shared: tuple[SharedRates, ...] = ()
 
     def __post_init__(self) -> None:
         figures = [self.call_s, self.cpu_tflops, *(getattr(self, name) for name in OPTIONAL)]
         figures += asdict(self.peaks).values()
+        figures += [rate for one in self.shared for rate in (one.cpu_gbps, one.link_gbps)]
         if not all(isinstance(x, float | int) and 0 <= x < math.inf for x in figures):
             raise ValueError("rates and times must be finite and not below 0")
         if not (self.peaks.cpu_read_gbps > 0 < self.peaks.gemm_tflops and self.cpu_tflops > 0):
@@ -98,17 +115,22 @@ class MachineRates:
     def share_costs(self, codes: str, activations: str, expert_bytes: int) -> ShareCosts:
         """By what decode steps share cold experts of such weights between workers and GPU.
 
-        The workers read as fast as memory delivers beside the link, or as the table has it of a
-        step, if that is slower. What was not measured beside the other side is taken alone. Nothing
-        is measured here: equal rates, which a calibration's file keeps, divide equal steps equally
-        at every start.
+        As the two were measured while they shared experts of that kernel, or of bf16 if it is
+        memory that the kernel waits for; else as they read side by side, or alone. Nothing is
+        measured here: equal rates, which a calibration's file keeps, divide equal steps equally at
+        every start.
         """
-        memory = (self.beside_cpu_gbps or self.peaks.cpu_read_gbps) * GIGA
-        each_s = STEP_PART * self.expert_s(codes, activations, expert_bytes)(1, False)
-        link = (self.beside_pull_gbps or self.pull_gbps) * GIGA
-        return ShareCosts(
-            cpu_bytes_per_s=min(memory, expert_bytes / each_s), link_bytes_per_s=PULL_PART * link
+        alone = expert_bytes / (
+            STEP_PART * self.expert_s(codes, activations, expert_bytes)(1, False)
         )
+        if own := self._shared(codes, activations):
+            return _shared_costs(own, expert_bytes)
+        if dense := self._shared("bf16", "f32"):
+            costs = _shared_costs(dense, expert_bytes)
+            return replace(costs, cpu_bytes_per_s=min(costs.cpu_bytes_per_s, alone))
+        memory = (self.beside_cpu_gbps or self.peaks.cpu_read_gbps) * GIGA
+        link = (self.beside_pull_gbps or self.pull_gbps) * GIGA
+        return ShareCosts(cpu_bytes_per_s=min(memory, alone), link_bytes_per_s=PULL_PART * link)
 
     def expert_s(
         self, codes: str, activations: str, expert_bytes: int
@@ -142,6 +164,11 @@ class MachineRates:
         nearest = min(curves, key=lambda c: abs(math.log(c.expert_bytes / expert_bytes)))
         return nearest.table.switch_over()
 
+    def _shared(self, codes: str, activations: str) -> list[SharedRates]:
+        kernel = f"{KERNELS.get(codes, codes)}/{activations}"
+        found = [one for one in self.shared if one.kernel == kernel]
+        return sorted(found, key=lambda one: one.expert_bytes)
+
     def _curves(self, codes: str, activations: str) -> list[ExpertTimes]:
         for kind in [KERNELS[codes]] if codes in KERNELS else [codes, "bf16"]:
             kernel = f"{kind}/{activations}"
@@ -154,7 +181,7 @@ class MachineRates:
 OPTIONAL = tuple(
     field.name
     for field in fields(MachineRates)
-    if field.name not in ("num_threads", "peaks", "times", "call_s", "cpu_tflops")
+    if field.name not in ("num_threads", "peaks", "times", "call_s", "cpu_tflops", "shared")
 )
 
 
@@ -170,7 +197,9 @@ def from_json(found: Any) -> MachineRates:
             ExpertTimes(expert_bytes=int(one["expert_bytes"]), table=_table(one["table"]))
             for one in found["times"]
         )
-        return MachineRates(**{**found, "peaks": Peaks(**found["peaks"]), "times": times})
+        shared = tuple(SharedRates(**one) for one in found.get("shared", ()))
+        peaks = Peaks(**found["peaks"])
+        return MachineRates(**{**found, "peaks": peaks, "times": times, "shared": shared})
     except (TypeError, KeyError) as error:
         raise ValueError("this is no record of a machine's rates") from error
 
@@ -182,6 +211,18 @@ def _table(found: dict[str, Any]) -> TimeTable:
     tokens, rows_s = tuple(found["tokens"]), tuple(found["rows_s"])
     columns_s = found["columns_s"] and tuple(found["columns_s"])
     return TimeTable(**{**found, "tokens": tokens, "rows_s": rows_s, "columns_s": columns_s})
+
+
+def _shared_costs(ascending: list[SharedRates], expert_bytes: int) -> ShareCosts:
+    """On the line between two sizes; as the nearest one beyond them."""
+    sizes = [one.expert_bytes for one in ascending]
+    cpu, link = (
+        float(np.interp(expert_bytes, sizes, [getattr(one, side) for one in ascending])) * GIGA
+        for side in ("cpu_gbps", "link_gbps")
+    )
+    return ShareCosts(
+        cpu_bytes_per_s=cpu, link_bytes_per_s=max(link, 1.0), cpu_start_s=0.0, link_start_s=0.0
+    )
 
 
 def _at(points: list[tuple[int, float]], x: int) -> float:

@@ -105,6 +105,7 @@ def machine_steps() -> tuple[Step, ...]:
         Step("the GPU reading host memory", _pulls, on_gpu=True),
         Step("kernels in a CUDA graph", _launches, on_gpu=True),
         Step("handing over to the CPU", _hand_over, on_gpu=True),
+        Step("sharing experts with the GPU", _shared, on_gpu=True),
         Step("the disk", _disk),
     )
 
@@ -180,6 +181,12 @@ def _hand_over(setting: Setting) -> dict[str, Any]:
     from offload.gpu_rates import hand_over_s
 
     return {"hand_over_s": hand_over_s(setting.num_threads)}
+
+
+def _shared(setting: Setting) -> dict[str, Any]:
+    from offload.share_rates import share_rates
+
+    return {"shared": share_rates(setting.num_threads, setting.hardware.ram_available_bytes)}
 
 
 def _disk(setting: Setting) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def cold_sides(
     share = kept if pulls else 1.0
     each_s = STEP_PART * _expert_s(demand, rates, demand.few, tokens_each)
     if share < 1:
-        each_s = rates.beside_s(each_s, demand.expert_bytes)
+        each_s = max(each_s, demand.expert_bytes / costs.cpu_bytes_per_s)
     cpu_s = num_cold * share * each_s
     pulled_bytes = num_cold * (1 - share) * demand.expert_bytes
     if not pulled_bytes:

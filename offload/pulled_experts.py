@@ -51,7 +51,8 @@ class PulledExperts:
                 sizes = shape.num_experts, shape.expert_size, store.expert_bytes(layer)
                 kept_N = kept_rows(*sizes, costs, group)
                 unit = max(costs.unit, group)
-                shares[packed] = _Share(kept_N, torch.from_numpy(kept_N).to(device), unit)
+                on_device = torch.from_numpy(kept_N).to(device)
+                shares[packed] = _Share(kept_N, on_device, unit, sizes, group)
         self._ids_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
         self._first_BK = torch.empty((max_rows, top_k), dtype=torch.int32, device=device)
         self.rows = PlaceTable(store, "row_E", device)
@@ -67,6 +68,15 @@ class PulledExperts:
             layer: share.host_kept_N[: len(store[layer].cpu_w2_CHI) + 1]
             for layer, share in self._shares.items()
         }
+
+    def share(self, costs: ShareCosts) -> None:
+        """Divide cold experts anew while no step is under way.
+
+        Steps that were captured before have room for no more of an expert than was pulled then.
+        """
+        for share in {id(share): share for share in self._shares.values()}.values():
+            share.host_kept_N[:] = kept_rows(*share.sizes, costs, share.group)
+            share.kept_N.copy_(torch.from_numpy(share.host_kept_N))
 
     def kept_rows(self, layer: int) -> np.ndarray | None:
         """Rows of n experts end to end that the workers compute, by n; None: all."""
@@ -88,11 +98,16 @@ class PulledExperts:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """Of layers with experts of one kind: the table, for either side, and what it counts in."""
+    """Of layers with experts of one kind: the table, for either side, and what it counts in.
+
+    ``sizes``: experts of a layer, width and bytes of one.
+    """
 
     host_kept_N: np.ndarray
     kept_N: torch.Tensor
     unit: int
+    sizes: tuple[int, int, int]
+    group: int
 
 
 def _rows(at: LayerExperts) -> DenseWeights | PackedWeights:

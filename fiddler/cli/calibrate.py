@@ -88,7 +88,7 @@ def lines_of(rates: "MachineRates") -> list[str]:
     }
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
-    return [*lines, "", *_expert_lines(rates)]
+    return [*lines, *_shared_lines(rates), "", *_expert_lines(rates)]
 
 
 def _gpu_rows(rates: "MachineRates") -> dict[str, str]:
@@ -104,6 +104,16 @@ def _gpu_rows(rates: "MachineRates") -> dict[str, str]:
         "CUDA graph": f"{rates.launch_s * 1e6:.1f} us a kernel",
         "hand-over": f"{rates.hand_over_s * 1e6:.1f} us a layer",
     }
+
+
+def _shared_lines(rates: "MachineRates") -> list[str]:
+    if not rates.shared:
+        return []
+    lines = ["", "Cold experts of a decode step, read by the workers and by the GPU, GB/s"]
+    for one in rates.shared:
+        name = f"{one.kernel}, {one.expert_bytes / 1e6:.1f} MB"
+        lines.append(f"  {name}: {one.cpu_gbps:.1f} and {one.link_gbps:.1f}")
+    return lines
 
 
 def _expert_lines(rates: "MachineRates") -> list[str]:

@@ -13,7 +13,7 @@ from fiddler.loading.weights import cold_share
 from fiddler.models.dtypes import resolve_dtypes
 from fiddler.models.shapes import load_shape
 from offload.cold_share import GIGA, ShareCosts, kept_rows
-from offload.machine_rates import PULL_PART
+from offload.machine_rates import PULL_PART, STEP_PART, ExpertTimes, SharedRates
 from offload.reference_machines import find_machine
 
 QWEN = (768, 3 * 2048 * 768 * 2)  # width and bytes of an expert
@@ -116,6 +116,41 @@ def test_what_was_not_measured_beside_the_other_side_is_taken_alone() -> None:
     slow = replace(rates, peaks=replace(rates.peaks, cpu_read_gbps=50.0))
     costs = slow.share_costs("bf16", "f32", QWEN[1])
     assert costs.cpu_bytes_per_s == 50 * GIGA and costs.link_bytes_per_s == PULL_PART * 51 * GIGA
+
+
+def test_rates_that_were_measured_while_sharing_come_first() -> None:
+    def shared(kernel: str, size: int, cpu: float, link: float) -> SharedRates:
+        return SharedRates(kernel=kernel, expert_bytes=size, cpu_gbps=cpu, link_gbps=link)
+
+    bf16 = shared("bf16/f32", 10_000_000, 90.0, 40.0), shared("bf16/f32", 30_000_000, 110.0, 50.0)
+    rates = replace(H200, shared=(*bf16[::-1], shared("w4g128/int8", 5_000_000, 60.0, 0.0)))
+
+    def costs(codes: str, activations: str, size: int) -> ShareCosts:
+        return rates.share_costs(codes, activations, size)
+
+    between = costs("bf16", "f32", 20_000_000)
+    assert between.cpu_bytes_per_s == pytest.approx(100 * GIGA)
+    assert between.link_bytes_per_s == pytest.approx(45 * GIGA)
+    assert costs("bf16", "f32", 1_000) == costs("bf16", "f32", 10_000_000)
+    no_link = costs("int4", "int8", 5_000_000)
+    assert no_link.cpu_bytes_per_s == 60 * GIGA
+    assert kept_rows(8, 768, 5_000_000, no_link, 128)[8] == 8 * 768
+    # w8 was not: as bf16, unless its kernel is slower than that
+    assert costs("int8", "int8", 30_000_000).link_bytes_per_s == 50 * GIGA
+    slow = replace(rates, times=tuple(ten_times(one) for one in rates.times))
+    alone = slow.expert_s("int8", "int8", 30_000_000)(1, False)
+    found = slow.share_costs("int8", "int8", 30_000_000).cpu_bytes_per_s
+    assert found == pytest.approx(30_000_000 / (STEP_PART * alone))
+
+
+def ten_times(one: ExpertTimes) -> ExpertTimes:
+    """As many seconds."""
+    longer = {
+        name: tuple(10 * s for s in seconds)
+        for name in ("rows_s", "columns_s")
+        if (seconds := getattr(one.table, name)) is not None
+    }
+    return replace(one, table=replace(one.table, **longer))
 
 
 def test_a_loaded_model_shares_by_the_rates_that_it_was_planned_with() -> None:

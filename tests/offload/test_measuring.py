@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,16 @@ from offload.calibration import Calibration
 from offload.hardware import Hardware, probe
 from offload.limits import Peaks
 from offload.machine_facts import Machine
-from offload.machine_rates import RATES, ExpertTimes, MachineRates, from_json, to_json
+from offload.machine_rates import (
+    RATES,
+    ExpertTimes,
+    MachineRates,
+    SharedRates,
+    from_json,
+    to_json,
+)
 from offload.measuring import KERNELS, Setting, Step, disk_gbps, machine_steps, measure_rates
+from offload.share_rates import KERNELS as SHARED
 
 PEAKS = Peaks(
     cpu_read_gbps=100.0, joint_gbps=150.0, pcie_gbps=50.0, gpu_read_gbps=3000.0, gemm_tflops=700.0
@@ -56,6 +64,7 @@ RATES_HERE = MachineRates(
     beside_pull_gbps=40.0,
     hand_over_s=2e-5,
     disk_gbps=1.5,
+    shared=(SharedRates(kernel="bf16/f32", expert_bytes=10_000, cpu_gbps=80.0, link_gbps=30.0),),
 )
 
 
@@ -115,6 +124,8 @@ def test_rates_come_back_from_a_file_bit_for_bit(tmp_path: Path) -> None:
         {"call_s": "fast"},
         {"pull_gbps": 0.0},
         {"more": 1},
+        {"shared": [{}]},
+        {"shared": [{**asdict(RATES_HERE.shared[0]), "link_gbps": -1.0}]},
     ],
 )
 def test_what_are_no_rates_is_refused(damage: dict[str, Any]) -> None:
@@ -210,3 +221,8 @@ def test_a_gpu_is_calibrated_within_a_minute(tmp_path: Path) -> None:
     assert rates.beside_cpu_gbps < 1.2 * rates.peaks.cpu_read_gbps, facts
     assert 5e-7 < rates.launch_s < 2e-5, facts
     assert 2e-6 < rates.hand_over_s < 2e-4, facts
+    assert {one.kernel for one in rates.shared} == {"/".join(kernel) for kernel in SHARED}
+    for one in rates.shared:
+        assert 5 < one.cpu_gbps + one.link_gbps < 1.2 * rates.peaks.joint_gbps, facts
+        assert one.cpu_gbps < 1.2 * rates.peaks.cpu_read_gbps, facts
+        assert one.link_gbps < 1.2 * rates.pull_gbps, facts
