@@ -157,11 +157,16 @@ def stage_needs_compile(make: Callable[..., Callable[..., None]], *key: int | st
     return not _is_cached(stamped(make(*key), *key))
 
 
+def cache_folder(function: Callable[..., Any]) -> Path | None:
+    """Where Numba keeps what is compiled of the function's file; None: nowhere."""
+    try:
+        return Path(str(numba.njit(cache=True)(function).stats.cache_path))
+    except RuntimeError:  # no folder for a cache can be written
+        return None
+
+
 def _is_cached(function: Callable[..., Any]) -> bool:
     """Whether a stamped function has a file in Numba's cache."""
-    try:
-        folder = numba.njit(cache=True)(function).stats.cache_path
-    except RuntimeError:  # no folder for a cache
-        return False
+    folder = cache_folder(function)
     name = function.__qualname__.rpartition("<locals>.")[2]
-    return any(Path(str(folder)).glob(f"*.{name}-*.nbc"))
+    return folder is not None and any(folder.glob(f"*.{name}-*.nbc"))

@@ -14,6 +14,7 @@ from typing import Any
 from cpu_kernels.arena import Arena
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.kernel_paths import Activations
+from cpu_kernels.precompile import WORKERS, uncached
 from cpu_kernels.thread_count import CACHES, MAX_BYTES
 from cpu_kernels.times import measure_times
 from cpu_kernels.topology import read_cache_bytes
@@ -108,6 +109,14 @@ def machine_steps() -> tuple[Step, ...]:
         Step("sharing experts with the GPU", _shared, on_gpu=True),
         Step("the disk", _disk),
     )
+
+
+def kernels_to_compile() -> list[str]:
+    """What a calibration runs on the CPU and has yet to compile, for :func:`precompile`.
+
+    To be compiled before anything is measured, which it would disturb.
+    """
+    return uncached([*("/".join(kernel) for kernel in KERNELS), WORKERS])
 
 
 def expert_times(setting: Setting) -> dict[str, Any]:

@@ -44,15 +44,20 @@ def command(as_json: bool, output: Path | None) -> None:
 
 
 def _measure() -> "ReferenceMachine":
+    from cpu_kernels.precompile import precompile
     from cpu_kernels.thread_count import measured_num_threads
     from fiddler._version import __version__
     from offload.calibration import Calibration, default_path
     from offload.hardware import probe
     from offload.machine_facts import settings_of, this_machine
     from offload.machine_rates import RATES
-    from offload.measuring import Setting, machine_steps, measure_rates
+    from offload.measuring import Setting, kernels_to_compile, machine_steps, measure_rates
     from offload.reference_machines import ReferenceMachine
 
+    to_compile = kernels_to_compile()
+    if to_compile:
+        note("compiling CPU kernels, once")
+        precompile(to_compile)
     hardware = probe()
     setting = Setting(
         hardware=hardware,

@@ -93,11 +93,6 @@ def _size(path: Path) -> int:
 
 def _numba_folder() -> Path | None:
     """Where Numba keeps what is compiled; None: nowhere, so that every start compiles."""
-    import numba
+    from cpu_kernels.compiled import cache_folder, needs_compile
 
-    from cpu_kernels import compiled
-
-    try:
-        return Path(str(numba.njit(cache=True)(compiled.needs_compile).stats.cache_path))
-    except RuntimeError:
-        return None
+    return cache_folder(needs_compile)

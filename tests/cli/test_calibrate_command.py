@@ -30,6 +30,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     machine = probe("cpu")
     monkeypatch.setattr("offload.hardware.probe", lambda device="auto": machine)
     monkeypatch.setattr("offload.measuring.machine_steps", lambda: STEPS)
+    monkeypatch.setattr("offload.measuring.kernels_to_compile", list)
     monkeypatch.setattr("offload.calibration.cache_file", lambda: tmp_path / "cache" / "cpu.json")
 
 
@@ -47,6 +48,19 @@ def test_figures_are_printed_and_kept_for_this_machine() -> None:
     known = Calibration(default_path(), this_machine(probe("cpu"), __version__))
     rates = known.known(RATES, {})
     assert rates is not None and rates.times == TIMES
+
+
+@pytest.mark.parametrize("names", [[], ["bf16/f32", "workers"]])
+def test_what_has_to_be_compiled_is_compiled_first(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[list[str]] = []
+    monkeypatch.setattr("offload.measuring.kernels_to_compile", lambda: names)
+    monkeypatch.setattr("cpu_kernels.precompile.precompile", compiled.append)
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert compiled == ([names] if names else [])
+    assert done.stderr.startswith("compiling CPU kernels, once\n") == bool(names)
 
 
 WAYS = (None, "", "values", "hostfunc")

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpu_kernels.precompile import precompile
 from cpu_kernels.thread_count import measured_num_threads
 from cpu_kernels.times import TimeTable
 from offload.calibration import Calibration
@@ -25,7 +26,15 @@ from offload.machine_rates import (
     from_json,
     to_json,
 )
-from offload.measuring import KERNELS, Setting, Step, disk_gbps, machine_steps, measure_rates
+from offload.measuring import (
+    KERNELS,
+    Setting,
+    Step,
+    disk_gbps,
+    kernels_to_compile,
+    machine_steps,
+    measure_rates,
+)
 from offload.share_rates import KERNELS as SHARED
 
 PEAKS = Peaks(
@@ -188,6 +197,7 @@ def test_a_disk_without_room_has_no_rate(tmp_path: Path, monkeypatch: pytest.Mon
 def test_this_machine_is_calibrated_within_a_minute(tmp_path: Path) -> None:
     hardware = probe("cpu")
     started = time.perf_counter()
+    precompile(kernels_to_compile())
     real = Setting(
         hardware=hardware,
         num_threads=measured_num_threads(),
@@ -210,6 +220,7 @@ def test_a_gpu_is_calibrated_within_a_minute(tmp_path: Path) -> None:
     def on_step(title: str, number: int, of: int) -> None:
         told.append((title, time.perf_counter() - started))
 
+    precompile(kernels_to_compile())
     real = Setting(
         hardware=probe(), num_threads=measured_num_threads(), dtype="bfloat16", folder=tmp_path
     )
