@@ -30,11 +30,10 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m scripts.check_docs
 
-# kernels' tests mostly compile; whole models are measured, and read how much of the GPU's memory is used
+# most tests compile and wait; those that measure speed, or how much of the GPU's memory is used, have it to themselves
 gpu-test: $(READY)
-	$(BIN)/python -m pytest -q -m "gpu and not alone" -n $(GPU_TEST_PROCESSES) --dist worksteal tests/kernels
-	$(BIN)/python -m pytest -q -m "gpu and alone" tests/kernels
-	$(BIN)/python -m pytest -q -m gpu --ignore tests/kernels
+	$(BIN)/python -m pytest -q -m "gpu and not alone" -n $(GPU_TEST_PROCESSES) --dist worksteal
+	$(BIN)/python -m pytest -q -m "gpu and alone"
 
 # every GPU kernel's tests under NVIDIA's checker, where a graph may not ask the driver for memory
 memcheck: $(READY)

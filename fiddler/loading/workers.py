@@ -6,6 +6,8 @@ from typing import Any
 
 from cpu_kernels.compiled import needs_compile
 from cpu_kernels.expert_pool import ExpertPool
+from cpu_kernels.kernel_paths import PATHS, path_number
+from cpu_kernels.precompile import WORKERS, precompile, uncached
 from cpu_kernels.thread_count import measured_num_threads
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError
@@ -46,6 +48,9 @@ def start_pool(
     if on_progress is None and compiles:
         _log.warning("compiling CPU kernels for this machine, which takes some 15 s")
     report("compiling CPU kernels, once", 0, 1)
+    missing = uncached([WORKERS, *(PATHS[path_number(*which)].name for which in kernels)])
+    if len(missing) > 1:  # one is compiled as soon in this process
+        precompile(missing)
     fed_by_gpu = {"words": pinned_words(), "caller_works": False} if way not in FED_BY_HOST else {}
     pool = ExpertPool(settings.cpu_threads or measured_num_threads(), **fed_by_gpu)
     for which in kernels:

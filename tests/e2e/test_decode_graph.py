@@ -360,6 +360,7 @@ def test_a_worker_that_stands_still(
         may_go.set()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("way", WAYS)
 def test_three_hundred_steps_take_no_more_memory(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with loaded("qwen3_moe", monkeypatch, way) as llm:

@@ -9,7 +9,7 @@ import torch
 from fiddler import LLM, OutOfMemoryError, SamplingParams
 from offload.units import GIB
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 

@@ -31,3 +31,16 @@ def test_who_does_not_watch_is_told_what_takes_long(
     open_folder(shared_tiny("mixtral")).close()
     said = [r.message for r in caplog.records if "compiling CPU kernels" in r.message]
     assert len(said) == needs_compile
+
+
+@pytest.mark.parametrize("missing", [[], ["workers"], ["workers", "f32/f32"]])
+def test_kernels_are_compiled_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
+    asked: list[str] = []
+    compiled: list[list[str]] = []
+    monkeypatch.setattr(workers, "uncached", lambda names: asked.extend(names) or missing)
+    monkeypatch.setattr(workers, "precompile", compiled.append)
+    open_folder(shared_tiny("mixtral")).close()
+    assert set(asked) == {"workers", "f32/f32"}
+    assert compiled == [missing] * (len(missing) > 1)

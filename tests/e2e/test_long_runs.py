@@ -30,6 +30,7 @@ def test_random_requests_give_what_they_give_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_requests_on_a_gpu_while_experts_move(seed: int, tmp_path: Path) -> None:
@@ -91,6 +92,7 @@ def test_two_thousand_steps_take_no_more_memory(on_disk: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["static", "adaptive"])
 def test_two_thousand_steps_on_a_gpu_are_alike_and_take_no_more_memory(policy: str) -> None:

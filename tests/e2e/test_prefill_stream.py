@@ -270,6 +270,7 @@ def test_the_link_is_busy_while_the_cpu_is_measured() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_speed_and_costs_of_a_model_that_does_not_fit() -> None:
     """Prints what the division was based on, and what came of it; asserts the budget."""
     with LLM(

@@ -212,6 +212,7 @@ def test_this_machine_is_calibrated_within_a_minute(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_gpu_is_calibrated_within_a_minute(tmp_path: Path) -> None:
     assert torch.cuda.is_available()
     told: list[tuple[str, float]] = []
