@@ -76,6 +76,10 @@ class LayerRig:
         """Of a layer, in one step."""
         return self._seconds()
 
+    def close(self) -> None:
+        """Drop the graph."""
+        del self._seconds
+
     def share(self, costs: ShareCosts) -> None:
         """Divide cold experts anew, with no more for the link than at first."""
         assert self._experts.pulled is not None
@@ -138,7 +142,9 @@ def layer_rig(
         )
         experts.bind(1)
         resources.enter_context(torch.inference_mode())
-        yield LayerRig(experts, layers, top_k, way)
+        rig = LayerRig(experts, layers, top_k, way)
+        resources.callback(rig.close)
+        yield rig
 
 
 def _fill(layer: int, expert: int, *parts: torch.Tensor) -> None:
