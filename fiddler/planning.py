@@ -18,6 +18,7 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import footprint
 from fiddler.models.quantized import check_groups
+from fiddler.models.stored import rounding_note
 from fiddler.speed import RatesHere, demand_of, rates_for
 from offload.hardware import Hardware
 from offload.layout import Layout, lay_out
@@ -72,7 +73,7 @@ class Question:
 
     def plan(self, sizes: Sizes) -> Plan:
         """The plan with ``sizes``; raises as the planner does."""
-        return make_plan(
+        made = make_plan(
             self.needs(sizes.step_tokens),
             self.hardware,
             self._budget(sizes),
@@ -80,6 +81,8 @@ class Question:
             popularity_name=self.popularity_name,
             placement=self.settings.placement,
         )
+        notes = weight_notes(self.settings, self.model, self.dtypes)
+        return replace(made, notes=(*made.notes, *notes))
 
     def _budget(self, sizes: Sizes) -> Budget:
         settings = self.settings
@@ -174,6 +177,13 @@ def _is_worth_moving(question: Question) -> bool:
         return False
     has_spares = layout.spare_slots == len(question.needs(GPU_STEP_TOKENS[0]).moe_layers)
     return has_spares and SPARE_DIVISOR * layout.spare_bytes <= layout.gpu_expert_bytes
+
+
+def weight_notes(settings: EngineConfig, model: ModelConfig, dtypes: Dtypes) -> tuple[str, ...]:
+    """What a user should know of how the stored weights become those in memory."""
+    is_stored = settings.load_format != "dummy"
+    note = rounding_note(model, dtypes.expert) if is_stored else ""
+    return (note,) if note else ()
 
 
 def _needs(

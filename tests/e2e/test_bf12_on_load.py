@@ -1,5 +1,6 @@
 """``--dtype bf12``: bfloat16 experts in 12 bits give what they give in 16."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,24 @@ def test_parts_of_matrices_are_packed_as_wholes_are(
         found = matrices(llm)
     for at, parts in wanted.items():
         assert all(np.array_equal(a, b) for a, b in zip(found[at], parts, strict=True))
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bf12", "float32"])
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_what_is_rounded_before_it_is_packed_is_said(
+    stored: str, dtype: str, load_format: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shared_tiny("qwen3_moe", dtype=stored)
+    with (
+        caplog.at_level(logging.WARNING, "fiddler"),
+        loaded(folder, dtype, load_format=load_format) as llm,
+    ):
+        notes = [note for note in llm.plan.notes if "rounded to bfloat16" in note]
+    said = [r.getMessage() for r in caplog.records if r.name == "fiddler.loading"]
+    assert said == notes
+    is_rounded = stored != "bfloat16" and dtype == "bf12" and load_format == "auto"
+    assert len(notes) == is_rounded and all(f"stored in {stored}" in note for note in notes)
 
 
 def test_neurons_are_scaled_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
