@@ -18,7 +18,7 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import footprint
 from fiddler.models.quantized import check_groups
-from fiddler.models.stored import rounding_note
+from fiddler.models.stored import packing_note, rounding_note, stored_bytes
 from fiddler.speed import RatesHere, demand_of, rates_for
 from offload.hardware import Hardware
 from offload.layout import Layout, lay_out
@@ -73,15 +73,17 @@ class Question:
 
     def plan(self, sizes: Sizes) -> Plan:
         """The plan with ``sizes``; raises as the planner does."""
+        needs = self.needs(sizes.step_tokens)
         made = make_plan(
-            self.needs(sizes.step_tokens),
+            needs,
             self.hardware,
             self._budget(sizes),
             self.popularity,
             popularity_name=self.popularity_name,
             placement=self.settings.placement,
+            stored_ratio=stored_bytes(self.model, needs.expert_bytes) / needs.expert_bytes,
         )
-        notes = weight_notes(self.settings, self.model, self.dtypes)
+        notes = weight_notes(self.settings, self.model, self.dtypes, made)
         return replace(made, notes=(*made.notes, *notes))
 
     def _budget(self, sizes: Sizes) -> Budget:
@@ -179,11 +181,14 @@ def _is_worth_moving(question: Question) -> bool:
     return has_spares and SPARE_DIVISOR * layout.spare_bytes <= layout.gpu_expert_bytes
 
 
-def weight_notes(settings: EngineConfig, model: ModelConfig, dtypes: Dtypes) -> tuple[str, ...]:
+def weight_notes(
+    settings: EngineConfig, model: ModelConfig, dtypes: Dtypes, plan: Plan
+) -> tuple[str, ...]:
     """What a user should know of how the stored weights become those in memory."""
-    is_stored = settings.load_format != "dummy"
-    note = rounding_note(model, dtypes.expert) if is_stored else ""
-    return (note,) if note else ()
+    if settings.load_format == "dummy":
+        return ()
+    packing = packing_note(model, dtypes) if plan.cached is not None else ""
+    return tuple(filter(None, (rounding_note(model, dtypes.expert), packing)))
 
 
 def _needs(

@@ -108,6 +108,7 @@ class TokenBytes:
     hot_experts: int  # on the GPU side
     cold_experts: int  # on the CPU side
     disk_experts: int  # those of them that come from disk first, if RAM keeps the most used ones
+    disk_reads: int  # what is read for these: stored experts may be larger or smaller
     dense: int
     kv: int
 

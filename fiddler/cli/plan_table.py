@@ -128,7 +128,7 @@ def _token_table(plan: Plan) -> "Table":
     read = plan.per_token
     table = _table("What one token reads", plan)
     cold = read.cold_experts - read.disk_experts
-    _add(table, plan, "experts, as expected", read.hot_experts, cold, read.disk_experts)
+    _add(table, plan, "experts, as expected", read.hot_experts, cold, read.disk_reads)
     _add(table, plan, "dense weights", read.dense, 0)
     _add(table, plan, f"KV cache at {plan.context_tokens:,} tokens", read.kv, 0)
     return table

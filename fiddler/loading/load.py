@@ -72,7 +72,7 @@ def load_model(
         )
         if check_plan is not None:
             check_plan(plan)
-        for note in weight_notes(settings, files.config, dtypes):
+        for note in weight_notes(settings, files.config, dtypes, plan):
             _log.warning("%s", note)
         if plan.cached is not None:  # the files are read for as long as the model runs
             resources.enter_context(reading.pop_all())

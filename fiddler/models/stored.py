@@ -2,6 +2,31 @@
 
 from cpu_kernels.weight_kind import BF12
 from fiddler.models.config import ModelConfig
+from fiddler.models.dtypes import Dtypes
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def stored_bytes(config: ModelConfig, expert_bytes: int) -> int:
+    """Of one routed expert in its files; ``expert_bytes`` is what it takes in memory.
+
+    Stored codes are counted as those that they become: but for MXFP4, whose take twice as many
+    bits, they have as many.
+    """
+    if config.packed is not None:
+        return expert_bytes
+    return config.expert_numel * DTYPE_BYTES[config.dtype]
+
+
+def packing_note(config: ModelConfig, dtypes: Dtypes) -> str:
+    """What is to be said where experts stay on disk that are packed whenever they are read."""
+    (kind, *_) = dtypes.expert_kinds
+    if config.packed is not None or not kind.is_packed:
+        return ""
+    return (
+        f"experts on disk are read in {config.dtype} and packed each time; "
+        f"fiddler quantize --scheme {kind.name} keeps them packed"
+    )
 
 
 def rounding_note(config: ModelConfig, expert_dtype: str) -> str:

@@ -100,6 +100,20 @@ def test_what_ram_has_no_room_for_is_shown_on_disk() -> None:
     assert 0 < plan["per_token"]["disk_experts"] < plan["per_token"]["cold_experts"]
 
 
+@pytest.mark.parametrize("kind", ["auto", "bf12", "w4g128"])
+def test_what_is_read_from_disk_is_what_is_stored(kind: str) -> None:
+    options = ("--shape", "qwen3-30b-a3b", "--vram-gb", "6", "--ram-gb", "4", "--dtype", kind)
+    plan = json.loads(run(*options, "--json").stdout)["plan"]
+    experts = 48 * 128 - sum(map(len, plan["placement"])) - sum(map(len, plan["cached"]))
+    in_memory = plan["memory"]["disk_experts"] / experts
+    read = plan["per_token"]
+    assert read["disk_reads"] / read["disk_experts"] == pytest.approx(
+        3 * 2048 * 768 * 2 / in_memory
+    )
+    packed = [note for note in plan["notes"] if f"quantize --scheme {kind}" in note]
+    assert len(packed) == (kind != "auto")
+
+
 def test_a_hub_model_is_planned_from_its_metadata(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

@@ -112,7 +112,7 @@ def test_beside_an_emulated_gpu_side(share: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["w4g32z", "w8g32", "bf12"])
-def test_packed_experts(kind: str, tmp_path: Path) -> None:
+def test_packed_experts(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = shared_tiny("qwen3_moe", moe_intermediate_size=64)
     job = QuantizeJob(source=source, output=tmp_path / "q", kind=parse_kind(kind), method="rtn")
     folder = quantize(job).folder
@@ -121,6 +121,11 @@ def test_packed_experts(kind: str, tmp_path: Path) -> None:
     with loaded(folder, ram_gb=budget) as llm:
         assert_same(results(llm), wanted)
         assert cache_of(llm).most == 5 and cache_of(llm).num_read > 10
+        assert llm.plan.per_token.disk_reads == llm.plan.per_token.disk_experts
+    assert not any("packed each time" in r.getMessage() for r in caplog.records)
+    with loaded(source, dtype=kind, ram_gb=budget) as llm:
+        assert llm.plan.per_token.disk_reads > 2 * llm.plan.per_token.disk_experts
+    assert any(f"quantize --scheme {kind} keeps" in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize("options", [{}, {"load_format": "dummy"}])
