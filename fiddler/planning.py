@@ -270,10 +270,11 @@ def find_popularity(
     profile = load_profile(
         path or str(shipped),
         model=name,
+        architecture=model.architecture,
         num_layers=model.num_layers,
         num_experts=model.num_experts,
     )
-    return profile.popularity, profile.name
+    return profile.popularity, profile.name_for(name)
 
 
 def _bytes(gib: float | None) -> int | None:

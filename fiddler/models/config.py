@@ -94,6 +94,14 @@ class ModelConfig:
     bos_token_id: int | None = None
 
     @property
+    def architecture(self) -> str:
+        """What a routing profile is bound to: sizes, which quantising and renaming leave alone."""
+        return (
+            f"{self.model_type}, {self.num_layers} layers, {self.top_k} of {self.num_experts} "
+            f"experts of {self.hidden_size} x {self.expert_size}"
+        )
+
+    @property
     def packed_name(self) -> str | None:
         """Of stored packed experts: their kind; of several kinds all, joined by ``+``."""
         if self.packed is None or not self.mixed:
