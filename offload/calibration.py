@@ -81,6 +81,21 @@ class Calibration:
         """Put ``value`` in the place of what was measured before, and return it."""
         return self._keep(quantity, subject, value, anew=True)
 
+    def is_outdated(self, quantity: Quantity[Any]) -> bool:
+        """Whether it was measured, but with other versions, or only on hardware unlike this.
+
+        What ``FIDDLER_ISA`` alone makes different does not count. Never warns.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sections = self._load()
+        section = self._section(sections)
+        if section is not None:
+            is_known = bool(_subjects(section, quantity.name))
+            return is_known and section["versions"] != plain(self.machine.versions)
+        is_forced = bool(self._forced_otherwise(sections, quantity.name))
+        return not is_forced and any(_subjects(s, quantity.name) for s in sections)
+
     def why_unknown(self, quantity: Quantity[Any], subject: Mapping[str, Any]) -> str:
         """Why this machine's ``quantity`` is not known, or nothing if it is; never warns."""
         with warnings.catch_warnings():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fiddler.cli.calibrated import renew_calibration
 from fiddler.cli.console import note, output_width
 from fiddler.cli.options import COUNT, Decorator, model_argument, some_engine_options
 from fiddler.cli.page_file import check_page, html_option, write_page
@@ -238,6 +239,7 @@ def _measure(
     from fiddler.benchmark.subject import Subject
     from fiddler.benchmark.watched import what_is_wrong
 
+    renew_calibration()
     loaded = _load(settings, _all_cases(cases, trace_path))
     rates = _known_rates(loaded.hardware)
     measured: list[tuple[Measurement, str]] = []

@@ -33,7 +33,7 @@ def command(as_json: bool, output: Path | None) -> None:
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
     started = time.perf_counter()
-    machine = _measure()
+    machine = measure()
     note(f"measured in {time.perf_counter() - started:.0f} s")
     if output is not None:
         output.write_text(json.dumps(record_of(machine), indent=1) + "\n", encoding="utf-8")
@@ -43,7 +43,8 @@ def command(as_json: bool, output: Path | None) -> None:
         click.echo("\n".join(lines_of(machine.rates)))
 
 
-def _measure() -> "ReferenceMachine":
+def measure() -> "ReferenceMachine":
+    """Measure this machine and keep the figures, telling each step."""
     from cpu_kernels.precompile import precompile
     from cpu_kernels.thread_count import measured_num_threads
     from fiddler._version import __version__

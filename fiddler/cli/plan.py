@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fiddler.cli.calibrated import renew_calibration
 from fiddler.cli.console import output_console
 from fiddler.cli.options import ENGINE_OPTIONS, is_given, model_argument
 from fiddler.cli.page_file import check_page, html_option, write_page
@@ -153,6 +154,7 @@ def _machine(name: str | None, device: str) -> "tuple[Hardware, RatesHere]":
     from offload.reference_machines import find_machine
 
     if name is None:
+        renew_calibration()
         hardware = probe(device)
         return hardware, rates_for(hardware)
     machine = find_machine(name)

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fiddler.cli.calibrated import renew_calibration
 from fiddler.config import EngineConfig
 from fiddler.errors import PromptError, TemplateError
 from fiddler.progress import progress_bars
@@ -73,6 +74,8 @@ def open_llm(*, must_chat: bool = False, **options: Any) -> ChatModel:
             _require_tokenizer(settings)
         if must_chat:
             _require_chat_template(settings)
+        if settings.device != "cpu":
+            renew_calibration(only_with_gpu=True)  # without one, no plan depends on it
         llm = LLM(**options, on_progress=on_progress)
     gc.freeze()  # a full collection takes 0.2 s of 280,000 objects, for which a token would wait
     return llm

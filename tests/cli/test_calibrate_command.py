@@ -1,7 +1,9 @@
 """``fiddler calibrate`` with made-up measurements: what is kept, printed, written and refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -13,12 +15,13 @@ from fiddler.speed import own_rates
 from offload.calibration import Calibration, default_path
 from offload.hardware import probe
 from offload.machine_facts import this_machine
-from offload.machine_rates import RATES
+from offload.machine_rates import RATES, MachineRates
 from offload.measuring import Step
 from offload.prefill_costs import COPY_TIME
 from offload.reference_machines import find_machine
 from tests.offload.test_measuring import ONLY_CPU, PEAKS, TIMES
 
+CPU_RATES = MachineRates(num_threads=3, peaks=ONLY_CPU, times=TIMES, call_s=1e-6, cpu_tflops=0.5)
 STEPS = (
     Step("memory", lambda setting: {"peaks": ONLY_CPU}),
     Step("CPU experts", lambda setting: {"times": TIMES, "call_s": 1e-6, "cpu_tflops": 0.5}),
@@ -61,6 +64,49 @@ def test_what_has_to_be_compiled_is_compiled_first(
     assert done.exit_code == 0, done.output
     assert compiled == ([names] if names else [])
     assert done.stderr.startswith("compiling CPU kernels, once\n") == bool(names)
+
+
+def keep_old(**changed: Any) -> None:
+    """What another version, or other hardware, has left."""
+    now = this_machine(probe("cpu"), __version__)
+    machine = replace(now, **{name: {**getattr(now, name), **new} for name, new in changed.items()})
+    Calibration(default_path(), machine).store(RATES, {}, CPU_RATES)
+
+
+PLAN = ("plan", "--shape", "olmoe-1b-7b", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"versions": {"torch": "1.0"}}, {"hardware": {"cpu_name": "Other CPU"}}]
+)
+def test_old_figures_are_measured_again_by_themselves(changed: dict[str, Any]) -> None:
+    keep_old(**changed)
+    done = CliRunner().invoke(cli, PLAN)
+    assert done.exit_code == 0, done.output
+    assert "calibrating, which takes a minute" in done.stderr
+    assert "2 of 2: CPU experts" in done.stderr and "measured here" in done.stdout
+    again = CliRunner().invoke(cli, PLAN)
+    assert again.stderr == "" and again.stdout == done.stdout
+
+
+def test_who_never_calibrated_is_not_made_to_wait() -> None:
+    done = CliRunner().invoke(cli, PLAN)
+    assert "calibrating" not in done.stderr and not default_path().exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory left"), KeyboardInterrupt()])
+def test_what_cannot_be_measured_again_is_said(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(setting: object) -> dict[str, Any]:
+        raise error
+
+    keep_old(versions={"torch": "1.0"})
+    monkeypatch.setattr("offload.measuring.machine_steps", lambda: [Step("memory", fails)])
+    done = CliRunner().invoke(cli, PLAN)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[-1] == ": ".join(filter(None, ("not calibrated", str(error))))
+    assert "other versions (torch 1.0 then" in done.stdout
 
 
 WAYS = (None, "", "values", "hostfunc")

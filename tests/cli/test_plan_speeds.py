@@ -116,9 +116,17 @@ def test_what_context_costs_and_what_would_help_is_said_everywhere(
         assert any(line.startswith(name) and line.endswith("|") for line in done.stdout.split("\n"))
 
 
-def test_a_calibration_of_another_machine_is_not_taken_for_ones_own(cache: Path) -> None:
+def test_a_calibration_of_another_machine_is_not_taken_for_ones_own(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fiddler.cli.calibrate.measure", interrupted)
     keep(H200.rates, cpu_name="Other CPU")
     done = run(*OPTIONS, "--json")
+    assert "of another machine (Other CPU with Test GPU): calibrating" in done.stderr
+    assert done.stderr.endswith("not calibrated\n")
     speeds = json.loads(done.stdout)["speeds"]
     assert speeds["machine"] == "rtx4090-ddr5"
     assert speeds["why_not_this_machine"].endswith("of another machine (Other CPU with Test GPU)")

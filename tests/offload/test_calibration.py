@@ -96,6 +96,19 @@ def test_measuring_again_takes_the_place_of_what_was_there(path: Path) -> None:
     assert known.known(SPEED, SUBJECT) == 2.0
 
 
+def test_what_is_outdated(path: Path) -> None:
+    known, newer = Calibration(path, MACHINE), Calibration(path, NEWER)
+    assert not known.is_outdated(SPEED)  # never measured
+    Calibration(path, OTHER).store(SPEED, SUBJECT, 1.0)
+    assert known.is_outdated(SPEED) and not known.is_outdated(COPY_TIME)
+    known.store(COPY_TIME, SUBJECT, 1.0)
+    assert not known.is_outdated(SPEED)  # here it never was
+    known.store(SPEED, SUBJECT, 1.0)
+    assert not known.is_outdated(SPEED) and newer.is_outdated(SPEED)
+    newer.store(SPEED, SUBJECT, 1.0)
+    assert not newer.is_outdated(SPEED) and known.is_outdated(SPEED)
+
+
 def test_why_something_is_unknown(path: Path) -> None:
     known = Calibration(path, MACHINE)
     assert known.why_unknown(SPEED, SUBJECT) == "this machine is not calibrated"
