@@ -205,8 +205,8 @@ def speed_lines(facts: PlanFacts) -> list[str]:
 
 
 def _beside(speeds: "Speeds", most: float) -> str:
-    """What a prompt's speed stands beside: experts that the CPU computes by its own kernels may
-    beat what the link or torch allows."""
+    """What a prompt's speed stands beside: without a GPU that may be torch's products, which the
+    CPU's own kernels may beat."""
     if speeds.prefill_rate <= most:
         return f"limit {rate(most)}"
     return f"{speeds.prefill_limited_by} alone: {rate(most)}"

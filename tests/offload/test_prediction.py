@@ -17,7 +17,7 @@ from fiddler.planning import plan_model
 from fiddler.speed import demand_of, drawn_chances
 from offload.chances import distinct
 from offload.demand import Demand, decode_work, prefill_work
-from offload.limits import decode_limit_s
+from offload.limits import decode_limit_s, prefill_limit_s
 from offload.machine_rates import MachineRates, to_json
 from offload.prediction import predict_decode
 from offload.prefill_prediction import predict_prefill
@@ -125,6 +125,23 @@ def test_decode_is_never_predicted_faster_than_its_limit(
     if asked is not None:
         limit_s = decode_limit_s(decode_work(asked, rows=rows, depth=1024), H200.peaks)
         assert predict_decode(asked, H200, rows=rows, depth=1024).seconds >= limit_s
+
+
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(6, 80),
+    st.sampled_from(reference_names()),
+    st.integers(1, 4096),
+    st.integers(1, 3),
+)
+def test_a_prompt_is_never_predicted_faster_than_its_limit(
+    shape: str, vram_gb: int, name: str, num_tokens: int, prompts: int
+) -> None:
+    asked, rates = demand(shape, vram_gb, machine=name), find_machine(name).rates
+    if asked is not None:
+        size = {"num_tokens": num_tokens, "prompts": prompts}
+        limit_s = prefill_limit_s(prefill_work(asked, **size), rates.peaks)
+        assert predict_prefill(asked, rates, **size).seconds >= limit_s
 
 
 FASTER = {
