@@ -17,6 +17,7 @@ from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import footprint
+from fiddler.models.host_memory import host_bytes
 from fiddler.models.quantized import check_groups
 from fiddler.models.stored import packing_note, rounding_note, stored_bytes
 from fiddler.speed import RatesHere, demand_of, rates_for
@@ -194,7 +195,7 @@ def weight_notes(
 def _needs(
     settings: EngineConfig, model: ModelConfig, hardware: Hardware, dtypes: Dtypes, tokens: int
 ) -> Footprint:
-    return footprint(
+    sizes = footprint(
         model,
         dtype=dtypes.compute,
         expert_dtype=dtypes.expert,
@@ -204,6 +205,11 @@ def _needs(
         max_model_len=settings.max_model_len,
         graph_rows=largest_bucket(settings.num_seqs) if hardware.has_gpu else 0,
     )
+    if not hardware.has_gpu:
+        return sizes
+    num_threads = settings.cpu_threads or hardware.physical_cores
+    host = host_bytes(model, dtypes, num_tokens=tokens, num_threads=num_threads)
+    return replace(sizes, host_bytes=host)
 
 
 def answer(question: Question, rates: Callable[[], RatesHere]) -> Plan:

@@ -207,6 +207,7 @@ def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
         workspace=footprint.workspace_bytes,
         staging=staging,
         gpu_experts=gpu_experts,
+        cpu_workspace=layout.ram_workspace_bytes,
         cpu_experts=layout.ram_expert_bytes,
         disk_experts=layout.disk_expert_bytes,
         unused=0 if layout.side is GpuSide.NONE else layout.vram_limit - used,
