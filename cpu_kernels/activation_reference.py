@@ -10,6 +10,9 @@ from cpu_kernels.bf16 import F64
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"]
 
+# f(gate, c up) = c f(gate, up): clamping and an added one are not.
+LINEAR_IN_UP: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+
 CLAMP_LIMIT = 7.0  # gpt-oss
 CLAMP_ALPHA = 1.702  # gpt-oss: x * sigmoid(1.702 x) is close to gelu(x)
 

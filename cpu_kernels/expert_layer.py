@@ -8,14 +8,12 @@ import numpy.typing as npt
 from cpu_kernels import dense_stage, lossless_stage, packed_stage
 from cpu_kernels.activations import ACTIVATIONS
 from cpu_kernels.checks import ID, check_array
-from cpu_kernels.column_panels import SUMS_BYTES, UNIT, may_use_columns
+from cpu_kernels.column_panels import UNIT, may_use_columns
 from cpu_kernels.compiled import stage_address
-from cpu_kernels.dot_tile import x_bytes
 from cpu_kernels.expert_job import JOB
 from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import PATHS, Activations, KernelPath, path_number
-from cpu_kernels.lossless_panels import LOSSLESS_ROOM_BYTES
-from cpu_kernels.packed_layout import PackedShape
+from cpu_kernels.scratch import LayerSizes
 from cpu_kernels.worker import ERROR, TAKEN
 
 I32 = npt.NDArray[np.int32]
@@ -43,6 +41,9 @@ class ExpertLayer:
         self.kept: I32 | None = None  # of that step; see ExpertPool.bind
         self.scratch: dict[str, npt.NDArray[np.uint8]] = {}  # alive while the record points to it
         self.columns_from = self._checked_columns(columns_from)
+        self.sizes = LayerSizes(
+            self.path, experts.hidden, experts.width, experts.num_experts, self.columns_from
+        )
         self.record = np.zeros(1, JOB)
         self._fill(self.record[0], number, words)
 
@@ -50,26 +51,6 @@ class ExpertLayer:
     def num_ids(self) -> int:
         """Experts that ids may name."""
         return self.experts.num_experts if self.place_of is None else len(self.place_of)
-
-    def row_sizes(self) -> tuple[int, int, int]:
-        """Bytes of a prepared row of x and of act, and elements of a float32 row of act."""
-        experts, kind = self.experts, self.path.kind
-        if not kind.is_packed:
-            size = x_bytes(self.path)
-            return experts.hidden * size, experts.width * size, 0
-        group = kind.group
-        x_groups, act_groups = -(-experts.hidden // group), -(-experts.width // group)
-        if self.path.activations == "int8":
-            return x_groups * (group + 8), act_groups * (group + 8), experts.width
-        return x_groups * group * 4, act_groups * group * 4, act_groups * group
-
-    def column_sizes(self) -> tuple[int, int, int]:
-        """For columns: depths of blocks of x and of act, and bytes of each worker's own room."""
-        experts = self.experts
-        if not self.path.kind.is_lossless:
-            return experts.hidden, experts.width, SUMS_BYTES
-        shape = PackedShape(experts.kind, experts.hidden, experts.width)
-        return shape.gate.padded_cols, shape.down.padded_cols, LOSSLESS_ROOM_BYTES
 
     def _checked_columns(self, columns_from: int | None) -> int:
         """Pairs of an expert that is computed by columns; 0: none is."""
@@ -112,7 +93,7 @@ class ExpertLayer:
         record["activation"] = ACTIVATIONS.index(mlp.activation)
         record["limit"], record["alpha"] = mlp.limit, mlp.alpha
         record["error"], record["taken"] = words[ERROR:].ctypes.data, words[TAKEN:].ctypes.data
-        record["x_row_bytes"], record["act_row_bytes"], record["act_cols"] = self.row_sizes()
+        record["x_row_bytes"], record["act_row_bytes"], record["act_cols"] = self.sizes.rows()
 
 
 def stage_maker(path: KernelPath) -> Any:

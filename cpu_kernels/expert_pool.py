@@ -11,14 +11,11 @@ import numpy.typing as npt
 
 from cpu_kernels.bf16 import F32
 from cpu_kernels.checks import FLOAT, ID, check_array
-from cpu_kernels.column_panels import most_blocks
-from cpu_kernels.columns import BLOCK_BYTES
 from cpu_kernels.compiled import stage_needs_compile
-from cpu_kernels.expert_job import ROOM
 from cpu_kernels.expert_layer import I32, ExpertLayer, stage_maker
 from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import PATHS, Activations, path_number
-from cpu_kernels.routes import COUNTS
+from cpu_kernels.scratch import scratch_sizes, worker_stride
 from cpu_kernels.threads import StageError, WorkerPool
 from cpu_kernels.weight_kind import WeightKind
 
@@ -149,23 +146,10 @@ class ExpertPool:
 
     def _bind_scratch(self, layer: ExpertLayer, num_tokens: int, num_pairs: int) -> None:
         record, path = layer.record[0], layer.path
-        x_row_bytes, act_row_bytes, act_cols = layer.row_sizes()
-        stride = ROOM.itemsize + 8 * routes_words(layer.experts.num_experts, num_pairs)
-        record["worker_stride"] = stride
-        sizes = {
-            "workers": stride * self.num_threads,
-            "x_rows": num_tokens * x_row_bytes,
-            "act_rows": num_pairs * act_row_bytes,
-            "act": num_pairs * act_cols * 4,
-        }
-        if layer.columns_from:
-            blocks = most_blocks(num_pairs, layer.experts.num_experts, layer.columns_from)
-            hidden, width, own_bytes = layer.column_sizes()
-            sizes |= {
-                "x_blocks": blocks * hidden * BLOCK_BYTES,
-                "act_blocks": blocks * width * BLOCK_BYTES,
-                "column_sums": own_bytes * self.num_threads,
-            }
+        record["worker_stride"] = worker_stride(layer.experts.num_experts, num_pairs)
+        sizes = scratch_sizes(
+            layer.sizes, num_tokens=num_tokens, num_pairs=num_pairs, num_threads=self.num_threads
+        )
         for name, num_bytes in sizes.items():
             layer.scratch[name] = self._room(name, num_bytes)
             record[name] = -(-_address(layer.scratch[name]) // LINE) * LINE
@@ -189,12 +173,6 @@ def needs_compile(kind: WeightKind, activations: Activations = "f32") -> bool:
     """Whether add_layer will compile for these weights; see :mod:`cpu_kernels.compiled`."""
     number = path_number(kind, activations)
     return stage_needs_compile(stage_maker(PATHS[number]), number)
-
-
-def routes_words(num_experts: int, num_pairs: int) -> int:
-    """int64 that a worker's routes take, whole cache lines; see :mod:`cpu_kernels.routes`."""
-    words = COUNTS + 2 * num_experts + 1 + 2 * num_pairs
-    return -(-words // 8) * 8
 
 
 def aligned_floats(size: int) -> F32:

@@ -1,7 +1,8 @@
 """Powers of two by which an expert's neurons may be scaled before they are packed, without loss.
 
 ``down[:, i] * act[i]`` with ``act[i] = f(gate[i] x) * (up[i] x)`` stays what it is, to the bit,
-when row i of up is multiplied by a power of two and column i of down divided by it. Neurons that
+when row i of up is multiplied by a power of two and column i of down divided by it. That is so of
+activations that are linear in up (``activation_reference.LINEAR_IN_UP``) alone. Neurons that
 training gave up have columns some 2**-18 smaller than others (a fifth of the weights of one expert
 of the built-in model), which no row's 15 exponents hold beside these; scaled they fit like all.
 

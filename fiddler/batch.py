@@ -131,11 +131,13 @@ class Batch:
         if self._is_forked:
             return
         with self._lock:
-            for sample in list(self._samples.values()):
-                self._cancel(sample.request, "cancelled")
-            if self._loaded is not None:
-                resources, self._loaded = self._loaded.resources, None
-                resources.close()
+            try:
+                for sample in list(self._samples.values()):
+                    self._cancel(sample.request, "cancelled")
+            finally:  # a device that fails in a step that ran ahead keeps no memory
+                if self._loaded is not None:
+                    resources, self._loaded = self._loaded.resources, None
+                    resources.close()
 
     def _sample(self, request: Request) -> Sample:
         return Sample(

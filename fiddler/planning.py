@@ -17,7 +17,9 @@ from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import footprint
+from fiddler.models.host_memory import host_bytes
 from fiddler.models.quantized import check_groups
+from fiddler.models.stored import packing_note, rounding_note, stored_bytes
 from fiddler.speed import RatesHere, demand_of, rates_for
 from offload.hardware import Hardware
 from offload.layout import Layout, lay_out
@@ -72,14 +74,18 @@ class Question:
 
     def plan(self, sizes: Sizes) -> Plan:
         """The plan with ``sizes``; raises as the planner does."""
-        return make_plan(
-            self.needs(sizes.step_tokens),
+        needs = self.needs(sizes.step_tokens)
+        made = make_plan(
+            needs,
             self.hardware,
             self._budget(sizes),
             self.popularity,
             popularity_name=self.popularity_name,
             placement=self.settings.placement,
+            stored_ratio=stored_bytes(self.model, needs.expert_bytes) / needs.expert_bytes,
         )
+        notes = weight_notes(self.settings, self.model, self.dtypes, made)
+        return replace(made, notes=(*made.notes, *notes))
 
     def _budget(self, sizes: Sizes) -> Budget:
         settings = self.settings
@@ -176,10 +182,20 @@ def _is_worth_moving(question: Question) -> bool:
     return has_spares and SPARE_DIVISOR * layout.spare_bytes <= layout.gpu_expert_bytes
 
 
+def weight_notes(
+    settings: EngineConfig, model: ModelConfig, dtypes: Dtypes, plan: Plan
+) -> tuple[str, ...]:
+    """What a user should know of how the stored weights become those in memory."""
+    if settings.load_format == "dummy":
+        return ()
+    packing = packing_note(model, dtypes) if plan.cached is not None else ""
+    return tuple(filter(None, (rounding_note(model, dtypes.expert), packing)))
+
+
 def _needs(
     settings: EngineConfig, model: ModelConfig, hardware: Hardware, dtypes: Dtypes, tokens: int
 ) -> Footprint:
-    return footprint(
+    sizes = footprint(
         model,
         dtype=dtypes.compute,
         expert_dtype=dtypes.expert,
@@ -189,6 +205,11 @@ def _needs(
         max_model_len=settings.max_model_len,
         graph_rows=largest_bucket(settings.num_seqs) if hardware.has_gpu else 0,
     )
+    if not hardware.has_gpu:
+        return sizes
+    num_threads = settings.cpu_threads or hardware.physical_cores
+    host = host_bytes(model, dtypes, num_tokens=tokens, num_threads=num_threads)
+    return replace(sizes, host_bytes=host)
 
 
 def answer(question: Question, rates: Callable[[], RatesHere]) -> Plan:
@@ -255,10 +276,11 @@ def find_popularity(
     profile = load_profile(
         path or str(shipped),
         model=name,
+        architecture=model.architecture,
         num_layers=model.num_layers,
         num_experts=model.num_experts,
     )
-    return profile.popularity, profile.name
+    return profile.popularity, profile.name_for(name)
 
 
 def _bytes(gib: float | None) -> int | None:

@@ -77,6 +77,7 @@ def profile_corpus(
             on_window(ids, routes_TLK)
     profile = Profile(
         model=llm.model_name,
+        architecture=config.architecture,
         revision=llm.revision,
         corpus_sha256=corpus.sha256,
         num_tokens=num_trained,

@@ -9,6 +9,7 @@ from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
 from fiddler.models.footprint import DTYPE_BYTES, expert_bytes, kv_bytes
 from fiddler.models.manifest import layer_parts
+from fiddler.models.stored import stored_bytes
 from offload.calibration import Calibration, default_path
 from offload.chances import LayerChances, blind_chances, law_chances, placed_chances
 from offload.demand import Demand, decode_work, prefill_work
@@ -111,6 +112,7 @@ def demand_of(
     numel, shared = _layer_numels(config)
     per_token = plan.per_token
     sizes = [expert_bytes(config, dtypes.expert, layer) for layer in moe_layers(config)]
+    mean_bytes = round(sum(sizes) / len(sizes))
     return Demand(
         on_gpu=plan.gpu_side is GpuSide.CUDA,
         num_layers=config.num_layers,
@@ -120,7 +122,7 @@ def demand_of(
         codes=dtypes.expert_kinds[0].codes,
         activations=dtypes.many,
         few=dtypes.few,
-        expert_bytes=round(sum(sizes) / len(sizes)),
+        expert_bytes=mean_bytes,
         expert_numel=config.expert_numel,
         layer_bytes=(numel - shared) * width,
         shared_bytes=shared * width,
@@ -131,6 +133,7 @@ def demand_of(
         attention_width=config.num_heads * config.head_dim,
         staging_slots=plan.staging_slots,
         disk_share=per_token.disk_experts / max(per_token.cold_experts, 1),
+        disk_bytes=stored_bytes(config, mean_bytes),
         step_tokens=plan.step_tokens,
     )
 

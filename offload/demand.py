@@ -16,8 +16,8 @@ class Demand:
     both. ``codes`` are those of the weights' kind, ``activations`` what the CPU rounds hidden
     states to for many tokens, ``few`` for those of decode steps. ``kv_bytes``: of a token in a
     layer. ``staging_slots``: those that experts pass through. ``disk_share``: of the choices that
-    meet a cold expert, those whose expert is on disk. ``step_tokens``: of a prompt in one step, at
-    most.
+    meet a cold expert, those whose expert is on disk, where it takes ``disk_bytes``.
+    ``step_tokens``: of a prompt in one step, at most.
     """
 
     on_gpu: bool
@@ -39,6 +39,7 @@ class Demand:
     attention_width: int  # query heads times their dimension
     staging_slots: int
     disk_share: float
+    disk_bytes: int
     step_tokens: int
 
     @property

@@ -56,6 +56,7 @@ class Layout:
     spare_bytes: int
     num_ram_experts: int  # that RAM holds at a time
     num_disk_experts: int  # that it has no room for
+    ram_workspace_bytes: int  # what workers write to, beside a GPU
     ram_expert_bytes: int
     disk_expert_bytes: int
     expert_room: int  # VRAM that is left for experts; 0 without a GPU side
@@ -112,8 +113,10 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     if side is GpuSide.CUDA and num_experts == footprint.total_experts:
         num_pages += _more_pages(footprint, budget, free - experts.total, num_pages)
         kv = num_pages * page_bytes
-    # of RAM, before any cold expert; without CUDA the GPU side's are there too
-    needed = 0 if side is GpuSide.CUDA else fixed + kv + experts.bytes_of(num_experts)
+    # of RAM, before any cold expert; without CUDA the GPU side is there too, which has a workspace
+    is_host = side is GpuSide.CUDA and num_experts < footprint.total_experts
+    workspace = footprint.host_bytes if is_host else 0
+    needed = workspace if side is GpuSide.CUDA else fixed + kv + experts.bytes_of(num_experts)
     ram_room = max(0, ram_limit - needed)
     if num_staging + num_spare and ram_room < experts.total - experts.bytes_of(num_experts):
         num_experts = experts.fitting(free) if budget.gpu_experts is None else budget.gpu_experts
@@ -141,6 +144,7 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         spare_bytes=spare_bytes(footprint, num_spare),
         num_ram_experts=num_in_ram,
         num_disk_experts=num_cold - num_in_ram,
+        ram_workspace_bytes=workspace,
         ram_expert_bytes=in_ram,
         disk_expert_bytes=cold - in_ram,
         expert_room=free,

@@ -26,7 +26,9 @@ class Footprint:
 
     ``expert_bytes`` is one routed expert's, the largest one's where layers differ; then
     ``layer_bytes`` has one for each of ``moe_layers``. ``order``: in which experts get room on the
-    GPU side, each by its layer's place among ``moe_layers``; (): layers in turn.
+    GPU side, each by its layer's place among ``moe_layers``; (): layers in turn. ``host_bytes``:
+    what the CPU's workers write to beside a GPU that does not hold all experts; without one
+    ``workspace_bytes`` has it.
     """
 
     num_layers: int
@@ -41,6 +43,7 @@ class Footprint:
     step_tokens: int
     layer_bytes: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
+    host_bytes: int = 0
 
     @property
     def expert_bytes_M(self) -> tuple[int, ...]:
@@ -87,7 +90,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBytes:
-    """What takes how much. All but the last two is the GPU side's, and sums to its budget."""
+    """What takes how much. All but the last three is the GPU side's, and sums to its budget."""
 
     context: int  # the CUDA context
     margin: int  # kept free for late kernels and allocator holes
@@ -97,6 +100,7 @@ class MemoryBytes:
     staging: int  # slots that cold experts pass through in prompts, and spare ones
     gpu_experts: int
     unused: int
+    cpu_workspace: int  # what the CPU's workers write to, beside a GPU
     cpu_experts: int  # that RAM holds at a time
     disk_experts: int  # that it has no room for
 
@@ -108,6 +112,7 @@ class TokenBytes:
     hot_experts: int  # on the GPU side
     cold_experts: int  # on the CPU side
     disk_experts: int  # those of them that come from disk first, if RAM keeps the most used ones
+    disk_reads: int  # what is read for these: stored experts may be larger or smaller
     dense: int
     kv: int
 

@@ -37,8 +37,11 @@ def plan(
     *,
     popularity_name: str,
     placement: Placement | None = None,
+    stored_ratio: float = 1.0,
 ) -> Plan:
     """Place every expert, by ``placement`` if given, or raise before anything is allocated.
+
+    ``stored_ratio``: bytes of an expert on disk for each that it takes in memory.
 
     Raises :class:`ConfigError` for a context beyond the model's or a placement of another model,
     and :class:`OutOfMemoryError` with the numbers and the nearest plan that fits where VRAM or RAM
@@ -65,7 +68,7 @@ def plan(
         page_size=budget.page_size,
         context_tokens=layout.context_tokens,
         memory=_memory(footprint, layout),
-        per_token=_token_bytes(footprint, layout, hits_L, disk_L),
+        per_token=_token_bytes(footprint, layout, hits_L, disk_L, stored_ratio),
         staging_slots=layout.staging_slots,
         spare_slots=layout.spare_slots,
         step_tokens=footprint.step_tokens,
@@ -204,6 +207,7 @@ def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
         workspace=footprint.workspace_bytes,
         staging=staging,
         gpu_experts=gpu_experts,
+        cpu_workspace=layout.ram_workspace_bytes,
         cpu_experts=layout.ram_expert_bytes,
         disk_experts=layout.disk_expert_bytes,
         unused=0 if layout.side is GpuSide.NONE else layout.vram_limit - used,
@@ -211,7 +215,11 @@ def _memory(footprint: Footprint, layout: Layout) -> MemoryBytes:
 
 
 def _token_bytes(
-    footprint: Footprint, layout: Layout, hits_L: Sequence[float], disk_L: Sequence[float]
+    footprint: Footprint,
+    layout: Layout,
+    hits_L: Sequence[float],
+    disk_L: Sequence[float],
+    stored_ratio: float,
 ) -> TokenBytes:
     sizes = dict(zip(footprint.moe_layers, footprint.expert_bytes_M, strict=True))
     routed = footprint.top_k * sum(sizes.values())
@@ -221,6 +229,7 @@ def _token_bytes(
         hot_experts=hot,
         cold_experts=routed - hot,
         disk_experts=round(from_disk),
+        disk_reads=round(stored_ratio * from_disk),
         dense=footprint.dense_read_bytes,
         kv=layout.context_tokens * footprint.kv_bytes_per_token,
     )

@@ -73,9 +73,14 @@ def hit_rate(placement: Placement, counts_LE: npt.NDArray[np.int64]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Profile:
-    """Counts with where they come from; ``num_tokens`` were routed. ``created`` is ISO 8601."""
+    """Counts with where they come from; ``num_tokens`` were routed. ``created`` is ISO 8601.
+
+    ``architecture`` tells models apart that need not be called the same; None: the file is of a
+    release that kept none, so the name has to.
+    """
 
     model: str
+    architecture: str | None
     revision: str | None
     corpus_sha256: str
     num_tokens: int
@@ -84,8 +89,25 @@ class Profile:
 
     @property
     def name(self) -> str:
-        """What a plan calls it."""
+        """What is said of it."""
         return f"profile of {self.num_tokens:,} tokens"
+
+    def name_for(self, model: str) -> str:
+        """What a plan calls it; one that was made with a model of another name says so."""
+        return self.name if same_name(self.model, model) else f"{self.name}, made with {self.model}"
+
+    def is_of(self, model: str, architecture: str | None, shape: tuple[int, ...]) -> bool:
+        """Whether that model may use it; by name where either side knows no architecture."""
+        if self.popularity.counts_LE.shape != shape:
+            return False
+        if self.architecture is None or architecture is None:
+            return same_name(self.model, model)
+        return self.architecture == architecture
+
+    @property
+    def subject(self) -> str:
+        """What it is of, for people."""
+        return subject(self.model, self.architecture, self.popularity.counts_LE.shape)
 
 
 def save_profile(profile: Profile, path: Path | str) -> None:
@@ -96,6 +118,7 @@ def save_profile(profile: Profile, path: Path | str) -> None:
     record = {
         "version": VERSION,
         "model": profile.model,
+        "architecture": profile.architecture,
         "revision": profile.revision,
         "corpus_sha256": profile.corpus_sha256,
         "num_tokens": profile.num_tokens,
@@ -117,18 +140,25 @@ def check_writable(path: Path | str) -> None:
         )
 
 
-def load_profile(path: Path | str, *, model: str, num_layers: int, num_experts: int) -> Profile:
-    """Read a profile for a model of this name and shape.
+def load_profile(
+    path: Path | str,
+    *,
+    model: str,
+    architecture: str | None = None,
+    num_layers: int,
+    num_experts: int,
+) -> Profile:
+    """Read a profile for a model of this architecture, or of this name where none is known.
 
     Raises :class:`ProfileError` for a file that is missing, damaged or of another model. Names
     are compared without their folder or organisation, so a local copy may use the hub's profile.
     """
     profile = read_profile(path)
-    shape = profile.popularity.counts_LE.shape
-    if not same_name(profile.model, model) or shape != (num_layers, num_experts):
+    shape = num_layers, num_experts
+    if not profile.is_of(model, architecture, shape):
+        known = None if profile.architecture is None else architecture
         raise ProfileError(
-            f"the profile {path} is of {profile.model} ({shape[0]} layers, {shape[1]} experts), "
-            f"not of {model} ({num_layers} layers, {num_experts} experts)",
+            f"the profile {path} is of {profile.subject}, not of {subject(model, known, shape)}",
             hint=REMAKE,
         )
     return profile
@@ -137,6 +167,12 @@ def load_profile(path: Path | str, *, model: str, num_layers: int, num_experts: 
 def read_profile(path: Path | str) -> Profile:
     """Read a profile of any model; raises :class:`ProfileError` if it is missing or damaged."""
     return _parse(_read_record(Path(path)), Path(path))
+
+
+def subject(model: str, architecture: str | None, shape: tuple[int, ...]) -> str:
+    """A model for people."""
+    num_layers, num_experts = shape
+    return f"{model} ({architecture or f'{num_layers} layers, {num_experts} experts'})"
 
 
 def same_name(one: str, other: str) -> bool:
@@ -162,15 +198,18 @@ def _parse(record: dict[str, Any], path: Path) -> Profile:
         raise _damaged(path, f"its version is {version!r}, this fiddler reads {VERSION}")
     texts = [record.get(key) for key in ("model", "corpus_sha256", "created")]
     revision, num_tokens = record.get("revision"), record.get("num_tokens")
+    architecture = record.get("architecture")
     if not all(isinstance(text, str) for text in texts):
         raise _damaged(path, "model, corpus_sha256 or created is no text")
-    if not (revision is None or isinstance(revision, str)):
-        raise _damaged(path, "revision is neither text nor null")
+    for name, value in (("revision", revision), ("architecture", architecture)):
+        if not (value is None or isinstance(value, str)):
+            raise _damaged(path, f"{name} is neither text nor null")
     if not _is_count(num_tokens):
         raise _damaged(path, "num_tokens is no count")
     model, corpus_sha256, created = map(str, texts)
     return Profile(
         model=model,
+        architecture=architecture,
         revision=revision,
         corpus_sha256=corpus_sha256,
         num_tokens=num_tokens,

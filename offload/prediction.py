@@ -187,7 +187,7 @@ def add_disk(demand: Demand, rates: MachineRates, rows: int, total: Sum) -> None
     """What ``rows`` tokens want from disk first; of one that was not measured nothing is known."""
     if demand.disk_share and rates.disk_gbps:
         cold = sum(distinct(layer.cold, rows) for layer in demand.layers)
-        from_disk = demand.disk_share * cold * demand.expert_bytes
+        from_disk = demand.disk_share * cold * demand.disk_bytes
         total.add("disk", from_disk / (rates.disk_gbps * GIGA))
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fiddler.errors import ProfileError
 from offload.planner import place
-from offload.popularity import Popularity, Profile, hit_rate, same_name
+from offload.popularity import Popularity, Profile, hit_rate
 
 SHARES = (0.125, 0.25, 0.5)  # of all experts resident
 
@@ -85,6 +85,7 @@ def merge(first: Profile, second: Profile) -> Profile:
     counts_LE = first.popularity.counts_LE + second.popularity.counts_LE
     return Profile(
         model=first.model,
+        architecture=first.architecture or second.architecture,
         revision=first.revision if first.revision == second.revision else None,
         corpus_sha256=hashlib.sha256("".join(hashes).encode()).hexdigest(),
         num_tokens=first.num_tokens + second.num_tokens,
@@ -101,15 +102,10 @@ def divergence_bits(p_ME: npt.NDArray[np.float64], q_ME: npt.NDArray[np.float64]
 
 
 def _check_one_model(first: Profile, second: Profile) -> None:
-    shapes = [p.popularity.counts_LE.shape for p in (first, second)]
-    if shapes[0] == shapes[1] and same_name(first.model, second.model):
+    if first.is_of(second.model, second.architecture, second.popularity.counts_LE.shape):
         return
-    one, other = (
-        f"{p.model} ({layers} layers, {experts} experts)"
-        for p, (layers, experts) in zip((first, second), shapes, strict=True)
-    )
     raise ProfileError(
-        f"the profiles are of different models: {one} and {other}",
+        f"the profiles are of different models: {first.subject} and {second.subject}",
         hint="give two profiles of one model",
     )
 

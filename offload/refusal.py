@@ -81,7 +81,9 @@ def _in_ram(footprint: Footprint, budget: Budget, layout: Layout) -> str:
     one_token = "one token's experts"
     if layout.side is GpuSide.CUDA:
         experts = f"{layout.num_ram_experts:,} experts of {size_text(footprint.expert_bytes)}"
-        return f"{experts}, one token's, need"
+        workspace = layout.ram_workspace_bytes
+        beside = f" and {size_text(workspace)} of workspace" if workspace else ""
+        return f"{experts}, one token's,{beside} need"
     if layout.side is GpuSide.NONE:
         return f"the model with {layout.context_tokens:,} tokens of context and {one_token} needs"
     size = size_text(layout.vram_needed + layout.gpu_expert_bytes)

@@ -141,7 +141,9 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 def _footprint(record: Any) -> Footprint:
     """From JSON types; raises KeyError, TypeError or ValueError."""
-    values = {field.name: record[field.name] for field in fields(Footprint)}
+    # what a release did not have yet has a default
+    known = [field.name for field in fields(Footprint) if field.name in record]
+    values = {name: record[name] for name in known}
     names = ("moe_layers", "layer_bytes", "order")
     lists: dict[str, Any] = {name: tuple(values.pop(name)) for name in names}
     numbers = [*values.values(), *(number for listed in lists.values() for number in listed)]

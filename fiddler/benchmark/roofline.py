@@ -12,13 +12,19 @@ from offload.limits import GIGA, TERA, Peaks, Work
 
 
 def roofs_of(peaks: Peaks) -> list[Roof]:
-    """What each memory allows; products were measured where the dense layers run."""
+    """What each memory allows; products were measured where the dense layers run.
+
+    Host memory is that of CPU and PCIe together where there is a GPU: they share what is cold.
+    """
     ceiling = peaks.gemm_tflops * TERA
-    host = Roof(name="host memory", kind="cpu", bytes_per_s=peaks.cpu_read_gbps * GIGA)
+    host = Roof(
+        name="host memory",
+        kind="cpu",
+        bytes_per_s=peaks.joint_gbps * GIGA,
+        ceiling_flops=ceiling,
+    )
     if not peaks.has_gpu:
-        return [
-            Roof(name=host.name, kind="cpu", bytes_per_s=host.bytes_per_s, ceiling_flops=ceiling)
-        ]
+        return [host]
     gpu = Roof(
         name="GPU memory",
         kind="gpu",
@@ -51,7 +57,7 @@ def _points(subject: Subject, measured: Measurement, label: str, seconds: float)
         side = work.prompt
         is_streamed = subject.hardware.has_gpu and side.cold_bytes > 0
         if is_streamed:
-            return _point(label, "link", side.flops, side.cold_bytes, seconds)
+            return _point(label, "cpu", side.flops, side.cold_bytes, seconds)
         kind = "gpu" if subject.hardware.has_gpu else "cpu"
         return _point(label, kind, side.flops, _all_bytes(side), seconds)
     cold, hot = _decode_flops(subject, measured)

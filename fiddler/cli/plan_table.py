@@ -99,16 +99,16 @@ def _memory_table(facts: PlanFacts) -> "Table":
     num_experts = facts.config.num_experts * _num_moe_layers(facts.config)
     resident = plan.placement.num_resident
     rows = [
-        ("CUDA context", memory.context),
-        ("safety margin", memory.margin),
-        ("dense weights", memory.dense),
-        (f"KV cache, {plan.num_pages * plan.page_size:,} tokens", memory.kv),
-        ("workspace", memory.workspace),
-        ("staging for prompts", memory.staging),
+        ("CUDA context", memory.context, 0),
+        ("safety margin", memory.margin, 0),
+        ("dense weights", memory.dense, 0),
+        (f"KV cache, {plan.num_pages * plan.page_size:,} tokens", memory.kv, 0),
+        ("workspace", memory.workspace, memory.cpu_workspace),
+        ("staging for prompts", memory.staging, 0),
     ]
-    for name, size in rows:
-        if size:
-            _add(table, plan, name, size, 0)
+    for name, on_gpu, on_cpu in rows:
+        if on_gpu + on_cpu:
+            _add(table, plan, name, on_gpu, on_cpu)
     experts = f"experts, {resident:,} + {num_experts - resident:,}"
     if plan.gpu_side is GpuSide.NONE:
         experts = f"experts, {num_experts:,}"
@@ -119,8 +119,9 @@ def _memory_table(facts: PlanFacts) -> "Table":
     _add(table, plan, experts, memory.gpu_experts, memory.cpu_experts, memory.disk_experts)
     if memory.unused:
         _add(table, plan, "unused", memory.unused, 0)
-    on_gpu = sum(size for _, size in rows) + memory.gpu_experts + memory.unused
-    _add(table, plan, "total", on_gpu, memory.cpu_experts, memory.disk_experts)
+    total = sum(size for _, size, _ in rows) + memory.gpu_experts + memory.unused
+    in_ram = memory.cpu_workspace + memory.cpu_experts
+    _add(table, plan, "total", total, in_ram, memory.disk_experts)
     return table
 
 
@@ -128,7 +129,7 @@ def _token_table(plan: Plan) -> "Table":
     read = plan.per_token
     table = _table("What one token reads", plan)
     cold = read.cold_experts - read.disk_experts
-    _add(table, plan, "experts, as expected", read.hot_experts, cold, read.disk_experts)
+    _add(table, plan, "experts, as expected", read.hot_experts, cold, read.disk_reads)
     _add(table, plan, "dense weights", read.dense, 0)
     _add(table, plan, f"KV cache at {plan.context_tokens:,} tokens", read.kv, 0)
     return table
@@ -205,8 +206,8 @@ def speed_lines(facts: PlanFacts) -> list[str]:
 
 
 def _beside(speeds: "Speeds", most: float) -> str:
-    """What a prompt's speed stands beside: experts that the CPU computes by its own kernels may
-    beat what the link or torch allows."""
+    """What a prompt's speed stands beside: without a GPU that may be torch's products, which the
+    CPU's own kernels may beat."""
     if speeds.prefill_rate <= most:
         return f"limit {rate(most)}"
     return f"{speeds.prefill_limited_by} alone: {rate(most)}"

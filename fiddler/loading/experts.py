@@ -15,6 +15,12 @@ from offload.machine_facts import this_machine
 
 _log = logging.getLogger("fiddler.loading")
 
+# What is said of experts that memory has no room for.
+HOW_THEY_COME = {
+    "auto": "read from disk",
+    "dummy": "drawn anew (a checkpoint's would be read from disk)",
+}
+
 # Readers copy from mapped files or draw numbers, without Python's lock: one a core.
 LOAD_THREADS = max(4, os.cpu_count() or 1)
 
@@ -26,9 +32,10 @@ def load_experts(ground: Ground, weights: OpenedWeights) -> HybridExperts:
         held = ground.plan.placement.num_resident + ground.plan.cached.num_resident
         total = len(store.shape.moe_layers) * store.shape.num_experts
         _log.warning(
-            "%d of %d experts have no room in memory and are read from disk when a step needs them",
+            "%d of %d experts have no room in memory and are %s when a step needs them",
             total - held,
             total,
+            HOW_THEY_COME[ground.settings.load_format],
         )
     sizes = {"max_tokens": ground.step_tokens, "top_k": ground.config.top_k}
     prefill = None

@@ -24,7 +24,7 @@ from fiddler.loading.vram import give_back_memory, limit_vram, vram_meter
 from fiddler.loading.weights import load_weights
 from fiddler.loading.workers import start_pool
 from fiddler.models.dtypes import Dtypes
-from fiddler.planning import plan_model
+from fiddler.planning import plan_model, weight_notes
 from fiddler.speed import RatesHere, rates_for
 from fiddler.text.tokenizer import Tokenizer
 from offload.executor import HybridExperts
@@ -72,6 +72,8 @@ def load_model(
         )
         if check_plan is not None:
             check_plan(plan)
+        for note in weight_notes(settings, files.config, dtypes, plan):
+            _log.warning("%s", note)
         if plan.cached is not None:  # the files are read for as long as the model runs
             resources.enter_context(reading.pop_all())
         device = torch.device("cuda" if hardware.has_gpu else "cpu")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from cpu_kernels.activation_reference import Activation
 from cpu_kernels.weight_kind import PACKED_KINDS, WeightKind
 from fiddler.models.foreign.layout import Layout
 from fiddler.models.outliers import padded_size
@@ -70,6 +71,7 @@ class ModelConfig:
     expert_size: int  # width of one routed expert
     names: WeightNames
 
+    activation: Activation = "silu"  # of experts, whatever their layer
     dense_size: int = 0  # width of the FFN in layers without experts
     dense_layers: frozenset[int] = frozenset()  # layers without experts
     shared_size: int = 0  # width of the shared expert; 0: none
@@ -92,6 +94,14 @@ class ModelConfig:
     outliers: tuple[tuple[int, ...], ...] = ()  # of each layer: inputs of 8-bit columns, as many
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    @property
+    def architecture(self) -> str:
+        """What a routing profile is bound to: sizes, which quantising and renaming leave alone."""
+        return (
+            f"{self.model_type}, {self.num_layers} layers, {self.top_k} of {self.num_experts} "
+            f"experts of {self.hidden_size} x {self.expert_size}"
+        )
 
     @property
     def packed_name(self) -> str | None:

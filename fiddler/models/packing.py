@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpu_kernels.activation_reference import LINEAR_IN_UP
 from cpu_kernels.bf16 import U16
 from cpu_kernels.lossless import is_finite, pack_lossless
 from cpu_kernels.neuron_scales import ColumnExponents, drop_unfit_rows, scaled
@@ -98,14 +99,16 @@ def rounding(source: WeightSource, config: ModelConfig, kind: WeightKind) -> Fil
 def lossless(config: ModelConfig, bits_of: BitsOf) -> FillPacked:
     """Pack bfloat16 numbers as bf12; ``bits_of`` may be called by several threads.
 
-    Neurons that are far smaller than the others are scaled (:mod:`cpu_kernels.neuron_scales`).
+    Neurons that are far smaller than the others are scaled (:mod:`cpu_kernels.neuron_scales`),
+    unless the activation would not bear it: then they may have no room.
     """
+    may_scale = config.activation in LINEAR_IN_UP
     shape = packed_shape(config, BF12)
 
     def fill(layer: int, expert: int, out_B: Tensor) -> None:
         _, up, down = expert_parts(config, layer, expert)
         exponents = ColumnExponents(shape.width)
-        for rows in _chunks(shape.down):
+        for rows in _chunks(shape.down) if may_scale else ():
             exponents.add(bits_of(down, rows))
         shift_I = exponents.shifts()
 

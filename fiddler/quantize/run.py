@@ -1,5 +1,6 @@
 """Quantises a model folder into another: what is made, and what is told of it."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from fiddler.corpus import read_text_corpus
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.config import ModelConfig
 from fiddler.models.quantized import quantization_config
+from fiddler.models.stored import rounding_note
 from fiddler.models.weights import CheckpointSource, WeightSource
 from fiddler.quantize.calibration import Calibration, cut_windows
 from fiddler.quantize.expert import least_tokens
@@ -25,6 +27,8 @@ from fiddler.quantize.target import Target
 from fiddler.text.tokenizer import Tokenizer
 
 __all__ = ["QuantizeJob", "QuantizedModel", "quantize"]
+
+_log = logging.getLogger("fiddler.quantize")
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -54,6 +58,8 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     numbers, and what reading a model and a text raise. ``on_progress`` counts experts.
     """
     raw, config = checked(job)
+    if note := rounding_note(config, job.kind.name):
+        _log.warning("%s", note)
     planned = _with_outliers(config, job)
     shards = plan_shards(planned, job.kind)
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():

@@ -130,7 +130,8 @@ def bench_page(
                 "Roofline",
                 "A point below a slope waits for that memory; one below a ceiling, for arithmetic. "
                 "Beside a GPU, decoding is two points: experts in host memory, and all that lies "
-                "on the GPU; a prompt whose experts stream to the GPU is one below PCIe.",
+                "on the GPU; a prompt whose experts stream to the GPU is one below host memory, "
+                "which CPU and PCIe read together.",
                 pictures=(picture,),
                 table=Table(("point", "operations a byte", "reached"), figures),
             ),

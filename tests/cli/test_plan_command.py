@@ -74,7 +74,7 @@ def test_json_holds_the_same_plan_and_adds_up() -> None:
     resident = sum(map(len, plan["placement"]))
     expert_bytes = 3 * 4096 * 14336 * 2
     assert plan["memory"]["gpu_experts"] == resident * expert_bytes
-    elsewhere = ("cpu_experts", "disk_experts")
+    elsewhere = ("cpu_workspace", "cpu_experts", "disk_experts")
     on_gpu = sum(size for name, size in plan["memory"].items() if name not in elsewhere)
     assert on_gpu == plan["vram_budget_bytes"] == 22 * GIB
     assert record["hardware"]["gpu_name"] == "Test GPU"
@@ -91,13 +91,28 @@ def test_what_ram_has_no_room_for_is_shown_on_disk() -> None:
     assert len(lines) <= 46 and max(map(len, lines)) <= 80, done.stdout
     plan = json.loads(run(*options, "--json").stdout)["plan"]
     on_gpu, in_ram = (sum(map(len, plan[name])) for name in ("placement", "cached"))
-    assert in_ram == 16 * GIB // (3 * 2048 * 768 * 2)
+    room = 16 * GIB - plan["memory"]["cpu_workspace"]
+    assert in_ram == room // (3 * 2048 * 768 * 2) < 16 * GIB // (3 * 2048 * 768 * 2)
     words = " ".join(done.stdout.split())
     assert "What lives where GPU CPU disk" in words
     assert f"experts, {on_gpu:,} + {in_ram:,} + {48 * 128 - on_gpu - in_ram:,}" in words
     assert f"RAM holds {in_ram:,} experts at a time" in words and "without CUDA graphs" in words
     assert plan["memory"]["disk_experts"] == (48 * 128 - on_gpu - in_ram) * 3 * 2048 * 768 * 2
     assert 0 < plan["per_token"]["disk_experts"] < plan["per_token"]["cold_experts"]
+
+
+@pytest.mark.parametrize("kind", ["auto", "bf12", "w4g128"])
+def test_what_is_read_from_disk_is_what_is_stored(kind: str) -> None:
+    options = ("--shape", "qwen3-30b-a3b", "--vram-gb", "6", "--ram-gb", "4", "--dtype", kind)
+    plan = json.loads(run(*options, "--json").stdout)["plan"]
+    experts = 48 * 128 - sum(map(len, plan["placement"])) - sum(map(len, plan["cached"]))
+    in_memory = plan["memory"]["disk_experts"] / experts
+    read = plan["per_token"]
+    assert read["disk_reads"] / read["disk_experts"] == pytest.approx(
+        3 * 2048 * 768 * 2 / in_memory
+    )
+    packed = [note for note in plan["notes"] if f"quantize --scheme {kind}" in note]
+    assert len(packed) == (kind != "auto")
 
 
 def test_a_hub_model_is_planned_from_its_metadata(

@@ -58,7 +58,7 @@ def test_speeds_stand_beside_their_limits_and_say_whose_they_are(cache: Path) ->
 
 
 def test_a_prompt_faster_than_its_limit_names_what_limits_there(tmp_path: Path) -> None:
-    """Without a GPU that is products or memory, and no PCIe."""
+    """torch's products, which the CPU's own kernels may beat; on a GPU nothing does."""
     path = tmp_path / "slow.json"
     slow_torch = replace(H200, rates=replace(H200.rates, cpu_tflops=0.1))
     path.write_text(json.dumps(record_of(slow_torch)))
@@ -66,7 +66,7 @@ def test_a_prompt_faster_than_its_limit_names_what_limits_there(tmp_path: Path) 
     line = next(x for x in run(*options, "--device", "cpu").stdout.splitlines() if "reading" in x)
     assert "(products alone: " in line
     options = ("--shape", "qwen3-30b-a3b", "--hardware", "rtx4090-ddr5")
-    assert "(PCIe alone: " in run(*options).stdout
+    assert re.search(r"reading of a prompt of as many: [\d,]+ tok/s \(limit ", run(*options).stdout)
 
 
 def test_a_batch_is_planned_for_and_predicted(cache: Path) -> None:

@@ -68,6 +68,7 @@ def saved_profile(
     """A profile of layers 0 and 2, all experts chosen alike unless ``counts`` says otherwise."""
     profile = Profile(
         model=of,
+        architecture=None,
         revision=None,
         corpus_sha256=text,
         num_tokens=15,

@@ -29,6 +29,15 @@ def call_activate(kind, limit, alpha, gate, up, act):  # type: ignore[no-untyped
         activations.activate(kind, limit, alpha, *addresses)
 
 
+@pytest.mark.parametrize("name", activation_reference.ACTIVATIONS)
+def test_those_called_linear_in_up_are(name: Any) -> None:
+    """Experts' neurons may be scaled for them alone."""
+    gate, up = np.random.default_rng(0).normal(size=(2, 100))
+    function = activation_reference.ACTIVATIONS[name]
+    is_linear = np.array_equal(function(gate, 4 * up), 4 * function(gate, up))
+    assert is_linear == (name in activation_reference.LINEAR_IN_UP)
+
+
 @njit
 def call_exp(x, out):  # type: ignore[no-untyped-def]
     for at in range(0, 4 * len(out), 4 * CHUNK):

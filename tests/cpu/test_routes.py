@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpu_kernels.expert_job import JOB, ROOM, job_array
-from cpu_kernels.expert_pool import routes_words
 from cpu_kernels.packed_stage import total_cost
 from cpu_kernels.routes import (
     READ_COST,
@@ -20,6 +19,7 @@ from cpu_kernels.routes import (
     routed_pairs,
     share_of,
 )
+from cpu_kernels.scratch import routes_words
 
 SENTINEL = -77
 Compiled = Callable[[int, int], tuple[Any, ...]]

@@ -1,5 +1,7 @@
 """``--dtype bf12``: bfloat16 experts in 12 bits give what they give in 16."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from cpu_kernels.weight_kind import BF12
 from fiddler import LLM, SamplingParams
 from fiddler.errors import ConfigError, NumericsError
 from fiddler.models.checkpoint import SINGLE
+from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import resolve_dtypes
-from fiddler.models.packing import halves
+from fiddler.models.manifest import Part, expert_parts, packed_shape
+from fiddler.models.packing import halves, lossless
+from fiddler.models.registry import load_config
 from tests.forward import Forward, random_texts, relative_error
 from tests.model.test_parity import split_at_random
 from tests.tiny_models import MODEL_TYPES, shared_tiny
@@ -94,6 +99,24 @@ def test_parts_of_matrices_are_packed_as_wholes_are(
         assert all(np.array_equal(a, b) for a, b in zip(found[at], parts, strict=True))
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bf12", "float32"])
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_what_is_rounded_before_it_is_packed_is_said(
+    stored: str, dtype: str, load_format: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shared_tiny("qwen3_moe", dtype=stored)
+    with (
+        caplog.at_level(logging.WARNING, "fiddler"),
+        loaded(folder, dtype, load_format=load_format) as llm,
+    ):
+        notes = [note for note in llm.plan.notes if "rounded to bfloat16" in note]
+    said = [r.getMessage() for r in caplog.records if "rounded" in r.getMessage()]
+    assert said == notes
+    is_rounded = stored != "bfloat16" and dtype == "bf12" and load_format == "auto"
+    assert len(notes) == is_rounded and all(f"stored in {stored}" in note for note in notes)
+
+
 def test_neurons_are_scaled_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of an expert whose matrices are packed in parts."""
     folder = shared_tiny("qwen3_moe", dtype="bfloat16", moe_intermediate_size=64)
@@ -117,6 +140,35 @@ def test_neurons_are_scaled_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
         assert np.array_equal(got[at][2], down * by_I)
         assert np.array_equal(got[at][1] * by_I[:, None], up)
     assert relative_error(got_logits, wanted_logits) < 1e-5
+
+
+def test_neurons_of_an_activation_that_is_not_linear_stay() -> None:
+    """They are packed as they are, or refused: scaled they would be others."""
+    config = load_config(shared_tiny("qwen3_moe", dtype="bfloat16", moe_intermediate_size=64))
+    numbers = {
+        part.name: torch.randn(part.shape, generator=torch.manual_seed(n)).bfloat16()
+        for n, part in enumerate(expert_parts(config, 0, 0))
+    }
+    clamped, shape = replace(config, activation="clamped_swiglu"), packed_shape(config, BF12)
+
+    def packed(of: ModelConfig) -> list[np.ndarray]:
+        blob = torch.empty(shape.expert_bytes, dtype=torch.uint8)
+        lossless(of, bits_of)(0, 0, blob)
+        found = halves(shape, blob.numpy())
+        return [unpack_lossless(matrix.rows, matrix.cols, blocks) for matrix, blocks in found]
+
+    def bits_of(part: Part, rows: slice) -> np.ndarray:
+        return numbers[part.name][rows].view(torch.int16).numpy().view(np.uint16)
+
+    *_, down = numbers
+    numbers[down][:, :2] *= 2.0**-6  # small enough to be scaled, and to have room as they are
+    given = [bits_of(Part(name, ()), slice(None)) for name in numbers]
+    scaled, kept = packed(config), packed(clamped)
+    assert not np.array_equal(scaled[1], given[1]) and not np.array_equal(scaled[2], given[2])
+    assert all(np.array_equal(a, b) for a, b in zip(kept, given, strict=True))
+    numbers[down][:, ::3] *= 2.0**-20
+    with pytest.raises(ConfigError, match="no room in 12 bits"):
+        packed(clamped)
 
 
 def test_what_has_no_room_is_one_sentence(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_beside_an_emulated_gpu_side(share: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["w4g32z", "w8g32", "bf12"])
-def test_packed_experts(kind: str, tmp_path: Path) -> None:
+def test_packed_experts(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = shared_tiny("qwen3_moe", moe_intermediate_size=64)
     job = QuantizeJob(source=source, output=tmp_path / "q", kind=parse_kind(kind), method="rtn")
     folder = quantize(job).folder
@@ -121,6 +121,11 @@ def test_packed_experts(kind: str, tmp_path: Path) -> None:
     with loaded(folder, ram_gb=budget) as llm:
         assert_same(results(llm), wanted)
         assert cache_of(llm).most == 5 and cache_of(llm).num_read > 10
+        assert llm.plan.per_token.disk_reads == llm.plan.per_token.disk_experts
+    assert not any("packed each time" in r.getMessage() for r in caplog.records)
+    with loaded(source, dtype=kind, ram_gb=budget) as llm:
+        assert llm.plan.per_token.disk_reads > 2 * llm.plan.per_token.disk_experts
+    assert any(f"quantize --scheme {kind} keeps" in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize("options", [{}, {"load_format": "dummy"}])
@@ -157,8 +162,11 @@ def test_it_is_said_at_load_and_seeded_weights_are_drawn_again(
         loaded(folder, ram_gb=budget, **options) as llm,
     ):
         assert_same(results(llm), wanted)
-    [said] = [r.getMessage() for r in caplog.records if r.name == "fiddler.loading"]
-    assert said == (
+    with caplog.at_level(logging.WARNING, "fiddler"), loaded(folder, ram_gb=budget):
+        pass
+    drawn, read = [r.getMessage() for r in caplog.records if "have no room" in r.getMessage()]
+    assert drawn.startswith("15 of 24 experts have no room in memory and are drawn anew")
+    assert read == (
         "15 of 24 experts have no room in memory and are read from disk when a step needs them"
     )
 

@@ -132,6 +132,26 @@ def test_closing_takes_all_threads_and_may_be_repeated() -> None:
     assert threading.active_count() == before
 
 
+def test_closing_takes_all_threads_where_a_request_cannot_be_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a device that failed in a step that ran ahead."""
+    before = threading.active_count()
+    llm = open_folder(mixtral(), cpu_threads=2)
+    stream = llm.stream([1, 2, 3], params())
+    next(stream)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(llm._running.engine, "cancel", fails)
+    with pytest.raises(RuntimeError, match="device lost"):
+        llm.close()
+    assert threading.active_count() == before
+    llm.close()
+    stream.close()
+
+
 def test_the_block_closes_after_an_error() -> None:
     before = threading.active_count()
     with pytest.raises(KeyError), open_folder(mixtral()):

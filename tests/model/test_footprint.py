@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from fiddler.engine.runner import kv_cache_shape
 from fiddler.models.config import ModelConfig
+from fiddler.models.dtypes import resolve_dtypes
 from fiddler.models.dummy import DummySource
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
+from fiddler.models.host_memory import host_bytes
 from fiddler.models.kv_cache import new_kv_caches
 from fiddler.models.registry import load_config
 from fiddler.models.shapes import load_shape
@@ -102,3 +104,20 @@ def test_qwen3_30b_is_as_large_as_its_card_says() -> None:
     expected = needs(load_shape("qwen3-30b-a3b"))
     whole = expected.dense_bytes + expected.total_experts * expected.expert_bytes
     assert whole / 2 == pytest.approx(30.5e9, rel=0.005)
+
+
+@given(
+    st.sampled_from(["mixtral-8x7b", "qwen3-30b-a3b"]),
+    st.sampled_from(["bfloat16", "bf12", "w8g128", "w4g128"]),
+    st.integers(1, 4096),
+)
+def test_the_hosts_workspace_grows_with_the_step(shape: str, dtype: str, num_tokens: int) -> None:
+    """And holds at least every choice's activations in the 16 bits that they are rounded to."""
+    config = load_shape(shape)
+    dtypes = resolve_dtypes(dtype, "bfloat16", has_gpu=True)
+    least = num_tokens * (8 * config.hidden_size + 2 * config.top_k * config.expert_size)
+    one, more = (
+        host_bytes(config, dtypes, num_tokens=tokens, num_threads=8)
+        for tokens in (num_tokens, num_tokens + 1)
+    )
+    assert least <= one < more

@@ -76,6 +76,7 @@ def models(draw: st.DrawFn, *, is_mixed: bool = False) -> Footprint:
         dense_read_bytes=draw(st.integers(1, dense)),
         kv_bytes_per_token=draw(st.integers(1, 64 << 10)),
         workspace_bytes=draw(st.integers(0, 256 * MIB)),
+        host_bytes=draw(st.integers(0, 256 * MIB)),
     )
 
 

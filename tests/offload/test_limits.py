@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offload.hardware import probe
 from offload.limits import Peaks, Work, decode_limit_s, prefill_limit_s, prefill_limits_s
@@ -22,8 +24,10 @@ def test_a_decode_waits_for_the_slower_memory() -> None:
     assert decode_limit_s(few_cold, GPU) == pytest.approx(0.001)  # 3 GB at 3,000 GB/s
 
 
-def test_a_prompt_waits_for_the_stream_or_for_the_products() -> None:
-    assert prefill_limit_s(WORK, GPU) == pytest.approx(0.040)  # 2 GB at 50 GB/s
+def test_a_prompt_waits_for_a_memory_or_for_the_products() -> None:
+    assert prefill_limit_s(WORK, GPU) == pytest.approx(0.020)  # 2 GB at 100 GB/s, by both
+    few_cold = replace(WORK, cold_bytes=1e6)
+    assert prefill_limit_s(few_cold, GPU) == pytest.approx(0.001)  # 3 GB at 3,000 GB/s
     long = replace(WORK, flops=60e12)
     assert prefill_limit_s(long, GPU) == pytest.approx(0.100)  # 60 TFLOP at 600
 
@@ -40,7 +44,7 @@ def test_without_a_gpu_the_cpu_does_everything() -> None:
 @pytest.mark.parametrize(
     ("peaks", "flops", "slowest"),
     [
-        (GPU, 6e9, "PCIe"),
+        (GPU, 6e9, "CPU and PCIe"),
         (GPU, 60e12, "products"),
         (CPU, 6e9, "memory"),
         (CPU, 60e9, "products"),
@@ -50,6 +54,17 @@ def test_what_limits_a_prompt_has_a_name(peaks: Peaks, flops: float, slowest: st
     limits = prefill_limits_s(replace(WORK, flops=flops), peaks)
     assert max(limits, key=limits.__getitem__) == slowest
     assert limits[slowest] == prefill_limit_s(replace(WORK, flops=flops), peaks)
+
+
+@given(st.floats(0, 1), st.floats(1, 90), st.floats(1, 50))
+def test_no_division_of_cold_experts_beats_a_prompts_limit(
+    share: float, cpu_gbps: float, pcie_gbps: float
+) -> None:
+    """Whichever part of them the CPU takes, as fast as the memory lets both be."""
+    both = min(1.0, GPU.joint_gbps / (cpu_gbps + pcie_gbps))
+    cpu_s = share * WORK.cold_bytes / (cpu_gbps * both * 1e9)
+    link_s = (1 - share) * WORK.cold_bytes / (pcie_gbps * both * 1e9)
+    assert max(cpu_s, link_s) >= prefill_limit_s(WORK, GPU) * (1 - 1e-9)
 
 
 def test_nothing_to_do_takes_no_time() -> None:

@@ -112,7 +112,8 @@ def test_the_figures_of_a_given_placement_are_its_own(
     assert made.per_token.hot_experts + made.per_token.cold_experts == routed
     rest = memory.dense + memory.workspace + memory.kv
     is_cuda = made.gpu_side is GpuSide.CUDA
-    assert made.ram_needed_bytes == (on_cpu if is_cuda else rest + on_gpu + on_cpu)
+    beside = memory.cpu_workspace if is_cuda else rest + on_gpu
+    assert made.ram_needed_bytes == beside + on_cpu
     assert made.ram_needed_bytes <= made.ram_budget_bytes
     if made.gpu_side is not GpuSide.NONE:
         used = memory.context + memory.margin + rest + on_gpu + memory.staging

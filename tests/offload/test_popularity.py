@@ -21,6 +21,7 @@ COUNTS = [[5, 0, 3], [0, 0, 0]]
 def profile(**changes: Any) -> Profile:
     fields: dict[str, Any] = {
         "model": "org/name",
+        "architecture": None,
         "revision": "abc",
         "corpus_sha256": "0" * 64,
         "num_tokens": 4,
@@ -30,8 +31,15 @@ def profile(**changes: Any) -> Profile:
     return Profile(**(fields | changes))
 
 
-def load(path: Path, model: str = "org/name", shape: tuple[int, int] = (2, 3)) -> Profile:
-    return load_profile(path, model=model, num_layers=shape[0], num_experts=shape[1])
+def load(
+    path: Path,
+    model: str = "org/name",
+    shape: tuple[int, int] = (2, 3),
+    architecture: str | None = None,
+) -> Profile:
+    return load_profile(
+        path, model=model, architecture=architecture, num_layers=shape[0], num_experts=shape[1]
+    )
 
 
 @given(popularities(3, 4))
@@ -87,7 +95,7 @@ def test_a_saved_profile_comes_back(tmp_path: Path) -> None:
     save_profile(profile(), path)
     loaded = load(path)
     assert loaded.popularity.counts_LE.tolist() == COUNTS
-    for name in ("model", "revision", "corpus_sha256", "num_tokens", "created"):
+    for name in ("model", "architecture", "revision", "corpus_sha256", "num_tokens", "created"):
         assert getattr(loaded, name) == getattr(profile(), name)
     assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]
 
@@ -106,10 +114,38 @@ def test_a_profile_of_another_model_is_refused(
         load(tmp_path / "profile.json", model, shape)
 
 
+def test_a_renamed_model_keeps_its_profile(tmp_path: Path) -> None:
+    save_profile(profile(architecture="a"), tmp_path / "profile.json")
+    found = load(tmp_path / "profile.json", "some/copy", architecture="a")
+    assert found.name_for("elsewhere/name") == found.name
+    assert found.name_for("copy") == f"{found.name}, made with org/name"
+
+
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    save_profile(profile(architecture="a"), tmp_path / "profile.json")
+    with pytest.raises(ProfileError, match=r"is of org/name \(a\), not of org/name \(b\)"):
+        load(tmp_path / "profile.json", architecture="b")
+
+
+@pytest.mark.parametrize("architecture", ["a", None])
+def test_an_earlier_releases_profile_is_bound_to_a_name(
+    tmp_path: Path, architecture: str | None
+) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(profile(), path)
+    record = json.loads(path.read_text())
+    del record["architecture"]
+    path.write_text(json.dumps(record))
+    assert load(path, "name", architecture=architecture).architecture is None
+    with pytest.raises(ProfileError, match=r"org/name \(2 layers, 3 experts\), not of other \(2"):
+        load(path, "other", architecture=architecture)
+
+
 DAMAGE: dict[str, Any] = {
     "version": [2, None, "1"],
     "model": [None, 3],
     "revision": [3, []],
+    "architecture": [3, []],
     "num_tokens": [-1, 1.5, True, "4"],
     "created": [None],
     "corpus_sha256": [7],

@@ -15,8 +15,9 @@ from fiddler.errors import FiddlerError
 from fiddler.models.shapes import load_shape
 from fiddler.planning import plan_model
 from fiddler.speed import demand_of, drawn_chances
+from offload.chances import distinct
 from offload.demand import Demand, decode_work, prefill_work
-from offload.limits import decode_limit_s
+from offload.limits import decode_limit_s, prefill_limit_s
 from offload.machine_rates import MachineRates, to_json
 from offload.prediction import predict_decode
 from offload.prefill_prediction import predict_prefill
@@ -126,6 +127,23 @@ def test_decode_is_never_predicted_faster_than_its_limit(
         assert predict_decode(asked, H200, rows=rows, depth=1024).seconds >= limit_s
 
 
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(6, 80),
+    st.sampled_from(reference_names()),
+    st.integers(1, 4096),
+    st.integers(1, 3),
+)
+def test_a_prompt_is_never_predicted_faster_than_its_limit(
+    shape: str, vram_gb: int, name: str, num_tokens: int, prompts: int
+) -> None:
+    asked, rates = demand(shape, vram_gb, machine=name), find_machine(name).rates
+    if asked is not None:
+        size = {"num_tokens": num_tokens, "prompts": prompts}
+        limit_s = prefill_limit_s(prefill_work(asked, **size), rates.peaks)
+        assert predict_prefill(asked, rates, **size).seconds >= limit_s
+
+
 FASTER = {
     "hand_over_s": 1e-6,
     "launch_s": 1e-7,
@@ -186,6 +204,20 @@ def test_without_a_gpu_everything_is_the_cpus(name: str) -> None:
     assert predict_prefill(asked, rates, num_tokens=300) == predict_prefill(
         asked, without_gpu(rates), num_tokens=300
     )
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bf12", "w8g128", "w4g128"])
+def test_what_is_read_from_disk_is_what_is_stored(dtype: str) -> None:
+    """Whatever they become in memory, experts of a bfloat16 checkpoint are 16 bits there."""
+    some = replace(fitting("olmoe-1b-7b", 8, dtype), disk_share=0.5)
+    assert some.disk_bytes == 3 * 2048 * 1024 * 2
+    halves = sum(distinct(layer.cold, 3) for layer in some.layers) / 2
+    step, prompt = (
+        predict_decode(some, H200, rows=3, depth=9),
+        predict_prefill(some, H200, num_tokens=3),
+    )
+    for prediction in (step, prompt):
+        assert prediction.term("disk").seconds == pytest.approx(halves * some.disk_bytes / 1.6e9)
 
 
 def test_experts_on_disk_cost_their_bytes_and_graphs() -> None:

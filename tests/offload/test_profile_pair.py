@@ -16,6 +16,7 @@ from offload.profile_pair import compare, divergence_bits, merge
 def profile(counts: Any, **changes: Any) -> Profile:
     fields: dict[str, Any] = {
         "model": "org/name",
+        "architecture": None,
         "revision": "abc",
         "corpus_sha256": "a",
         "num_tokens": 4,
@@ -84,6 +85,21 @@ def test_revisions_that_differ_are_not_named() -> None:
     rows = [[1, 2]]
     merged = merge(profile(rows), profile(rows, corpus_sha256="b", revision="x", model="name"))
     assert merged.revision is None
+
+
+@pytest.mark.parametrize(("one", "other"), [("a", "a"), ("a", None), (None, "a")])
+def test_profiles_of_one_architecture_are_of_one_model(one: str | None, other: str | None) -> None:
+    """By name where one of them knows none."""
+    name = "org/other" if one == other else "name"
+    second = profile([[2, 2]], architecture=other, model=name, corpus_sha256="b")
+    both = merge(profile([[1, 2]], architecture=one), second)
+    assert both.architecture == "a" and both.model == "org/name"
+
+
+def test_profiles_of_two_architectures_are_refused_whatever_their_names() -> None:
+    second = profile([[2, 2]], architecture="b", corpus_sha256="b")
+    with pytest.raises(ProfileError, match=r"org/name \(a\) and org/name \(b\)"):
+        merge(profile([[1, 2]], architecture="a"), second)
 
 
 @pytest.mark.parametrize("other", [{"model": "org/other"}, {"popularity": Popularity([[1, 2, 3]])}])

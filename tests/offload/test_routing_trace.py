@@ -38,6 +38,19 @@ def test_a_recorded_trace_comes_back(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["trace.npz"]
 
 
+def test_a_trace_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    """Which knew no ``host_bytes``."""
+    path = tmp_path / "trace.npz"
+    save_trace(recorded(), path)
+    with np.load(path) as arrays:
+        kept = {name: arrays[name] for name in arrays}
+    about = json.loads(kept["about"].tobytes())
+    del about["footprint"]["host_bytes"]
+    kept["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez_compressed(path, **kept)
+    assert load_trace(path).footprint == SIZES
+
+
 def stored(path: Path, **changes: Any) -> Path:
     """A trace with some of its arrays, or entries of its description, replaced."""
     save_trace(recorded(), path)

@@ -1,5 +1,6 @@
 """``fiddler quantize --scheme bf12``: a smaller folder whose model is the one it was made from."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def test_the_folders_model_is_that_of_the_oracle(model_type: str, tmp_path: Path
             for expert in range(ours.shape.num_experts):
                 places = [store[layer].place(expert)[0] for store in (ours, theirs)]
                 assert torch.equal(*places)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_numbers_of_other_types_are_said_to_be_rounded(
+    stored: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "fiddler"):
+        folder = made(shared_tiny("qwen3_moe", dtype=stored), tmp_path / "bf12")
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == (stored != "bfloat16")
+    assert all(f"stored in {stored} and rounded to bfloat16" in text for text in said)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "fiddler"), loaded(folder) as llm:
+        assert not any("rounded" in note for note in llm.plan.notes)
+    assert not any("rounded" in r.getMessage() for r in caplog.records)
 
 
 def test_the_command_says_how_much_smaller_it_is(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_rates_are_ordered(
     held_out_LE[DENSE_LAYER] = 0
     profile = Profile(
         model="m",
+        architecture=None,
         revision=None,
         corpus_sha256="h",
         num_tokens=1,

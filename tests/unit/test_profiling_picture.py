@@ -19,6 +19,7 @@ MOE_LAYERS = (0, 2)
 def result(num_resident: int = 3) -> ProfileResult:
     profile = Profile(
         model="org/name",
+        architecture=None,
         revision=None,
         corpus_sha256="h",
         num_tokens=1234,

@@ -190,8 +190,8 @@ def dots(root: ET.Element) -> list[tuple[float, float]]:
 
 
 POINTS = [
-    Point(name="pp512", kind="link", intensity=800, flops=3e13),
-    Point(name="tg128, host", kind="cpu", intensity=1.0, flops=1.26e11),
+    Point(name="pp512", kind="cpu", intensity=800, flops=3e13),
+    Point(name="tg128, host", kind="cpu", intensity=1.0, flops=1.55e11),  # by CPU and PCIe
     Point(name="tg128, GPU", kind="gpu", intensity=1.0, flops=4.2e12),
 ]
 

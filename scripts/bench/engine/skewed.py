@@ -32,6 +32,7 @@ def skewed_rows(repetitions: int) -> list[Row]:
         save_profile(
             Profile(
                 model=shape,
+                architecture=load_shape(shape).architecture,
                 revision=None,
                 corpus_sha256="",
                 num_tokens=NUM_PROFILED,
