@@ -68,11 +68,6 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit with its code: 0, 1 an error, 2 misuse, 130 interrupted."""
-    # Read when torch is imported: after so many looks a thread of its that waits for the others
-    # sleeps. By itself it spins on for milliseconds while what it waits for wants its core: the
-    # built-in model wrote 7 to 19 tokens a second in each of two processes on two cores, 370 to 425
-    # with this; alone on the machine 690 and 590 to 650.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _open_outputs()
     cli.main(prog_name="fiddler")
 
