@@ -46,6 +46,10 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
+            from fiddler.cli import other_names
+
+            if name in other_names.COMMANDS:
+                raise click.UsageError(f"No such command {name!r}: {other_names.COMMANDS[name]}.")
             raise click.exceptions.NoSuchCommand(name, possibilities=COMMANDS, ctx=ctx)
         return super().resolve_command(ctx, args)
 
@@ -56,8 +60,14 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from fiddler.cli.errors import as_sentences
 
+        words = [*ctx.args]
         with as_sentences(debug=bool(ctx.params["debug"])):
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.NoSuchOption as error:
+                from fiddler.cli.other_names import known_option
+
+                raise known_option(error, words) or error from None
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
