@@ -71,15 +71,10 @@ def print_plan(facts: PlanFacts, console: "Console") -> None:
 
 
 def _model_line(facts: PlanFacts) -> str:
-    config, dtypes = facts.config, facts.dtypes
-    dtype = dtypes.compute
-    if dtypes.expert != dtypes.compute:
-        dtype = f"{dtypes.compute}, experts {dtypes.expert}"
-    if dtypes.kv != dtypes.compute:
-        dtype += f", KV {dtypes.kv}"
+    config = facts.config
     return (
         f"{facts.name}: {config.num_layers} layers, {config.num_experts} experts, "
-        f"{config.top_k} for each token; {dtype}"
+        f"{config.top_k} for each token; {facts.dtypes}"
     )
 
 
