@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import fiddler
+
 
 @pytest.mark.parametrize("given", [None, "7"])
 def test_threads_of_torch_sleep_soon_unless_told_otherwise(given: str | None) -> None:
@@ -23,3 +25,8 @@ def test_threads_of_torch_sleep_soon_unless_told_otherwise(given: str | None) ->
         check=True,
     ).stdout
     assert out.strip() == (given or "1000")
+
+
+def test_completion_offers_the_public_names() -> None:
+    assert set(fiddler.__all__) <= set(dir(fiddler))
+    assert all(hasattr(fiddler, name) for name in dir(fiddler))
