@@ -179,7 +179,7 @@ def cheapest(ways: Sequence[Faster]) -> list[Faster]:
     """
     kept: list[Faster] = []
     for way in ways:
-        if way.gain >= max([LEAST_GAIN, *(cheaper.gain for cheaper in kept)]):
+        if way.gain >= LEAST_GAIN and all(way.gain > cheaper.gain for cheaper in kept):
             kept.append(way)
     return kept[-MOST_SHOWN:]
 

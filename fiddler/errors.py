@@ -77,12 +77,18 @@ class WorkerError(FiddlerError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest valid name, or an empty string."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    """Return ``"; did you mean 'x'?"`` for the closest valid name, or an empty string.
+
+    Else for the only one that begins so: ``temp`` is half of ``temperature`` and no likeness.
+    """
+    known = list(valid)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    begun = [one for one in known if one.startswith(name)]
+    close = close or (begun if len(begun) == 1 else [])
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# What arguments of vLLM and transformers are called here, or why there are none.
+# What arguments of vLLM, transformers and llama-cpp-python are called here, or why there are none.
 BY_OTHER_NAMES = {
     "gpu_memory_utilization": "vram_gb is the GPU memory to use in all, in GiB",
     "cpu_offload_gb": "vram_gb is the GPU memory to use in all, ram_gb the host's",
@@ -90,8 +96,13 @@ BY_OTHER_NAMES = {
     "trust_remote_code": "fiddler runs no code of a model's repository; leave it out",
     "quantization": "how a model is quantised stands in its config.json; dtype='w4g128' quantises "
     "experts as they are loaded",
+    "load_in_4bit": "dtype='w4g128' quantises experts as they are loaded",
     "torch_dtype": "dtype is its name here",
     "device_map": "fiddler places experts itself; device is cpu or cuda",
+    "n_gpu_layers": "vram_gb is the GPU memory to use; experts are placed within it one by one",
+    "n_ctx": "max_model_len is its name here",
+    "tokenizer": "the model's own is used; a prompt may be a list of token ids",
+    "stream": "stream() and stream_chat() give one token after the other",
     "do_sample": "temperature=0 takes the likeliest token; else tokens are drawn",
     "add_generation_prompt": "chat() always lets the model answer; leave it out",
 }

@@ -36,8 +36,9 @@ Message = dict[str, Any]
 class LLM:
     """A loaded model. Close it, or use it in a ``with`` block, to give back memory and threads.
 
-    ``options`` are the fields of :class:`fiddler.config.EngineConfig`. Requests of several streams
-    and calls run as one continuous batch; the object may be shared between threads.
+    ``options`` are the fields of :class:`fiddler.config.EngineConfig`, such as ``vram_gb``,
+    ``dtype`` and ``max_model_len``. Requests of several streams and calls run as one continuous
+    batch; the object may be shared between threads.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class LLM:
         self._hardware = loaded.hardware
         self._dtypes = loaded.dtypes
         self._batch = Batch(loaded, self.config.seed)
+
+    def __repr__(self) -> str:
+        plan = self._plan
+        on_gpu = f"{plan.placement.num_resident:,} experts on the GPU side"
+        return f"<LLM {self.model_name}: {self._dtypes}; {on_gpu}, context {plan.context_tokens:,}>"
 
     # --- what is loaded ---
 

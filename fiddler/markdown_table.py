@@ -13,14 +13,31 @@ def markdown_table(
 ) -> list[str]:
     """Lines of the table; columns whose heading is in ``left`` are aligned left, others right.
 
-    One that is wider than ``width`` would be folded into nothing readable: each row is then a
-    record, a line for each cell that is not empty, with a blank line between records.
+    One that is wider than ``width`` would be folded into nothing readable: what all its rows share
+    then stands above it, and if that is not enough each row is a record, a line for each cell that
+    is not empty, with a blank line between records.
     """
-    lines = [headings, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-    is_left = [heading in left for heading in headings]
-    if sum(widths) + 3 * len(widths) + 1 > width:
+    lines = _table(headings, rows, left)
+    if len(lines[0]) <= width:
+        return lines
+    differ = [i for i in range(len(headings)) if len({row[i] for row in rows}) > 1]
+    same = [i for i in range(len(headings)) if i not in differ]
+    lines = _table(_chosen(headings, differ), [_chosen(row, differ) for row in rows], left)
+    if not differ or len(lines[0]) > width:
         return _records(headings, rows)
+    shared = _records(_chosen(headings, same), [_chosen(rows[0], same)])
+    return [*shared, "", *lines] if shared else lines
+
+
+def _chosen(cells: Sequence[str], columns: Sequence[int]) -> list[str]:
+    return [cells[i] for i in columns]
+
+
+def _table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]
+) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    is_left = [heading in left for heading in headings]
     rule = [
         "-" * width if at_left else "-" * (width - 1) + ":"
         for width, at_left in zip(widths, is_left, strict=True)

@@ -1,5 +1,6 @@
 """The ``fiddler`` command. Only click is imported here; a command's module loads when it runs."""
 
+import gc
 import importlib
 import os
 import sys
@@ -45,6 +46,10 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
+            from fiddler.cli import other_names
+
+            if name in other_names.COMMANDS:
+                raise click.UsageError(f"No such command {name!r}: {other_names.COMMANDS[name]}.")
             raise click.exceptions.NoSuchCommand(name, possibilities=COMMANDS, ctx=ctx)
         return super().resolve_command(ctx, args)
 
@@ -55,8 +60,14 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from fiddler.cli.errors import as_sentences
 
+        words = [*ctx.args]
         with as_sentences(debug=bool(ctx.params["debug"])):
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.NoSuchOption as error:
+                from fiddler.cli.other_names import known_option
+
+                raise known_option(error, words) or error from None
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,13 +79,11 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit with its code: 0, 1 an error, 2 misuse, 130 interrupted."""
-    # Read when torch is imported: after so many looks a thread of its that waits for the others
-    # sleeps. By itself it spins on for milliseconds while what it waits for wants its core: the
-    # built-in model wrote 7 to 19 tokens a second in each of two processes on two cores, 370 to 425
-    # with this; alone on the machine 690 and 590 to 650.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _open_outputs()
-    cli.main(prog_name="fiddler")
+    try:
+        cli.main(prog_name="fiddler")
+    finally:
+        gc.freeze()  # else the interpreter looks for garbage in what it is about to leave: 0.6 s
 
 
 def _open_outputs() -> None:

@@ -59,6 +59,19 @@ def _undo(chat: "Chat", argument: str) -> None:
     note(f"dropped the last exchange; {chat.conversation.num_turns} left")
 
 
+def _forget(chat: "Chat", argument: str) -> None:
+    _require_answer(chat, "forget")
+    asked = argument or "1"
+    if not (asked.isdecimal() and int(asked)):
+        raise ConfigError(
+            f"/forget takes a number of exchanges, not {asked!r}", hint="for example /forget 3"
+        )
+    count = min(int(asked), chat.conversation.num_turns)
+    chat.conversation = chat.conversation.without_oldest(count)
+    dropped = "exchange" if count == 1 else f"{count} exchanges"
+    note(f"dropped the oldest {dropped}; {chat.conversation.num_turns} left")
+
+
 def _require_answer(chat: "Chat", what: str) -> None:
     if not chat.conversation.messages:
         raise ConfigError(f"there is nothing to {what} yet")
@@ -182,10 +195,11 @@ def _turns(chat: "Chat") -> str:
 
 TABLE: tuple[SlashCommand["Chat"], ...] = (
     SlashCommand("help", "", "this list", _help, aliases=("h", "?")),
-    SlashCommand("exit", "", "leave", _exit, aliases=("quit", "q")),
+    SlashCommand("exit", "", "leave", _exit, aliases=("quit", "q", "bye")),
     SlashCommand("clear", "", "begin a new conversation", _clear),
     SlashCommand("regen", "", "answer the last message again", _regen),
     SlashCommand("undo", "", "drop the last exchange, or a file just read", _undo),
+    SlashCommand("forget", "[N]", "drop the oldest exchange, or N, to make room", _forget),
     SlashCommand("system", "[TEXT]", "set the system prompt, or remove it", _system),
     SlashCommand(
         "set", "[NAME=VALUE]", "set a parameter ('default': reset), or list", _set, SET_CHOICES

@@ -96,7 +96,7 @@ class Chat:
         if self._fits(asked):
             return ""
         if self._fits(replace(asked, messages=asked.messages[-1:])):
-            return f"/undo or /clear makes room; {allows}"
+            return f"/forget drops the oldest exchange, /clear all; {allows}"
         if self.conversation.attached:
             return f"/undo drops the file that was read; {allows}"
         return f"this message alone is too long: shorten it; {allows}"

@@ -214,7 +214,7 @@ def _markdown(text: str) -> "RenderableType":
 def show_finish(finish_reason: str, *, is_context_full: bool) -> None:
     """Say on standard error why an answer ended before its end, and what lets it go on."""
     if finish_reason == "length" and is_context_full:
-        note("(cut at the end of the context; /clear makes room, --context N at the start more)")
+        note("(cut at the end of the context; /forget makes room, --context N at the start more)")
     elif finish_reason == "length":
         note("(cut at max_tokens; /set max_tokens=none lets answers go on)")
     elif finish_reason == "cancelled":

@@ -49,6 +49,11 @@ class Conversation:
         assert self.messages and not self.is_waiting, "nothing was answered"
         return replace(self, messages=self.messages[:-2])
 
+    def without_oldest(self, count: int) -> Self:
+        """Drop the first ``count`` questions and their answers."""
+        assert not self.is_waiting and count >= 0, "a question waits, or nonsense was asked"
+        return replace(self, messages=self.messages[2 * count :])
+
     def cleared(self) -> Self:
         """Keep only the system prompt."""
         return replace(self, messages=(), attached=())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("prompt", required=False)
+@click.argument("prompt", nargs=-1, metavar="[PROMPT]")
 @model_option
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
 @reasoning_options
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     ctx: click.Context,
-    prompt: str | None,
+    prompt: tuple[str, ...],
     model: str,
     raw: bool,
     system: str | None,
@@ -48,7 +48,9 @@ def command(
 
     if raw and system:
         raise click.UsageError("--system needs the chat template that --raw leaves out")
-    text = full_prompt(prompt)
+    if len(prompt) > 1:
+        raise click.UsageError("PROMPT is one argument: put it into quotes; -m MODEL is the model")
+    text = full_prompt(*prompt)
     with contextlib.closing(session.open_llm(model=model, **engine)) as llm:
         params = replace(llm.default_params(), **sampling)
         messages = None if raw or not llm.has_chat_template else _messages(text, system)

@@ -10,7 +10,7 @@ from offload.units import size_text
 if TYPE_CHECKING:
     from rich.text import Text
 
-BAR = 52  # characters
+BAR, LEAST_BAR = 52, 12  # characters
 NAME = 26
 # of a kind: its letter and what the legend calls it
 KINDS = {
@@ -25,14 +25,16 @@ KINDS = {
 }
 
 
-def bar_lines(memories: Sequence[Memory]) -> "list[Text]":
+def bar_lines(memories: Sequence[Memory], width: int) -> "list[Text]":
     """A line for each memory that holds something, and one that explains them.
 
-    A bar is as long as its memory may be filled; blanks are what is left.
+    A bar is as long as its memory may be filled, and fits into ``width`` with its name; blanks are
+    what is left.
     """
+    bar = max(LEAST_BAR, min(BAR, width - NAME - 1))
     shown = [memory for memory in memories if memory.num_bytes]
     kinds = dict.fromkeys(part.kind for memory in shown for part in _there(memory))
-    return [*map(_line, shown), _legend(list(kinds))]
+    return [*(_line(memory, bar) for memory in shown), _legend(list(kinds))]
 
 
 def widths(parts: Sequence[Part], columns: int) -> list[int]:
@@ -54,17 +56,17 @@ def _there(memory: Memory) -> list[Part]:
     return [part for part in memory.parts if part.num_bytes]
 
 
-def _line(memory: Memory) -> "Text":
+def _line(memory: Memory, bar: int) -> "Text":
     from rich.text import Text
 
     parts = _there(memory)
-    columns = round(BAR * memory.num_bytes / max(memory.limit_bytes, memory.num_bytes))
+    columns = round(bar * memory.num_bytes / max(memory.limit_bytes, memory.num_bytes))
     cells = widths(parts, columns)
     of = f" of {size_text(memory.limit_bytes)}" if memory.limit_bytes else ""
     line = Text(f"{memory.name.split()[0]} {size_text(memory.num_bytes)}{of}".ljust(NAME))
     for part, width in zip(parts, cells, strict=True):
         line.append_text(_cells(part.kind, width))
-    return line.append(f"{' ' * (BAR - sum(cells))}|")
+    return line.append(f"{' ' * (bar - sum(cells))}|")
 
 
 def _legend(kinds: Sequence[str]) -> "Text":

@@ -108,7 +108,7 @@ ENGINE_OPTIONS = (
         "'adaptive': experts move to the GPU and back with use; 'auto': so without a profile.",
     ),
     Shared("--revision", "revision", click.STRING, "REV", "Branch, tag or commit on the hub."),
-    Shared("--token", "token", click.STRING, "TOKEN", "Access token of the hub."),
+    Shared("--token", "token", click.STRING, "TOKEN", "Access token of the hub; else HF_TOKEN."),
     Shared("--offline", "offline", None, None, "Use only what is already downloaded."),
     Shared(
         "--seed", "seed", click.INT, "N", "Seed of sampling, and of dummy weights.", default="0"

@@ -94,11 +94,11 @@ def _biases(text: str) -> dict[int, float]:
     return {int(key): float(value) for key, value in record.items()}
 
 
-# Looked up in this order, since "tuple[int, ...]" also contains "int".
+# Looked up in this order, since "Sequence[int]" also contains "int".
 PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "dict": (_biases, 'a JSON object such as {"42": -5}'),
-    "tuple[str": (_strings, 'a text or a JSON list such as ["a", "b"]'),
-    "tuple[int": (_integers, "whole numbers"),
+    "Sequence[str": (_strings, 'a text or a JSON list such as ["a", "b"]'),
+    "Sequence[int": (_integers, "whole numbers"),
     "bool": (_boolean, "on or off"),
     "int": (int, "a whole number"),
     "float": (float, "a number"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fiddler.speed import RatesHere, Speeds
 
 MOST_REASONS = 3
+NAME_WIDTH, SIZE_WIDTH, GAP = 30, 9, 3  # of columns; one blank between them is the box's
 GPU_HEADING = {GpuSide.CUDA: "GPU", GpuSide.EMULATED: "GPU side", GpuSide.NONE: "RAM"}
 
 
@@ -56,12 +57,12 @@ def print_plan(facts: PlanFacts, console: "Console") -> None:
     print_trimmed(console, _model_line(facts), style="bold")
     print_trimmed(console, _machine_line(facts))
     console.print()
-    for bar in bar_lines(memory_map(facts.plan, facts.hardware)):
+    for bar in bar_lines(memory_map(facts.plan, facts.hardware), console.width):
         print_trimmed(console, bar)
     console.print()
-    print_trimmed(console, _memory_table(facts))
+    print_trimmed(console, _memory_table(facts, console.width))
     console.print()
-    print_trimmed(console, _token_table(facts.plan))
+    print_trimmed(console, _token_table(facts.plan, console.width))
     console.print()
     for line in _closing_lines(facts):
         print_trimmed(console, line)
@@ -71,15 +72,10 @@ def print_plan(facts: PlanFacts, console: "Console") -> None:
 
 
 def _model_line(facts: PlanFacts) -> str:
-    config, dtypes = facts.config, facts.dtypes
-    dtype = dtypes.compute
-    if dtypes.expert != dtypes.compute:
-        dtype = f"{dtypes.compute}, experts {dtypes.expert}"
-    if dtypes.kv != dtypes.compute:
-        dtype += f", KV {dtypes.kv}"
+    config = facts.config
     return (
         f"{facts.name}: {config.num_layers} layers, {config.num_experts} experts, "
-        f"{config.top_k} for each token; {dtype}"
+        f"{config.top_k} for each token; {facts.dtypes}"
     )
 
 
@@ -93,9 +89,9 @@ def _machine_line(facts: PlanFacts) -> str:
     return f"{hardware.cpu_name}; {ram}"
 
 
-def _memory_table(facts: PlanFacts) -> "Table":
+def _memory_table(facts: PlanFacts, width: int) -> "Table":
     plan, memory = facts.plan, facts.plan.memory
-    table = _table("What lives where", plan)
+    table = _table("What lives where", plan, width)
     num_experts = facts.config.num_experts * _num_moe_layers(facts.config)
     resident = plan.placement.num_resident
     rows = [
@@ -125,9 +121,9 @@ def _memory_table(facts: PlanFacts) -> "Table":
     return table
 
 
-def _token_table(plan: Plan) -> "Table":
+def _token_table(plan: Plan, width: int) -> "Table":
     read = plan.per_token
-    table = _table("What one token reads", plan)
+    table = _table("What one token reads", plan, width)
     cold = read.cold_experts - read.disk_experts
     _add(table, plan, "experts, as expected", read.hot_experts, cold, read.disk_reads)
     _add(table, plan, "dense weights", read.dense, 0)
@@ -255,17 +251,19 @@ def _placement_lines(facts: PlanFacts) -> list[str]:
     ]
 
 
-def _table(title: str, plan: Plan) -> "Table":
+def _table(title: str, plan: Plan, width: int) -> "Table":
+    """Both tables have the same columns; what ``width`` lacks is taken from the names'."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title, min_width=30)
-    table.add_column(GPU_HEADING[plan.gpu_side], justify="right", min_width=9)
-    if plan.gpu_side is not GpuSide.NONE:
-        table.add_column("CPU", justify="right", min_width=9)
-    if plan.cached is not None:
-        table.add_column("disk", justify="right", min_width=9)
+    sizes = [GPU_HEADING[plan.gpu_side]]
+    sizes += ["CPU"] if plan.gpu_side is not GpuSide.NONE else []
+    sizes += ["disk"] if plan.cached is not None else []
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+    room = width - len(sizes) * (SIZE_WIDTH + GAP)
+    table.add_column(title, min_width=max(0, min(NAME_WIDTH, room)))
+    for heading in sizes:
+        table.add_column(heading, justify="right", min_width=SIZE_WIDTH)
     return table
 
 

@@ -12,7 +12,7 @@ FROM_PIPE = "-"
 PATIENCE_S = 2.0
 
 
-def full_prompt(argument: str | None) -> str:
+def full_prompt(argument: str | None = None) -> str:
     """``argument`` with what is piped in behind it; ``-`` or nothing is the pipe alone."""
     if argument in (None, FROM_PIPE):
         if argument is None and not _is_piped():

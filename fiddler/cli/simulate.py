@@ -89,7 +89,7 @@ class Rates(click.ParamType[tuple[float, float, float]]):
     "--gbps",
     type=Rates(),
     metavar="HOST,PCIE,GPU",
-    help="GB/s of host memory, PCIe and GPU memory.  [default: 155,50,3300]",
+    help="GB/s of host memory, PCIe and GPU memory.  [default: an H200's, 155,50,3300]",
 )
 @click.option(
     "--copy-share",
@@ -150,7 +150,9 @@ def command(
         rows = [dataclasses.asdict(verdict) for verdicts in found.values() for verdict in verdicts]
         click.echo(json.dumps({"model": routes.name, "steps": len(study.steps_SMC), "rows": rows}))
     else:
-        print_verdicts(found, f"{routes.name}: {len(study.steps_SMC):,} steps of {batch} played")
+        tokens = "1 token" if batch == 1 else f"{batch} tokens"
+        title = f"{routes.name}: {len(study.steps_SMC):,} steps of {tokens} played"
+        print_verdicts(found, title, study.peaks)
 
 
 def _recorded(trace: "RoutingTrace") -> "Routes":

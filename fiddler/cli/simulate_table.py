@@ -6,6 +6,7 @@ from fiddler.cli.console import output_console
 from fiddler.cli.profile_tables import rate_table
 
 if TYPE_CHECKING:
+    from offload.limits import Peaks
     from offload.simulation import Verdict
 
 POLICIES = {
@@ -18,8 +19,8 @@ POLICIES = {
 }
 
 
-def print_verdicts(found: "dict[str, list[Verdict]]", title: str) -> None:
-    """A table for each budget, by what it is called, and what the policies do."""
+def print_verdicts(found: "dict[str, list[Verdict]]", title: str, peaks: "Peaks") -> None:
+    """A table for each budget, by what it is called, what the policies do, and what limits them."""
     console = output_console()
     console.print(title, style="bold")
     for label, verdicts in found.items():
@@ -37,6 +38,14 @@ def print_verdicts(found: "dict[str, list[Verdict]]", title: str) -> None:
     console.print()
     for name, meaning in POLICIES.items():
         console.print(f"{name}: {meaning}", soft_wrap=True)
+    console.print(f"limit: {_rates(peaks)} (--gbps)", soft_wrap=True)
+
+
+def _rates(peaks: "Peaks") -> str:
+    return (
+        f"host memory gives {peaks.joint_gbps:,g} GB/s, PCIe {peaks.pcie_gbps:,g}, "
+        f"GPU memory {peaks.gpu_read_gbps:,g}"
+    )
 
 
 def _size(num_bytes: float) -> str:

@@ -19,6 +19,8 @@ KNOWN_MODELS = (
     "allenai/OLMoE-1B-7B-0924-Instruct",
 )
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
+_ADDRESS = re.compile(rf"(?:https?://)?(?:www\.)?(?:hf|huggingface)\.co/({_REPO.pattern}).*")
+_TAGGED = re.compile(rf"({_REPO.pattern}):[\w.-]+")
 _READS = "fiddler reads a folder of safetensors or ORG/NAME[@REVISION] on the hub, and no"
 _FILES = {".gguf": "GGUF", ".safetensors": "single file"}  # how their names end
 _FORMS = "a model is 'builtin', a folder, or ORG/NAME[@REVISION] on the hub"
@@ -67,6 +69,12 @@ def not_a_folder(model: str, path: Path) -> ConfigError:
 
 
 def _not_a_name(model: str, cache: Path) -> ConfigError:
+    if address := _ADDRESS.fullmatch(model):
+        hint = f"give the name alone: {address[1]}"
+        return ConfigError(f"{model} is an address, not a name", hint=hint)
+    if tagged := _TAGGED.fullmatch(model):
+        hint = f"give {tagged[1]} alone; --dtype w4g128 keeps its experts in 4 bits"
+        return ConfigError(f"{model} has a tag, as GGUF files have", hint=hint)
     if "/" in model or "\\" in model or model.startswith((".", "~")):
         return ConfigError(f"there is no folder {model}", hint=_FORMS)
     return ConfigError(f"there is no model {model!r}{suggestion(model, cache)}", hint=_FORMS)

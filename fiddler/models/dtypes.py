@@ -33,6 +33,12 @@ class Dtypes:
     kv: str
     few: Activations = "f32"
 
+    def __str__(self) -> str:
+        others = (("experts", self.expert), ("KV", self.kv))
+        return ", ".join(
+            [self.compute, *(f"{name} {kind}" for name, kind in others if kind != self.compute)]
+        )
+
     @property
     def expert_kinds(self) -> tuple[WeightKind, ...]:
         """How the kernels name them: one, unless layers differ."""

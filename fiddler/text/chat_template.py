@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from fiddler.errors import CheckpointError, PromptError, TemplateError
-from fiddler.text.messages import as_templates_want
+from fiddler.text.messages import as_templates_want, check_conversation
 from fiddler.text.model_files import read_json_object, read_text, special_tokens
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class ChatTemplate:
         and content, and :class:`TemplateError` if the template refuses them, fails, or tries to
         leave its sandbox.
         """
-        if not messages:
-            raise PromptError("the conversation has no messages")
+        check_conversation(messages)
         variables = {
             "documents": None,
             **self._special_tokens,

@@ -11,6 +11,17 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _EXAMPLE = 'for example {"role": "user", "content": "hello"}'
 
 
+def check_conversation(messages: object) -> None:
+    """PromptError for what is no list of messages; each is looked at by as_templates_want."""
+    if isinstance(messages, (str, dict)):
+        raise PromptError(
+            f"a conversation is a list of messages, not {messages!r}",
+            hint='for example [{"role": "user", "content": "hello"}]; generate() takes a text',
+        )
+    if not messages:
+        raise PromptError("the conversation has no messages")
+
+
 def as_templates_want(messages: Sequence[object]) -> list[dict[str, Any]]:
     """Copy messages without the keys that have no value, and with reasoning by all its names.
 

@@ -36,6 +36,9 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer of {self.vocab_size:,} tokens>"
+
     @classmethod
     def from_folder(cls, path: str | Path) -> Self:
         """Read ``tokenizer.json`` and the end tokens of the model in ``path``.

@@ -217,7 +217,7 @@ def test_markdown_is_a_table_on_stdout_and_progress_is_not() -> None:
 
 @pytest.mark.usefixtures("known_peaks")
 def test_a_narrow_terminal_gets_a_record_for_each_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fiddler.cli.bench.output_width", lambda: 80)
+    monkeypatch.setattr("fiddler.cli.bench.output_width", lambda: 40)
     done = run(*SMALL)
     assert done.exit_code == 0, done.output
     names = [line.split()[0] for line in done.stdout.splitlines() if line]

@@ -22,7 +22,7 @@ NAMES = [command.name for command in TABLE]
 
 
 def test_the_table_has_what_a_chat_needs() -> None:
-    wanted = "help exit clear regen undo system set show save load read stats experts think"
+    wanted = "help exit clear regen undo forget system set show save load read stats experts think"
     assert wanted.split() == NAMES
 
 
@@ -53,7 +53,8 @@ def test_every_command_is_found_with_any_argument(name: str, argument: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("/quit", "exit"), ("/q", "exit"), ("/?", "help"), ("/h", "help")]
+    ("typed", "meant"),
+    [("/quit", "exit"), ("/q", "exit"), ("/bye", "exit"), ("/?", "help"), ("/h", "help")],
 )
 def test_other_programs_names_are_found(typed: str, meant: str) -> None:
     parsed = parse_command(typed)

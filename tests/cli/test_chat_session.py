@@ -77,7 +77,7 @@ def test_a_file_too_long_for_the_context_can_be_dropped(
     [
         (["too long"], "hint: this message alone is too long"),
         (["hello", "too long"], "hint: this message alone is too long"),
-        (["half full", "half full"], "hint: /undo or /clear makes room"),
+        (["half full", "half full"], "hint: /forget drops the oldest"),
         (["no Unicode"], "hint: check its encoding"),
     ],
     ids=str,
@@ -108,7 +108,7 @@ def test_a_failed_regen_keeps_the_old_answer(chat: Chat, monkeypatch: pytest.Mon
     assert chat.conversation == before
 
 
-@pytest.mark.parametrize("command", ["/regen", "/undo"])
+@pytest.mark.parametrize("command", ["/regen", "/undo", "/forget"])
 def test_there_must_be_something_to_take_back(chat: Chat, command: str) -> None:
     assert not chat.run([command])
     assert chat.run(["hello", command])
@@ -120,6 +120,22 @@ def test_undo_and_clear(chat: Chat) -> None:
     chat.run(["/system be brief", "/clear"])
     assert contents(chat) == []
     assert chat.conversation.system == "be brief"
+
+
+@pytest.mark.parametrize(
+    ("command", "left"), [("/forget", 2), ("/forget 2", 1), ("/forget 9", 0), ("/forget all", 3)]
+)
+def test_forgetting_drops_the_oldest(
+    chat: Chat, capsys: pytest.CaptureFixture[str], command: str, left: int
+) -> None:
+    turns = ["/system be brief", "one", "two", "three"]
+    assert chat.run([*turns, command]) == (left < 3)
+    said = ["one", "You said: one", "two", "You said: two", "three", "You said: three"]
+    assert contents(chat) == said[6 - 2 * left :]
+    assert chat.conversation.system == "be brief"
+    assert ("hint: for example /forget 3" if left == 3 else f"{left} left") in (
+        capsys.readouterr().err
+    )
 
 
 def test_an_answer_without_a_word_is_not_kept(chat: Chat) -> None:
@@ -141,7 +157,7 @@ def test_an_answer_cut_at_the_end_of_the_context_says_so(
     chat: Chat, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat.run([f"/set max_tokens={FULL}", "hello there friend"])
-    assert "cut at the end of the context; /clear" in (said := capsys.readouterr().err)
+    assert "cut at the end of the context; /forget" in (said := capsys.readouterr().err)
     assert "max_tokens;" not in said
 
 

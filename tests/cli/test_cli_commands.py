@@ -171,6 +171,22 @@ def test_help_is_quick_and_imports_no_command() -> None:
     assert min(times) < 0.2
 
 
+def test_a_command_leaves_without_a_last_look_for_garbage() -> None:
+    """Of all that torch brings it takes 0.6 s, for which a prompt of the shell would wait."""
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0));"
+        "from fiddler.cli import main; main()"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, "--version"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.splitlines()[-1] == "True"
+
+
 def test_version() -> None:
     from fiddler import __version__
 

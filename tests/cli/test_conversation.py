@@ -25,6 +25,13 @@ def test_undo_takes_back_one_exchange(
     assert before.ask(question).answered(answer, "stop").undone() == before
 
 
+@given(exchanges=turns, count=st.integers(0, 7), system=texts)
+def test_forgetting_keeps_the_latest(
+    exchanges: list[tuple[str, str]], count: int, system: str
+) -> None:
+    assert talk(exchanges, system).without_oldest(count) == talk(exchanges[count:], system)
+
+
 @given(exchanges=turns, question=texts, answer=texts)
 def test_asking_again_brings_back_the_question(
     exchanges: list[tuple[str, str]], question: str, answer: str

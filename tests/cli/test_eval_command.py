@@ -54,7 +54,7 @@ def test_json_has_all_keys_and_is_the_same_twice(text: Path, cache: Path) -> Non
 def test_a_narrow_terminal_gets_a_record_for_each_run(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fiddler.cli.eval.output_width", lambda: 60)
+    monkeypatch.setattr("fiddler.cli.eval.output_width", lambda: 30)
     folder = shared_tiny("mixtral")
     done = run(folder, "--text", text, *OPTIONS, "--max-tokens", 100, "--against", folder)
     assert done.exit_code == 0, done.output

@@ -47,6 +47,11 @@ def test_the_pipe_goes_behind_the_prompt(
     assert fake[0].asked[0][0] == [{"role": "user", "content": prompt}]
 
 
+def test_a_prompt_without_quotes_is_told_of_them(fake: list[FakeLLM]) -> None:
+    code, _, err = run("generate", "hello", "world")
+    assert code == 2 and not fake and "put it into quotes" in err
+
+
 def test_an_empty_prompt_is_one_sentence(fake: list[FakeLLM]) -> None:
     code, out, err = run("generate", "-", stdin="\n")
     assert (code, out) == (1, "")

@@ -1,5 +1,6 @@
 """Bars of memory in a terminal: every part is seen, and lengths are in proportion."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,8 +33,17 @@ def test_every_kind_has_a_letter_of_its_own_and_a_colour() -> None:
 def test_a_bar_says_how_full_its_memory_is() -> None:
     half = Memory("RAM", parts(0, 0, 0, 0, 0, 0, 4 * GIB), 8 * GIB)
     full = Memory("VRAM of a card", parts(GIB, 0, 2 * GIB))
-    first, second, legend = map(str, bar_lines([half, full, Memory("Disk", ())]))
+    memories = [half, full, Memory("Disk", ())]
+    first, second, legend = map(str, bar_lines(memories, 80))
     assert first.startswith("RAM 4.0 GiB of 8.0 GiB ") and first.count("E") == BAR // 2
     assert second.startswith("VRAM 3.0 GiB ") and second.count("c") + second.count("d") == BAR
     assert first.endswith("|") and len(first) == len(second) <= 80
     assert legend == "E experts  c context  d dense"
+
+
+@given(st.integers(40, 200))
+def test_a_bar_fits_into_its_terminal(width: int) -> None:
+    memory = Memory("RAM", parts(GIB, 3 * GIB), 8 * GIB)
+    line = str(bar_lines([memory], width)[0])
+    assert len(line) <= width and line.endswith("|")
+    assert line.count("c") + line.count("m") == pytest.approx((len(line) - 27) / 2, abs=1)

@@ -35,6 +35,21 @@ def test_a_shape_is_planned_in_45_lines_that_fit_a_terminal() -> None:
     assert "no profile: every expert counts the same" in words
 
 
+@pytest.mark.parametrize("more", [(), ("--ram-gb", "16")])
+@pytest.mark.parametrize("width", [50, 65, 80])
+def test_a_narrow_terminal_shows_all_columns(
+    more: tuple[str, ...], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = run("--shape", "qwen3-30b-a3b", "--vram-gb", "20", *more).stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    ends = ["GPU", "CPU", *(["disk"] if more else [])]
+    assert sum(line.split()[-len(ends) :] == ends for line in lines) == 2
+    [total] = [line.split() for line in lines if line.startswith("total")]
+    assert total[2::2] == ["GiB"] * len(ends)
+    assert all(line.endswith("|") for line in lines if line.startswith(("VRAM", "RAM", "Disk")))
+
+
 @pytest.mark.parametrize("more", [(), ("--batch", "64"), ("--ram-gb", "16"), ("--context", "99")])
 def test_no_line_ends_in_blanks(more: tuple[str, ...]) -> None:
     lines = run("--shape", "qwen3-30b-a3b", "--vram-gb", "20", *more).stdout.splitlines()

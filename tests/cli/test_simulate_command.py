@@ -82,11 +82,20 @@ def saved_profile(
 def test_a_table_for_each_budget() -> None:
     done = run(*SMALL, "--slots", "100", "--vram-gb", "6")
     assert done.exit_code == 0, done.output
-    assert "olmoe-1b-7b: 90 steps of 1 played" in done.stdout
+    assert "olmoe-1b-7b: 90 steps of 1 token played" in done.stdout
     assert "100 of 1,024 experts on the GPU" in done.stdout
     assert "experts on the GPU (6 GiB)" in done.stdout
     assert done.stdout.count("oracle") == 3
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_rates_behind_the_limit_are_told() -> None:
+    for given, told in (
+        ((), "155 GB/s, PCIe 50, GPU memory 3,300"),
+        (("--gbps", "7.5,2,1e3"), "7.5 GB/s, PCIe 2, GPU memory 1,000"),
+    ):
+        out = run(*SMALL, "--slots", "100", *given).stdout
+        assert f"limit: host memory gives {told} (--gbps)" in out
 
 
 def test_the_law_decides_who_wins() -> None:

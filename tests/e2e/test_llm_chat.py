@@ -121,6 +121,8 @@ def test_a_model_without_a_template_says_what_to_do(folder: Path) -> None:
     ("messages", "words"),
     [
         ([], "no messages"),
+        ("hello", "a conversation is a list of messages, not 'hello'"),
+        ({"role": "user", "content": "hi"}, "a conversation is a list of messages"),
         (["hello"], "must be a dict with role and content"),
         ([{"role": "user", "content": object()}], "not plain JSON data"),
     ],

@@ -32,6 +32,13 @@ def whole(llm: LLM) -> tuple[str, list[int]]:
     return output.text, output.token_ids
 
 
+def test_printed_it_says_what_it_is(llm: LLM) -> None:
+    shown, context = repr(llm), llm.plan.context_tokens
+    assert shown.startswith(f"<LLM {llm.model_name}: float32; ") and f"{context:,}" in shown
+    assert f"{llm.plan.placement.num_resident:,} experts on the GPU side" in shown
+    assert f"{llm.tokenizer.vocab_size:,} tokens" in repr(llm.tokenizer)
+
+
 # --- tokens and results ---
 
 

@@ -83,6 +83,20 @@ def test_a_path_that_does_not_exist(name: str, tmp_path: Path) -> None:
         resolve_model(name, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("https://huggingface.co/{}", "hf.co/{}", "https://huggingface.co/{}/tree/main"),
+        *("huggingface.co/{}:Q4_K_M", "{}:Q4_K_M", "{}:latest"),
+    ],
+)
+def test_how_other_programs_name_a_model(typed: str, tmp_path: Path) -> None:
+    name = "Qwen/Qwen3-30B-A3B"
+    with pytest.raises(ConfigError, match=r"is an address, not a name|has a tag") as failure:
+        resolve_model(typed.format(name), endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
+    assert name in failure.value.hint.split()
+
+
 @pytest.mark.parametrize("at", ["models/moe{}", "moe{}", "./moe{}", "a/b/moe{}", "~/moe{}"])
 @pytest.mark.parametrize(
     ("ending", "kind"),

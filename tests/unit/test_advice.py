@@ -169,8 +169,8 @@ def test_half_the_context_is_proposed_down_to_1024_tokens(
     assert [way.option for way in ways_to_go_faster(made)] == [f"--context {context // 2}"]
 
 
-@given(st.lists(st.floats(-0.5, 2), max_size=8))
-def test_no_way_is_shown_that_a_cheaper_one_beats(gains: list[float]) -> None:
+@given(st.lists(st.floats(-0.5, 2) | st.sampled_from([0.1, 0.5]), max_size=8))
+def test_no_way_is_shown_that_a_cheaper_one_equals(gains: list[float]) -> None:
     ways = [
         Faster(option=str(n), cost="", decode=(1, 1), prefill=(1, 1), gain=gain)
         for n, gain in enumerate(gains)
@@ -178,7 +178,7 @@ def test_no_way_is_shown_that_a_cheaper_one_beats(gains: list[float]) -> None:
     useful = [
         way
         for n, way in enumerate(ways)
-        if way.gain >= LEAST_GAIN and all(way.gain >= other.gain for other in ways[:n])
+        if way.gain >= LEAST_GAIN and all(way.gain > other.gain for other in ways[:n])
     ]
     assert cheapest(ways) == useful[-3:]
 

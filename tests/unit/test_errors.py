@@ -54,6 +54,8 @@ def test_nearest_names_the_closest_or_nothing() -> None:
     assert nearest("dtyp", ["dtype", "device"]) == "; did you mean 'dtype'?"
     assert nearest("zzz", ["dtype", "device"]) == ""
     assert nearest("max_new_tokens", ["max_tokens", "min_tokens"]) == "; did you mean 'max_tokens'?"
+    assert nearest("temp", ["temperature", "top_k"]) == "; did you mean 'temperature'?"
+    assert nearest("to", ["top_k", "top_p"]) == ""  # either
     assert nearest("best_of", ["stop", "top_k"]) == ""  # half the letters are no likeness
 
 
@@ -139,6 +141,8 @@ def test_what_is_no_type_of_weights_brings_a_few_that_are(asked: Any) -> None:
         ("tensor_parallel_size", "one GPU"),
         ("quantization", "config.json"),
         ("device_map", "places experts itself"),
+        ("n_ctx", "max_model_len"),
+        ("n_gpu_layers", "vram_gb"),
     ],
 )
 def test_names_of_other_libraries_are_known(wrong: str, advice: str) -> None:
