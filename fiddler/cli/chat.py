@@ -72,8 +72,8 @@ def _greet(llm: session.ChatModel) -> None:
 
     parts = f"fiddler {__version__}", llm.model_name, "/help lists commands, Ctrl-D leaves"
     note(SEPARATOR.join(parts))
-    if placement := _placement_line(llm):
-        note(placement)
+    for line in filter(None, (_placement_line(llm), _tip(llm))):
+        note(line)
 
 
 def _placement_line(llm: session.ChatModel) -> str:
@@ -90,3 +90,14 @@ def _placement_line(llm: session.ChatModel) -> str:
         f"{plan.placement.num_resident:,} of {config.num_experts * num_moe_layers:,} experts "
         f"on the GPU side, {chosen}"
     )
+
+
+def _tip(llm: session.ChatModel) -> str:
+    """What is faster where bfloat16 experts have no room on a GPU, and costs nothing."""
+    from offload.plan import GpuSide
+
+    plan, config = llm.plan, llm.model_config
+    is_plain = config.dtype == "bfloat16" and config.packed is None and llm.config.dtype == "auto"
+    if not is_plain or plan.gpu_side is not GpuSide.CUDA or not plan.memory.cpu_experts:
+        return ""
+    return "--dtype bf12 keeps these experts in 12 bits: nothing is lost, and more have room there"

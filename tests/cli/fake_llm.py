@@ -110,6 +110,7 @@ class FakeLLM:
     )
     plan = SimpleNamespace(
         gpu_side=GpuSide.CUDA,
+        memory=SimpleNamespace(cpu_experts=1000),
         placement=Placement.of([(0, 1), (2,)]),
         popularity_name="profile of 4,417 tokens",
         context_tokens=4096,

@@ -49,6 +49,7 @@ def test_the_chat_begins_with_the_placement(tmp_path: Path) -> None:
     with terminal([*FAKE_FIDDLER, "chat"], tmp_path, NO_COLOR="1") as chat:
         shown = chat.expect(PROMPT)
         assert "3 of 8 experts on the GPU side, placed by profile of 4,417 tokens" in shown
+        assert "--dtype bf12" in shown
         leave(chat)
 
 
