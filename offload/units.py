@@ -1,4 +1,4 @@
-"""Bytes as people read them: GiB with sensible digits, and the nearest figure that is enough."""
+"""Bytes and counts as people read them, and the nearest GiB figure that is enough."""
 
 import math
 
@@ -12,6 +12,11 @@ def size_text(size_bytes: int) -> str:
             value = size_bytes / unit
             return f"{value:.{0 if value >= 100 else 1}f} {name}"
     return f"{size_bytes} B"
+
+
+def counted(number: int, thing: str) -> str:
+    """``"1 worker"``, ``"2 workers"``."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def gib_at_least(size_bytes: int) -> str:

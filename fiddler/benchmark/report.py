@@ -11,7 +11,7 @@ from fiddler.benchmark.cases import Case
 from fiddler.benchmark.record import Record
 from fiddler.markdown_table import markdown_table
 from fiddler.models.dtypes import KV_CODES
-from offload.units import size_text
+from offload.units import counted, size_text
 
 BILLION, MILLION = 10**9, 10**6
 
@@ -98,7 +98,7 @@ def _peaks_line(record: Record) -> str:
 
 
 def _build_line(record: Record) -> str:
-    machine = [record["cpu_info"], f"{record['n_threads']} threads", record["gpu_info"]]
+    machine = [record["cpu_info"], counted(record["n_threads"], "thread"), record["gpu_info"]]
     return f"build: {record['build_commit']}; {', '.join(part for part in machine if part)}"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fiddler.cli.console import note
+from offload.units import counted
 
 if TYPE_CHECKING:
     from offload.machine_rates import MachineRates
@@ -86,7 +87,7 @@ def lines_of(rates: "MachineRates") -> list[str]:
     """The figures in the words of a table; what was not measured is left out or said."""
     peaks = rates.peaks
     rows = {
-        "CPU reads": f"{peaks.cpu_read_gbps:.1f} GB/s, {rates.num_threads} workers",
+        "CPU reads": f"{peaks.cpu_read_gbps:.1f} GB/s, {counted(rates.num_threads, 'worker')}",
         **_gpu_rows(rates),
         "products": f"{peaks.gemm_tflops:.3g} TFLOP/s",
         "torch on the CPU": f"{rates.call_s * 1e6:.1f} us a call, {rates.cpu_tflops:.3g} TFLOP/s",

@@ -16,6 +16,7 @@ from fiddler.cli.params_edit import assignment, edit_params, params_to_json
 from fiddler.cli.stats_line import folded, stats_line
 from fiddler.errors import ConfigError
 from fiddler.prompts import check_params
+from offload.units import counted
 
 if TYPE_CHECKING:
     from fiddler.cli.chat_session import Chat
@@ -189,8 +190,7 @@ def _path(argument: str) -> Path:
 
 
 def _turns(chat: "Chat") -> str:
-    count = chat.conversation.num_turns
-    return f"{count} turn" if count == 1 else f"{count} turns"
+    return counted(chat.conversation.num_turns, "turn")
 
 
 TABLE: tuple[SlashCommand["Chat"], ...] = (

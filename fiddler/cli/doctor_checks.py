@@ -4,6 +4,7 @@ from fiddler.cli.doctor_facts import Facts
 from fiddler.cli.doctor_problem import Problem
 from fiddler.cli.doctor_speed import speed_problems
 from fiddler.cli.errors import ISA_VARIABLE
+from offload.units import counted
 
 __all__ = ["Problem", "execution_path", "find_problems"]
 
@@ -20,7 +21,8 @@ def execution_path(facts: Facts) -> str:
     """Which parts would compute what."""
     if any(problem.is_fatal for problem in find_problems(facts)):
         return "none: see the problems"
-    experts = f"Numba on {facts.num_workers or facts.physical_cores or 'some'} cores"
+    num_cores = facts.num_workers or facts.physical_cores
+    experts = f"Numba on {counted(num_cores, 'core') if num_cores else 'some cores'}"
     if facts.gpu is not None:
         return f"hybrid: {facts.gpu.name} (Triton), experts that do not fit there by {experts}"
     return f"CPU only: attention by torch, experts by {experts}"

@@ -12,6 +12,7 @@ from fiddler.cli.option_types import Dtype, Number
 from fiddler.cli.options import COUNT, GIB
 from fiddler.cli.simulate_table import print_verdicts
 from fiddler.errors import ConfigError
+from offload.units import counted
 
 if TYPE_CHECKING:
     from fiddler.simulating import Routes
@@ -150,9 +151,8 @@ def command(
         rows = [dataclasses.asdict(verdict) for verdicts in found.values() for verdict in verdicts]
         click.echo(json.dumps({"model": routes.name, "steps": len(study.steps_SMC), "rows": rows}))
     else:
-        tokens = "1 token" if batch == 1 else f"{batch} tokens"
-        title = f"{routes.name}: {len(study.steps_SMC):,} steps of {tokens} played"
-        print_verdicts(found, title, study.peaks)
+        steps = f"{len(study.steps_SMC):,} steps of {counted(batch, 'token')}"
+        print_verdicts(found, f"{routes.name}: {steps} played", study.peaks)
 
 
 def _recorded(trace: "RoutingTrace") -> "Routes":

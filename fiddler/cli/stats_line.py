@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from fiddler.outputs import RunStats
+from offload.units import counted
 
 SEPARATOR = " \N{MIDDLE DOT} "
 GIB = 1 << 30
@@ -73,8 +74,9 @@ class Totals:
 
     def line(self) -> str:
         """The totals in the words of :func:`stats_line`."""
-        turns = f"{self.num_turns} turn" + ("s" if self.num_turns != 1 else "")
         cached = f" ({self.prompt_tokens_cached:,} cached)" if self.prompt_tokens_cached else ""
         prompt = f"prompt {self.prompt_tokens:,} tok{cached}"
         answers = f"decode {self.output_tokens:,} tok"
-        return SEPARATOR.join([turns, prompt, answers, f"{self.busy_s:.1f} s"])
+        return SEPARATOR.join(
+            [counted(self.num_turns, "turn"), prompt, answers, f"{self.busy_s:.1f} s"]
+        )

@@ -89,6 +89,11 @@ def test_a_table_for_each_budget() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_a_narrow_terminal_cuts_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    assert "\N{HORIZONTAL ELLIPSIS}" not in run(*SMALL, "--slots", "100").stdout
+
+
 def test_the_rates_behind_the_limit_are_told() -> None:
     for given, told in (
         ((), "155 GB/s, PCIe 50, GPU memory 3,300"),

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.units import gib_at_least, gib_at_most, gib_to_bytes, size_text
+from offload.units import counted, gib_at_least, gib_at_most, gib_to_bytes, size_text
 
 
 @given(st.integers(1, 1 << 42))
@@ -18,3 +18,9 @@ def test_sizes_have_three_digits_at_most() -> None:
     assert size_text(12 << 10) == "12.0 KiB"
     assert size_text(704 << 20) == "704 MiB"
     assert size_text(24 << 30) == "24.0 GiB"
+
+
+def test_one_thing_is_no_things() -> None:
+    assert [counted(n, "core") for n in (0, 1, 2, 1500)] == [
+        *("0 cores", "1 core", "2 cores", "1,500 cores")
+    ]
