@@ -121,7 +121,7 @@ class Calibration:
     ) -> T:
         text = json.dumps(quantity.to_json(value))
         try:
-            with _locked(self.path):
+            with locked(self.path):
                 with warnings.catch_warnings():  # said when it was looked for
                     warnings.simplefilter("ignore")
                     sections = self._load()
@@ -227,7 +227,7 @@ def sections_of(record: Any) -> list[Section]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Nobody else who asks for the same lock is within; the system releases it if we die."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("a") as lock:

@@ -12,7 +12,7 @@ def renew_calibration(*, only_with_gpu: bool = False) -> None:
     from fiddler._version import __version__
     from fiddler.cli.calibrate import measure
     from fiddler.errors import FiddlerError
-    from offload.calibration import Calibration, default_path
+    from offload.calibration import Calibration, default_path, locked
     from offload.hardware import probe
     from offload.machine_facts import settings_of, this_machine
     from offload.machine_rates import RATES
@@ -28,7 +28,9 @@ def renew_calibration(*, only_with_gpu: bool = False) -> None:
     why = calibration.why_unknown(RATES, settings_of(hardware))
     note(f"{why}: calibrating, which takes a minute (Ctrl-C leaves it for another time)")
     try:
-        measure()
+        with locked(default_path().with_name("measuring")):  # two at once would measure each other
+            if calibration.is_outdated(RATES):
+                measure()
     except KeyboardInterrupt:
         note("not calibrated")
     except (FiddlerError, RuntimeError, OSError, MemoryError) as error:

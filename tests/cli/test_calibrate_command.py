@@ -1,6 +1,8 @@
 """``fiddler calibrate`` with made-up measurements: what is kept, printed, written and refused."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from click.testing import CliRunner, Result
 from cpu_kernels.isa import NEEDS, isa_from_features
 from fiddler._version import __version__
 from fiddler.cli import cli
+from fiddler.cli.calibrated import renew_calibration
 from fiddler.speed import own_rates
-from offload.calibration import Calibration, default_path
+from offload.calibration import Calibration, default_path, locked
 from offload.hardware import probe
 from offload.machine_facts import this_machine
 from offload.machine_rates import RATES, MachineRates
@@ -92,6 +95,25 @@ def test_old_figures_are_measured_again_by_themselves(changed: dict[str, Any]) -
 def test_who_never_calibrated_is_not_made_to_wait() -> None:
     done = CliRunner().invoke(cli, PLAN)
     assert "calibrating" not in done.stderr and not default_path().exists()
+
+
+def test_of_two_starts_one_measures_and_the_other_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_old(versions={"torch": "1.0"})
+    times = 0
+
+    def once(setting: object) -> dict[str, Any]:
+        nonlocal times
+        times += 1
+        return {"peaks": ONLY_CPU, "times": TIMES, "call_s": 1e-6, "cpu_tflops": 0.5}
+
+    monkeypatch.setattr("offload.measuring.machine_steps", lambda: [Step("all", once)])
+    with ThreadPoolExecutor(2) as starts:
+        with locked(default_path().with_name("measuring")):
+            waiting = [starts.submit(renew_calibration) for _ in range(2)]
+            time.sleep(0.3)
+            assert times == 0 and not any(one.done() for one in waiting)
+        assert [one.result(timeout=30) for one in waiting] == [None, None]
+    assert times == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no memory left"), KeyboardInterrupt()])
