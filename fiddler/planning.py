@@ -19,7 +19,7 @@ from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
 from fiddler.models.footprint import footprint
 from fiddler.models.host_memory import host_bytes
 from fiddler.models.quantized import check_groups
-from fiddler.models.stored import packing_note, rounding_note, stored_bytes
+from fiddler.models.stored import narrowing_note, packing_note, rounding_note, stored_bytes
 from fiddler.speed import RatesHere, demand_of, rates_for
 from offload.hardware import Hardware
 from offload.layout import Layout, lay_out
@@ -188,8 +188,12 @@ def weight_notes(
     """What a user should know of how the stored weights become those in memory."""
     if settings.load_format == "dummy":
         return ()
-    packing = packing_note(model, dtypes) if plan.cached is not None else ""
-    return tuple(filter(None, (rounding_note(model, dtypes.expert), packing)))
+    notes = (
+        narrowing_note(model, dtypes, settings.dtype),
+        rounding_note(model, dtypes.expert),
+        packing_note(model, dtypes) if plan.cached is not None else "",
+    )
+    return tuple(filter(None, notes))
 
 
 def _needs(

@@ -29,6 +29,16 @@ def packing_note(config: ModelConfig, dtypes: Dtypes) -> str:
     )
 
 
+def narrowing_note(config: ModelConfig, dtypes: Dtypes, asked: str) -> str:
+    """What is to be said where nobody asked for bfloat16, which a GPU takes by itself."""
+    if asked != "auto" or dtypes.compute != "bfloat16" or config.dtype == "bfloat16":
+        return ""
+    return (
+        f"what is stored in {config.dtype} is rounded to bfloat16 for the GPU; "
+        "--dtype float32 keeps it"
+    )
+
+
 def rounding_note(config: ModelConfig, expert_dtype: str) -> str:
     """What is to be said where bf12 is not lossless; "" where it is.
 
