@@ -18,9 +18,18 @@ def reader_threads(num_threads: int) -> ThreadPoolExecutor:
     def meet(_: int) -> None:
         meeting.wait()
 
-    threads = ThreadPoolExecutor(
-        num_threads, "fiddler-load", initializer=lambda: torch.set_num_threads(1)
-    )
-    list(threads.map(meet, range(num_threads)))
-    torch.set_num_threads(before)
+    threads = ThreadPoolExecutor(num_threads, "fiddler-load", initializer=_use_one_thread)
+    try:
+        list(threads.map(meet, range(num_threads)))
+    except BaseException:  # a thread that cannot be started: the others would wait for it forever
+        meeting.abort()
+        threads.shutdown()
+        raise
+    finally:
+        torch.set_num_threads(before)
     return threads
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # else torch would set its own number when this thread first works
