@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from offload import nvml
 
+# By UUID, NVML's figure before this process had a context there: whoever looks again later wants it
+_used_before: dict[str, int] = {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
@@ -31,10 +34,13 @@ def probe_gpu() -> Gpu | None:
         return None
     had_context: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     index = torch.cuda.current_device() if had_context else 0
-    device = nvml.open_device(device_uuid(driver, index))
-    used_before = device.used_bytes() if device and not had_context else None
+    uuid = device_uuid(driver, index)
+    device = nvml.open_device(uuid)
+    if device and not had_context:
+        _used_before[uuid] = device.used_bytes()
     free, total = torch.cuda.mem_get_info(index)
     reserved = torch.cuda.memory_reserved(index)
+    used_before = _used_before[uuid] + reserved if uuid in _used_before else None
     context = context_bytes(device, used_before, reserved, total - free)
     name = torch.cuda.get_device_name(index)
     return Gpu(
@@ -53,8 +59,8 @@ def context_bytes(
     """What the driver counts for this process beyond torch's pool, by the best means there is.
 
     1. NVML's figure for this process (hidden in most containers, whose process ids differ);
-    2. how much the device's used memory grew while the context was made (``used_before``: NVML's
-       figure before; None: the context was there already);
+    2. how much the device's used memory has grown since before the context was made
+       (``used_before``: NVML's figure then, and torch's pool; None: nobody looked);
     3. all used memory: too much where others share the GPU, which errs on the safe side.
     """
     if device is not None:

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from fiddler.errors import ConfigError
 from offload import gpu_probe, hardware
@@ -126,6 +128,44 @@ def test_the_context_is_measured_by_the_best_means(
     device: Device | None, used_before: int | None, expected: int
 ) -> None:
     assert gpu_probe.context_bytes(device, used_before, 100, 900) == expected
+
+
+def test_who_looks_again_finds_the_same_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where NVML hides the process's own figure, and another program's memory is not ours."""
+    has_context, used, reserved, total = False, 400, 0, 2000
+
+    def memory(index: int) -> tuple[int, int]:
+        nonlocal has_context, used
+        used += 0 if has_context else 250  # it is made here
+        has_context = True
+        return total - used, total
+
+    class Hidden(StubDevice):
+        def used_bytes(self) -> int:
+            return used
+
+        def driver_version(self) -> str:
+            return "580"
+
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: has_context,
+        "current_device": lambda: 0,
+        "mem_get_info": memory,
+        "memory_reserved": lambda index: reserved,
+        "get_device_name": lambda index: "GPU",
+        "get_device_capability": lambda index: (9, 0),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(gpu_probe.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(gpu_probe, "device_uuid", lambda driver, index: "GPU-here")
+    monkeypatch.setattr(gpu_probe.nvml, "open_device", lambda uuid: Hidden(used=0, mine=None))
+    monkeypatch.setattr(gpu_probe, "_used_before", {})
+    found = [gpu_probe.probe_gpu(), gpu_probe.probe_gpu()]
+    used, reserved = used + 300, 300  # a model's
+    found.append(gpu_probe.probe_gpu())
+    assert [gpu.context_bytes for gpu in found if gpu is not None] == [250] * 3
 
 
 def test_planning_imports_no_torch() -> None:
