@@ -11,7 +11,7 @@ from fiddler.models.manifest import dense_bytes, packed_shape
 from offload.layout import MOST_CONTEXT
 from offload.plan import Footprint
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # float16 in files only
 FLOAT32 = 4
 MIB = 1 << 20
 # A stream of its own to capture in has a workspace of cuBLAS: 32 MiB on Hopper, 8 before.

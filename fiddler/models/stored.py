@@ -3,8 +3,7 @@
 from cpu_kernels.weight_kind import BF12
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
-
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+from fiddler.models.footprint import DTYPE_BYTES
 
 
 def stored_bytes(config: ModelConfig, expert_bytes: int) -> int:
