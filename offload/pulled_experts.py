@@ -62,6 +62,7 @@ class PulledExperts:
             for layer in shape.moe_layers
             if kernels_take_it and _can_read(device, store[layer])
         }
+        self._kinds = tuple(shares.values())
         self._shares = {layer: shares[store[layer].packed] for layer in self.layers}
         # the workers' views of the table, always the same ones: a layer has as many rows as it had
         self._kept_of = {
@@ -74,7 +75,7 @@ class PulledExperts:
 
         Steps that were captured before have room for no more of an expert than was pulled then.
         """
-        for share in {id(share): share for share in self._shares.values()}.values():
+        for share in self._kinds:
             share.host_kept_N[:] = kept_rows(*share.sizes, costs, share.group)
             share.kept_N.copy_(torch.from_numpy(share.host_kept_N))
 
