@@ -58,7 +58,9 @@ def ram_gb(llm: LLM, num_held: int) -> float:
     """What leaves room for so many cold experts of a model that is loaded whole."""
     plan = llm.plan
     needed = num_held * llm._running.experts.store.expert_bytes(0)
-    if plan.gpu_side is not GpuSide.CUDA:
+    if plan.gpu_side is GpuSide.CUDA:
+        needed += plan.memory.cpu_workspace
+    else:
         kv = plan.memory.kv
         if plan.gpu_side is GpuSide.NONE:  # the pool of KV pages shrinks to one request's
             kv = kv // plan.num_pages * (CONTEXT // plan.page_size)
