@@ -24,7 +24,8 @@ from tests.random_swaps import random_placement
 from tests.tiny_models import MODEL_TYPES
 from tests.workers import fail_worker, python_stage
 
-pytestmark = pytest.mark.gpu
+# alone: where processes take turns on a GPU, each hand-over waits for its process's turn
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 WAYS = ("kernel", "values", "hostfunc")
 
 
