@@ -1,6 +1,8 @@
-"""How many workers read memory fastest here: measured once, then remembered in a file.
+"""How many workers to have here: measured once, then remembered in a file.
 
-Often fewer than there are cores: memory is full before they are, and more only disturb each other.
+As many as read memory nearly as fast as any number does. It is often full long before all cores
+read, but prompts and weights that must be decoded are arithmetic, to which every core adds. Where
+more only disturb each other there are fewer.
 """
 
 import json
@@ -19,16 +21,16 @@ from cpu_kernels.read_kernel import read, touch
 from cpu_kernels.threads import WorkerPool, default_num_threads
 from cpu_kernels.topology import Machine, num_cores, read_cache_bytes, read_machine
 
-NOISE = 0.02  # a count within this of the best is as good
+LOSS = 0.05  # of plain reads that more workers may cost
 CACHES = 4  # the buffer is so many times as large as all last-level caches
 MAX_BYTES = 2**30
 SECONDS = 0.5  # for all measurements together; each count is read at least once
 
 
 def best_num_threads(candidates: Iterable[int], measure: Callable[[int], float]) -> int:
-    """The smallest of the counts whose ``measure`` (more is better) is within NOISE of the best."""
+    """The largest of the counts whose ``measure`` (more is better) is within LOSS of the best."""
     rates = {count: measure(count) for count in sorted(candidates)}
-    return min(count for count, rate in rates.items() if rate >= (1 - NOISE) * max(rates.values()))
+    return max(count for count, rate in rates.items() if rate >= (1 - LOSS) * max(rates.values()))
 
 
 def counts_to_try(limit: int) -> list[int]:
@@ -37,7 +39,7 @@ def counts_to_try(limit: int) -> list[int]:
 
 
 def measured_num_threads() -> int:
-    """The number of workers that reads memory fastest, at most the default; takes up to 1 s.
+    """The number of workers for this machine, at most the default; takes up to 1 s.
 
     Later calls find it in ``$XDG_CACHE_HOME/fiddler/cpu.json``, for as long as the machine and
     these sources stay the same. A file that cannot be read or written is as good as none.

@@ -53,7 +53,7 @@ class EngineConfig:
     tbt_target_ms: float | None = None  # longest step while requests decode; None: any
     prefix_caching: bool = True
     enforce_eager: bool = False  # no CUDA graphs, for finding out what goes wrong
-    cpu_threads: int | None = None  # None: as many as read memory fastest, measured once
+    cpu_threads: int | None = None  # None: as many as the machine bears, measured once
     profile: str | None = (
         None  # path of a profile.json; None: the one shipped with the model, if any
     )

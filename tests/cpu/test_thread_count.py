@@ -1,4 +1,4 @@
-"""The number of workers: the fewest that are as fast as any, measured once."""
+"""The number of workers: as many as read nearly as fast as any number, measured once."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ from cpu_kernels.topology import num_cores, read_machine
 
 
 @given(st.dictionaries(st.integers(1, 99), st.floats(1, 300), min_size=1))
-def test_the_fewest_that_are_within_two_percent(rates: dict[int, float]) -> None:
+def test_the_most_that_are_within_five_percent(rates: dict[int, float]) -> None:
     best = best_num_threads(rates, rates.__getitem__)
     top = max(rates.values())
-    assert rates[best] >= 0.98 * top
-    assert all(rate < 0.98 * top for count, rate in rates.items() if count < best)
+    assert rates[best] >= 0.95 * top
+    assert all(rate < 0.95 * top for count, rate in rates.items() if count > best)
 
 
 @given(st.integers(1, 500))
