@@ -28,6 +28,20 @@ class LayerChances:
         """Share of a token's choices that are resident."""
         return sum(self.hot) / max(sum(self.hot) + sum(self.cold), 1e-300)
 
+    def cold_chance(self, num_tokens: int) -> float:
+        """How likely any of so many tokens chooses a cold expert at all.
+
+        As if that share of equally likely experts were resident: a token draws without putting
+        back, so all of its choices are resident less often than its hit rate's power says.
+        """
+        if not self.cold:
+            return 0.0
+        num_experts = len(self.hot) + len(self.cold)
+        num_hot, top_k = self.hit_rate * num_experts, round(sum(self.hot) + sum(self.cold))
+        drawn_K = np.arange(top_k)
+        all_hot = np.prod(np.maximum(num_hot - drawn_K, 0.0) / (num_experts - drawn_K))
+        return float(1.0 - all_hot**num_tokens)
+
 
 def law_chances(law: Law, num_experts: int, top_k: int) -> Floats:
     """By rank, the chance that a token which draws by ``law`` has an expert among its choices.

@@ -16,7 +16,7 @@ from offload.cold_share import ShareCosts, kept_rows
 from offload.handoff_probe import choose_way, forced_way, probe
 from offload.layer_rig import LayerRig, Layers, layer_rig
 from offload.limits import GIGA
-from offload.machine_rates import SharedRates
+from offload.machine_rates import START_S, SharedRates
 from offload.sample_experts import sample_bytes
 from offload.units import GIB, MIB
 
@@ -67,7 +67,7 @@ def _rates(
     group = weights.group or 1
     table_N = kept_rows(chosen, width, expert_bytes, costs_of(kept), group)
     part = int(table_N[chosen]) / (chosen * width)
-    gbps = chosen * expert_bytes / max(seconds - idle_s, 1e-9) / GIGA
+    gbps = chosen * expert_bytes / max(seconds - idle_s - START_S, 1e-9) / GIGA
     return SharedRates(
         kernel=f"{kind}/{activations}",
         expert_bytes=expert_bytes,

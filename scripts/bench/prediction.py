@@ -1,9 +1,9 @@
 """Predicted and measured speeds of shapes that do not fit the GPU.
 
-    python -m scripts.bench.prediction [--seconds 450] [--repetitions 3] [--shares 0.2,0.5,0.8]
+    python -m scripts.bench.prediction [--seconds 450] [--repetitions 5] [--shares 0.2,0.5,0.8]
 
 Two shapes with fewer layers and seeded weights, in bf16 and w4g128, with room on the GPU for some
-shares of their experts: 24 tokens written and a prompt of 1,024 read, with uniform routing. Rates
+shares of their experts: 48 tokens written and a prompt of 1,024 read, with uniform routing. Rates
 are those of ``fiddler calibrate``, which runs first where it has not. Prints each error, their
 median and the worst, and writes build/bench-prediction.json after every model: the rates, and of
 each row what was asked (``demand``), every predicted term, and what was seen of the CPU's jobs and
@@ -54,7 +54,7 @@ LAYERS = {"mixtral-8x7b": 8, "qwen3-30b-a3b": 16}  # 21 and 18 GiB of experts in
 KINDS = {"bf16": "bfloat16", "w4g128": "w4g128"}
 FIXED_GIB = 5.0  # for all but the experts
 CASES = (
-    Case(n_prompt=0, n_gen=24, n_depth=0, n_parallel=1),
+    Case(n_prompt=0, n_gen=48, n_depth=0, n_parallel=1),
     Case(n_prompt=1024, n_gen=0, n_depth=0, n_parallel=1),
 )
 LAW = Law()
@@ -212,7 +212,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=450, help="then no further model")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--shares", default="0.2,0.5,0.8", help="of the experts, with commas")
     parser.add_argument("--shapes", default=",".join(LAYERS), help="with commas")
     parser.add_argument("--kinds", default=",".join(KINDS), help="with commas")

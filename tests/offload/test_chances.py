@@ -32,6 +32,17 @@ def test_distinct_experts_are_as_many_as_are_drawn(
     assert distinct(chance_E.tolist(), rows) == pytest.approx(drawn, rel=0.06)
 
 
+@pytest.mark.parametrize("num_hot", [0, 2, 4, 7, 8])
+@pytest.mark.parametrize(("top_k", "rows"), [(2, 1), (4, 1), (2, 3)])
+def test_a_layer_is_cold_as_often_as_tokens_draw_one(num_hot: int, top_k: int, rows: int) -> None:
+    routes = DrawnRoutes(Law(), seed=2, num_layers=1, num_experts=8, top_k=top_k)
+    steps = [routes.ids(0, n * rows, (n + 1) * rows) for n in range(2000)]
+    drawn = np.mean([(ids >= num_hot).any() for ids in steps])
+    each = top_k / 8
+    layer = LayerChances((each,) * num_hot, (each,) * (8 - num_hot))
+    assert layer.cold_chance(rows) == pytest.approx(drawn, abs=0.03)
+
+
 def test_where_all_are_chosen_each_is_certain() -> None:
     assert law_chances(Law(skew=3.0), 4, 4).tolist() == [1.0] * 4
     assert law_chances(Law(), 8, 2).tolist() == pytest.approx([0.25] * 8)
