@@ -9,7 +9,8 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -118,8 +119,7 @@ class Batch:
                 num_done = done
             raise_failure(samples)
         finally:
-            for sample in samples:
-                self._cancel(sample.request, "cancelled")
+            self._cancel_all(samples)
         peak = self.running.peak_vram_bytes()
         return [_result(entry, peak) for entry in entries]
 
@@ -132,8 +132,7 @@ class Batch:
             return
         with self._lock:
             try:
-                for sample in list(self._samples.values()):
-                    self._cancel(sample.request, "cancelled")
+                self._cancel_all(self._samples.values())
             finally:  # a device that fails in a step that ran ahead keeps no memory
                 if self._loaded is not None:
                     resources, self._loaded = self._loaded.resources, None
@@ -157,10 +156,11 @@ class Batch:
                     for output in engine.step():
                         self._samples[output.request.id].push(output)
             except BaseException as error:
-                for sample in self._samples.values():
-                    engine.cancel(sample.request)
-                    if isinstance(error, Exception):
-                        sample.fail(error)
+                with ExitStack() as ending:
+                    for sample in self._samples.values():
+                        ending.callback(engine.cancel, sample.request)
+                        if isinstance(error, Exception):
+                            sample.fail(error)
                 raise
             finally:
                 for sample in [s for s in self._samples.values() if s.request.is_finished]:
@@ -171,14 +171,22 @@ class Batch:
         while self._abandoned:
             self._cancel(self._abandoned.popleft(), "cancelled")
 
+    def _cancel_all(self, samples: Iterable[Sample]) -> None:
+        """Each of them, also where the device fails as one ends."""
+        with ExitStack() as ending:
+            for sample in reversed(list(samples)):  # the first one entered is the last to leave
+                ending.callback(self._cancel, sample.request, "cancelled")
+
     def _cancel(self, request: Request, reason: str) -> None:
         with self._lock:
-            if self._loaded is not None:
-                self._loaded.engine.cancel(request, reason)
-            sample = self._samples.get(request.id)
-            if sample is not None and reason == "cancelled":
-                sample.close()
-                del self._samples[request.id]
+            try:
+                if self._loaded is not None:
+                    self._loaded.engine.cancel(request, reason)
+            finally:
+                sample = self._samples.get(request.id)
+                if sample is not None and reason == "cancelled":
+                    sample.close()
+                    del self._samples[request.id]
 
 
 def _result(entry: Entry, peak_vram_bytes: int) -> RequestOutput:

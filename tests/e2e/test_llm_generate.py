@@ -153,6 +153,28 @@ def test_an_error_in_the_progress_report_cancels_everything(model: OpenModel) ->
     assert llm.num_free_pages == before
 
 
+def test_a_device_that_fails_as_one_request_ends_keeps_none_of_them(
+    model: OpenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a step that ran ahead does: whoever is the last to need it waits for it."""
+    llm = model("mixtral", prefix_caching=False)
+    before, engine = llm.num_free_pages, llm._running.engine
+    failures = iter([RuntimeError("the GPU is gone")])
+
+    def fail_once() -> None:
+        if error := next(failures, None):
+            raise error
+
+    def stop(done: int, total: int) -> None:
+        monkeypatch.setattr(engine, "_end_idle", fail_once)
+        raise KeyboardInterrupt
+
+    with pytest.raises(RuntimeError, match="the GPU is gone"):
+        llm.generate(["b", "c"], greedy(max_tokens=100, n=2), on_progress=stop)
+    assert llm.num_free_pages == before
+    assert len(llm.generate("d", greedy(max_tokens=3)).outputs[0].token_ids) == 3
+
+
 # --- lengths ---
 
 
