@@ -25,16 +25,12 @@ from offload.prediction import (
     total_of,
 )
 from offload.prefill_division import CPU_START_S, LINK_BYTES_PER_S, Division, PrefillCosts
-from offload.prefill_split import GAP_S, LEAST_TOKENS
+from offload.prefill_split import GAP_S, LEAST_TOKENS, TURN_S
 from offload.staging import bank_slots
 
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
 LAYER_S = 1.2e-3  # Python and small kernels of a layer of a prompt on a GPU
-# Python waits for the CPU's share before it launches the next layer's kernels, and the CPU for its
-# next share behind them. The link has half of a layer to bring meanwhile, but stands still as well:
-# 1.0 to 2.4 ms a layer of 1,024 and 2,048 tokens (Mixtral, Qwen3-30B).
-TURN_S = 1.5e-3
 BANK_S = 1.5e-4  # Python's launches for a bank of experts
 SEND_S = 1.6e-5  # and for each expert that is sent
 

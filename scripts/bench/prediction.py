@@ -128,6 +128,7 @@ def rows_of(
                 {
                     "model": str(model),
                     "test": case.name,
+                    "case": asdict(case),
                     "vram_gb": model.vram_gb,
                     "samples_ms": [sample / 1e6 for sample in measured.samples_ns],
                     "measured_ms": statistics.median(measured.samples_ns) / 1e6,
@@ -169,8 +170,7 @@ def predicted_again(row: dict[str, Any], rates: MachineRates) -> dict[str, Any]:
         LayerChances(tuple(layer["hot"]), tuple(layer["cold"])) for layer in row["demand"]["layers"]
     )
     demand = Demand(**{**row["demand"], "layers": layers})
-    case = next(case for case in CASES if case.name == row["test"])
-    predicted = predict_demands(case, rates, demand, demand)
+    predicted = predict_demands(Case(**row["case"]), rates, demand, demand)
     error = predicted.seconds * 1e3 / row["measured_ms"] - 1
     return {
         **row,

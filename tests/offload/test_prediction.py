@@ -253,6 +253,7 @@ def test_a_benchmarks_file_is_predicted_again_as_it_was(tmp_path: Path) -> None:
         row = {
             "model": "some",
             "test": case.name,
+            "case": asdict(case),
             "measured_ms": 100.0,
             "demand": asdict(asked),
             "watched": {"prompt" if case.n_prompt else "step": {"step_s": 0.1, "cpu_s": 0.0}},
