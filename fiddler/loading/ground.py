@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from fiddler.config import EngineConfig
+from fiddler.engine.decode_setup import decode_way
 from fiddler.loading.model_files import Progress
+from fiddler.loading.vram import give_back_memory, limit_vram
+from fiddler.loading.workers import start_pool
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes
 from offload.handoff_probe import Way
@@ -42,3 +45,37 @@ class Ground:
     def expert_dtype(self) -> torch.dtype:
         """Of the memory that routed experts lie in."""
         return getattr(torch, self.dtypes.expert_memory)  # type: ignore[no-any-return]
+
+
+def settle(
+    *,
+    settings: EngineConfig,
+    config: ModelConfig,
+    hardware: Hardware,
+    plan: Plan,
+    dtypes: Dtypes,
+    rates: MachineRates | None,
+    resources: ExitStack,
+    on_progress: Progress | None,
+) -> Ground:
+    """Limit the GPU's memory to the plan's and start the workers."""
+    device = torch.device("cuda" if hardware.has_gpu else "cpu")
+    resources.callback(give_back_memory, device)
+    limit_vram(plan, hardware, resources)
+    way = decode_way(has_gpu=hardware.has_gpu, enforce_eager=settings.enforce_eager)
+    keeper = PoolKeeper(lambda: start_pool(settings, plan, dtypes, way, on_progress))
+    resources.callback(keeper.close)
+    return Ground(
+        settings=settings,
+        config=config,
+        hardware=hardware,
+        plan=plan,
+        dtypes=dtypes,
+        device=device,
+        way=way,
+        keeper=keeper,
+        resources=resources,
+        on_progress=on_progress,
+        step_tokens=max(plan.step_tokens, settings.num_seqs),
+        rates=rates,
+    )

@@ -8,21 +8,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
-
 from fiddler.config import PAGE_SIZE, EngineConfig
-from fiddler.engine.decode_setup import decode_way
 from fiddler.engine.engine import Engine
 from fiddler.engine.pages import PagePool
 from fiddler.engine.prefix_cache import PrefixCache
 from fiddler.engine.runner import Runner
 from fiddler.engine.scheduler import Scheduler
-from fiddler.loading.ground import Ground
+from fiddler.loading.ground import settle
 from fiddler.loading.model_files import ModelFiles, Progress, find_model
 from fiddler.loading.opened import open_weights
-from fiddler.loading.vram import give_back_memory, limit_vram, vram_meter
+from fiddler.loading.vram import vram_meter
 from fiddler.loading.weights import load_weights
-from fiddler.loading.workers import start_pool
 from fiddler.models.dtypes import Dtypes
 from fiddler.planning import plan_model, weight_notes
 from fiddler.speed import RatesHere, rates_for
@@ -30,7 +26,6 @@ from fiddler.text.tokenizer import Tokenizer
 from offload.executor import HybridExperts
 from offload.hardware import Hardware, probe
 from offload.plan import Plan
-from offload.pool_keeper import PoolKeeper
 
 _log = logging.getLogger("fiddler.loading")
 
@@ -76,25 +71,16 @@ def load_model(
             _log.warning("%s", note)
         if plan.cached is not None:  # the files are read for as long as the model runs
             resources.enter_context(reading.pop_all())
-        device = torch.device("cuda" if hardware.has_gpu else "cpu")
-        resources.callback(give_back_memory, device)
-        limit_vram(plan, hardware, resources)
-        way = decode_way(has_gpu=hardware.has_gpu, enforce_eager=settings.enforce_eager)
-        keeper = PoolKeeper(lambda: start_pool(settings, plan, dtypes, way, on_progress))
-        resources.callback(keeper.close)
-        ground = Ground(
+        rates = None if used is None else used.rates
+        ground = settle(
             settings=settings,
             config=files.config,
             hardware=hardware,
             plan=plan,
             dtypes=dtypes,
-            device=device,
-            way=way,
-            keeper=keeper,
+            rates=rates,
             resources=resources,
             on_progress=on_progress,
-            step_tokens=max(plan.step_tokens, settings.num_seqs),
-            rates=None if used is None else used.rates,
         )
         runner, experts = load_weights(ground, weights)
         pages = PagePool(plan.num_pages)
@@ -113,8 +99,8 @@ def load_model(
             runner=runner,
             experts=experts,
             pages=pages,
-            num_threads=keeper.pool.num_threads,
-            peak_vram_bytes=vram_meter(plan, device),
+            num_threads=ground.keeper.pool.num_threads,
+            peak_vram_bytes=vram_meter(plan, ground.device),
             resources=resources.pop_all(),
         )
 
