@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fiddler.errors import ProfileError
 from offload.placement import Placement
+from offload.units import counted
 from offload.whole_file import write_whole
 
 VERSION = 1
@@ -155,6 +156,15 @@ def load_profile(
     """
     profile = read_profile(path)
     shape = num_layers, num_experts
+    found = profile.popularity.counts_LE.shape
+    if profile.architecture is not None and profile.architecture == architecture:
+        if found != shape:
+            raise _damaged(
+                Path(path),
+                f"its counts are of {counted(found[0], 'layer')} and "
+                f"{counted(found[1], 'expert')}, not {num_layers} and {num_experts}",
+            )
+        return profile
     if not profile.is_of(model, architecture, shape):
         known = None if profile.architecture is None else architecture
         raise ProfileError(
@@ -207,13 +217,16 @@ def _parse(record: dict[str, Any], path: Path) -> Profile:
     if not _is_count(num_tokens):
         raise _damaged(path, "num_tokens is no count")
     model, corpus_sha256, created = map(str, texts)
+    counts_LE = _counts(record.get("counts"), path)
+    if num_tokens and not counts_LE.any():
+        raise _damaged(path, f"it has counted no expert of {num_tokens:,} tokens")
     return Profile(
         model=model,
         architecture=architecture,
         revision=revision,
         corpus_sha256=corpus_sha256,
         num_tokens=num_tokens,
-        popularity=Popularity(_counts(record.get("counts"), path)),
+        popularity=Popularity(counts_LE),
         created=created,
     )
 

@@ -74,8 +74,13 @@ def as_csv(records: Sequence[Record]) -> str:
 def markdown(records: Sequence[Record], *, width: int = sys.maxsize) -> str:
     """A table, and below it what the limits were computed from."""
     table = markdown_table(*cells(records), left=_LEFT, width=width)
+    return "\n".join([*table, "", *notes(records)])
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """What predictions were far off and why, what limits were computed from, and where."""
     off = [record["prediction_off"] for record in records if record["prediction_off"]]
-    return "\n".join([*table, "", *off, _peaks_line(records[0]), _build_line(records[0])])
+    return [*off, _peaks_line(records[0]), _build_line(records[0])]
 
 
 def cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:

@@ -204,17 +204,16 @@ def _known_rates(hardware: "Hardware") -> "MachineRates | None":
 def _write_page(
     path: Path, setting: "Setting", measurements: "list[Measurement]", records: "list[Record]"
 ) -> None:
-    from fiddler.benchmark.report import cells
+    from fiddler.benchmark.report import cells, notes
     from fiddler.benchmark.roofline import points_of, roofs_of
     from fiddler.report.page import Table
     from fiddler.report.pages import bench_page
 
     subject = setting.subject
     headings, rows = cells(records)
-    machine = " and ".join(filter(None, (subject.hardware.gpu_name, subject.hardware.cpu_name)))
     text = bench_page(
         f"{subject.name}: measured speed",
-        f"{machine}; {setting.build}",
+        notes(records),
         roofs_of(setting.peaks),
         points_of(subject, measurements),
         Table(tuple(headings), tuple(map(tuple, rows))),

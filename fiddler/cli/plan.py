@@ -15,6 +15,7 @@ from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.plan_table import (
     PlanFacts,
     choice_lines,
+    more_notes,
     price_lines,
     print_plan,
     rates_lines,
@@ -180,6 +181,7 @@ def _write_page(facts: PlanFacts, path: Path) -> None:
         *(facts.name, facts.plan, facts.hardware, layers, config.num_experts),
         more_facts=[*choice_lines(facts), *speed_lines(facts), *price_lines(facts), *whose],
         more=advice_sections(speeds, facts.faster) if speeds is not None else (),
+        more_notes=more_notes(facts),
     )
     write_page(path, text)
 

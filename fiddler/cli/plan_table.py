@@ -139,10 +139,15 @@ def _closing_lines(facts: PlanFacts) -> list[str]:
     lines += choice_lines(facts)
     if facts.speeds is not None:
         lines += [*speed_lines(facts), *rates_lines(facts.speeds.rates)]
-    notes = [*plan.notes, *_waiting_notes(facts)]
+    return [*lines, *(f"- {note}" for note in (*plan.notes, *more_notes(facts)))]
+
+
+def more_notes(facts: PlanFacts) -> list[str]:
+    """What is to be known beside the plan's own notes."""
+    notes = _waiting_notes(facts)
     if facts.missing_bytes:
         notes.append(f"{size_text(facts.missing_bytes)} are still to be downloaded: fiddler pull")
-    return [*lines, *(f"- {note}" for note in notes)]
+    return notes
 
 
 def _waiting_notes(facts: PlanFacts) -> list[str]:

@@ -36,7 +36,14 @@ FILE = click.Path(path_type=Path)
 @click.command()
 @model_argument(is_needed=False)
 @click.option("--text", type=FILE, metavar="FILE", help="A UTF-8 text.")
-@click.option("--chat", type=FILE, metavar="FILE", help="A saved chat, or JSON(L) of messages.")
+@click.option(
+    "--chat",
+    "--from-chat",
+    "chat",
+    type=FILE,
+    metavar="FILE",
+    help="A saved chat, or JSON(L) of messages.",
+)
 @click.option(
     "-o",
     "--output",

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 POLICIES = {
     "no profile": "experts placed evenly, and left there",
     "static": "placed by the profile, or by the routes before",
-    "best static": "placed by these very routes: no static placement does better",
+    "best static": "placed by these very routes: no static placement has more hits",
     "lru": "every miss comes over PCIe, in each layer for what was not used for longest",
     "adaptive": "--placement adaptive, decided by the engine's own code",
-    "oracle": "knows the future: no policy does better",
+    "oracle": "knows the future: no policy has more hits",
 }
 
 

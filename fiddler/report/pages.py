@@ -66,6 +66,7 @@ def plan_page(
     num_experts: int,
     *,
     more_facts: Sequence[str] = (),
+    more_notes: Sequence[str] = (),
     more: Sequence[Section] = (),
 ) -> str:
     """What lives where, and which experts; ``more`` sections stand before those."""
@@ -103,14 +104,18 @@ def plan_page(
             f"GPU side, expected to be met by {plan.expected_hit_rate:.1%} of routes "
             f"({plan.popularity_name}).",
             *(f"{fact}." for fact in more_facts),
-            *(f"Note: {note}." for note in plan.notes),
+            *(f"Note: {note}." for note in (*plan.notes, *more_notes)),
         ],
         [*sections[:1], *more, *sections[1:]],
     )
 
 
 def bench_page(
-    title: str, machine: str, roofs: Sequence[Roof], points: Sequence[Point], table: Table
+    title: str,
+    notes: Sequence[str],
+    roofs: Sequence[Roof],
+    points: Sequence[Point],
+    table: Table,
 ) -> str:
     """Measured rates, and where they lie below what the machine could give."""
     picture = roofline_svg(roofs, points, "Operations a second by operations a byte")
@@ -119,7 +124,7 @@ def bench_page(
     )
     return page(
         title,
-        [machine],
+        notes,
         [
             Section(
                 "Speed",

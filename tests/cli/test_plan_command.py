@@ -163,7 +163,9 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
         and "RAM, 16.0 GiB of 16.0 GiB" in said
         and "Disk, " in said
     )
-    assert run(*options, "--html", str(path)).exit_code == 0  # its own page may be replaced
+    crowded = run(*options, "--context", "4096", "--batch", "64", "--html", str(path))
+    assert crowded.exit_code == 0  # its own page may be replaced
+    assert "others wait" in crowded.stdout and "others wait" in path.read_text()
     path.write_text("my notes")
     refused = run(*options, "--html", str(path))
     assert refused.exit_code == 1 and "is not a page of fiddler" in refused.stderr

@@ -65,7 +65,7 @@ def test_json_tells_the_figures(llm: FakeLLM, corpus: Path, tmp_path: Path) -> N
 def test_a_chat_file(llm: FakeLLM, tmp_path: Path) -> None:
     chat = tmp_path / "chat.json"
     chat.write_text(json.dumps({"messages": [{"role": "user", "content": TEXT}]}))
-    assert run("--chat", chat, "-o", tmp_path / "p.json").exit_code == 0
+    assert run("--from-chat", chat, "-o", tmp_path / "p.json").exit_code == 0
     assert bytes(t for window in llm.windows for t in window).decode() == f"<user>{TEXT}"
 
 

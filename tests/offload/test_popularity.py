@@ -141,6 +141,15 @@ def test_an_earlier_releases_profile_is_bound_to_a_name(
         load(path, "other", architecture=architecture)
 
 
+def test_counts_of_too_few_layers_are_damage_not_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(profile(architecture="two layers"), path)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"counts": record["counts"][:1]}))
+    with pytest.raises(ProfileError, match="counts are of 1 layer and 3 experts, not 2 and 3"):
+        load(path, architecture="two layers")
+
+
 DAMAGE: dict[str, Any] = {
     "version": [2, None, "1"],
     "model": [None, 3],
@@ -158,6 +167,7 @@ DAMAGE: dict[str, Any] = {
         [[1, -1, 2]] * 2,
         [[1.0, 2, 3]] * 2,
         [[1 << 64]],
+        [[0, 0, 0]] * 2,
     ],
 }
 

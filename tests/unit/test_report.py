@@ -289,6 +289,7 @@ def test_a_profile_is_a_page() -> None:
 
 def test_a_benchmark_is_a_page() -> None:
     table = Table(("test", "t/s"), (("pp512", "3"),))
-    text = bench_page("speed", "CPU", roofs_of(GPU), POINTS, table)
+    text = bench_page("speed", ["CPU", "took 2.2 times as long"], roofs_of(GPU), POINTS, table)
     check_page(text)
+    assert "took 2.2 times as long" in text
     assert "30,000.0 GFLOP/s" in text
