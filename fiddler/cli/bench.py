@@ -9,7 +9,13 @@ import click
 
 from fiddler.cli.calibrated import renew_calibration
 from fiddler.cli.console import note, output_width
-from fiddler.cli.options import COUNT, Decorator, model_argument, some_engine_options
+from fiddler.cli.options import (
+    COUNT,
+    Decorator,
+    check_shape_options,
+    model_argument,
+    some_engine_options,
+)
 from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.errors import FiddlerError, reject_unknown
@@ -164,6 +170,7 @@ def command(
     if model and shape:
         raise click.UsageError("give either MODEL or --shape NAME, not both")
     reject_unknown("shape", [shape] if shape else [], SHAPES)
+    check_shape_options(shape, engine)
     law = parse_law(routing)
     if trace_path is not None and not trace_path.parent.is_dir():
         raise click.BadParameter(f"there is no folder {trace_path.parent}", param_hint="--trace")

@@ -16,6 +16,7 @@ from fiddler.config import (
     LOAD_FORMATS,
     PLACEMENT_POLICIES,
 )
+from fiddler.errors import ConfigError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -253,6 +254,16 @@ def _gathered(argument: str, options: tuple[Shared, ...]) -> Decorator:
         return decorated
 
     return decorate
+
+
+def check_shape_options(shape: str | None, options: dict[str, Any]) -> None:
+    """ConfigError for options of the hub beside a shape, which is on none."""
+    wrong = [flag for flag in ("revision", "token") if shape and options.get(flag)]
+    if wrong:
+        raise ConfigError(
+            f"--{wrong[0]} is for models of the hub, and --shape {shape} is none",
+            hint="leave it out, or name a model instead of the shape",
+        )
 
 
 def is_given(value: Any) -> bool:

@@ -10,7 +10,7 @@ import click
 
 from fiddler.cli.calibrated import renew_calibration
 from fiddler.cli.console import output_console
-from fiddler.cli.options import ENGINE_OPTIONS, is_given, model_argument
+from fiddler.cli.options import ENGINE_OPTIONS, check_shape_options, is_given, model_argument
 from fiddler.cli.page_file import check_page, html_option, write_page
 from fiddler.cli.plan_table import (
     PlanFacts,
@@ -86,6 +86,7 @@ def command(
     """
     _check_batch(options["max_num_seqs"])
     given = {name: value for name, value in options.items() if is_given(value)}
+    check_shape_options(shape, given)
     check_page(html)
     facts = _facts(model, shape, machine_name, given)
     if html is not None:

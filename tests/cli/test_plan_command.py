@@ -199,6 +199,8 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
         (("--shape", "mixtral-8x7b", "--profile", "/none"), "cannot be read: No such file"),
         (("--shape", "mixtral-8x7b", "--hardware", "rtx409"), "did you mean 'rtx4090-ddr5'?"),
         (("--shape", "mixtral-8x7b", "--hardware", "README.md"), "cannot be used as a machine"),
+        (("--shape", "mixtral-8x7b", "--revision", "v1"), "--revision is for models of the hub"),
+        (("--shape", "mixtral-8x7b", "--token", "t"), "--token is for models of the hub"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
