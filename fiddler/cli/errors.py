@@ -88,10 +88,28 @@ def sentence(error: Exception) -> Sentence:
     if isinstance(error, MemoryError):
         return Sentence("out of memory", "lower --context or --ram-gb, or close other programs")
     said = str(error).partition("\n")[0]
+    if failed := _of_gpu(type(error).__name__, said):
+        return failed
     if isinstance(error, ValueError) and ISA_VARIABLE in said:
         return Sentence(said, f"unset {ISA_VARIABLE}: the best path is then taken")
     kind = type(error).__name__
     return Sentence(f"unexpected {kind}: {said}" if said else f"unexpected {kind}", _debug_hint())
+
+
+def _of_gpu(kind: str, said: str) -> Sentence | None:
+    """Of torch's errors of a device, which are known by name: torch need not have been imported."""
+    if kind == "OutOfMemoryError":
+        return Sentence(
+            "the GPU has no memory left: something else uses it too",
+            "nvidia-smi shows what; end that, or use a smaller --vram-gb",
+        )
+    if kind == "AcceleratorError" or said.startswith("CUDA error"):
+        return Sentence(
+            f"the GPU failed: {said.removeprefix('CUDA error: ')}",
+            "start again; if nvidia-smi does not show the GPU any more, restart the machine, and "
+            "until then --device cpu goes on without it",
+        )
+    return None
 
 
 def _debug_hint() -> str:

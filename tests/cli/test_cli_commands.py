@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from fake_llm import FakeLLM
 from terminal import terminal
@@ -236,6 +237,12 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
             1,
             "error: FIDDLER_ISA is odd.\nhint: unset FIDDLER_ISA",
         ),
+        (
+            torch.AcceleratorError("CUDA error: device lost\nCompile with"),
+            1,
+            "error: the GPU failed: device lost\nhint: start again",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: the GPU has no memory left"),
         (RuntimeError("odd\nlines"), 1, "error: unexpected RuntimeError: odd\nhint: "),
         (KeyboardInterrupt(), 130, ""),
         (click.UsageError("no"), 2, "Error: no"),
