@@ -32,6 +32,7 @@ NS = 1_000_000_000
 CPU_TERMS = ("cold experts, CPU", "experts")
 LINK_TERM = "cold experts, PCIe"
 PYTHON_TERM = "step in Python"
+MOST_SLOWED = 1.3  # by watching: beyond it what was seen may be the watcher's own
 FEW_STEPS, RUNS = 12, 3  # a test of few steps is watched several times, and the middle run counts
 
 
@@ -141,7 +142,16 @@ def explain(
         if kind in watched and prediction.terms
     ]
     _, text = max(wrong, default=(0.0, "nothing was seen of its steps"))
-    return f"{case.name}, batch {case.n_parallel}, took {slower} predicted: {text}"
+    doubt = _doubt(times * predicted.seconds, watched)
+    return f"{case.name}, batch {case.n_parallel}, took {slower} predicted: {text}{doubt}"
+
+
+def _doubt(measured_s: float, watched: dict[str, Watched]) -> str:
+    """Where the watched run was much slower than the measured ones, watching may be the reason."""
+    slower = sum(seen.num_steps * seen.step_s for seen in watched.values()) / measured_s
+    if slower < MOST_SLOWED:
+        return ""
+    return f"; by watching perhaps: that run took {slower:.1f} times as long as the others"
 
 
 def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[float, str]:

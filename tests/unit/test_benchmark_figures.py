@@ -296,8 +296,11 @@ def test_the_worst_term_of_decoding_is_named(step_s: float, cpu_s: float, said: 
     seen = {"step": Watched(num_steps=8, step_s=step_s, cpu_s=cpu_s, sent_bytes=0.0)}
     predicted = CasePrediction(prompt=NOTHING, step=STEP, num_steps=8)
     case = Case(n_prompt=0, n_gen=8, n_depth=0, n_parallel=2)
-    line = explain(case, 1.83, predicted, seen, RATES)
-    assert line == f"tg8, batch 2, took 1.83 times as long as predicted: {said}"
+    times = step_s / STEP.seconds
+    line = explain(case, times, predicted, seen, RATES)
+    assert line == f"tg8, batch 2, took {times:.2f} times as long as predicted: {said}"
+    doubtful = explain(case, times / 2, predicted, seen, RATES)
+    assert doubtful.endswith("perhaps: that run took 2.0 times as long as the others")
 
 
 def test_a_slow_link_is_named() -> None:
