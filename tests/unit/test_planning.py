@@ -228,12 +228,16 @@ def test_the_plan_counts_the_activations_of_the_step() -> None:
     assert workspace(None) == workspace(chosen) > workspace(chosen // 2)
 
 
+@pytest.mark.parametrize("batch", [None, 64])
 @pytest.mark.parametrize("has_profile", [False, True])
-def test_512_experts_in_60_layers_are_compared_in_two_seconds(has_profile: bool) -> None:
+def test_512_experts_in_60_layers_are_compared_in_two_seconds(
+    has_profile: bool, batch: int | None
+) -> None:
     """0.4 s on two cores without a profile, 1.0 s where every layer differs."""
     config = replace(load_shape("qwen3-30b-a3b"), num_layers=60, num_experts=512)
     hardware = machine(ram_total_bytes=1 << 42, ram_available_bytes=1 << 42)
-    question = ask(EngineConfig(), config, hardware, name="some", folder=None)
+    settings = EngineConfig(max_num_seqs=batch)
+    question = ask(settings, config, hardware, name="some", folder=None)
     if has_profile:
         counts = np.random.default_rng(0).integers(0, 1000, (60, 512))
         question = replace(question, popularity=Popularity(counts))
