@@ -20,7 +20,7 @@ from fiddler.models.footprint import footprint
 from fiddler.models.host_memory import host_bytes
 from fiddler.models.quantized import check_groups
 from fiddler.models.stored import narrowing_note, packing_note, rounding_note, stored_bytes
-from fiddler.speed import RatesHere, demand_of, rates_for
+from fiddler.speed import RatesHere, demand_of, rates_for, request_of
 from offload.hardware import Hardware
 from offload.layout import Layout, lay_out
 from offload.objective import parse_objective
@@ -262,12 +262,15 @@ def plan_s(
 ) -> tuple[float, float]:
     """What is made least: seconds of the objective's request, and of equal ones its prompt's.
 
+    Of each of those that the plan's KV has room for at once: others wait, and gain nothing there.
     ``context_tokens``: it is no longer than that.
     """
-    asked = parse_objective(question.settings.objective)
-    rows = question.settings.max_num_seqs or 1
+    asked = parse_objective(question.settings.objective).within(context_tokens)
+    length = min(asked.length, context_tokens)
+    _, rows = request_of(plan, length, question.settings.max_num_seqs)
     demand = demand_of(question.model, question.dtypes, plan)
-    return objective_s(asked.within(context_tokens), demand, used.rates, rows=rows)
+    total_s, prompts_s = objective_s(asked, demand, used.rates, rows=rows)
+    return total_s / rows, prompts_s / rows
 
 
 def find_popularity(

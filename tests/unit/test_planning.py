@@ -76,8 +76,9 @@ def test_where_all_fits_nothing_is_chosen_and_no_rates_are_asked_for(hardware: H
 # --- what is chosen ---
 
 
-def best_by_hand(question: Any, used: RatesHere, rows: int) -> float:
-    """The least seconds of any candidate, as the request's two parts are predicted."""
+def best_by_hand(question: Any, used: RatesHere, asked_rows: int) -> float:
+    """The least seconds of any candidate for a request of as many as it has room for at once, as
+    the request's two parts are predicted."""
     plans = []
     for tokens in GPU_STEP_TOKENS:
         for sizes in candidates(question):
@@ -87,9 +88,13 @@ def best_by_hand(question: Any, used: RatesHere, rows: int) -> float:
                 continue
     context = min(plan.context_tokens for plan in plans)
     asked = parse_objective(question.settings.objective).within(context)
+    tokens = max(asked.prompt_tokens, asked.behind) + asked.answer_tokens
     found = []
     for plan in plans:
         demand = demand_of(question.model, question.dtypes, plan)
+        rows = asked_rows  # all of them, or as many as the pages have tokens for
+        while rows > 1 and rows * min(tokens, context) > plan.num_pages * plan.page_size:
+            rows -= 1
         seconds = 0.0
         if asked.prompt_tokens:
             seconds += predict_prefill(
@@ -98,7 +103,7 @@ def best_by_hand(question: Any, used: RatesHere, rows: int) -> float:
         if asked.answer_tokens:
             step = predict_decode(demand, used.rates, rows=rows, depth=asked.depth)
             seconds += asked.answer_tokens * step.seconds
-        found.append(seconds)
+        found.append(seconds / rows)
     return min(found)
 
 
@@ -109,7 +114,7 @@ def best_by_hand(question: Any, used: RatesHere, rows: int) -> float:
     st.sampled_from(["h200-16core", "rtx4090-ddr5"]),
     st.sampled_from(["auto", "w4g128"]),
     st.sampled_from([None, 700, 4000]),
-    st.sampled_from([None, 1, 5]),
+    st.sampled_from([None, 1, 5, 40]),
     st.sampled_from([60, 12]),
     st.booleans(),
 )
@@ -152,6 +157,18 @@ def test_no_other_layout_is_predicted_to_be_faster(
     assert (plan.chosen.objective, plan.chosen.machine) == (objective, name)
     again = answer(question, lambda: used)
     assert again == plan
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_requests_that_have_no_room_do_not_count(objective: str) -> None:
+    """Asked for or not, they wait: more of them make no plan better or worse."""
+    settings = EngineConfig(vram_gb=20, objective=objective, max_num_seqs=64)
+    config, used = load_shape("qwen3-30b-a3b"), USED["rtx4090-ddr5"]
+    question = ask(settings, config, machine(), name="q", folder=None)
+    plan = replace(question.plan(Sizes(1024, 16)), num_pages=32)
+    more = replace(question, settings=replace(settings, max_num_seqs=128))
+    few, many = (plan_s(q, used, plan, context_tokens=1024) for q in (question, more))
+    assert few == many
 
 
 def test_objectives_pull_in_their_direction() -> None:
