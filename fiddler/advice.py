@@ -144,7 +144,8 @@ def price_of_context(made: Planned) -> Price | None:
 def _price(made: Planned, more: int) -> Price:
     case = made.case.asking(max_model_len=made.plan.context_tokens + more)
     question = ask(case.settings, case.model, case.hardware, name=case.name, folder=case.folder)
-    longer = question.plan(Sizes(made.plan.step_tokens, made.plan.staging_slots))
+    plan = made.plan
+    longer = question.plan(Sizes(plan.step_tokens, plan.staging_slots, plan.kv_divisor))
     demand = demand_of(case.model, question.dtypes, longer)
     speeds = predict_speeds(
         demand, case.used, num_tokens=made.speeds.num_tokens, rows=made.speeds.rows

@@ -1,13 +1,14 @@
 """One way to a plan, for `fiddler plan` and for loading: settings and a model in, plan out.
 
-On a GPU that does not hold everything, the largest step and the ring that cold experts pass through
-take their room from resident experts. How large they are is chosen: of all candidates, those whose
-predicted time is least by the objective (:mod:`offload.objective`).
+On a GPU that does not hold everything, the largest step, the ring that cold experts pass through,
+and the KV of an asked batch take their room from resident experts. How large they are is chosen: of
+all candidates, those whose predicted time is least by the objective (:mod:`offload.objective`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Self
 
@@ -25,7 +26,7 @@ from offload.hardware import Hardware
 from offload.layout import Layout, lay_out
 from offload.objective import parse_objective
 from offload.objective_time import objective_s
-from offload.plan import Budget, Chosen, Footprint, Plan
+from offload.plan import KV_DIVISOR, Budget, Chosen, Footprint, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
 from offload.staging import slot_choices
@@ -41,15 +42,20 @@ GPU_STEP_TOKENS = (4096, 2048, 1024, 512)
 # own part of them where all are used alike.
 SPARE_DIVISOR = 16
 
+KV_CHOICES = (1, 2, 4, KV_DIVISOR)  # for a batch; 1: all requests, up to all the room of experts
 SHIPPED_PROFILE = "profile.json"  # a model folder may bring its own
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What may be chosen; ``slots`` of the ring, None: by the size of experts."""
+    """What may be chosen; ``slots`` of the ring, None: by the size of experts.
+
+    ``kv_divisor``: KV takes at most that part of what the fixed parts leave.
+    """
 
     step_tokens: int
     slots: int | None = None
+    kv_divisor: int = KV_DIVISOR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +106,7 @@ class Question:
             gpu_experts=None if given is None else given.num_resident,
             spares_per_layer=int(settings.placement_policy == "adaptive"),
             staging_slots=sizes.slots,
+            kv_divisor=sizes.kv_divisor,
         )
 
 
@@ -174,8 +181,8 @@ def _is_worth_moving(question: Question) -> bool:
     is_known = question.settings.placement is not None or not question.popularity.is_uniform
     if is_known or not question.hardware.has_gpu:
         return False
-    layouts = map(question.layout, candidates(question))
-    layout = next((layout for layout in layouts if layout.fits), None)
+    least_kv = (sizes for sizes in candidates(question) if sizes.kv_divisor == KV_DIVISOR)
+    layout = next((layout for layout in map(question.layout, least_kv) if layout.fits), None)
     if layout is None or layout.num_disk_experts:
         return False
     has_spares = layout.spare_slots == len(question.needs(GPU_STEP_TOKENS[0]).moe_layers)
@@ -223,17 +230,15 @@ def answer(question: Question, rates: Callable[[], RatesHere]) -> Plan:
     fitting = {sizes: layout for sizes, layout in layouts.items() if layout.fits}
     if not fitting:
         return question.plan(every[-1])  # refuses, by what would need least
-    largest = next(iter(fitting))
-    num_cold = fitting[largest].num_ram_experts + fitting[largest].num_disk_experts
-    if len(fitting) == 1 or not num_cold:
-        return question.plan(largest)
+    if len(fitting) == 1 or not any(layout.num_cold for layout in fitting.values()):
+        return question.plan(next(iter(fitting)))
     return _least(question, fitting, rates())
 
 
 def candidates(question: Question) -> list[Sizes]:
     """What may be chosen, the largest steps first; what was asked for is the only one of its kind.
 
-    A given placement takes its room itself: its ring has what is left.
+    A given placement takes its room itself: its ring has what is left. The last needs least.
     """
     settings, model = question.settings, question.model
     if not question.hardware.has_gpu:
@@ -242,7 +247,9 @@ def candidates(question: Question) -> list[Sizes]:
     steps = GPU_STEP_TOKENS if asked is None else (asked,)
     choices = slot_choices(model.num_experts, question.needs(steps[0]).expert_bytes)
     slots = (None,) if settings.placement is not None else choices[::-1]
-    return [Sizes(tokens, number) for tokens in steps for number in slots]
+    is_batch = settings.max_model_len is not None and (settings.max_num_seqs or 1) > 1
+    divisors = KV_CHOICES if is_batch else (KV_DIVISOR,)
+    return [Sizes(*chosen) for chosen in product(steps, slots, divisors)]
 
 
 def _least(question: Question, layouts: dict[Sizes, Layout], used: RatesHere) -> Plan:
@@ -266,8 +273,7 @@ def plan_s(
     ``context_tokens``: it is no longer than that.
     """
     asked = parse_objective(question.settings.objective).within(context_tokens)
-    length = min(asked.length, context_tokens)
-    _, rows = request_of(plan, length, question.settings.max_num_seqs)
+    _, rows = request_of(plan, min(asked.length, context_tokens), question.settings.max_num_seqs)
     demand = demand_of(question.model, question.dtypes, plan)
     total_s, prompts_s = objective_s(asked, demand, used.rates, rows=rows)
     return total_s / rows, prompts_s / rows

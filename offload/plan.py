@@ -7,6 +7,10 @@ from offload.expert_room import ExpertRoom, in_turn
 from offload.placement import Placement
 from offload.popularity import Popularity
 
+# KV pages beyond the least take at most 1/10 of what the fixed parts leave, unless more is chosen;
+# on a GPU that holds all experts, whatever those leave.
+KV_DIVISOR = 10
+
 
 class GpuSide(StrEnum):
     """What plays the GPU."""
@@ -70,8 +74,8 @@ class Budget:
 
     ``vram_bytes`` counts as the driver does, CUDA context included. ``context_tokens`` is what one
     request may hold; the KV pool grows beyond it towards ``max_num_seqs`` such requests as long as
-    it takes at most a tenth of what the fixed parts leave, or, on a GPU that holds all experts,
-    what those leave. ``gpu_experts`` is how many experts the
+    it takes at most ``1 / kv_divisor`` of what the fixed parts leave, or, on a GPU that holds all
+    experts, what those leave. ``gpu_experts`` is how many experts the
     GPU side has to hold. ``spares_per_layer``: slots that are kept free on a GPU where not all
     experts fit, for experts that change places. ``staging_slots``: those that cold experts pass
     through; None: by their size.
@@ -86,6 +90,7 @@ class Budget:
     gpu_experts: int | None = None
     spares_per_layer: int = 0
     staging_slots: int | None = None
+    kv_divisor: int = KV_DIVISOR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +143,9 @@ class Plan:
     ``expected_hit_rate`` is the share of (token, expert) pairs that meet a resident expert if the
     future is like ``popularity``. ``staging_slots`` are those that cold experts pass through
     on a GPU, ``spare_slots`` those that are kept free. ``step_tokens``: of the largest step;
-    ``chosen`` None: there was nothing to choose. ``vram_budget_bytes`` is 0 without a GPU
-    side; ``ram_needed_bytes`` counts what the GPU side does not hold, which without CUDA is
-    everything.
+    ``kv_divisor``: the budget's; ``chosen`` None: there was nothing to choose.
+    ``vram_budget_bytes`` is 0 without a GPU side; ``ram_needed_bytes`` counts what the GPU side
+    does not hold, which without CUDA is everything.
     """
 
     gpu_side: GpuSide
@@ -154,6 +159,7 @@ class Plan:
     staging_slots: int
     spare_slots: int
     step_tokens: int
+    kv_divisor: int
     vram_budget_bytes: int
     ram_needed_bytes: int
     ram_budget_bytes: int

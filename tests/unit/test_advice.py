@@ -57,7 +57,8 @@ def test_the_price_of_context_is_that_of_longer_plans(shape: str, options: dict[
     more = 8192
     longer = made.case.asking(max_model_len=made.plan.context_tokens + more)
     question = make(longer).question
-    plan = question.plan(Sizes(made.plan.step_tokens, made.plan.staging_slots))
+    sizes = Sizes(made.plan.step_tokens, made.plan.staging_slots, made.plan.kv_divisor)
+    plan = question.plan(sizes)
     lost = made.plan.placement.num_resident - plan.placement.num_resident
     assert price.experts == lost / 8 and price.decode_tokens_per_s >= 0
     assert (price.experts > 0) == (price.decode_tokens_per_s > 0)

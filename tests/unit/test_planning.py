@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError, OutOfMemoryError
 from fiddler.models.config import ModelConfig
 from fiddler.models.shapes import SHAPES, load_shape
-from fiddler.planning import GPU_STEP_TOKENS, Sizes, answer, ask, candidates, plan_model, plan_s
+from fiddler.planning import (
+    GPU_STEP_TOKENS,
+    Sizes,
+    answer,
+    ask,
+    candidates,
+    plan_model,
+    plan_s,
+)
 from fiddler.speed import RatesHere, demand_of
 from offload.hardware import Hardware
 from offload.objective import DEFAULT, parse_objective
@@ -79,13 +88,15 @@ def test_where_all_fits_nothing_is_chosen_and_no_rates_are_asked_for(hardware: H
 def best_by_hand(question: Any, used: RatesHere, asked_rows: int) -> float:
     """The least seconds of any candidate for a request of as many as it has room for at once, as
     the request's two parts are predicted."""
+    is_batch = question.settings.max_model_len is not None and asked_rows > 1
+    parts = (1, 2, 4, 10) if is_batch else (10,)
+    slots = {sizes.slots for sizes in candidates(question)}
     plans = []
-    for tokens in GPU_STEP_TOKENS:
-        for sizes in candidates(question):
-            try:
-                plans.append(question.plan(Sizes(tokens, sizes.slots)))
-            except OutOfMemoryError:
-                continue
+    for sizes in product(GPU_STEP_TOKENS, slots, parts):
+        try:
+            plans.append(question.plan(Sizes(*sizes)))
+        except OutOfMemoryError:
+            continue
     context = min(plan.context_tokens for plan in plans)
     asked = parse_objective(question.settings.objective).within(context)
     tokens = max(asked.prompt_tokens, asked.behind) + asked.answer_tokens
@@ -171,6 +182,21 @@ def test_requests_that_have_no_room_do_not_count(objective: str) -> None:
     assert few == many
 
 
+@pytest.mark.parametrize("objective", ["decode", DEFAULT])
+def test_kv_of_a_batch_takes_room_of_experts_where_that_pays(objective: str) -> None:
+    """Of 64 requests a tenth of the room holds 19; their token takes as long as one of 64 does."""
+    config, used = load_shape("qwen3-30b-a3b"), USED["rtx4090-ddr5"]
+    settings = EngineConfig(max_model_len=1024, max_num_seqs=64, objective=objective)
+    question = ask(settings, config, machine(), name="q", folder=None)
+    plan = answer(question, lambda: used)
+    tenth = question.plan(Sizes(plan.step_tokens, plan.staging_slots, 10))
+    assert plan.num_pages == 64 * 1024 // 16 > 3 * tenth.num_pages
+    few_s, all_s = (plan_s(question, used, p, context_tokens=1024)[0] for p in (tenth, plan))
+    assert all_s < 0.6 * few_s
+    alone = replace(settings, max_num_seqs=1)
+    assert {sizes.kv_divisor for sizes in candidates(replace(question, settings=alone))} == {10}
+
+
 def test_objectives_pull_in_their_direction() -> None:
     plans = {
         objective: planned("qwen3-30b-a3b", vram_gb=8, objective=objective)
@@ -253,7 +279,7 @@ def test_512_experts_in_60_layers_are_compared_in_two_seconds(
     """0.4 s on two cores without a profile, 1.0 s where every layer differs."""
     config = replace(load_shape("qwen3-30b-a3b"), num_layers=60, num_experts=512)
     hardware = machine(ram_total_bytes=1 << 42, ram_available_bytes=1 << 42)
-    settings = EngineConfig(max_num_seqs=batch)
+    settings = EngineConfig(max_num_seqs=batch, max_model_len=batch and 1024)
     question = ask(settings, config, hardware, name="some", folder=None)
     if has_profile:
         counts = np.random.default_rng(0).integers(0, 1000, (60, 512))
