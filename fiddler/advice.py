@@ -4,8 +4,9 @@ Every figure is another plan's, made and predicted as if that had been asked for
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,6 +83,21 @@ class Price:
     decode_tokens_per_s: float
 
 
+class Kind(Enum):
+    """What is given up for speed."""
+
+    MEMORY = auto()
+    REQUESTS = auto()
+    CONTEXT = auto()
+    KV = auto()
+    EXPERTS = auto()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is given up may be the answers' quality."""
+        return self in (Kind.KV, Kind.EXPERTS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faster:
     """A way to go faster: an ``option`` or a part to buy, and its ``cost``; tokens a second.
@@ -89,6 +105,7 @@ class Faster:
     ``gain``: of the objective's time, 0.1 for 1.1 times as fast.
     """
 
+    kind: Kind
     option: str
     cost: str
     decode: tuple[float, float]
@@ -162,36 +179,49 @@ Proposal = tuple[str, str, Case]  # option, cost, case
 
 def ways_to_go_faster(made: Planned) -> list[Faster]:
     """The cheapest that help, in the order of what they cost: see :func:`cheapest`."""
-    found = []
-    for propose in PROPOSALS:
+    return cheapest(_tried(made))
+
+
+def cheapest(ways: Iterable[Faster]) -> list[Faster]:
+    """The first MOST_SHOWN of ``ways``, the cheapest first, that gain LEAST_GAIN and add to those
+    before them."""
+    kept: list[Faster] = []
+    for way in ways:
+        if way.gain >= LEAST_GAIN and all(_adds(way, cheaper) for cheaper in kept):
+            kept.append(way)
+        if len(kept) == MOST_SHOWN:
+            break
+    return kept
+
+
+def _adds(way: Faster, cheaper: Faster) -> bool:
+    """Whether ``way`` gives up something else than ``cheaper`` and gains more.
+
+    Memory may gain less than what rounds: who wants the very numbers has no other choice.
+    """
+    if way.kind is cheaper.kind:
+        return False
+    return way.gain > cheaper.gain or (way.kind is Kind.MEMORY and cheaper.kind.rounds)
+
+
+def _tried(made: Planned) -> Iterator[Faster]:
+    for kind, propose in PROPOSALS:
         for option, cost, case in propose(made):
             try:
                 after = make(case)
             except FiddlerError:  # it does not fit, or this model or GPU cannot
                 continue
-            found.append(_faster(made, after, option, cost))
-    return cheapest(found)
+            yield _faster(made, after, kind, option, cost)
 
 
-def cheapest(ways: Sequence[Faster]) -> list[Faster]:
-    """Of ``ways``, the cheapest first: those that gain LEAST_GAIN and more than any cheaper one.
-
-    No more than MOST_SHOWN: those that gain most.
-    """
-    kept: list[Faster] = []
-    for way in ways:
-        if way.gain >= LEAST_GAIN and all(way.gain > cheaper.gain for cheaper in kept):
-            kept.append(way)
-    return kept[-MOST_SHOWN:]
-
-
-def _faster(before: Planned, after: Planned, option: str, cost: str) -> Faster:
+def _faster(before: Planned, after: Planned, kind: Kind, option: str, cost: str) -> Faster:
     context = min(before.plan.context_tokens, after.plan.context_tokens)
     before_s, after_s = (
         plan_s(made.question, made.case.used, made.plan, context_tokens=context)[0]
         for made in (before, after)
     )
     return Faster(
+        kind=kind,
         option=option,
         cost=cost,
         decode=(before.speeds.decode_rate, after.speeds.decode_rate),
@@ -233,7 +263,7 @@ def _smaller_experts(made: Planned) -> Iterator[Proposal]:
             yield f"--dtype {kind}", cost, made.case.asking(dtype=kind)
 
 
-def _more_vram(made: Planned) -> Iterator[Proposal]:
+def _free_vram(made: Planned) -> Iterator[Proposal]:
     more = made.plan.vram_budget_bytes + MORE_VRAM
     if made.plan.gpu_side is GpuSide.CUDA and more <= usable_vram_bytes(made.case.hardware):
         gib = gib_at_least(more)
@@ -241,15 +271,16 @@ def _more_vram(made: Planned) -> Iterator[Proposal]:
         yield f"--vram-gb {gib}", cost, made.case.asking(vram_gb=float(gib))
 
 
-def _more_ram(made: Planned) -> Iterator[Proposal]:
-    """As much as keeps all experts from disk, if need be more than the machine has."""
-    plan, hardware = made.plan, made.case.hardware
-    if plan.cached is None:
-        return
-    needed = plan.ram_needed_bytes + plan.memory.disk_experts + plan.memory.staging
-    if needed <= hardware.ram_available_bytes:
+def _free_ram(made: Planned) -> Iterator[Proposal]:
+    needed = _ram_for_all(made)
+    if made.plan.cached is not None and needed <= made.case.hardware.ram_available_bytes:
         gib = gib_at_least(needed)
         yield f"--ram-gb {gib}", "RAM that is free", made.case.asking(ram_gb=float(gib))
+
+
+def _bought_ram(made: Planned) -> Iterator[Proposal]:
+    hardware, needed = made.case.hardware, _ram_for_all(made)
+    if made.plan.cached is None or needed <= hardware.ram_available_bytes:
         return
     available = needed + needed // (RAM_HEADROOM_DIVISOR - 1)
     more = math.ceil((available - hardware.ram_available_bytes) / GIB)
@@ -260,6 +291,12 @@ def _more_ram(made: Planned) -> Iterator[Proposal]:
     )
     case = replace(made.case.asking(ram_gb=None), hardware=larger)
     yield f"{more} GiB more RAM", "memory to buy", case
+
+
+def _ram_for_all(made: Planned) -> int:
+    """Bytes that keep all experts from disk."""
+    memory = made.plan.memory
+    return made.plan.ram_needed_bytes + memory.disk_experts + memory.staging
 
 
 # --- room for all requests ---
@@ -274,7 +311,7 @@ def ways_to_have_room(made: Planned) -> list[str]:
     if asked is None or speeds.rows == asked:
         return []
     found = []
-    for propose in (_all_their_context, _smaller_kv, _smaller_experts, _more_vram):
+    for propose in (_all_their_context, _smaller_kv, _smaller_experts, _free_vram):
         for option, _, case in propose(made):
             try:
                 after = make(case)
@@ -296,8 +333,14 @@ def _all_their_context(made: Planned) -> Iterator[Proposal]:
             yield f"--context {tokens}", "less context", made.case.asking(max_model_len=tokens)
 
 
-# The cheapest first: settings that nothing is lost by but what they say, then what rounds less
-# before what rounds more, then memory.
-PROPOSALS: tuple[Callable[[Planned], Iterator[Proposal]], ...] = (
-    *(_one_request, _half_the_context, _smaller_kv, _smaller_experts, _more_vram, _more_ram),
+# The cheapest first: memory that is there, settings that nothing is lost by but what they say, what
+# rounds less before what rounds more, then memory to buy.
+PROPOSALS: tuple[tuple[Kind, Callable[[Planned], Iterator[Proposal]]], ...] = (
+    (Kind.MEMORY, _free_ram),
+    (Kind.MEMORY, _free_vram),
+    (Kind.REQUESTS, _one_request),
+    (Kind.CONTEXT, _half_the_context),
+    (Kind.KV, _smaller_kv),
+    (Kind.EXPERTS, _smaller_experts),
+    (Kind.MEMORY, _bought_ram),
 )

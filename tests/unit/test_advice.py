@@ -13,6 +13,7 @@ from fiddler.advice import (
     LEAST_GAIN,
     Case,
     Faster,
+    Kind,
     Planned,
     cheapest,
     make,
@@ -122,7 +123,8 @@ def test_what_is_proposed_is_what_the_option_gives(
     made = make(case(shape, hardware, objective=objective, **options))
     ways = ways_to_go_faster(made)
     assert len(ways) <= 3 and (ways or objective == "prefill")
-    assert [way.gain for way in ways] == sorted(way.gain for way in ways)
+    gains = [way.gain for way in ways if way.cost != "memory to buy"]
+    assert gains == sorted(gains)
     for way in ways:
         assert way.gain >= LEAST_GAIN
         assert way.decode[0] == made.speeds.decode_rate
@@ -146,7 +148,7 @@ def test_bf12_is_proposed_where_nothing_else_would_change(monkeypatch: pytest.Mo
 
 def test_memory_is_proposed_where_rounding_is_done() -> None:
     packed = make(case("qwen3-30b-a3b", vram_gb=12, dtype="w4g128"))
-    assert [way.option for way in ways_to_go_faster(packed)][-1] == "--vram-gb 16.0"
+    assert ways_to_go_faster(packed)[0].option == "--vram-gb 16.0"
     small = replace(MACHINE.hardware, vram_total_bytes=9 << 30, vram_free_bytes=8 << 30)
     poor = replace(small, ram_total_bytes=9 << 30, ram_available_bytes=8 << 30)
     on_disk = make(case("qwen3-30b-a3b", poor, dtype="w4g128"))
@@ -154,7 +156,7 @@ def test_memory_is_proposed_where_rounding_is_done() -> None:
     way = ways_to_go_faster(on_disk)[-1]
     assert re.fullmatch(r"\d+ GiB more RAM", way.option) and way.decode[1] > 2 * way.decode[0]
     asked = make(case("qwen3-30b-a3b", small, ram_gb=4, dtype="w4g128"))
-    assert [w.option for w in ways_to_go_faster(asked)][-1].startswith("--ram-gb")
+    assert ways_to_go_faster(asked)[0].option.startswith("--ram-gb")
 
 
 @pytest.mark.parametrize("context", [4096, 2048, 2046, 1536, 1024])
@@ -162,7 +164,8 @@ def test_half_the_context_is_proposed_down_to_1024_tokens(
     context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a budget so small that half of any of these gains enough to be shown."""
-    monkeypatch.setattr(advice, "PROPOSALS", advice.PROPOSALS[1:2])
+    proposals = [one for one in advice.PROPOSALS if one[0] is Kind.CONTEXT]
+    monkeypatch.setattr(advice, "PROPOSALS", proposals)
     made = make(case("olmoe-1b-7b", vram_gb=2.75, dtype="w4g128", max_model_len=context))
     found = [way.option for way in ways_to_go_faster(made)]
     assert found == ([f"--context {context // 2}"] if context >= 2048 else [])
@@ -170,18 +173,40 @@ def test_half_the_context_is_proposed_down_to_1024_tokens(
     assert [way.option for way in ways_to_go_faster(made)] == [f"--context {context // 2}"]
 
 
-@given(st.lists(st.floats(-0.5, 2) | st.sampled_from([0.1, 0.5]), max_size=8))
-def test_no_way_is_shown_that_a_cheaper_one_equals(gains: list[float]) -> None:
+GAINS = st.floats(-0.5, 2) | st.sampled_from([0.1, 0.5])
+
+
+@given(st.lists(st.tuples(st.sampled_from(Kind), GAINS), max_size=9))
+def test_the_cheapest_that_add_something_are_shown(found: list[tuple[Kind, float]]) -> None:
     ways = [
-        Faster(option=str(n), cost="", decode=(1, 1), prefill=(1, 1), gain=gain)
-        for n, gain in enumerate(gains)
+        Faster(kind=kind, option=str(n), cost="", decode=(1, 1), prefill=(1, 1), gain=gain)
+        for n, (kind, gain) in enumerate(found)
     ]
-    useful = [
-        way
-        for n, way in enumerate(ways)
-        if way.gain >= LEAST_GAIN and all(way.gain > other.gain for other in ways[:n])
-    ]
-    assert cheapest(ways) == useful[-3:]
+    shown = cheapest(ways)
+    assert len({way.kind for way in shown}) == len(shown) <= 3
+    for n, way in enumerate(ways):  # each is shown, or there is a reason why not
+        cheaper = [other for other in shown if int(other.option) < n]
+        rivals = [w for w in cheaper if way.kind is not Kind.MEMORY or not w.kind.rounds]
+        reasons = (
+            way.gain < LEAST_GAIN,
+            len(cheaper) == 3,
+            way.kind in {other.kind for other in cheaper},
+            any(other.gain >= way.gain for other in rivals),
+        )
+        assert (way in shown) != any(reasons)
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"max_model_len": 40_960}, [Kind.CONTEXT, Kind.KV, Kind.EXPERTS]),
+        ({"vram_gb": 12, "max_model_len": 40_960}, [Kind.MEMORY, Kind.EXPERTS]),
+        ({"ram_gb": 20}, [Kind.MEMORY, Kind.EXPERTS]),
+    ],
+)
+def test_what_is_free_comes_before_what_rounds(options: dict[str, Any], kinds: list[Kind]) -> None:
+    ways = ways_to_go_faster(make(case("qwen3-30b-a3b", **options)))
+    assert [way.kind for way in ways] == kinds
 
 
 # --- requests at once ---
