@@ -14,13 +14,11 @@ from typing import Self
 
 from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.errors import ConfigError
-from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
-from fiddler.models.footprint import footprint
-from fiddler.models.host_memory import host_bytes
 from fiddler.models.quantized import check_groups
 from fiddler.models.stored import narrowing_note, packing_note, rounding_note, stored_bytes
+from fiddler.needs import needs_of
 from fiddler.speed import RatesHere, demand_of, rates_for, request_of
 from offload.hardware import Hardware
 from offload.layout import Layout, lay_out
@@ -168,7 +166,7 @@ def ask(
         dtypes=dtypes,
         popularity=popularity,
         popularity_name=popularity_name,
-        needs=cache(partial(_needs, settings, model, hardware, dtypes)),
+        needs=cache(partial(needs_of, settings, model, hardware, dtypes)),
     )
     if settings.placement_policy != "auto":
         return question
@@ -201,26 +199,6 @@ def weight_notes(
         packing_note(model, dtypes) if plan.cached is not None else "",
     )
     return tuple(filter(None, notes))
-
-
-def _needs(
-    settings: EngineConfig, model: ModelConfig, hardware: Hardware, dtypes: Dtypes, tokens: int
-) -> Footprint:
-    sizes = footprint(
-        model,
-        dtype=dtypes.compute,
-        expert_dtype=dtypes.expert,
-        kv_dtype=dtypes.kv,
-        max_batched_tokens=tokens,
-        max_num_seqs=settings.num_seqs,
-        max_model_len=settings.max_model_len,
-        graph_rows=largest_bucket(settings.num_seqs) if hardware.has_gpu else 0,
-    )
-    if not hardware.has_gpu:
-        return sizes
-    num_threads = settings.cpu_threads or hardware.physical_cores
-    host = host_bytes(model, dtypes, num_tokens=tokens, num_threads=num_threads)
-    return replace(sizes, host_bytes=host)
 
 
 def answer(question: Question, rates: Callable[[], RatesHere]) -> Plan:

@@ -1,5 +1,6 @@
 """The planner's questions and answers as plain records: footprint, budget, plan."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
@@ -32,7 +33,8 @@ class Footprint:
     ``layer_bytes`` has one for each of ``moe_layers``. ``order``: in which experts get room on the
     GPU side, each by its layer's place among ``moe_layers``; (): layers in turn. ``host_bytes``:
     what the CPU's workers write to beside a GPU that does not hold all experts; without one
-    ``workspace_bytes`` has it.
+    ``workspace_bytes`` has it. ``for_batch``: what the model needs for so many requests at once;
+    None: nobody asked for several.
     """
 
     num_layers: int
@@ -48,6 +50,7 @@ class Footprint:
     layer_bytes: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     host_bytes: int = 0
+    for_batch: Callable[[int], "Footprint"] | None = field(default=None, repr=False, compare=False)
 
     @property
     def expert_bytes_M(self) -> tuple[int, ...]:

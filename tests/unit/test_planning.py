@@ -1,5 +1,6 @@
 """The largest step and the ring: as asked, or those of the least predicted time."""
 
+import re
 import time
 from dataclasses import replace
 from itertools import product
@@ -339,6 +340,17 @@ def test_more_requests_take_longer_and_each_of_them_less() -> None:
 def test_a_target_is_a_time(value: float) -> None:
     with pytest.raises(ConfigError, match="tbt_target_ms must be more than 0"):
         EngineConfig(tbt_target_ms=value)
+
+
+@pytest.mark.parametrize("context", [None, 1024])
+def test_a_batch_beyond_the_memory_names_the_largest_within_it(context: int | None) -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned("qwen3-30b-a3b", max_num_seqs=9000, max_model_len=context)
+    found = re.match(r"use --batch (\d+)", caught.value.hint)
+    assert found is not None
+    assert planned("qwen3-30b-a3b", max_num_seqs=int(found[1]), max_model_len=context)
+    with pytest.raises(OutOfMemoryError):
+        planned("qwen3-30b-a3b", max_num_seqs=int(found[1]) + 1, max_model_len=context)
 
 
 def test_experts_on_disk_cannot_change_places() -> None:
