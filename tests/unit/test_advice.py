@@ -8,20 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler import advice
-from fiddler.advice import (
+from fiddler import faster
+from fiddler.advice import Case, Planned, make, price_of_context
+from fiddler.config import EngineConfig
+from fiddler.faster import (
     LEAST_GAIN,
-    Case,
     Faster,
     Kind,
-    Planned,
     cheapest,
-    make,
-    price_of_context,
     ways_to_go_faster,
     ways_to_have_room,
 )
-from fiddler.config import EngineConfig
 from fiddler.models.shapes import load_shape
 from fiddler.planning import Sizes
 from fiddler.speed import RatesHere
@@ -137,7 +134,7 @@ def test_what_is_proposed_is_what_the_option_gives(
 
 
 def test_bf12_is_proposed_where_nothing_else_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "cheapest", list)
+    monkeypatch.setattr(faster, "cheapest", list)
     shape = case("qwen3-30b-a3b", vram_gb=20)
     for dtype in ("auto", "bfloat16", "float32", "bf12", "w8g128"):
         options = [way.option for way in ways_to_go_faster(make(shape.asking(dtype=dtype)))]
@@ -164,12 +161,12 @@ def test_half_the_context_is_proposed_down_to_1024_tokens(
     context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a budget so small that half of any of these gains enough to be shown."""
-    proposals = [one for one in advice.PROPOSALS if one[0] is Kind.CONTEXT]
-    monkeypatch.setattr(advice, "PROPOSALS", proposals)
+    proposals = [one for one in faster.PROPOSALS if one[0] is Kind.CONTEXT]
+    monkeypatch.setattr(faster, "PROPOSALS", proposals)
     made = make(case("olmoe-1b-7b", vram_gb=2.75, dtype="w4g128", max_model_len=context))
     found = [way.option for way in ways_to_go_faster(made)]
     assert found == ([f"--context {context // 2}"] if context >= 2048 else [])
-    monkeypatch.setattr(advice, "LEAST_CONTEXT", 1)
+    monkeypatch.setattr(faster, "LEAST_CONTEXT", 1)
     assert [way.option for way in ways_to_go_faster(made)] == [f"--context {context // 2}"]
 
 
