@@ -1,31 +1,19 @@
-"""What else a plan could be: what context costs, and which settings would make it faster.
+"""A plan with what is predicted of it, and what more context would cost: another plan's figures."""
 
-Every figure is another plan's, made and predicted as if that had been asked for.
-"""
-
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from fiddler.config import EngineConfig
 from fiddler.errors import FiddlerError
 from fiddler.models.config import ModelConfig
-from fiddler.models.footprint import kv_bytes
-from fiddler.planning import Question, Sizes, answer, ask, plan_s
+from fiddler.planning import Question, Sizes, answer, ask
 from fiddler.speed import RatesHere, Speeds, demand_of, predict_speeds, request_of
 from offload.hardware import Hardware
-from offload.layout import RAM_HEADROOM_DIVISOR, usable_vram_bytes
 from offload.plan import GpuSide, Plan
-from offload.units import GIB, gib_at_least, size_text
 
 STEP = 1024  # tokens of context that a price is said of
 PRICED = (8192, 4096, 2048, STEP)  # more tokens that are tried, so that parts of experts are seen
-LEAST_CONTEXT = 1024  # that is proposed: nobody has less than 2,048 unasked (docs/planning.md)
-LEAST_GAIN = 0.03  # of a proposal; a prediction says no less
-MOST_SHOWN = 3
-MORE_VRAM = 4 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,32 +70,6 @@ class Price:
     decode_tokens_per_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Faster:
-    """A way to go faster: an ``option`` or a part to buy, and its ``cost``; tokens a second.
-
-    ``gain``: of the objective's time, 0.1 for 1.1 times as fast.
-    """
-
-    option: str
-    cost: str
-    decode: tuple[float, float]
-    prefill: tuple[float, float]
-    gain: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        before, after = (
-            {"decode": decode, "prefill": prefill}
-            for decode, prefill in zip(self.decode, self.prefill, strict=True)
-        )
-        fields = asdict(self)
-        return {key: fields[key] for key in ("option", "cost", "gain")} | {
-            "tokens_per_s_before": before,
-            "tokens_per_s_after": after,
-        }
-
-
 def make(case: Case) -> Planned:
     """Raises as :func:`fiddler.planning.plan_model` does."""
     question = ask(case.settings, case.model, case.hardware, name=case.name, folder=case.folder)
@@ -144,7 +106,8 @@ def price_of_context(made: Planned) -> Price | None:
 def _price(made: Planned, more: int) -> Price:
     case = made.case.asking(max_model_len=made.plan.context_tokens + more)
     question = ask(case.settings, case.model, case.hardware, name=case.name, folder=case.folder)
-    longer = question.plan(Sizes(made.plan.step_tokens, made.plan.staging_slots))
+    plan = made.plan
+    longer = question.plan(Sizes(plan.step_tokens, plan.staging_slots, plan.kv_divisor))
     demand = demand_of(case.model, question.dtypes, longer)
     speeds = predict_speeds(
         demand, case.used, num_tokens=made.speeds.num_tokens, rows=made.speeds.rows
@@ -152,151 +115,3 @@ def _price(made: Planned, more: int) -> Price:
     lost = made.plan.placement.num_resident - longer.placement.num_resident
     slower = made.speeds.decode_rate - speeds.decode_rate
     return Price(tokens=STEP, experts=lost * STEP / more, decode_tokens_per_s=slower * STEP / more)
-
-
-# --- ways to go faster ---
-
-Proposal = tuple[str, str, Case]  # option, cost, case
-
-
-def ways_to_go_faster(made: Planned) -> list[Faster]:
-    """The cheapest that help, in the order of what they cost: see :func:`cheapest`."""
-    found = []
-    for propose in PROPOSALS:
-        for option, cost, case in propose(made):
-            try:
-                after = make(case)
-            except FiddlerError:  # it does not fit, or this model or GPU cannot
-                continue
-            found.append(_faster(made, after, option, cost))
-    return cheapest(found)
-
-
-def cheapest(ways: Sequence[Faster]) -> list[Faster]:
-    """Of ``ways``, the cheapest first: those that gain LEAST_GAIN and more than any cheaper one.
-
-    No more than MOST_SHOWN: those that gain most.
-    """
-    kept: list[Faster] = []
-    for way in ways:
-        if way.gain >= LEAST_GAIN and all(way.gain > cheaper.gain for cheaper in kept):
-            kept.append(way)
-    return kept[-MOST_SHOWN:]
-
-
-def _faster(before: Planned, after: Planned, option: str, cost: str) -> Faster:
-    context = min(before.plan.context_tokens, after.plan.context_tokens)
-    before_s, after_s = (
-        plan_s(made.question, made.case.used, made.plan, context_tokens=context)[0]
-        for made in (before, after)
-    )
-    return Faster(
-        option=option,
-        cost=cost,
-        decode=(before.speeds.decode_rate, after.speeds.decode_rate),
-        prefill=(before.speeds.prefill_rate, after.speeds.prefill_rate),
-        gain=before_s / after_s - 1,
-    )
-
-
-def _one_request(made: Planned) -> Iterator[Proposal]:
-    if made.case.settings.max_num_seqs is None:
-        yield "--batch 1", "one request at a time", made.case.asking(max_num_seqs=1)
-
-
-def _half_the_context(made: Planned) -> Iterator[Proposal]:
-    half = made.plan.context_tokens // 2
-    if half >= LEAST_CONTEXT:
-        yield f"--context {half}", "half the context", made.case.asking(max_model_len=half)
-
-
-def _smaller_kv(made: Planned) -> Iterator[Proposal]:
-    model, now = made.case.model, made.question.dtypes.kv
-    for kind, bits in (("fp8", 8), ("int8", 8), ("int4", 4)):
-        if kv_bytes(model, kind) < kv_bytes(model, now):
-            cost = f"KV in {bits} bits: fiddler eval"
-            yield f"--kv-dtype {kind}", cost, made.case.asking(kv_cache_dtype=kind)
-
-
-def _smaller_experts(made: Planned) -> Iterator[Proposal]:
-    model, dtypes = made.case.model, made.question.dtypes
-    (now, *_) = dtypes.expert_kinds
-    if model.packed is not None:  # they are stored so
-        return
-    is_auto = made.case.settings.dtype == "auto"  # the rest stays what it is
-    if is_auto and now.codes == "bf16" and model.dtype == "bfloat16":
-        yield "--dtype bf12", "the same numbers in 12 bits", made.case.asking(dtype="bf12")
-    for kind, bits in (("w8g128", 8), ("w4g128", 4)):
-        if not now.is_packed or bits < now.bits:
-            cost = f"experts in {bits} bits: fiddler eval"
-            yield f"--dtype {kind}", cost, made.case.asking(dtype=kind)
-
-
-def _more_vram(made: Planned) -> Iterator[Proposal]:
-    more = made.plan.vram_budget_bytes + MORE_VRAM
-    if made.plan.gpu_side is GpuSide.CUDA and more <= usable_vram_bytes(made.case.hardware):
-        gib = gib_at_least(more)
-        cost = f"{size_text(MORE_VRAM)} more of the card"
-        yield f"--vram-gb {gib}", cost, made.case.asking(vram_gb=float(gib))
-
-
-def _more_ram(made: Planned) -> Iterator[Proposal]:
-    """As much as keeps all experts from disk, if need be more than the machine has."""
-    plan, hardware = made.plan, made.case.hardware
-    if plan.cached is None:
-        return
-    needed = plan.ram_needed_bytes + plan.memory.disk_experts + plan.memory.staging
-    if needed <= hardware.ram_available_bytes:
-        gib = gib_at_least(needed)
-        yield f"--ram-gb {gib}", "RAM that is free", made.case.asking(ram_gb=float(gib))
-        return
-    available = needed + needed // (RAM_HEADROOM_DIVISOR - 1)
-    more = math.ceil((available - hardware.ram_available_bytes) / GIB)
-    larger = replace(
-        hardware,
-        ram_total_bytes=hardware.ram_total_bytes + more * GIB,
-        ram_available_bytes=hardware.ram_available_bytes + more * GIB,
-    )
-    case = replace(made.case.asking(ram_gb=None), hardware=larger)
-    yield f"{more} GiB more RAM", "memory to buy", case
-
-
-# --- room for all requests ---
-
-
-def ways_to_have_room(made: Planned) -> list[str]:
-    """Options with each of which the KV cache holds all requests that were asked for at once.
-
-    As many tokens of each as now, or fewer with the context that is proposed; none if nobody waits.
-    """
-    asked, speeds = made.case.settings.max_num_seqs, made.speeds
-    if asked is None or speeds.rows == asked:
-        return []
-    found = []
-    for propose in (_all_their_context, _smaller_kv, _smaller_experts, _more_vram):
-        for option, _, case in propose(made):
-            try:
-                after = make(case)
-            except FiddlerError:
-                continue
-            if after.speeds.rows == asked:
-                found.append(option)
-                break  # the others of its kind cost more
-    return found
-
-
-def _all_their_context(made: Planned) -> Iterator[Proposal]:
-    """What the cache gives each request; a little less where less context makes it smaller."""
-    plan, asked = made.plan, made.case.settings.max_num_seqs
-    assert asked is not None
-    pages = plan.num_pages // asked
-    for tokens in (pages * plan.page_size, pages * 15 // 16 * plan.page_size):
-        if tokens >= LEAST_CONTEXT:
-            yield f"--context {tokens}", "less context", made.case.asking(max_model_len=tokens)
-
-
-# The cheapest first: settings that nothing is lost by but what they say, then what rounds less
-# before what rounds more, then memory.
-PROPOSALS: tuple[Callable[[Planned], Iterator[Proposal]], ...] = (
-    *(_one_request, _half_the_context, _smaller_kv, _smaller_experts, _more_vram, _more_ram),
-)

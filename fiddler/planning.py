@@ -1,31 +1,30 @@
 """One way to a plan, for `fiddler plan` and for loading: settings and a model in, plan out.
 
-On a GPU that does not hold everything, the largest step and the ring that cold experts pass through
-take their room from resident experts. How large they are is chosen: of all candidates, those whose
-predicted time is least by the objective (:mod:`offload.objective`).
+On a GPU that does not hold everything, the largest step, the ring that cold experts pass through,
+and the KV of an asked batch take their room from resident experts. How large they are is chosen: of
+all candidates, those whose predicted time is least by the objective (:mod:`offload.objective`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Self
 
 from fiddler.config import PAGE_SIZE, EngineConfig
 from fiddler.errors import ConfigError
-from fiddler.models.buckets import largest_bucket
 from fiddler.models.config import ModelConfig
 from fiddler.models.dtypes import Dtypes, check_kv, resolve_dtypes
-from fiddler.models.footprint import footprint
-from fiddler.models.host_memory import host_bytes
 from fiddler.models.quantized import check_groups
 from fiddler.models.stored import narrowing_note, packing_note, rounding_note, stored_bytes
-from fiddler.speed import RatesHere, demand_of, rates_for
+from fiddler.needs import needs_of
+from fiddler.speed import RatesHere, demand_of, rates_for, request_of
 from offload.hardware import Hardware
 from offload.layout import Layout, lay_out
 from offload.objective import parse_objective
 from offload.objective_time import objective_s
-from offload.plan import Budget, Chosen, Footprint, Plan
+from offload.plan import KV_DIVISOR, Budget, Chosen, Footprint, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
 from offload.staging import slot_choices
@@ -41,15 +40,20 @@ GPU_STEP_TOKENS = (4096, 2048, 1024, 512)
 # own part of them where all are used alike.
 SPARE_DIVISOR = 16
 
+KV_CHOICES = (1, 2, 4, KV_DIVISOR)  # for a batch; 1: all requests, up to all the room of experts
 SHIPPED_PROFILE = "profile.json"  # a model folder may bring its own
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What may be chosen; ``slots`` of the ring, None: by the size of experts."""
+    """What may be chosen; ``slots`` of the ring, None: by the size of experts.
+
+    ``kv_divisor``: KV takes at most that part of what the fixed parts leave.
+    """
 
     step_tokens: int
     slots: int | None = None
+    kv_divisor: int = KV_DIVISOR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +104,7 @@ class Question:
             gpu_experts=None if given is None else given.num_resident,
             spares_per_layer=int(settings.placement_policy == "adaptive"),
             staging_slots=sizes.slots,
+            kv_divisor=sizes.kv_divisor,
         )
 
 
@@ -161,7 +166,7 @@ def ask(
         dtypes=dtypes,
         popularity=popularity,
         popularity_name=popularity_name,
-        needs=cache(partial(_needs, settings, model, hardware, dtypes)),
+        needs=cache(partial(needs_of, settings, model, hardware, dtypes)),
     )
     if settings.placement_policy != "auto":
         return question
@@ -174,8 +179,8 @@ def _is_worth_moving(question: Question) -> bool:
     is_known = question.settings.placement is not None or not question.popularity.is_uniform
     if is_known or not question.hardware.has_gpu:
         return False
-    layouts = map(question.layout, candidates(question))
-    layout = next((layout for layout in layouts if layout.fits), None)
+    least_kv = (sizes for sizes in candidates(question) if sizes.kv_divisor == KV_DIVISOR)
+    layout = next((layout for layout in map(question.layout, least_kv) if layout.fits), None)
     if layout is None or layout.num_disk_experts:
         return False
     has_spares = layout.spare_slots == len(question.needs(GPU_STEP_TOKENS[0]).moe_layers)
@@ -196,26 +201,6 @@ def weight_notes(
     return tuple(filter(None, notes))
 
 
-def _needs(
-    settings: EngineConfig, model: ModelConfig, hardware: Hardware, dtypes: Dtypes, tokens: int
-) -> Footprint:
-    sizes = footprint(
-        model,
-        dtype=dtypes.compute,
-        expert_dtype=dtypes.expert,
-        kv_dtype=dtypes.kv,
-        max_batched_tokens=tokens,
-        max_num_seqs=settings.num_seqs,
-        max_model_len=settings.max_model_len,
-        graph_rows=largest_bucket(settings.num_seqs) if hardware.has_gpu else 0,
-    )
-    if not hardware.has_gpu:
-        return sizes
-    num_threads = settings.cpu_threads or hardware.physical_cores
-    host = host_bytes(model, dtypes, num_tokens=tokens, num_threads=num_threads)
-    return replace(sizes, host_bytes=host)
-
-
 def answer(question: Question, rates: Callable[[], RatesHere]) -> Plan:
     """The best plan; ``rates`` is asked where there is something to choose."""
     every = candidates(question)
@@ -223,17 +208,15 @@ def answer(question: Question, rates: Callable[[], RatesHere]) -> Plan:
     fitting = {sizes: layout for sizes, layout in layouts.items() if layout.fits}
     if not fitting:
         return question.plan(every[-1])  # refuses, by what would need least
-    largest = next(iter(fitting))
-    num_cold = fitting[largest].num_ram_experts + fitting[largest].num_disk_experts
-    if len(fitting) == 1 or not num_cold:
-        return question.plan(largest)
+    if len(fitting) == 1 or not any(layout.num_cold for layout in fitting.values()):
+        return question.plan(next(iter(fitting)))
     return _least(question, fitting, rates())
 
 
 def candidates(question: Question) -> list[Sizes]:
     """What may be chosen, the largest steps first; what was asked for is the only one of its kind.
 
-    A given placement takes its room itself: its ring has what is left.
+    A given placement takes its room itself: its ring has what is left. The last needs least.
     """
     settings, model = question.settings, question.model
     if not question.hardware.has_gpu:
@@ -242,7 +225,9 @@ def candidates(question: Question) -> list[Sizes]:
     steps = GPU_STEP_TOKENS if asked is None else (asked,)
     choices = slot_choices(model.num_experts, question.needs(steps[0]).expert_bytes)
     slots = (None,) if settings.placement is not None else choices[::-1]
-    return [Sizes(tokens, number) for tokens in steps for number in slots]
+    is_batch = settings.max_model_len is not None and (settings.max_num_seqs or 1) > 1
+    divisors = KV_CHOICES if is_batch else (KV_DIVISOR,)
+    return [Sizes(*chosen) for chosen in product(steps, slots, divisors)]
 
 
 def _least(question: Question, layouts: dict[Sizes, Layout], used: RatesHere) -> Plan:
@@ -262,12 +247,14 @@ def plan_s(
 ) -> tuple[float, float]:
     """What is made least: seconds of the objective's request, and of equal ones its prompt's.
 
+    Of each of those that the plan's KV has room for at once: others wait, and gain nothing there.
     ``context_tokens``: it is no longer than that.
     """
-    asked = parse_objective(question.settings.objective)
-    rows = question.settings.max_num_seqs or 1
+    asked = parse_objective(question.settings.objective).within(context_tokens)
+    _, rows = request_of(plan, min(asked.length, context_tokens), question.settings.max_num_seqs)
     demand = demand_of(question.model, question.dtypes, plan)
-    return objective_s(asked.within(context_tokens), demand, used.rates, rows=rows)
+    total_s, prompts_s = objective_s(asked, demand, used.rates, rows=rows)
+    return total_s / rows, prompts_s / rows
 
 
 def find_popularity(

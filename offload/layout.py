@@ -18,9 +18,6 @@ from offload.units import MIB
 
 LEAST_CONTEXT = 2048  # tokens that an unasked context has at least
 MOST_CONTEXT = 32_768  # tokens that an unasked context has at most
-# KV pages beyond the least take at most 1/10 of what the fixed parts leave, but on a GPU that holds
-# all experts whatever those leave.
-KV_DIVISOR = 10
 
 # Safety margin, on a real GPU only. Kernels that the driver loads at first use grow the context:
 MARGIN_FIXED_BYTES = 192 * MIB
@@ -66,6 +63,11 @@ class Layout:
     ram_limit: int
     ram_needed: int
     is_ram_overdrawn: bool  # more was asked for than the machine has
+
+    @property
+    def num_cold(self) -> int:
+        """Experts that are not on the GPU side."""
+        return self.num_ram_experts + self.num_disk_experts
 
     @property
     def vram_missing(self) -> int:
@@ -174,7 +176,7 @@ def _kv_reserve(footprint: Footprint, budget: Budget, room: int) -> int:
     """Bytes set aside for KV pages when the fixed parts leave ``room`` bytes."""
     least, most = (math.ceil(tokens / budget.page_size) for tokens in context_range(budget))
     page_bytes = budget.page_size * footprint.kv_bytes_per_token
-    share = min(room // KV_DIVISOR, most * budget.max_num_seqs * page_bytes)
+    share = min(room // budget.kv_divisor, most * budget.max_num_seqs * page_bytes)
     return max(share, least * page_bytes)
 
 

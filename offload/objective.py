@@ -32,6 +32,11 @@ class Objective:
         """Tokens before the middle one of those that are written."""
         return self.behind + self.answer_tokens // 2
 
+    @property
+    def length(self) -> int:
+        """Tokens that a request has in the end."""
+        return max(self.prompt_tokens, self.behind) + self.answer_tokens
+
     def within(self, context_tokens: int) -> Self:
         """The same in proportion, with no prompt and no answer longer than a context."""
         longest = max(self.prompt_tokens, self.answer_tokens, self.behind)

@@ -1,11 +1,16 @@
 """The planner's questions and answers as plain records: footprint, budget, plan."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 from offload.expert_room import ExpertRoom, in_turn
 from offload.placement import Placement
 from offload.popularity import Popularity
+
+# KV pages beyond the least take at most 1/10 of what the fixed parts leave, unless more is chosen;
+# on a GPU that holds all experts, whatever those leave.
+KV_DIVISOR = 10
 
 
 class GpuSide(StrEnum):
@@ -28,7 +33,8 @@ class Footprint:
     ``layer_bytes`` has one for each of ``moe_layers``. ``order``: in which experts get room on the
     GPU side, each by its layer's place among ``moe_layers``; (): layers in turn. ``host_bytes``:
     what the CPU's workers write to beside a GPU that does not hold all experts; without one
-    ``workspace_bytes`` has it.
+    ``workspace_bytes`` has it. ``for_batch``: what the model needs for so many requests at once;
+    None: nobody asked for several.
     """
 
     num_layers: int
@@ -44,6 +50,7 @@ class Footprint:
     layer_bytes: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     host_bytes: int = 0
+    for_batch: Callable[[int], "Footprint"] | None = field(default=None, repr=False, compare=False)
 
     @property
     def expert_bytes_M(self) -> tuple[int, ...]:
@@ -70,8 +77,8 @@ class Budget:
 
     ``vram_bytes`` counts as the driver does, CUDA context included. ``context_tokens`` is what one
     request may hold; the KV pool grows beyond it towards ``max_num_seqs`` such requests as long as
-    it takes at most a tenth of what the fixed parts leave, or, on a GPU that holds all experts,
-    what those leave. ``gpu_experts`` is how many experts the
+    it takes at most ``1 / kv_divisor`` of what the fixed parts leave, or, on a GPU that holds all
+    experts, what those leave. ``gpu_experts`` is how many experts the
     GPU side has to hold. ``spares_per_layer``: slots that are kept free on a GPU where not all
     experts fit, for experts that change places. ``staging_slots``: those that cold experts pass
     through; None: by their size.
@@ -86,6 +93,7 @@ class Budget:
     gpu_experts: int | None = None
     spares_per_layer: int = 0
     staging_slots: int | None = None
+    kv_divisor: int = KV_DIVISOR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +146,9 @@ class Plan:
     ``expected_hit_rate`` is the share of (token, expert) pairs that meet a resident expert if the
     future is like ``popularity``. ``staging_slots`` are those that cold experts pass through
     on a GPU, ``spare_slots`` those that are kept free. ``step_tokens``: of the largest step;
-    ``chosen`` None: there was nothing to choose. ``vram_budget_bytes`` is 0 without a GPU
-    side; ``ram_needed_bytes`` counts what the GPU side does not hold, which without CUDA is
-    everything.
+    ``kv_divisor``: the budget's; ``chosen`` None: there was nothing to choose.
+    ``vram_budget_bytes`` is 0 without a GPU side; ``ram_needed_bytes`` counts what the GPU side
+    does not hold, which without CUDA is everything.
     """
 
     gpu_side: GpuSide
@@ -154,6 +162,7 @@ class Plan:
     staging_slots: int
     spare_slots: int
     step_tokens: int
+    kv_divisor: int
     vram_budget_bytes: int
     ram_needed_bytes: int
     ram_budget_bytes: int

@@ -72,6 +72,7 @@ def plan(
         staging_slots=layout.staging_slots,
         spare_slots=layout.spare_slots,
         step_tokens=footprint.step_tokens,
+        kv_divisor=budget.kv_divisor,
         vram_budget_bytes=layout.vram_limit,
         ram_needed_bytes=layout.ram_needed,
         ram_budget_bytes=layout.ram_limit,

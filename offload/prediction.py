@@ -7,7 +7,6 @@ resident experts. Of those that work at the same time only the slowest counts in
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from offload.chances import LayerChances, distinct
@@ -78,6 +77,11 @@ class Sum:
         for side in sides:
             for name, seconds in side.items():
                 self.add(name, weight * seconds * (side is slowest), weight * seconds)
+
+    def add_all(self, prediction: Prediction, *, weight: float) -> None:
+        """The parts of another, so many times."""
+        for term in prediction.terms:
+            self.add(term.name, weight * term.seconds, weight * term.busy_s)
 
     def prediction(self) -> Prediction:
         """What has been added."""
@@ -208,12 +212,3 @@ def chunk_sizes(num_tokens: int, step_tokens: int) -> list[int]:
     """The steps in which a prompt is read."""
     full, rest = divmod(num_tokens, step_tokens)
     return [step_tokens] * full + [rest] * (rest > 0)
-
-
-def total_of(predictions: Iterable[Prediction]) -> Prediction:
-    """One after the other."""
-    total = Sum()
-    for prediction in predictions:
-        for term in prediction.terms:
-            total.add(term.name, term.seconds, term.busy_s)
-    return total.prediction()

@@ -6,7 +6,7 @@ behind what a layer needs besides.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
@@ -22,7 +22,6 @@ from offload.prediction import (
     Sum,
     add_disk,
     chunk_sizes,
-    total_of,
 )
 from offload.prefill_division import CPU_START_S, LINK_BYTES_PER_S, Division, PrefillCosts
 from offload.prefill_split import GAP_S, LEAST_TOKENS, TURN_S
@@ -43,22 +42,37 @@ def predict_prefill(
     Several are read one behind the other, in steps that may hold parts of two.
     """
     sides = cache(partial(_gpu_sides, demand, rates, cache(partial(_divider, demand, rates))))
-    middle = depth + (num_tokens + 1) / 2
-    begin, parts = depth, []
-    for size in chunk_sizes(prompts * num_tokens, demand.step_tokens):
-        keys = size * (begin + (size + 1) / 2 if prompts == 1 else middle)
-        parts.append(_step(demand, rates, size, keys, sides))
-        begin += size
-    end = Sum()
+    step = partial(_step, demand, rates, Counter(demand.layers), sides)
+    total = Sum()
+    for (size, keys), number in Counter(_steps(demand, num_tokens, depth, prompts)).items():
+        total.add_all(step(size, keys), weight=number)
     read = rates.peaks.gpu_read_gbps if demand.on_gpu else rates.peaks.cpu_read_gbps
-    end.add("head", demand.head_bytes / (read * GIGA))
-    return total_of([*parts, end.prediction()])
+    total.add("head", demand.head_bytes / (read * GIGA))
+    return total.prediction()
+
+
+def _steps(
+    demand: Demand, num_tokens: int, depth: int, prompts: int
+) -> Iterator[tuple[int, float]]:
+    """Of each step its tokens and the keys that these look at, in a layer.
+
+    Of several prompts every step looks at as many as the mean token does: full steps are equal.
+    """
+    begin, middle = depth, depth + (num_tokens + 1) / 2
+    for size in chunk_sizes(prompts * num_tokens, demand.step_tokens):
+        yield size, size * (begin + (size + 1) / 2 if prompts == 1 else middle)
+        begin += size
 
 
 def _step(
-    demand: Demand, rates: MachineRates, tokens: int, keys: float, sides: "Sides"
+    demand: Demand,
+    rates: MachineRates,
+    layers: Counter[LayerChances],
+    sides: "Sides",
+    tokens: int,
+    keys: float,
 ) -> Prediction:
-    """``keys``: those that all its tokens look at, in a layer."""
+    """``layers``: those with experts, equal ones counted once for all steps."""
     total = Sum()
     total.add("step in Python", STEP_S)
     flops_per_s = rates.peaks_for(on_gpu=demand.on_gpu).gemm_tflops * TERA
@@ -74,7 +88,7 @@ def _step(
     num_dense = demand.num_layers - len(demand.layers)
     total.add("dense layers", num_dense * (dense_s + attention_s))
     streams = tokens >= LEAST_TOKENS and demand.disk_share == 0 and demand.staging_slots > 0
-    for layer, number in Counter(demand.layers).items():
+    for layer, number in layers.items():
         side = sides(layer, tokens, streams)
         before = {"GPU dense": dense_s, "attention": attention_s}
         link = {"cold experts, PCIe": side.link_s}

@@ -27,13 +27,15 @@ def nearest_plan(footprint: Footprint, hardware: Hardware, budget: Budget) -> st
     Where none does alone, several of them together.
     """
     tried = partial(lay_out, footprint, hardware)
-    alone = [way for way in _single_ways(tried, hardware, budget) if way]
+    ways = [_smaller_batch(footprint, hardware, budget), *_single_ways(tried, hardware, budget)]
+    alone = [way for way in ways if way]
     if alone:
         left_out = [way for way in alone if way == NO_VRAM]
         used = " or ".join(way for way in alone if way != NO_VRAM)
         return ", or ".join([f"use {used}"] * bool(used) + left_out)
+    smaller = "model or dtype" if footprint.for_batch is None else "batch, model or dtype"
     return _several(tried, hardware, budget) or (
-        "no budget of the memory that is free makes it fit: choose a smaller model or dtype"
+        f"no budget of the memory that is free makes it fit: choose a smaller {smaller}"
     )
 
 
@@ -97,6 +99,20 @@ def _shorter_context(tried: LayOut, budget: Budget) -> str:
         lambda dropped: tried(replace(budget, context_tokens=(pages - dropped) * size)).fits,
     )
     return "" if fewer is None else f"--context {(pages - fewer) * size}"
+
+
+def _smaller_batch(footprint: Footprint, hardware: Hardware, budget: Budget) -> str:
+    """``--batch N`` with the most requests that fit, or an empty string."""
+    asked, for_batch = budget.max_num_seqs, footprint.for_batch
+    if for_batch is None:
+        return ""
+
+    def fits(batch: int) -> bool:
+        needs = replace(for_batch(batch), order=footprint.order)
+        return lay_out(needs, hardware, replace(budget, max_num_seqs=batch)).fits
+
+    fewer = _least(asked - 2, lambda dropped: fits(asked - 1 - dropped))
+    return "" if fewer is None else f"--batch {asked - 1 - fewer}"
 
 
 def _more_gib(option: str, most_bytes: int, fits: Callable[[int], bool]) -> str:

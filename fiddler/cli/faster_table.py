@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from fiddler.advice import Faster
+    from fiddler.faster import Faster
 
 
 def faster_table(ways: "Sequence[Faster]") -> "Table":

@@ -107,13 +107,8 @@ def _check_batch(batch: int | None) -> None:
 def _facts(
     model: str | None, shape: str | None, machine_name: str | None, options: dict[str, Any]
 ) -> PlanFacts:
-    from fiddler.advice import (
-        Case,
-        make,
-        price_of_context,
-        ways_to_go_faster,
-        ways_to_have_room,
-    )
+    from fiddler.advice import Case, make, price_of_context
+    from fiddler.faster import ways_to_go_faster, ways_to_have_room
     from fiddler.models.registry import load_config
     from fiddler.models.shapes import load_shape
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from fiddler.advice import Faster, Price
+    from fiddler.advice import Price
+    from fiddler.faster import Faster
     from fiddler.speed import RatesHere, Speeds
 
 MOST_REASONS = 3

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fiddler.advice import Faster
+from fiddler.faster import Faster
 from fiddler.report.page import Section, Table
 from fiddler.speed import Speeds
 from offload.prediction import Prediction

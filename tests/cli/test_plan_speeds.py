@@ -107,7 +107,7 @@ def test_what_context_costs_and_what_would_help_is_said_everywhere(
     assert sentence in done.stdout and sentence in said
     assert 0 < record["pulled_share_of_cold_experts"] < 1
     assert "Cold experts of a decode step: " in done.stdout
-    assert "--dtype w4g128" in done.stdout
+    assert "--dtype bf12" in done.stdout
     for way in record["faster"]:
         assert way["option"] in done.stdout and way["option"] in said and way["cost"] in said
         before = way["tokens_per_s_before"]["decode"]

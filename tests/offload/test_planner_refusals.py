@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,24 +31,37 @@ OPTION_FIELDS = {
     "--context": "context_tokens",
     "--vram-gb": "vram_bytes",
     "--ram-gb": "ram_bytes",
+    "--batch": "max_num_seqs",
 }
 
 
-def changes_of(way: str) -> dict[str, int | None]:
+def changes_of(way: str) -> dict[str, Any]:
     """Fields of a budget that the words of one way out change."""
-    changes: dict[str, int | None] = {}
+    changes: dict[str, Any] = {}
     for option, text in re.findall(r"(--[a-z-]+)(?: ([\d.e-]+))?", way):
-        value = int(text) if text.isdigit() and option == "--context" else None
-        if option != "--context" and text:
-            value = gib_to_bytes(float(text))
+        if option in ("--context", "--batch"):
+            value = int(text)
+        else:
+            value = gib_to_bytes(float(text)) if text else None
         changes[OPTION_FIELDS[option]] = value
     return changes
 
 
-@given(st.data(), models(), machines(), budgets())
+@given(st.data(), models(), machines(), budgets(), st.integers(0, GIB), st.booleans())
 def test_every_way_out_that_a_refusal_names_fits(
-    data: st.DataObject, footprint: Footprint, hardware: Hardware, budget: Budget
+    data: st.DataObject,
+    one: Footprint,
+    hardware: Hardware,
+    budget: Budget,
+    row_bytes: int,
+    is_batch: bool,
 ) -> None:
+    def for_batch(batch: int) -> Footprint:
+        needs = replace(one, workspace_bytes=one.workspace_bytes + batch * row_bytes)
+        return replace(needs, for_batch=for_batch if is_batch else None)
+
+    asked = budget.max_num_seqs
+    footprint = for_batch(asked)
     placement = data.draw(st.none() | placements(footprint))
     try:
         planned(footprint, hardware, budget, placement)
@@ -62,7 +76,13 @@ def test_every_way_out_that_a_refusal_names_fits(
             return
         for way in error.hint.split(" or "):
             kept = None if "another placement" in way else placement
-            planned(footprint, hardware, replace(budget, **changes_of(way)), kept)
+            changed = replace(budget, **changes_of(way))
+            assert changed.max_num_seqs == asked or is_batch
+            planned(for_batch(changed.max_num_seqs), hardware, changed, kept)
+            if changed.max_num_seqs < asked - 1:  # the most that fit
+                more = replace(budget, max_num_seqs=changed.max_num_seqs + 1)
+                with pytest.raises(OutOfMemoryError):
+                    planned(for_batch(more.max_num_seqs), hardware, more, kept)
 
 
 @pytest.mark.parametrize("vram_gib", [24.0, 60.0, 0.1, 1e-9])

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -229,6 +230,33 @@ def test_experts_on_disk_cost_their_bytes_and_graphs() -> None:
     assert disk_s == pytest.approx(0.5 * cold_bytes / 1.6e9)
     assert slow.seconds > fast.seconds + disk_s
     assert predict_prefill(some, H200, num_tokens=512).term("cold experts, PCIe").busy_s < 0.01
+
+
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(1, 900),
+    st.integers(0, 500),
+    st.integers(1, 6),
+    st.integers(1, 400),
+    st.booleans(),
+)
+def test_prompts_take_as_long_as_their_steps(
+    shape: str, num_tokens: int, depth: int, prompts: int, step_tokens: int, on_gpu: bool
+) -> None:
+    some = replace(fitting(shape, 24), step_tokens=step_tokens, on_gpu=on_gpu)
+    size = {"num_tokens": num_tokens, "depth": depth, "prompts": prompts}
+    found = predict_prefill(some, H200, **size)
+    whole, left, seconds, begin = replace(some, step_tokens=10**6), num_tokens * prompts, 0.0, depth
+    middle = depth + (num_tokens + 1) / 2
+    while left:
+        tokens = min(left, step_tokens)
+        behind = begin if prompts == 1 else middle - (tokens + 1) / 2
+        one: dict[str, Any] = {"num_tokens": tokens, "depth": behind}
+        step = predict_prefill(whole, H200, **one)
+        head_s = step.term("head").seconds
+        seconds += step.seconds - head_s
+        begin, left = begin + tokens, left - tokens
+    assert found.seconds == pytest.approx(seconds + head_s, rel=1e-9)
 
 
 def test_hits_save_what_they_promise() -> None:

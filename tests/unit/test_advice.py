@@ -8,19 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler import advice
-from fiddler.advice import (
+from fiddler import faster
+from fiddler.advice import Case, Planned, make, price_of_context
+from fiddler.config import EngineConfig
+from fiddler.faster import (
     LEAST_GAIN,
-    Case,
     Faster,
-    Planned,
+    Kind,
     cheapest,
-    make,
-    price_of_context,
     ways_to_go_faster,
     ways_to_have_room,
 )
-from fiddler.config import EngineConfig
 from fiddler.models.shapes import load_shape
 from fiddler.planning import Sizes
 from fiddler.speed import RatesHere
@@ -57,7 +55,8 @@ def test_the_price_of_context_is_that_of_longer_plans(shape: str, options: dict[
     more = 8192
     longer = made.case.asking(max_model_len=made.plan.context_tokens + more)
     question = make(longer).question
-    plan = question.plan(Sizes(made.plan.step_tokens, made.plan.staging_slots))
+    sizes = Sizes(made.plan.step_tokens, made.plan.staging_slots, made.plan.kv_divisor)
+    plan = question.plan(sizes)
     lost = made.plan.placement.num_resident - plan.placement.num_resident
     assert price.experts == lost / 8 and price.decode_tokens_per_s >= 0
     assert (price.experts > 0) == (price.decode_tokens_per_s > 0)
@@ -121,7 +120,8 @@ def test_what_is_proposed_is_what_the_option_gives(
     made = make(case(shape, hardware, objective=objective, **options))
     ways = ways_to_go_faster(made)
     assert len(ways) <= 3 and (ways or objective == "prefill")
-    assert [way.gain for way in ways] == sorted(way.gain for way in ways)
+    gains = [way.gain for way in ways if way.cost != "memory to buy"]
+    assert gains == sorted(gains)
     for way in ways:
         assert way.gain >= LEAST_GAIN
         assert way.decode[0] == made.speeds.decode_rate
@@ -134,7 +134,7 @@ def test_what_is_proposed_is_what_the_option_gives(
 
 
 def test_bf12_is_proposed_where_nothing_else_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "cheapest", list)
+    monkeypatch.setattr(faster, "cheapest", list)
     shape = case("qwen3-30b-a3b", vram_gb=20)
     for dtype in ("auto", "bfloat16", "float32", "bf12", "w8g128"):
         options = [way.option for way in ways_to_go_faster(make(shape.asking(dtype=dtype)))]
@@ -145,7 +145,7 @@ def test_bf12_is_proposed_where_nothing_else_would_change(monkeypatch: pytest.Mo
 
 def test_memory_is_proposed_where_rounding_is_done() -> None:
     packed = make(case("qwen3-30b-a3b", vram_gb=12, dtype="w4g128"))
-    assert [way.option for way in ways_to_go_faster(packed)][-1] == "--vram-gb 16.0"
+    assert ways_to_go_faster(packed)[0].option == "--vram-gb 16.0"
     small = replace(MACHINE.hardware, vram_total_bytes=9 << 30, vram_free_bytes=8 << 30)
     poor = replace(small, ram_total_bytes=9 << 30, ram_available_bytes=8 << 30)
     on_disk = make(case("qwen3-30b-a3b", poor, dtype="w4g128"))
@@ -153,7 +153,7 @@ def test_memory_is_proposed_where_rounding_is_done() -> None:
     way = ways_to_go_faster(on_disk)[-1]
     assert re.fullmatch(r"\d+ GiB more RAM", way.option) and way.decode[1] > 2 * way.decode[0]
     asked = make(case("qwen3-30b-a3b", small, ram_gb=4, dtype="w4g128"))
-    assert [w.option for w in ways_to_go_faster(asked)][-1].startswith("--ram-gb")
+    assert ways_to_go_faster(asked)[0].option.startswith("--ram-gb")
 
 
 @pytest.mark.parametrize("context", [4096, 2048, 2046, 1536, 1024])
@@ -161,26 +161,49 @@ def test_half_the_context_is_proposed_down_to_1024_tokens(
     context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a budget so small that half of any of these gains enough to be shown."""
-    monkeypatch.setattr(advice, "PROPOSALS", advice.PROPOSALS[1:2])
+    proposals = [one for one in faster.PROPOSALS if one[0] is Kind.CONTEXT]
+    monkeypatch.setattr(faster, "PROPOSALS", proposals)
     made = make(case("olmoe-1b-7b", vram_gb=2.75, dtype="w4g128", max_model_len=context))
     found = [way.option for way in ways_to_go_faster(made)]
     assert found == ([f"--context {context // 2}"] if context >= 2048 else [])
-    monkeypatch.setattr(advice, "LEAST_CONTEXT", 1)
+    monkeypatch.setattr(faster, "LEAST_CONTEXT", 1)
     assert [way.option for way in ways_to_go_faster(made)] == [f"--context {context // 2}"]
 
 
-@given(st.lists(st.floats(-0.5, 2) | st.sampled_from([0.1, 0.5]), max_size=8))
-def test_no_way_is_shown_that_a_cheaper_one_equals(gains: list[float]) -> None:
+GAINS = st.floats(-0.5, 2) | st.sampled_from([0.1, 0.5])
+
+
+@given(st.lists(st.tuples(st.sampled_from(Kind), GAINS), max_size=9))
+def test_the_cheapest_that_add_something_are_shown(found: list[tuple[Kind, float]]) -> None:
     ways = [
-        Faster(option=str(n), cost="", decode=(1, 1), prefill=(1, 1), gain=gain)
-        for n, gain in enumerate(gains)
+        Faster(kind=kind, option=str(n), cost="", decode=(1, 1), prefill=(1, 1), gain=gain)
+        for n, (kind, gain) in enumerate(found)
     ]
-    useful = [
-        way
-        for n, way in enumerate(ways)
-        if way.gain >= LEAST_GAIN and all(way.gain > other.gain for other in ways[:n])
-    ]
-    assert cheapest(ways) == useful[-3:]
+    shown = cheapest(ways)
+    assert len({way.kind for way in shown}) == len(shown) <= 3
+    for n, way in enumerate(ways):  # each is shown, or there is a reason why not
+        cheaper = [other for other in shown if int(other.option) < n]
+        rivals = [w for w in cheaper if way.kind is not Kind.MEMORY or not w.kind.rounds]
+        reasons = (
+            way.gain < LEAST_GAIN,
+            len(cheaper) == 3,
+            way.kind in {other.kind for other in cheaper},
+            any(other.gain >= way.gain for other in rivals),
+        )
+        assert (way in shown) != any(reasons)
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"max_model_len": 40_960}, [Kind.CONTEXT, Kind.KV, Kind.EXPERTS]),
+        ({"vram_gb": 12, "max_model_len": 40_960}, [Kind.MEMORY, Kind.EXPERTS]),
+        ({"ram_gb": 20}, [Kind.MEMORY, Kind.EXPERTS]),
+    ],
+)
+def test_what_is_free_comes_before_what_rounds(options: dict[str, Any], kinds: list[Kind]) -> None:
+    ways = ways_to_go_faster(make(case("qwen3-30b-a3b", **options)))
+    assert [way.kind for way in ways] == kinds
 
 
 # --- requests at once ---

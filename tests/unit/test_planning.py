@@ -1,7 +1,9 @@
 """The largest step and the ring: as asked, or those of the least predicted time."""
 
+import re
 import time
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,15 @@ from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError, OutOfMemoryError
 from fiddler.models.config import ModelConfig
 from fiddler.models.shapes import SHAPES, load_shape
-from fiddler.planning import GPU_STEP_TOKENS, Sizes, answer, ask, candidates, plan_model, plan_s
+from fiddler.planning import (
+    GPU_STEP_TOKENS,
+    Sizes,
+    answer,
+    ask,
+    candidates,
+    plan_model,
+    plan_s,
+)
 from fiddler.speed import RatesHere, demand_of
 from offload.hardware import Hardware
 from offload.objective import DEFAULT, parse_objective
@@ -76,20 +86,27 @@ def test_where_all_fits_nothing_is_chosen_and_no_rates_are_asked_for(hardware: H
 # --- what is chosen ---
 
 
-def best_by_hand(question: Any, used: RatesHere, rows: int) -> float:
-    """The least seconds of any candidate, as the request's two parts are predicted."""
+def best_by_hand(question: Any, used: RatesHere, asked_rows: int) -> float:
+    """The least seconds of any candidate for a request of as many as it has room for at once, as
+    the request's two parts are predicted."""
+    is_batch = question.settings.max_model_len is not None and asked_rows > 1
+    parts = (1, 2, 4, 10) if is_batch else (10,)
+    slots = {sizes.slots for sizes in candidates(question)}
     plans = []
-    for tokens in GPU_STEP_TOKENS:
-        for sizes in candidates(question):
-            try:
-                plans.append(question.plan(Sizes(tokens, sizes.slots)))
-            except OutOfMemoryError:
-                continue
+    for sizes in product(GPU_STEP_TOKENS, slots, parts):
+        try:
+            plans.append(question.plan(Sizes(*sizes)))
+        except OutOfMemoryError:
+            continue
     context = min(plan.context_tokens for plan in plans)
     asked = parse_objective(question.settings.objective).within(context)
+    tokens = max(asked.prompt_tokens, asked.behind) + asked.answer_tokens
     found = []
     for plan in plans:
         demand = demand_of(question.model, question.dtypes, plan)
+        rows = asked_rows  # all of them, or as many as the pages have tokens for
+        while rows > 1 and rows * min(tokens, context) > plan.num_pages * plan.page_size:
+            rows -= 1
         seconds = 0.0
         if asked.prompt_tokens:
             seconds += predict_prefill(
@@ -98,7 +115,7 @@ def best_by_hand(question: Any, used: RatesHere, rows: int) -> float:
         if asked.answer_tokens:
             step = predict_decode(demand, used.rates, rows=rows, depth=asked.depth)
             seconds += asked.answer_tokens * step.seconds
-        found.append(seconds)
+        found.append(seconds / rows)
     return min(found)
 
 
@@ -109,7 +126,7 @@ def best_by_hand(question: Any, used: RatesHere, rows: int) -> float:
     st.sampled_from(["h200-16core", "rtx4090-ddr5"]),
     st.sampled_from(["auto", "w4g128"]),
     st.sampled_from([None, 700, 4000]),
-    st.sampled_from([None, 1, 5]),
+    st.sampled_from([None, 1, 5, 40]),
     st.sampled_from([60, 12]),
     st.booleans(),
 )
@@ -152,6 +169,33 @@ def test_no_other_layout_is_predicted_to_be_faster(
     assert (plan.chosen.objective, plan.chosen.machine) == (objective, name)
     again = answer(question, lambda: used)
     assert again == plan
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_requests_that_have_no_room_do_not_count(objective: str) -> None:
+    """Asked for or not, they wait: more of them make no plan better or worse."""
+    settings = EngineConfig(vram_gb=20, objective=objective, max_num_seqs=64)
+    config, used = load_shape("qwen3-30b-a3b"), USED["rtx4090-ddr5"]
+    question = ask(settings, config, machine(), name="q", folder=None)
+    plan = replace(question.plan(Sizes(1024, 16)), num_pages=32)
+    more = replace(question, settings=replace(settings, max_num_seqs=128))
+    few, many = (plan_s(q, used, plan, context_tokens=1024) for q in (question, more))
+    assert few == many
+
+
+@pytest.mark.parametrize("objective", ["decode", DEFAULT])
+def test_kv_of_a_batch_takes_room_of_experts_where_that_pays(objective: str) -> None:
+    """Of 64 requests a tenth of the room holds 19; their token takes as long as one of 64 does."""
+    config, used = load_shape("qwen3-30b-a3b"), USED["rtx4090-ddr5"]
+    settings = EngineConfig(max_model_len=1024, max_num_seqs=64, objective=objective)
+    question = ask(settings, config, machine(), name="q", folder=None)
+    plan = answer(question, lambda: used)
+    tenth = question.plan(Sizes(plan.step_tokens, plan.staging_slots, 10))
+    assert plan.num_pages == 64 * 1024 // 16 > 3 * tenth.num_pages
+    few_s, all_s = (plan_s(question, used, p, context_tokens=1024)[0] for p in (tenth, plan))
+    assert all_s < 0.6 * few_s
+    alone = replace(settings, max_num_seqs=1)
+    assert {sizes.kv_divisor for sizes in candidates(replace(question, settings=alone))} == {10}
 
 
 def test_objectives_pull_in_their_direction() -> None:
@@ -228,12 +272,16 @@ def test_the_plan_counts_the_activations_of_the_step() -> None:
     assert workspace(None) == workspace(chosen) > workspace(chosen // 2)
 
 
+@pytest.mark.parametrize("batch", [None, 64])
 @pytest.mark.parametrize("has_profile", [False, True])
-def test_512_experts_in_60_layers_are_compared_in_two_seconds(has_profile: bool) -> None:
+def test_512_experts_in_60_layers_are_compared_in_two_seconds(
+    has_profile: bool, batch: int | None
+) -> None:
     """0.4 s on two cores without a profile, 1.0 s where every layer differs."""
     config = replace(load_shape("qwen3-30b-a3b"), num_layers=60, num_experts=512)
     hardware = machine(ram_total_bytes=1 << 42, ram_available_bytes=1 << 42)
-    question = ask(EngineConfig(), config, hardware, name="some", folder=None)
+    settings = EngineConfig(max_num_seqs=batch, max_model_len=batch and 1024)
+    question = ask(settings, config, hardware, name="some", folder=None)
     if has_profile:
         counts = np.random.default_rng(0).integers(0, 1000, (60, 512))
         question = replace(question, popularity=Popularity(counts))
@@ -292,6 +340,17 @@ def test_more_requests_take_longer_and_each_of_them_less() -> None:
 def test_a_target_is_a_time(value: float) -> None:
     with pytest.raises(ConfigError, match="tbt_target_ms must be more than 0"):
         EngineConfig(tbt_target_ms=value)
+
+
+@pytest.mark.parametrize("context", [None, 1024])
+def test_a_batch_beyond_the_memory_names_the_largest_within_it(context: int | None) -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned("qwen3-30b-a3b", max_num_seqs=9000, max_model_len=context)
+    found = re.match(r"use --batch (\d+)", caught.value.hint)
+    assert found is not None
+    assert planned("qwen3-30b-a3b", max_num_seqs=int(found[1]), max_model_len=context)
+    with pytest.raises(OutOfMemoryError):
+        planned("qwen3-30b-a3b", max_num_seqs=int(found[1]) + 1, max_model_len=context)
 
 
 def test_experts_on_disk_cannot_change_places() -> None:
