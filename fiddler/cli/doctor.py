@@ -62,6 +62,7 @@ def facts_rows(facts: "Facts") -> dict[str, str]:
         "RAM": _part(facts.ram_available_bytes, facts.ram_total_bytes),
         "pages": _pages(facts),
         "caches": ", ".join(_cache(*named) for named in facts.caches.items()),
+        "rates": f"of {facts.rates_of}" if facts.rates_of else "",
         "models": _joined(facts.cache, _free(facts.cache_free_bytes)),
     }
     return {name: text for name, text in rows.items() if text}

@@ -3,9 +3,11 @@
 import ctypes
 import importlib
 import importlib.metadata
+import logging
 import os
 import platform
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +65,9 @@ class Facts:
     huge_pages: str | None = None  # always, madvise or never
     memlock_bytes: int | None = None  # None: no limit
     caches: dict[str, Cache] = field(default_factory=dict)
+    rates_of: str | None = None  # the machine by whose rates speeds are predicted
+    why_not_own: str | None = None  # why that is another one
+    damaged: list[str] = field(default_factory=list)  # measurements that are kept and unusable
     ram_total_bytes: int | None = None
     ram_available_bytes: int | None = None
     cache: str | None = None
@@ -163,6 +168,32 @@ def _workers() -> dict[str, Any]:
     return {"num_workers": load_count(cache_file(), fingerprint_of(read_machine()))}
 
 
+def _rates() -> dict[str, Any]:
+    """What is known of this machine's speed; nothing where FIDDLER_ISA keeps kernels out."""
+    try:
+        from cpu_kernels.thread_count import cache_file, why_damaged
+    except ValueError:
+        return {}
+    from fiddler.speed import rates_for
+    from offload.hardware import probe
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        logging.disable()  # that figures are of other versions becomes a finding
+        try:
+            used = rates_for(probe())
+        finally:
+            logging.disable(logging.NOTSET)
+    # "FILE cannot be used (WHY): all has to be measured anew"
+    damaged = [text.rpartition(": ")[0] for text in map(str, (w.message for w in said))]
+    if why := why_damaged(cache_file()):
+        damaged.append(f"{cache_file()} cannot be used ({why})")
+    if not used.name:
+        return {"rates_of": "this machine", "damaged": damaged}
+    why_not = used.why_not_own or "it was calibrated without its GPU"
+    return {"rates_of": used.name, "why_not_own": why_not, "damaged": damaged}
+
+
 def _cache() -> dict[str, Any]:
     from fiddler.hub.cache import free_bytes
     from fiddler.hub.options import HubOptions
@@ -188,5 +219,6 @@ LOOKS: dict[str, Callable[[], dict[str, Any]]] = {
     "NUMA": node_facts,
     "caches": cache_facts,
     "instructions": _isa,
+    "rates": _rates,
     "cache": _cache,
 }

@@ -16,6 +16,7 @@ def speed_problems(facts: Facts) -> list[Problem]:
     return [
         *(*_handoff(facts), *_link(facts), *_vram(facts), *_ram(facts)),
         *(*_isa(facts), *_nodes(facts), *_pages(facts), *_caches(facts)),
+        *_rates(facts),
     ]
 
 
@@ -128,3 +129,17 @@ def _caches(facts: Facts) -> list[Problem]:
         for name, cache in facts.caches.items()
         if not cache.is_writable
     ]
+
+
+def _rates(facts: Facts) -> list[Problem]:
+    """Measurements that are kept but cannot be used, and those that a plan lacks."""
+    todo = "fiddler calibrate, which measures for less than a minute"
+    found = [
+        Problem(what, f"{todo} and replaces it", "it is measured anew, or done without")
+        for what in facts.damaged
+    ]
+    if facts.why_not_own is None:
+        return found
+    what = f"speeds are not predicted by rates of this machine: {facts.why_not_own}"
+    effect = f"plans are made by the rates of {facts.rates_of}, and may suit this machine less"
+    return [*found, Problem(what, todo, effect)]

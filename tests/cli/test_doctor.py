@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from terminal import terminal
 
+from cpu_kernels.thread_count import cache_file, measured_num_threads, why_damaged
 from fiddler.cli import cli, doctor_facts
 from fiddler.cli.console import wrapped
 from fiddler.cli.doctor import facts_rows
@@ -166,6 +167,18 @@ NO_PINS = {"PCIe": "RuntimeError: CUDA error: out of memory"}
             "hand-off by values",
             "driver",
             "30 us",
+        ),
+        (
+            replace(CPU_ONLY, rates_of="h200", why_not_own="it is not calibrated"),
+            "rates of this machine: it is not calibrated",
+            "fiddler calibrate",
+            "by the rates of h200",
+        ),
+        (
+            replace(CPU_ONLY, damaged=["/c/cpu.json cannot be used (why)"]),
+            "/c/cpu.json cannot be used (why)",
+            "fiddler calibrate, which measures for less than a minute and replaces it",
+            "anew",
         ),
     ],
 )
@@ -339,6 +352,40 @@ def test_a_forced_path_that_cannot_be_is_one_sentence() -> None:
         "error: FIDDLER_ISA must be one of plain, avx2, avxvnni, avx512, not 'mmx'.\n"
         "hint: unset FIDDLER_ISA: the best path is then taken\n"
     )
+
+
+def keep_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr("offload.calibration.cache_file", cache_file)
+
+
+GARBAGE = ["", "{", "[]", "null", '{"format": 1}', "[" * 100_000, "\x00", '{"machine": 3}']
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+def test_damaged_measurements_are_findings(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_in(tmp_path, monkeypatch)
+    (tmp_path / "fiddler").mkdir()
+    files = [tmp_path / "fiddler" / name for name in ("calibration.json", "cpu.json")]
+    for file in files:
+        file.write_text(text)
+    facts = collect()
+    assert facts.failures == {} and len(facts.damaged) == 2
+    said = [problem.what for problem in find_problems(facts)]
+    for file in files:
+        assert any(what.startswith(f"{file} cannot be used (") for what in said), said
+
+
+def test_a_machine_that_was_never_calibrated_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_in(tmp_path, monkeypatch)
+    facts = collect()
+    assert facts.damaged == [] and facts.why_not_own == "this machine is not calibrated"
+    measured_num_threads()
+    assert collect().damaged == [] and why_damaged(cache_file()) == ""
 
 
 def test_doctor_prints_a_table() -> None:
