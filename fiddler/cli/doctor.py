@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fiddler.cli.doctor_checks import Problem
     from fiddler.cli.doctor_facts import Facts
     from fiddler.cli.doctor_memory import Cache
+    from fiddler.cli.doctor_problem import Cost
 
 HANDOFFS = {
     "kernel": "kernel: the GPU's kernels ring and await the CPU workers inside a graph",
@@ -26,12 +27,15 @@ HANDOFFS = {
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Check this machine. The exit code is 1 if fiddler cannot run here."""
+    """Check this machine. The exit code is 1 if fiddler cannot run here.
+
+    What can be mended stands beside what it costs in tokens a second, where rates tell.
+    """
     from fiddler.cli.doctor_checks import execution_path, find_problems
     from fiddler.cli.doctor_facts import collect
 
     facts = collect()
-    problems, path = find_problems(facts), execution_path(facts)
+    problems, path = _priced(find_problems(facts)), execution_path(facts)
     if as_json:
         record = asdict(facts) | {"path": path, "problems": [asdict(p) for p in problems]}
         click.echo(json.dumps(record, indent=1))
@@ -79,7 +83,36 @@ def _print(rows: dict[str, str], problems: "list[Problem]") -> None:
         _echo(f"{'problem' if problem.is_fatal else 'warning'}: ", problem.what)
         if problem.effect:
             _echo("  effect: ", problem.effect)
+        if problem.cost:
+            _echo("  costs: ", cost_text(problem.cost))
         _echo("  do: ", problem.todo)
+
+
+def _priced(problems: "list[Problem]") -> "list[Problem]":
+    """With what they cost, if there is such a one, and nothing keeps fiddler from running here."""
+    if not any(problem.mend for problem in problems) or any(p.is_fatal for p in problems):
+        return problems
+    from fiddler.cli.doctor_cost import with_costs
+    from fiddler.speed import rates_for
+    from offload.hardware import probe
+
+    hardware = probe()
+    return with_costs(problems, hardware, rates_for(hardware))
+
+
+def cost_text(cost: "Cost") -> str:
+    """As ``23.1 tok/s instead of 25.1, prompts 610 instead of 1,018 (SHAPE)``."""
+    from fiddler.cli.faster_table import rate
+
+    pairs = (cost.decode, cost.mended_decode), (cost.prefill, cost.mended_prefill)
+    written, read = ([rate(one) for one in pair] for pair in pairs)
+    of = cost.shape
+    if cost.machine != "this machine":
+        of += f", by the rates of {cost.machine}"
+    if written[0] == written[1] and read[0] == read[1]:
+        return f"nothing here: {written[0]} tok/s, prompts {read[0]} ({of})"
+    prompts = f"prompts {read[0]} instead of {read[1]}"
+    return f"{written[0]} tok/s instead of {written[1]}, {prompts} ({of})"
 
 
 def _echo(label: str, text: str) -> None:

@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,13 +19,17 @@ from terminal import terminal
 from cpu_kernels.thread_count import cache_file, measured_num_threads, why_damaged
 from fiddler.cli import cli, doctor_facts
 from fiddler.cli.console import wrapped
-from fiddler.cli.doctor import facts_rows
+from fiddler.cli.doctor import cost_text, facts_rows
 from fiddler.cli.doctor_checks import execution_path, find_problems
+from fiddler.cli.doctor_cost import cost_of, mended_rates
 from fiddler.cli.doctor_facts import PACKAGES, Facts, collect
 from fiddler.cli.doctor_gpu import Gpu
 from fiddler.cli.doctor_memory import Cache, cache_of, chosen_word
+from fiddler.cli.doctor_problem import Cost, Mend
 from fiddler.cli.doctor_speed import link_gbps
+from fiddler.speed import RatesHere
 from offload.link_probe import Link, measure_link
+from offload.reference_machines import find_machine
 
 GIB = 1 << 30
 GOOD_LINK = Link(generation=4, width=16, max_generation=4, max_width=16, copy_gbps=26.5)
@@ -201,6 +206,80 @@ def test_what_costs_speed_says_how_much(facts: Facts, what: str, todo: str, effe
 )
 def test_what_is_in_order_or_unknown_is_no_problem(facts: Facts) -> None:
     assert find_problems(facts) == []
+
+
+RTX = find_machine("rtx4090-ddr5")
+GAINS = [
+    Mend(link=4.0),
+    Mend(memory=2.0),
+    Mend(hand_over_s=24e-6),
+    Mend(vram_bytes=6 * GIB),
+    Mend(ram_bytes=70 * GIB),
+]
+
+
+@pytest.mark.parametrize("name", ["", RTX.name])
+@pytest.mark.parametrize("mend", GAINS)
+def test_what_is_mended_is_faster(mend: Mend, name: str) -> None:
+    """By a machine's own rates, which are those of now, and by another's, which are in order."""
+    hardware = replace(
+        RTX.hardware,
+        vram_free_bytes=12 * GIB,
+        ram_available_bytes=RTX.hardware.ram_available_bytes - mend.ram_bytes,
+    )
+    rates = replace(RTX.rates, hand_over_s=3e-5)
+    cost = cost_of(mend, hardware, RatesHere(rates=rates, name=name, origin=""))
+    assert cost is not None
+    assert (cost.shape, cost.machine) == ("qwen3-30b-a3b", name or "this machine")
+    before, after = (cost.decode, cost.prefill), (cost.mended_decode, cost.mended_prefill)
+    assert all(a >= 0.999 * b for a, b in zip(after, before, strict=True))
+    assert any(a > 1.02 * b for a, b in zip(after, before, strict=True))
+
+
+factors = st.floats(0.1, 10.0)
+
+
+@given(factors, factors, st.floats(-1e-5, 1e-5))
+def test_rates_are_mended_in_proportion_and_back(
+    link: float, memory: float, hand_over_s: float
+) -> None:
+    rates = replace(RTX.rates, hand_over_s=2e-5)
+    mended = mended_rates(rates, Mend(link=link, memory=memory, hand_over_s=hand_over_s))
+    assert mended.pull_gbps == pytest.approx(rates.pull_gbps * link)
+    expert_s = mended.expert_s("bf16", "f32", 10_000_000)(1, False)
+    assert expert_s == pytest.approx(rates.expert_s("bf16", "f32", 10_000_000)(1, False) / memory)
+    back = Mend(link=1 / link, memory=1 / memory, hand_over_s=-hand_over_s)
+    again = mended_rates(mended, back)
+    assert again.peaks.cpu_read_gbps == pytest.approx(rates.peaks.cpu_read_gbps)
+    assert again.hand_over_s == pytest.approx(rates.hand_over_s)
+
+
+def test_no_shape_that_fits_is_no_cost() -> None:
+    small = replace(RTX.hardware.without_gpu(), ram_total_bytes=2 * GIB, ram_available_bytes=GIB)
+    used = RatesHere(rates=RTX.rates, name="", origin="")
+    assert cost_of(Mend(memory=1.03), small, used) is None
+
+
+def test_costs_stand_beside_the_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Huge pages switched off, as they may be anywhere; on a machine that is not calibrated."""
+    monkeypatch.setattr(
+        "fiddler.cli.doctor_facts.collect", lambda: replace(CPU_ONLY, huge_pages="never")
+    )
+    monkeypatch.setattr("offload.hardware.probe", lambda device="auto": RTX.hardware)
+    done = CliRunner().invoke(cli, ["doctor"])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  costs: "))
+    found = re.match(r"  costs: ([\d.]+) tok/s instead of ([\d.]+), prompts ", line)
+    assert found is not None and 0.95 < float(found[1]) / float(found[2]) < 1
+    (problem,) = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)["problems"]
+    assert problem["cost"]["shape"] == "qwen3-30b-a3b"
+    assert problem["cost"]["decode"] == pytest.approx(float(found[1]), rel=0.01)
+
+
+def test_a_cost_of_nothing_says_so() -> None:
+    cost = Cost(
+        shape="s", machine="m", decode=9.0, mended_decode=9.0, prefill=90.0, mended_prefill=90.0
+    )
+    assert cost_text(cost) == "nothing here: 9.0 tok/s, prompts 90.0 (s, by the rates of m)"
 
 
 def test_every_problem_has_an_effect() -> None:
