@@ -84,7 +84,7 @@ def _print(rows: dict[str, str], problems: "list[Problem]") -> None:
         if problem.effect:
             _echo("  effect: ", problem.effect)
         if problem.cost:
-            _echo("  costs: ", cost_text(problem.cost))
+            _echo("  speed: ", cost_text(problem.cost))
         _echo("  do: ", problem.todo)
 
 
@@ -92,27 +92,25 @@ def _priced(problems: "list[Problem]") -> "list[Problem]":
     """With what they cost, if there is such a one, and nothing keeps fiddler from running here."""
     if not any(problem.mend for problem in problems) or any(p.is_fatal for p in problems):
         return problems
-    from fiddler.cli.doctor_cost import with_costs
+    from fiddler.cli.doctor_cost import whole_rates, with_costs
     from fiddler.speed import rates_for
     from offload.hardware import probe
 
     hardware = probe()
-    return with_costs(problems, hardware, rates_for(hardware))
+    return with_costs(problems, hardware, rates_for(hardware), whole_rates(hardware))
 
 
 def cost_text(cost: "Cost") -> str:
-    """As ``23.1 tok/s instead of 25.1, prompts 610 instead of 1,018 (SHAPE)``."""
+    """As ``writes 23.1 tok/s instead of 25.1, reads 610 tok/s (SHAPE)``."""
     from fiddler.cli.faster_table import rate
 
     pairs = (cost.decode, cost.mended_decode), (cost.prefill, cost.mended_prefill)
-    written, read = ([rate(one) for one in pair] for pair in pairs)
     of = cost.shape
     if cost.machine != "this machine":
         of += f", by the rates of {cost.machine}"
-    if written[0] == written[1] and read[0] == read[1]:
-        return f"nothing here: {written[0]} tok/s, prompts {read[0]} ({of})"
-    prompts = f"prompts {read[0]} instead of {read[1]}"
-    return f"{written[0]} tok/s instead of {written[1]}, {prompts} ({of})"
+    written, read = ([rate(one) for one in pair] for pair in pairs)
+    texts = [f"{n} tok/s" if n == m else f"{n} tok/s instead of {m}" for n, m in (written, read)]
+    return f"writes {texts[0]}, reads {texts[1]} ({of})"
 
 
 def _echo(label: str, text: str) -> None:

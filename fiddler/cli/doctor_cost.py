@@ -4,33 +4,46 @@ This machine's own rates were measured with what is wrong: they are those of now
 are better. Those of another machine were measured in order: they are the mended ones.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cpu_kernels.isa import VARIABLE as FORCED_ISA
+from fiddler._version import __version__
 from fiddler.advice import Case, Planned, make
 from fiddler.cli.doctor_problem import Cost, Mend, Problem
 from fiddler.config import EngineConfig
 from fiddler.errors import FiddlerError
 from fiddler.models.shapes import load_shape
 from fiddler.speed import RatesHere, demand_of, predict_speeds
+from offload.calibration import Calibration, default_path
 from offload.hardware import Hardware
-from offload.machine_rates import ExpertTimes, MachineRates
+from offload.machine_facts import settings_of, this_machine
+from offload.machine_rates import RATES, ExpertTimes, MachineRates
 
 SHAPES = ("qwen3-30b-a3b", "olmoe-1b-7b")  # the first one that memory holds
 
 
-def with_costs(problems: Sequence[Problem], hardware: Hardware, used: RatesHere) -> list[Problem]:
-    """The same, each with its cost where that can be told."""
+def with_costs(
+    problems: Sequence[Problem], hardware: Hardware, used: RatesHere, whole: MachineRates | None
+) -> list[Problem]:
+    """The same, each with its cost where that can be told.
+
+    ``whole``: this machine's rates with all instructions that its CPU has, where it has them.
+    """
     return [
-        problem
-        if problem.mend is None
-        else replace(problem, cost=cost_of(problem.mend, hardware, used))
-        for problem in problems
+        replace(one, cost=None if one.mend is None else cost_of(one.mend, hardware, used, whole))
+        for one in problems
     ]
 
 
-def cost_of(mend: Mend, hardware: Hardware, used: RatesHere) -> Cost | None:
+def cost_of(
+    mend: Mend, hardware: Hardware, used: RatesHere, whole: MachineRates | None = None
+) -> Cost | None:
     """Of the first shape that would need no disk; None where none can be planned for."""
+    rates = _rates(mend, used, whole)
+    if rates is None:
+        return None
     free = _with_more(hardware, mend)
     for shape in SHAPES:
         try:
@@ -39,8 +52,29 @@ def cost_of(mend: Mend, hardware: Hardware, used: RatesHere) -> Cost | None:
             continue
         is_told = then.plan.cached is None and (now.plan.cached is None or used.rates.disk_gbps)
         if is_told:
-            return _compared(shape, now, then, mend)
+            return _compared(shape, (now, then), rates)
     return None
+
+
+def _rates(
+    mend: Mend, used: RatesHere, whole: MachineRates | None
+) -> tuple[MachineRates, MachineRates] | None:
+    """Those of now and those of the mended machine; None where either is unknown."""
+    if mend.all_instructions:
+        return None if used.name or whole is None else (used.rates, whole)
+    if used.name:
+        return mended_rates(used.rates, _undone(mend)), used.rates
+    return used.rates, mended_rates(used.rates, mend)
+
+
+def whole_rates(hardware: Hardware) -> MachineRates | None:
+    """What a calibration without FIDDLER_ISA has found here, if there was one."""
+    machine = this_machine(hardware, __version__)
+    facts = {name: fact for name, fact in machine.hardware.items() if name != FORCED_ISA}
+    with warnings.catch_warnings():  # that it is damaged is a finding of its own
+        warnings.simplefilter("ignore")
+        calibration = Calibration(default_path(), replace(machine, hardware=facts))
+        return calibration.known(RATES, settings_of(hardware))
 
 
 def _with_more(hardware: Hardware, mend: Mend) -> Hardware:
@@ -59,17 +93,14 @@ def _planned(shape: str, hardware: Hardware, used: RatesHere) -> Planned:
     )
 
 
-def _compared(shape: str, now: Planned, then: Planned, mend: Mend) -> Cost:
+def _compared(
+    shape: str, plans: tuple[Planned, Planned], rates: tuple[MachineRates, MachineRates]
+) -> Cost:
     """Plans stay as they are: what is mended is the machine below them."""
-    used = now.case.used
-    if is_own := not used.name:
-        rates = used.rates, mended_rates(used.rates, mend)
-    else:
-        rates = mended_rates(used.rates, _undone(mend)), used.rates
-    (decode, prefill), (mended_decode, mended_prefill) = map(_tokens_per_s, (now, then), rates)
+    (decode, prefill), (mended_decode, mended_prefill) = map(_tokens_per_s, plans, rates)
     return Cost(
         shape=shape,
-        machine="this machine" if is_own else used.name,
+        machine=plans[0].case.used.name or "this machine",
         decode=decode,
         mended_decode=mended_decode,
         prefill=prefill,

@@ -52,6 +52,7 @@ class Facts:
     cpu: str | None = None
     isa: str | None = None
     forced_isa: str | None = None  # what FIDDLER_ISA says
+    is_lesser_isa: bool = False  # whether that takes something from the CPU
     isa_refusal: str | None = None  # why that cannot be
     has_avx2: bool | None = None  # None also if FIDDLER_ISA may hide it
     num_workers: int | None = None  # as a start has measured it
@@ -158,7 +159,13 @@ def _isa() -> dict[str, Any]:
         return {"forced_isa": forced, "isa_refusal": str(error)}
     isa = host_isa()
     has_avx2 = "avx2" in isa.extensions if isa.is_x86 and forced is None else None
-    return {"isa": isa.summary(), "forced_isa": forced, "has_avx2": has_avx2, **_workers()}
+    return {
+        "isa": isa.summary(),
+        "forced_isa": forced,
+        "is_lesser_isa": isa.is_lesser,
+        "has_avx2": has_avx2,
+        **_workers(),
+    }
 
 
 def _workers() -> dict[str, Any]:

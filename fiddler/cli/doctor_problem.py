@@ -9,6 +9,7 @@ class Mend:
 
     ``link`` and ``memory``: so many times what PCIe carries and what the CPU reads of experts.
     ``hand_over_s``: less for each layer of a decode step. Bytes: more that are free.
+    ``all_instructions``: kernels use all that the CPU has, and not what FIDDLER_ISA leaves.
     """
 
     link: float = 1.0
@@ -16,6 +17,7 @@ class Mend:
     hand_over_s: float = 0.0
     vram_bytes: int = 0
     ram_bytes: int = 0
+    all_instructions: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

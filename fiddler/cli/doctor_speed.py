@@ -3,6 +3,7 @@ docs/benchmarks.md, docs/LOG.md and the modules named beside them."""
 
 from fiddler.cli.doctor_facts import Facts
 from fiddler.cli.doctor_problem import Mend, Problem
+from fiddler.cli.errors import ISA_VARIABLE
 from offload.units import size_text
 
 LANE_GBPS = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # after the line's code
@@ -110,6 +111,14 @@ def _ram(facts: Facts) -> list[Problem]:
 
 
 def _isa(facts: Facts) -> list[Problem]:
+    if facts.is_lesser_isa:
+        what = f"{ISA_VARIABLE}={facts.forced_isa} keeps kernels from what this CPU has"
+        effect = (
+            "experts on the CPU are slower, in prompts most: fiddler calibrate with and without it "
+            "tells by how much"
+        )
+        todo = f"unset {ISA_VARIABLE}"
+        return [Problem(what, todo, effect, mend=Mend(all_instructions=True))]
     if facts.has_avx2 is not False:
         return []
     return [Problem("the CPU has no AVX2", "give the GPU more", "its experts are slow")]

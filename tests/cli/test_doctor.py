@@ -17,18 +17,22 @@ from hypothesis import strategies as st
 from terminal import terminal
 
 from cpu_kernels.thread_count import cache_file, measured_num_threads, why_damaged
+from fiddler._version import __version__
 from fiddler.cli import cli, doctor_facts
 from fiddler.cli.console import wrapped
 from fiddler.cli.doctor import cost_text, facts_rows
 from fiddler.cli.doctor_checks import execution_path, find_problems
-from fiddler.cli.doctor_cost import cost_of, mended_rates
+from fiddler.cli.doctor_cost import cost_of, mended_rates, whole_rates
 from fiddler.cli.doctor_facts import PACKAGES, Facts, collect
 from fiddler.cli.doctor_gpu import Gpu
 from fiddler.cli.doctor_memory import Cache, cache_of, chosen_word
 from fiddler.cli.doctor_problem import Cost, Mend
 from fiddler.cli.doctor_speed import link_gbps
 from fiddler.speed import RatesHere
+from offload.calibration import Calibration, default_path
 from offload.link_probe import Link, measure_link
+from offload.machine_facts import this_machine
+from offload.machine_rates import RATES
 from offload.reference_machines import find_machine
 
 GIB = 1 << 30
@@ -180,6 +184,12 @@ NO_PINS = {"PCIe": "RuntimeError: CUDA error: out of memory"}
             "by the rates of h200",
         ),
         (
+            replace(CPU_ONLY, forced_isa="avx2", is_lesser_isa=True),
+            "FIDDLER_ISA=avx2 keeps kernels from what this CPU has",
+            "unset FIDDLER_ISA",
+            "slower",
+        ),
+        (
             replace(CPU_ONLY, damaged=["/c/cpu.json cannot be used (why)"]),
             "/c/cpu.json cannot be used (why)",
             "fiddler calibrate, which measures for less than a minute and replaces it",
@@ -236,6 +246,28 @@ def test_what_is_mended_is_faster(mend: Mend, name: str) -> None:
     assert any(a > 1.02 * b for a, b in zip(after, before, strict=True))
 
 
+def test_fewer_instructions_cost_what_two_calibrations_say() -> None:
+    fewer = RatesHere(rates=mended_rates(RTX.rates, Mend(memory=0.5)), name="", origin="")
+    mend = Mend(all_instructions=True)
+    cost = cost_of(mend, RTX.hardware, fewer, RTX.rates)
+    assert cost is not None and cost.mended_decode > 1.2 * cost.decode
+    assert cost_of(mend, RTX.hardware, fewer, None) is None
+    assert cost_of(mend, RTX.hardware, replace(fewer, name=RTX.name), RTX.rates) is None
+
+
+def test_rates_with_all_instructions_are_those_kept_without_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_in(tmp_path, monkeypatch)
+    machine = this_machine(RTX.hardware, __version__)
+    Calibration(default_path(), machine).store(RATES, {}, RTX.rates)
+    lesser = replace(machine, hardware={**machine.hardware, "FIDDLER_ISA": "plain"})
+    slow = mended_rates(RTX.rates, Mend(memory=0.5))
+    Calibration(default_path(), lesser).store(RATES, {}, slow)
+    monkeypatch.setattr("fiddler.cli.doctor_cost.this_machine", lambda *of: lesser)
+    assert whole_rates(RTX.hardware) == RTX.rates
+
+
 factors = st.floats(0.1, 10.0)
 
 
@@ -267,19 +299,20 @@ def test_costs_stand_beside_the_finding(monkeypatch: pytest.MonkeyPatch) -> None
     )
     monkeypatch.setattr("offload.hardware.probe", lambda device="auto": RTX.hardware)
     done = CliRunner().invoke(cli, ["doctor"])
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  costs: "))
-    found = re.match(r"  costs: ([\d.]+) tok/s instead of ([\d.]+), prompts ", line)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  speed: "))
+    found = re.match(r"  speed: writes ([\d.]+) tok/s instead of ([\d.]+), reads ", line)
     assert found is not None and 0.95 < float(found[1]) / float(found[2]) < 1
     (problem,) = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)["problems"]
     assert problem["cost"]["shape"] == "qwen3-30b-a3b"
     assert problem["cost"]["decode"] == pytest.approx(float(found[1]), rel=0.01)
 
 
-def test_a_cost_of_nothing_says_so() -> None:
+def test_only_what_differs_is_said_twice() -> None:
     cost = Cost(
-        shape="s", machine="m", decode=9.0, mended_decode=9.0, prefill=90.0, mended_prefill=90.0
+        shape="s", machine="m", decode=9.0, mended_decode=12.0, prefill=800.0, mended_prefill=800.1
     )
-    assert cost_text(cost) == "nothing here: 9.0 tok/s, prompts 90.0 (s, by the rates of m)"
+    said = "writes 9.0 tok/s instead of 12.0, reads 800 tok/s (s, by the rates of m)"
+    assert cost_text(cost) == said
 
 
 def test_every_problem_has_an_effect() -> None:
