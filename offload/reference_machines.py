@@ -102,6 +102,9 @@ def _checked(hardware: Hardware, rates: MachineRates) -> Hardware:
     vram = (hardware.vram_total_bytes, hardware.vram_free_bytes, hardware.cuda_context_bytes)
     if not all(type(size) is int and size >= 0 for size in (*ram, *vram)):
         raise ValueError("sizes of memory must be whole numbers")
+    capability = hardware.gpu_capability
+    if capability and [type(number) for number in capability] != [int, int]:
+        raise ValueError("its GPU's capability must be two whole numbers")
     if type(hardware.physical_cores) is not int or hardware.physical_cores < 1:
         raise ValueError(f"it must have a core or more, not {hardware.physical_cores!r}")
     if hardware.has_gpu is not rates.has_gpu:

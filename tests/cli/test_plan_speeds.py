@@ -221,6 +221,8 @@ def test_no_number_of_the_rates_may_be_implausible(damage: Any, data: st.DataObj
     [
         ("hardware", "physical_cores", 0, "a core or more"),
         ("hardware", "physical_cores", "8", "a core or more"),
+        ("hardware", "gpu_capability", ["9", 0], "two whole numbers"),
+        ("hardware", "gpu_capability", [9], "two whole numbers"),
         ("hardware", "vram_free_bytes", -1, "sizes of memory"),
         ("hardware", "has_gpu", False, "agree about a GPU"),
         ("rates", "num_threads", "x", "whole numbers"),
