@@ -35,7 +35,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
     from fiddler.cli.doctor_facts import collect
 
     facts = collect()
-    problems, path = _priced(find_problems(facts)), execution_path(facts)
+    problems, path = _priced(facts, find_problems(facts)), execution_path(facts)
     if as_json:
         record = asdict(facts) | {"path": path, "problems": [asdict(p) for p in problems]}
         click.echo(json.dumps(record, indent=1))
@@ -88,16 +88,20 @@ def _print(rows: dict[str, str], problems: "list[Problem]") -> None:
         _echo("  do: ", problem.todo)
 
 
-def _priced(problems: "list[Problem]") -> "list[Problem]":
-    """With what they cost, if there is such a one, and nothing keeps fiddler from running here."""
-    if not any(problem.mend for problem in problems) or any(p.is_fatal for p in problems):
+def _priced(facts: "Facts", problems: "list[Problem]") -> "list[Problem]":
+    """With what they cost, where there is such a one and this machine could be looked at."""
+    is_asked = any(problem.mend for problem in problems)
+    if not is_asked or facts.rates_of is None or any(p.is_fatal for p in problems):
         return problems
     from fiddler.cli.doctor_cost import whole_rates, with_costs
+    from fiddler.cli.doctor_facts import unsaid
     from fiddler.speed import rates_for
     from offload.hardware import probe
 
     hardware = probe()
-    return with_costs(problems, hardware, rates_for(hardware), whole_rates(hardware))
+    with unsaid():  # the findings tell it
+        used, whole = rates_for(hardware), whole_rates(hardware)
+    return with_costs(problems, hardware, used, whole)
 
 
 def cost_text(cost: "Cost") -> str:

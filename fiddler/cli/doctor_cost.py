@@ -4,7 +4,6 @@ This machine's own rates were measured with what is wrong: they are those of now
 are better. Those of another machine were measured in order: they are the mended ones.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -71,10 +70,8 @@ def whole_rates(hardware: Hardware) -> MachineRates | None:
     """What a calibration without FIDDLER_ISA has found here, if there was one."""
     machine = this_machine(hardware, __version__)
     facts = {name: fact for name, fact in machine.hardware.items() if name != FORCED_ISA}
-    with warnings.catch_warnings():  # that it is damaged is a finding of its own
-        warnings.simplefilter("ignore")
-        calibration = Calibration(default_path(), replace(machine, hardware=facts))
-        return calibration.known(RATES, settings_of(hardware))
+    calibration = Calibration(default_path(), replace(machine, hardware=facts))
+    return calibration.known(RATES, settings_of(hardware))
 
 
 def _with_more(hardware: Hardware, mend: Mend) -> Hardware:

@@ -8,7 +8,8 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,6 +176,18 @@ def _workers() -> dict[str, Any]:
     return {"num_workers": load_count(cache_file(), fingerprint_of(read_machine()))}
 
 
+@contextmanager
+def unsaid() -> Iterator[list[warnings.WarningMessage]]:
+    """What is warned of meanwhile is listed, and told as a finding; nothing is logged."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        logging.disable()
+        try:
+            yield warned
+        finally:
+            logging.disable(logging.NOTSET)
+
+
 def _rates() -> dict[str, Any]:
     """What is known of this machine's speed; nothing where FIDDLER_ISA keeps kernels out."""
     try:
@@ -184,15 +197,10 @@ def _rates() -> dict[str, Any]:
     from fiddler.speed import rates_for
     from offload.hardware import probe
 
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        logging.disable()  # that figures are of other versions becomes a finding
-        try:
-            used = rates_for(probe())
-        finally:
-            logging.disable(logging.NOTSET)
+    with unsaid() as warned:
+        used = rates_for(probe())
     # "FILE cannot be used (WHY): all has to be measured anew"
-    damaged = [text.rpartition(": ")[0] for text in map(str, (w.message for w in said))]
+    damaged = [text.rpartition(": ")[0] for text in map(str, (w.message for w in warned))]
     if why := why_damaged(cache_file()):
         damaged.append(f"{cache_file()} cannot be used ({why})")
     if not used.name:

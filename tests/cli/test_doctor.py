@@ -292,13 +292,22 @@ def test_no_shape_that_fits_is_no_cost() -> None:
     assert cost_of(Mend(memory=1.03), small, used) is None
 
 
-def test_costs_stand_beside_the_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", [None, "{"])
+def test_costs_stand_beside_the_finding(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Huge pages switched off, as they may be anywhere; on a machine that is not calibrated."""
     monkeypatch.setattr(
-        "fiddler.cli.doctor_facts.collect", lambda: replace(CPU_ONLY, huge_pages="never")
+        "fiddler.cli.doctor_facts.collect",
+        lambda: replace(CPU_ONLY, huge_pages="never", rates_of="some"),
     )
     monkeypatch.setattr("offload.hardware.probe", lambda device="auto": RTX.hardware)
+    keep_in(tmp_path, monkeypatch)
+    if text is not None:  # which is a finding, and said nowhere else
+        default_path().parent.mkdir()
+        default_path().write_text(text)
     done = CliRunner().invoke(cli, ["doctor"])
+    assert done.stderr == ""
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("  speed: "))
     found = re.match(r"  speed: writes ([\d.]+) tok/s instead of ([\d.]+), reads ", line)
     assert found is not None and 0.95 < float(found[1]) / float(found[2]) < 1
