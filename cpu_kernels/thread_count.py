@@ -79,9 +79,23 @@ def load_count(path: Path, fingerprint: dict[str, Any]) -> int | None:
     try:
         found = json.loads(path.read_text())
         count = found["num_threads"] if found["machine"] == fingerprint else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return count if isinstance(count, int) and count >= 1 else None
+
+
+def why_damaged(path: Path) -> str:
+    """Why the file could be of no machine at all; nothing if it could, or is not there."""
+    try:
+        found = json.loads(path.read_text())
+        is_whole = isinstance(found["machine"], dict) and found["num_threads"] >= 1
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (KeyError, TypeError, IndexError):
+        is_whole = False
+    except (OSError, ValueError, RecursionError) as error:
+        return str(error)
+    return "" if is_whole else "it is no number of workers of a machine"
 
 
 def store_count(path: Path, fingerprint: dict[str, Any], num_threads: int) -> None:

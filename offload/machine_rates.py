@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,27 +29,40 @@ STEP_PART = 0.94
 # What a layer's cold experts take beside their bytes: workers that read one, two and more w4g128
 # experts took 10 us and 26 for each. A calibration leaves it out of the rates that it finds.
 START_S = 1e-5
+# What no machine exceeds, by a factor of 100 or more: GB/s and TFLOP/s of a rate, seconds of a
+# time. A damaged figure beyond them would make predictions that are 0, infinite or a division by 0.
+RATE_RANGE, TIME_RANGE = (1e-6, 1e6), (1e-10, 1e3)
+MOST_COUNT = 1 << 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertTimes:
-    """Times of experts of one size, each of ``expert_bytes``."""
+    """Times of experts of one size, each of ``expert_bytes``. ValueError if implausible."""
 
     expert_bytes: int
     table: TimeTable
+
+    def __post_init__(self) -> None:
+        table = self.table
+        _check_counts(self.expert_bytes, table.hidden, table.width, *table.tokens)
+        _check_within(TIME_RANGE, *table.rows_s, *(table.columns_s or ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedRates:
     """What workers and link read of experts of one kernel and size that they share, GB/s.
 
-    ``link_gbps`` 0: sharing gains nothing.
+    ``link_gbps`` 0: sharing gains nothing. ValueError if implausible.
     """
 
     kernel: str
     expert_bytes: int
     cpu_gbps: float
     link_gbps: float
+
+    def __post_init__(self) -> None:
+        _check_counts(self.expert_bytes)
+        _check_within(RATE_RANGE, self.cpu_gbps, *_measured(self.link_gbps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +91,13 @@ class MachineRates:
     shared: tuple[SharedRates, ...] = ()
 
     def __post_init__(self) -> None:
-        figures = [self.call_s, self.cpu_tflops, *(getattr(self, name) for name in OPTIONAL)]
-        figures += asdict(self.peaks).values()
-        figures += [rate for one in self.shared for rate in (one.cpu_gbps, one.link_gbps)]
-        if not all(isinstance(x, float | int) and 0 <= x < math.inf for x in figures):
-            raise ValueError("rates and times must be finite and not below 0")
-        if not (self.peaks.cpu_read_gbps > 0 < self.peaks.gemm_tflops and self.cpu_tflops > 0):
-            raise ValueError("memory and products must have a speed")
+        _check_counts(self.num_threads)
+        peaks = self.peaks
+        rates = [peaks.cpu_read_gbps, peaks.joint_gbps, peaks.gemm_tflops, self.cpu_tflops]
+        rates += _measured(peaks.pcie_gbps, peaks.gpu_read_gbps, self.pull_gbps, self.disk_gbps)
+        rates += _measured(self.beside_cpu_gbps, self.beside_pull_gbps)
+        _check_within(RATE_RANGE, *rates)
+        _check_within(TIME_RANGE, self.call_s, *_measured(self.launch_s, self.hand_over_s))
         if self.has_gpu and not (self.peaks.pcie_gbps and self.pull_gbps and self.launch_s):
             raise ValueError("a GPU must have a link and launches")
 
@@ -181,11 +194,23 @@ class MachineRates:
         return []
 
 
-OPTIONAL = tuple(
-    field.name
-    for field in fields(MachineRates)
-    if field.name not in ("num_threads", "peaks", "times", "call_s", "cpu_tflops", "shared")
-)
+def _measured(*figures: float) -> list[float]:
+    """Those that are not 0."""
+    return [figure for figure in figures if figure != 0]
+
+
+def _check_counts(*counts: int) -> None:
+    for count in counts:
+        if type(count) is not int or not 1 <= count <= MOST_COUNT:
+            raise ValueError(f"rates must be of whole numbers from 1 on, not of {count!r}")
+
+
+def _check_within(bounds: tuple[float, float], *figures: float) -> None:
+    least, most = bounds
+    for figure in figures:
+        if not (isinstance(figure, float | int) and least <= figure <= most):
+            bounds_text = f"from {least:g} to {most:g}"
+            raise ValueError(f"rates and times must be {bounds_text}, and one is {figure!r}")
 
 
 def to_json(rates: MachineRates) -> dict[str, Any]:
@@ -197,7 +222,7 @@ def from_json(found: Any) -> MachineRates:
     """The inverse; ValueError for what is no such record."""
     try:
         times = tuple(
-            ExpertTimes(expert_bytes=int(one["expert_bytes"]), table=_table(one["table"]))
+            ExpertTimes(expert_bytes=one["expert_bytes"], table=_table(one["table"]))
             for one in found["times"]
         )
         shared = tuple(SharedRates(**one) for one in found.get("shared", ()))

@@ -84,7 +84,7 @@ def machine_of(record: Any) -> ReferenceMachine:
         return ReferenceMachine(
             name=str(record["name"]),
             origin=str(record["origin"]),
-            hardware=_checked(Hardware(**hardware)),
+            hardware=_checked(Hardware(**hardware), rates),
             rates=rates,
         )
     except (KeyError, TypeError) as error:
@@ -97,10 +97,18 @@ def check_kernels(rates: MachineRates) -> None:
         rates.expert_s(codes, activations, 1)
 
 
-def _checked(hardware: Hardware) -> Hardware:
-    sizes = (hardware.ram_total_bytes, hardware.ram_available_bytes, hardware.vram_total_bytes)
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+def _checked(hardware: Hardware, rates: MachineRates) -> Hardware:
+    ram = (hardware.ram_total_bytes, hardware.ram_available_bytes)
+    vram = (hardware.vram_total_bytes, hardware.vram_free_bytes, hardware.cuda_context_bytes)
+    if not all(type(size) is int and size >= 0 for size in (*ram, *vram)):
         raise ValueError("sizes of memory must be whole numbers")
+    capability = hardware.gpu_capability
+    if capability and [type(number) for number in capability] != [int, int]:
+        raise ValueError("its GPU's capability must be two whole numbers")
+    if type(hardware.physical_cores) is not int or hardware.physical_cores < 1:
+        raise ValueError(f"it must have a core or more, not {hardware.physical_cores!r}")
+    if hardware.has_gpu is not rates.has_gpu:
+        raise ValueError("its hardware and its rates do not agree about a GPU")
     return hardware
 
 

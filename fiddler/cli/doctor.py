@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fiddler.cli.doctor_checks import Problem
     from fiddler.cli.doctor_facts import Facts
     from fiddler.cli.doctor_memory import Cache
+    from fiddler.cli.doctor_problem import Cost
 
 HANDOFFS = {
     "kernel": "kernel: the GPU's kernels ring and await the CPU workers inside a graph",
@@ -26,12 +27,15 @@ HANDOFFS = {
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Check this machine. The exit code is 1 if fiddler cannot run here."""
+    """Check this machine. The exit code is 1 if fiddler cannot run here.
+
+    What can be mended stands beside what it costs in tokens a second, where rates tell.
+    """
     from fiddler.cli.doctor_checks import execution_path, find_problems
     from fiddler.cli.doctor_facts import collect
 
     facts = collect()
-    problems, path = find_problems(facts), execution_path(facts)
+    problems, path = _priced(facts, find_problems(facts)), execution_path(facts)
     if as_json:
         record = asdict(facts) | {"path": path, "problems": [asdict(p) for p in problems]}
         click.echo(json.dumps(record, indent=1))
@@ -62,6 +66,7 @@ def facts_rows(facts: "Facts") -> dict[str, str]:
         "RAM": _part(facts.ram_available_bytes, facts.ram_total_bytes),
         "pages": _pages(facts),
         "caches": ", ".join(_cache(*named) for named in facts.caches.items()),
+        "rates": f"of {facts.rates_of}" if facts.rates_of else "",
         "models": _joined(facts.cache, _free(facts.cache_free_bytes)),
     }
     return {name: text for name, text in rows.items() if text}
@@ -78,7 +83,38 @@ def _print(rows: dict[str, str], problems: "list[Problem]") -> None:
         _echo(f"{'problem' if problem.is_fatal else 'warning'}: ", problem.what)
         if problem.effect:
             _echo("  effect: ", problem.effect)
+        if problem.cost:
+            _echo("  speed: ", cost_text(problem.cost))
         _echo("  do: ", problem.todo)
+
+
+def _priced(facts: "Facts", problems: "list[Problem]") -> "list[Problem]":
+    """With what they cost, where there is such a one and this machine could be looked at."""
+    is_asked = any(problem.mend for problem in problems)
+    if not is_asked or facts.rates_of is None or any(p.is_fatal for p in problems):
+        return problems
+    from fiddler.cli.doctor_cost import whole_rates, with_costs
+    from fiddler.cli.doctor_facts import unsaid
+    from fiddler.speed import rates_for
+    from offload.hardware import probe
+
+    hardware = probe()
+    with unsaid():  # the findings tell it
+        used, whole = rates_for(hardware), whole_rates(hardware)
+    return with_costs(problems, hardware, used, whole)
+
+
+def cost_text(cost: "Cost") -> str:
+    """As ``writes 23.1 tok/s instead of 25.1, reads 610 tok/s (SHAPE)``."""
+    from fiddler.cli.faster_table import rate
+
+    pairs = (cost.decode, cost.mended_decode), (cost.prefill, cost.mended_prefill)
+    of = cost.shape
+    if cost.machine != "this machine":
+        of += f", by the rates of {cost.machine}"
+    written, read = ([rate(one) for one in pair] for pair in pairs)
+    texts = [f"{n} tok/s" if n == m else f"{n} tok/s instead of {m}" for n, m in (written, read)]
+    return f"writes {texts[0]}, reads {texts[1]} ({of})"
 
 
 def _echo(label: str, text: str) -> None:

@@ -3,10 +3,13 @@
 import ctypes
 import importlib
 import importlib.metadata
+import logging
 import os
 import platform
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +53,7 @@ class Facts:
     cpu: str | None = None
     isa: str | None = None
     forced_isa: str | None = None  # what FIDDLER_ISA says
+    is_lesser_isa: bool = False  # whether that takes something from the CPU
     isa_refusal: str | None = None  # why that cannot be
     has_avx2: bool | None = None  # None also if FIDDLER_ISA may hide it
     num_workers: int | None = None  # as a start has measured it
@@ -63,6 +67,9 @@ class Facts:
     huge_pages: str | None = None  # always, madvise or never
     memlock_bytes: int | None = None  # None: no limit
     caches: dict[str, Cache] = field(default_factory=dict)
+    rates_of: str | None = None  # the machine by whose rates speeds are predicted
+    why_not_own: str | None = None  # why that is another one
+    damaged: list[str] = field(default_factory=list)  # measurements that are kept and unusable
     ram_total_bytes: int | None = None
     ram_available_bytes: int | None = None
     cache: str | None = None
@@ -153,7 +160,13 @@ def _isa() -> dict[str, Any]:
         return {"forced_isa": forced, "isa_refusal": str(error)}
     isa = host_isa()
     has_avx2 = "avx2" in isa.extensions if isa.is_x86 and forced is None else None
-    return {"isa": isa.summary(), "forced_isa": forced, "has_avx2": has_avx2, **_workers()}
+    return {
+        "isa": isa.summary(),
+        "forced_isa": forced,
+        "is_lesser_isa": isa.is_lesser,
+        "has_avx2": has_avx2,
+        **_workers(),
+    }
 
 
 def _workers() -> dict[str, Any]:
@@ -161,6 +174,39 @@ def _workers() -> dict[str, Any]:
     from cpu_kernels.topology import read_machine
 
     return {"num_workers": load_count(cache_file(), fingerprint_of(read_machine()))}
+
+
+@contextmanager
+def unsaid() -> Iterator[list[warnings.WarningMessage]]:
+    """What is warned of meanwhile is listed, and told as a finding; nothing is logged."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        logging.disable()
+        try:
+            yield warned
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _rates() -> dict[str, Any]:
+    """What is known of this machine's speed; nothing where FIDDLER_ISA keeps kernels out."""
+    try:
+        from cpu_kernels.thread_count import cache_file, why_damaged
+    except ValueError:
+        return {}
+    from fiddler.speed import rates_for
+    from offload.hardware import probe
+
+    with unsaid() as warned:
+        used = rates_for(probe())
+    # "FILE cannot be used (WHY): all has to be measured anew"
+    damaged = [text.rpartition(": ")[0] for text in map(str, (w.message for w in warned))]
+    if why := why_damaged(cache_file()):
+        damaged.append(f"{cache_file()} cannot be used ({why})")
+    if not used.name:
+        return {"rates_of": "this machine", "damaged": damaged}
+    why_not = used.why_not_own or "it was calibrated without its GPU"
+    return {"rates_of": used.name, "why_not_own": why_not, "damaged": damaged}
 
 
 def _cache() -> dict[str, Any]:
@@ -188,5 +234,6 @@ LOOKS: dict[str, Callable[[], dict[str, Any]]] = {
     "NUMA": node_facts,
     "caches": cache_facts,
     "instructions": _isa,
+    "rates": _rates,
     "cache": _cache,
 }

@@ -223,6 +223,37 @@ def test_a_file_in_no_folder_is_refused_before_anything_is_measured(tmp_path: Pa
     assert not default_path().exists()
 
 
+@pytest.mark.parametrize("path", ["/proc/this.json", "/sys/this.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(path: str) -> None:
+    done = run("--output", path)
+    assert done.exit_code == 1 and done.stderr.startswith(f"error: {path} cannot be written: ")
+    assert not default_path().exists()
+
+
+@pytest.mark.parametrize("content", [None, "as it was"])
+def test_a_file_stays_as_it_was_until_the_figures_are_there(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "this.json"
+    if content is not None:
+        path.write_text(content)
+    found: list[str | None] = []
+
+    def look(setting: object) -> dict[str, Any]:
+        found.append(path.read_text() if path.exists() else None)
+        return {}
+
+    monkeypatch.setattr("offload.measuring.machine_steps", lambda: (*STEPS, Step("look", look)))
+    assert run("--output", str(path)).exit_code == 0
+    assert found == [content] and find_machine(str(path)).rates.times == TIMES
+
+
+def test_figures_are_printed_although_they_cannot_be_written() -> None:
+    done = run("--output", "/dev/full")
+    assert done.exit_code == 1 and "100.0 GB/s" in done.stdout
+    assert "/dev/full cannot be written: No space left" in done.stderr
+
+
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.warns(RuntimeWarning, match="cannot be written .* XDG_CACHE_HOME"):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from plan_machine import WITH_GPU, run, set_machine
 
 import fiddler.speed
@@ -146,6 +148,20 @@ def test_a_damaged_calibration_is_said(cache: Path) -> None:
     assert done.exit_code == 0 and "this machine is not calibrated" in done.stdout
 
 
+def test_an_implausible_calibration_is_said_and_not_planned_by(cache: Path) -> None:
+    keep(H200.rates)
+    text = cache.read_text()
+    read = f'"cpu_read_gbps": {H200.rates.peaks.cpu_read_gbps}'
+    assert text.count(read) == 1
+    cache.write_text(text.replace(read, '"cpu_read_gbps": 1e300'))
+    with pytest.warns(RuntimeWarning, match=r"cannot be used .*1e\+300.* measured anew"):
+        speeds = json.loads(run(*OPTIONS, "--json").stdout)["speeds"]
+    assert speeds["machine"] == "rtx4090-ddr5"
+    assert speeds["why_not_this_machine"].endswith("calibration.json has of it cannot be used")
+    keep(H200.rates)
+    assert cache.read_text() == text
+
+
 def test_a_plan_for_another_machine(cache: Path, tmp_path: Path) -> None:
     done = run("--shape", "mixtral-8x7b", "--hardware", "rtx4090-ddr5")
     assert done.exit_code == 0, done.output
@@ -173,6 +189,52 @@ def test_a_damaged_machine_is_one_sentence(tmp_path: Path, damage: dict[str, Any
     done = run("--shape", "mixtral-8x7b", "--hardware", str(path))
     assert done.exit_code == 1 and "cannot be used as a machine" in done.stderr
     assert "fiddler calibrate --output" in done.stderr
+
+
+def numbers_in(record: Any) -> list[tuple[Any, Any]]:
+    """Where the record has numbers: (dictionary or list, key)."""
+    items = record.items() if isinstance(record, dict) else enumerate(record)
+    found = []
+    for key, value in items:
+        if isinstance(value, dict | list):
+            found += numbers_in(value)
+        elif isinstance(value, int | float):
+            found.append((record, key))
+    return found
+
+
+NUMBERS = len(numbers_in(json.loads(json.dumps(record_of(H200)["rates"]))))
+
+
+@pytest.mark.parametrize("damage", [-7, -0.5, 1e300, float("nan"), float("inf"), "x", None, [1]])
+@given(data=st.data())
+def test_no_number_of_the_rates_may_be_implausible(damage: Any, data: st.DataObject) -> None:
+    record = json.loads(json.dumps(record_of(H200)))
+    where, key = numbers_in(record["rates"])[data.draw(st.integers(0, NUMBERS - 1))]
+    where[key] = damage
+    with pytest.raises(ValueError):
+        machine_of(record)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "why"),
+    [
+        ("hardware", "physical_cores", 0, "a core or more"),
+        ("hardware", "physical_cores", "8", "a core or more"),
+        ("hardware", "gpu_capability", ["9", 0], "two whole numbers"),
+        ("hardware", "gpu_capability", [9], "two whole numbers"),
+        ("hardware", "vram_free_bytes", -1, "sizes of memory"),
+        ("hardware", "has_gpu", False, "agree about a GPU"),
+        ("rates", "num_threads", "x", "whole numbers"),
+        ("rates", "num_threads", 0, "whole numbers"),
+        ("rates", "call_s", 0.0, "from 1e-10"),
+    ],
+)
+def test_what_a_machine_cannot_be_is_refused(part: str, field: str, value: Any, why: str) -> None:
+    record = json.loads(json.dumps(record_of(H200)))
+    record[part][field] = value
+    with pytest.raises(ValueError, match=why):
+        machine_of(record)
 
 
 @pytest.mark.parametrize("name", reference_names())

@@ -11,7 +11,7 @@ from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.experts import Experts, dense_experts, packed_experts
 from cpu_kernels.kernel_paths import Activations
 from cpu_kernels.packed_layout import PackedShape
-from cpu_kernels.times import TimeTable, measure_times
+from cpu_kernels.times import TimeTable, _never_falls, measure_times
 from cpu_kernels.weight_kind import parse_kind
 
 
@@ -74,6 +74,18 @@ def test_the_switch_over_is_where_columns_begin_to_stay_faster(found: TimeTable)
     for n in range(last + 50):
         both = (found.time(n), found.time(n, by_columns=True))
         assert found.best(n) == min(both)
+
+
+@given(tables(), st.data())
+def test_noise_on_a_curve_is_never_made_more(found: TimeTable, data: st.DataObject) -> None:
+    """Nor is anything taken below the curve: more tokens mend a point that was disturbed."""
+    true_s = found.rows_s
+    noise = st.lists(st.floats(0, 1e-1), min_size=len(true_s), max_size=len(true_s))
+    noisy_s = [t + n for t, n in zip(true_s, data.draw(noise), strict=True)]
+    curve = _never_falls(noisy_s)
+    assert list(curve) == sorted(curve)
+    for n, seconds in enumerate(curve):
+        assert true_s[n] <= seconds == min(noisy_s[n:])
 
 
 def test_between_and_beyond_the_points() -> None:
