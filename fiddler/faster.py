@@ -74,23 +74,26 @@ def ways_to_go_faster(made: Planned) -> list[Faster]:
 
 
 def cheapest(ways: Iterable[Faster]) -> list[Faster]:
-    """The first MOST_SHOWN of ``ways``, the cheapest first, that gain LEAST_GAIN and add to those
-    before them."""
+    """Of ``ways``, the cheapest first, MOST_SHOWN that gain LEAST_GAIN and add to those before them.
+
+    First one of each kind; where that leaves room, more of a kind that gain more.
+    """
+    worth = [way for way in ways if way.gain >= LEAST_GAIN]
     kept: list[Faster] = []
-    for way in ways:
-        if way.gain >= LEAST_GAIN and all(_adds(way, cheaper) for cheaper in kept):
-            kept.append(way)
-        if len(kept) == MOST_SHOWN:
-            break
-    return kept
+    for may_repeat in (False, True):
+        for way in worth:
+            adds = all(_adds(way, other, may_repeat=may_repeat) for other in kept)
+            if adds and len(kept) < MOST_SHOWN:
+                kept.append(way)
+    return sorted(kept, key=worth.index)
 
 
-def _adds(way: Faster, cheaper: Faster) -> bool:
-    """Whether ``way`` gives up something else than ``cheaper`` and gains more.
+def _adds(way: Faster, cheaper: Faster, *, may_repeat: bool) -> bool:
+    """Whether ``way`` gives up something else than ``cheaper``, if it must, and gains more.
 
     Memory may gain less than what rounds: who wants the very numbers has no other choice.
     """
-    if way.kind is cheaper.kind:
+    if way.kind is cheaper.kind and not may_repeat:
         return False
     return way.gain > cheaper.gain or (way.kind is Kind.MEMORY and cheaper.kind.rounds)
 
