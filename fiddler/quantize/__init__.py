@@ -3,5 +3,5 @@
 Pure: ``expert`` (rounding, ``gptq``, ``outliers``), ``plan`` (what goes into which file),
 ``sensitivity`` (which layers get more bits). With effects: ``calibration`` (what the experts see of
 a text), ``measure`` (what layers lose), ``writing`` and ``target`` (files), ``run`` (all of it, in
-order), and ``job`` (what is asked).
+order), ``job`` (what is asked) and ``fingerprint`` (of which model).
 """

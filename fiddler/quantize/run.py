@@ -65,7 +65,8 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
         checkpoint.check(config)
         windows, text_sha256 = _windows(job, config)
-        target = Target.open(job.output, identity(job, text_sha256), resume=job.resume)
+        made_of = identity(job, checkpoint.paths, text_sha256)
+        target = Target.open(job.output, made_of, resume=job.resume)
         target.check_space(shards)
         source = CheckpointSource(checkpoint)
         if job.sensitivity is not None and windows is not None:

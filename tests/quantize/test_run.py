@@ -144,6 +144,24 @@ def test_another_job_does_not_go_on_with_it(run: Quantize, text: Path) -> None:
     run(resume=True)
 
 
+def test_another_model_of_the_same_sizes_does_not_go_on_with_it(
+    run: Quantize, tiny: Path, tmp_path: Path
+) -> None:
+    """Whichever of its tensors was trained further."""
+    folder = changed(tiny, tmp_path / "model", lambda tensors: None)
+    first = (folder / SINGLE).read_bytes()
+    with pytest.raises(Stop):
+        run(source=folder, on_progress=stop_at(10))
+    tensors = load_file(folder / SINGLE)
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: tensor * 1.01}, folder / SINGLE)
+        assert (folder / SINGLE).stat().st_size == len(first)
+        with pytest.raises(QuantizeError, match="begun with another model"):
+            run(source=folder, resume=True)
+    (folder / SINGLE).write_bytes(first)
+    run(source=folder, resume=True)
+
+
 def test_a_finished_file_that_was_cut_is_made_again(run: Quantize, tmp_path: Path) -> None:
     wanted = contents(run(output=tmp_path / "whole").folder)
     with pytest.raises(Stop):
