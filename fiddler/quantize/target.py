@@ -25,6 +25,7 @@ from fiddler.text.model_files import read_json_object
 
 JOURNAL = "quantize.json"
 SMALL_BYTES = 64 << 20  # for the copied files and headers
+BLOCK = 512  # bytes: the unit of st_blocks, whatever the disk's own
 COPIED = (
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("*.jinja", "additional_chat_templates", "generation_config.json", "LICENSE*"),
@@ -67,13 +68,12 @@ class Target:
 
     def check_space(self, shards: Sequence[Shard]) -> None:
         """Raise :class:`QuantizeError` if what is still missing does not fit on the disk."""
-        missing = self._missing(shards) + SMALL_BYTES
-        free = free_bytes(self.partial)
-        if missing > free:
+        needed, free = self._needed(shards), free_bytes(self.partial)
+        if needed > free:
             raise QuantizeError(
-                f"{self.folder} needs {gigabytes(missing)} more on the disk, which has"
+                f"{self.folder} needs {gigabytes(needed)} more on the disk, which has"
                 f" {gigabytes(free)} free",
-                hint=f"free {gigabytes(missing - free)}, or choose another -o",
+                hint=f"free {gigabytes(needed - free)}, or choose another -o",
             )
 
     @contextmanager
@@ -84,10 +84,11 @@ class Target:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            missing = gigabytes(self._missing(shards))
+            # of a disk or a quota that is full, nothing is free that we could count
+            needed = gigabytes(self._needed(shards))
             raise QuantizeError(
-                f"the disk of {self.partial} is full, {missing} are still missing",
-                hint=f"free {missing} and run the same command with --resume",
+                f"the disk of {self.partial} is full, {needed} more are needed",
+                hint=f"free {needed} and run the same command with --resume",
             ) from error
 
     def choose(self, chosen: Any) -> None:
@@ -119,12 +120,20 @@ class Target:
         if is_replaced:
             shutil.rmtree(old)
 
-    def _missing(self, shards: Sequence[Shard]) -> int:
-        return sum(shard.nbytes for shard in shards if shard.name not in self.finished)
+    def _needed(self, shards: Sequence[Shard]) -> int:
+        """Bytes that must be free to go on; those of files half written come back."""
+        missing = [shard for shard in shards if shard.name not in self.finished]
+        half = sum(_disk_bytes(self.partial / shard.name) for shard in missing)
+        return max(0, sum(shard.nbytes for shard in missing) - half) + SMALL_BYTES
 
     def _write_journal(self) -> None:
         journal = {"job": self.job, "chosen": self.chosen, "finished": self.finished}
         _write_json(self.partial / JOURNAL, journal)
+
+
+def _disk_bytes(path: Path) -> int:
+    """What a file takes on its disk."""
+    return path.stat().st_blocks * BLOCK if path.exists() else 0
 
 
 def _beside(folder: Path, what: str) -> Path:

@@ -5,6 +5,7 @@ One run replaces an earlier model in ``out``; each test lets it fail in another 
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from fiddler.cli import cli
-from fiddler.errors import FiddlerError
+from fiddler.errors import FiddlerError, QuantizeError
 from fiddler.quantize.target import JOURNAL
 from tests.quantize.conftest import Quantize
 from tests.quantize.test_run import EXPERT, Stop, changed, contents, stop_at
@@ -102,8 +103,33 @@ def test_a_disk_that_is_full(
 
     with monkeypatch.context() as patch, kept(old):
         patch.setattr(writing.os, "fsync", full)
-        refused(run, r"the disk of .* is full, 0\.\d+ MB are still missing", kind="w4g32")
+        refused(run, r"the disk of .* is full, \d+\.\d+ MB more are needed", kind="w4g32")
     assert contents(run("w4g32", resume=True).folder) == wanted
+
+
+def test_what_a_full_disk_asks_for_is_what_going_on_takes(
+    run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 10 KB; what a half-written file takes comes back when it is written anew."""
+    import fiddler.quantize.layers as layers
+
+    write = layers.write_shard
+
+    def full(path: Path, *rest: Any) -> None:
+        write(path, *rest)
+        if "00003" in path.name:
+            os.truncate(path, path.stat().st_size // 2)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(QuantizeError) as caught:
+        patch.setattr(layers, "write_shard", full)
+        run("w4g32")
+    (asked,) = re.findall(r"^free (\d+\.\d+) MB and run the same command", caught.value.hint)
+    enough = int(float(asked) * 1e6) + 10_000
+    monkeypatch.setattr("fiddler.quantize.target.free_bytes", lambda folder: enough - 20_000)
+    refused(run, "more on the disk", kind="w4g32", resume=True)
+    monkeypatch.setattr("fiddler.quantize.target.free_bytes", lambda folder: enough)
+    assert run("w4g32", resume=True).num_experts == 24
 
 
 STOP_AFTER_TWO = """

@@ -262,7 +262,7 @@ def test_a_disk_that_is_full_is_one_sentence(
         write(path, *rest)
 
     monkeypatch.setattr(layers, "write_shard", full)
-    with pytest.raises(QuantizeError, match=r"is full, 0\.\d+ MB are still missing") as caught:
+    with pytest.raises(QuantizeError, match=r"is full, \d+\.\d+ MB more are needed") as caught:
         run()
     assert "--resume" in caught.value.hint
     monkeypatch.setattr(layers, "write_shard", write)
