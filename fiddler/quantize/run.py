@@ -68,6 +68,8 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
         made_of = identity(job, checkpoint.paths, text_sha256)
         target = Target.open(job.output, made_of, resume=job.resume)
         target.check_space(shards)
+        with target.writing(shards):
+            target.begin()
         source = CheckpointSource(checkpoint)
         if job.sensitivity is not None and windows is not None:
             with target.writing(shards):

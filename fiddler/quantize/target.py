@@ -49,7 +49,7 @@ class Target:
 
     @classmethod
     def open(cls, folder: Path, job: dict[str, Any], *, resume: bool) -> "Target":
-        """Begin, or go on where an interrupted run of the same job stopped.
+        """A new one, or that of an interrupted run of the same job; nothing is written yet.
 
         :class:`QuantizeError` if there is something that must not be replaced, another job's part,
         or this one's and ``resume`` was not asked for.
@@ -58,13 +58,19 @@ class Target:
         partial = _beside(folder, "partial")
         for made in (folder, _beside(folder, "replaced")):
             _check_replaceable(made)
-        if partial.exists() and not (partial / JOURNAL).exists():
-            raise QuantizeError(f"{partial} is in the way", hint="remove it, or choose another -o")
-        journal = _journal(partial, job, resume=resume) if partial.exists() else {}
-        target = cls(folder, partial, job, _finished(partial, journal), journal.get("chosen"))
-        partial.mkdir(parents=True, exist_ok=True)
-        target._write_journal()
-        return target
+        journal = _journal(partial, job, resume=resume) if _is_begun(partial) else {}
+        return cls(folder, partial, job, _finished(partial, journal), journal.get("chosen"))
+
+    def begin(self) -> None:
+        """Make the folder, with a journal; where that fails nothing is left of a new one."""
+        is_new = not self.partial.exists()
+        self.partial.mkdir(parents=True, exist_ok=True)
+        try:
+            self._write_journal()
+        except OSError:
+            if is_new:
+                shutil.rmtree(self.partial)
+            raise
 
     def check_space(self, shards: Sequence[Shard]) -> None:
         """Raise :class:`QuantizeError` if what is still missing does not fit on the disk."""
@@ -73,22 +79,28 @@ class Target:
             raise QuantizeError(
                 f"{self.folder} needs {gigabytes(needed)} more on the disk, which has"
                 f" {gigabytes(free)} free",
-                hint=f"free {gigabytes(needed - free)}, or choose another -o",
+                hint=f"free {gigabytes(needed - free)}{self._again()}, or choose another -o",
             )
 
     @contextmanager
     def writing(self, shards: Sequence[Shard]) -> Iterator[None]:
-        """Turn a disk that is full into a sentence."""
+        """Turn a disk that is full, or takes no large files, into a sentence."""
         try:
             yield
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                largest = gigabytes(max(shard.nbytes for shard in shards))
+                raise QuantizeError(
+                    f"{self.partial} takes no file of {largest}: its disk or ulimit -f forbids it",
+                    hint=f"raise the limit{self._again()}, or choose an -o elsewhere",
+                ) from error
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             # of a disk or a quota that is full, nothing is free that we could count
             needed = gigabytes(self._needed(shards))
             raise QuantizeError(
                 f"the disk of {self.partial} is full, {needed} more are needed",
-                hint=f"free {needed} and run the same command with --resume",
+                hint=f"free {needed}{self._again()}",
             ) from error
 
     def choose(self, chosen: Any) -> None:
@@ -120,6 +132,10 @@ class Target:
         if is_replaced:
             shutil.rmtree(old)
 
+    def _again(self) -> str:
+        """What else a hint says where something is kept."""
+        return " and run the same command with --resume" if self.partial.exists() else ""
+
     def _needed(self, shards: Sequence[Shard]) -> int:
         """Bytes that must be free to go on; those of files half written come back."""
         missing = [shard for shard in shards if shard.name not in self.finished]
@@ -138,6 +154,17 @@ def _disk_bytes(path: Path) -> int:
 
 def _beside(folder: Path, what: str) -> Path:
     return folder.with_name(f"{folder.name}.{what}")
+
+
+def _is_begun(partial: Path) -> bool:
+    """Whether an interrupted run left something; :class:`QuantizeError` if it is another's."""
+    if (partial / JOURNAL).exists():
+        return True
+    # a run may end before its first journal is whole
+    is_nothing = partial.is_dir() and {path.name for path in partial.iterdir()} <= {_new(JOURNAL)}
+    if partial.exists() and not is_nothing:
+        raise QuantizeError(f"{partial} is in the way", hint="remove it, or choose another -o")
+    return False
 
 
 def _journal(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, Any]:
@@ -196,9 +223,14 @@ def _copy_small_files(source: Path, target: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace the file at once, when the new one is on the disk."""
-    part = path.with_name(f"{path.name}.new")
+    part = path.with_name(_new(path.name))
     with part.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _new(name: str) -> str:
+    """What a file is called until it is whole."""
+    return f"{name}.new"

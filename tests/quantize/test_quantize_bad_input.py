@@ -107,6 +107,53 @@ def test_a_disk_that_is_full(
     assert contents(run("w4g32", resume=True).folder) == wanted
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_on_which_nothing_can_be_begun(
+    run: Quantize, tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Not even a journal: a new run leaves nothing, one that goes on leaves what there was."""
+    import fiddler.quantize.target as target
+
+    def full(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def refuses(**options: Any) -> None:
+        with monkeypatch.context() as patch, kept(old):
+            patch.setattr(target.os, "fsync", full)
+            refused(run, r"out\.partial (is full|takes no file of)", kind="w4g32", **options)
+
+    refuses()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(Stop):
+        run("w4g32", on_progress=stop_at(20))
+    refuses(resume=True)
+    assert run("w4g32", resume=True).num_experts == 24
+
+
+def test_a_limit_of_file_sizes(tiny: Path, tmp_path: Path) -> None:
+    """Such as some disks have too."""
+    arguments = ["quantize", str(tiny), "--scheme", "w4g32", "-o", str(tmp_path / "out")]
+    limited = 'ulimit -f 64 && exec "$0" -m fiddler "$@"'
+    done = subprocess.run(
+        ["bash", "-c", limited, sys.executable, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "out.partial takes no file of " in done.stderr
+    assert "raise the limit and run the same command with --resume" in done.stderr
+    again = CliRunner().invoke(cli, [*arguments, "--resume"])
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("left", [[], [f"{JOURNAL}.new"]])
+def test_a_run_that_ended_before_its_journal_is_in_nobodys_way(
+    run: Quantize, tmp_path: Path, left: list[str]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).write_text("{")
+    assert run("w4g32").num_experts == 24
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_a_full_disk_asks_for_is_what_going_on_takes(
     run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

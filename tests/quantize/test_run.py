@@ -197,6 +197,7 @@ def test_what_fiddler_did_not_quantise_is_never_replaced(
     (tmp_path / "empty").mkdir()
     assert run(output=tmp_path / "empty").folder.name == "empty"
     (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "a.txt").touch()
     with pytest.raises(QuantizeError, match="is in the way"):
         run(output=tmp_path / "other", resume=True)
 
@@ -270,11 +271,16 @@ def test_a_disk_that_is_full_is_one_sentence(
 
 
 def test_a_disk_that_is_too_small_is_refused_before(
-    run: Quantize, monkeypatch: pytest.MonkeyPatch
+    run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fiddler.quantize.target.free_bytes", lambda folder: 1000)
-    with pytest.raises(QuantizeError, match=r"needs .* MB more on the disk, which has 0\.00 MB"):
-        run(on_progress=stop_at(1))
+    """And leaves nothing that another scheme would find in its way."""
+    with monkeypatch.context() as patch:
+        patch.setattr("fiddler.quantize.target.free_bytes", lambda folder: 1000)
+        said = r"needs .* MB more on the disk, which has 0\.00 MB"
+        with pytest.raises(QuantizeError, match=said) as caught:
+            run(on_progress=stop_at(1))
+    assert "--resume" not in caught.value.hint and not list(tmp_path.iterdir())
+    run("w8g32")
 
 
 def test_a_result_that_was_cut_is_refused(run: Quantize) -> None:
