@@ -173,7 +173,13 @@ def _journal(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, A
         journal = read_json_object(partial / JOURNAL)
     except CheckpointError:
         journal = {}
-    theirs = journal.get("job", {})
+    for field, kind in (("job", dict), ("finished", dict), ("chosen", list | None)):
+        if not isinstance(journal.get(field), kind):
+            raise QuantizeError(
+                f"{partial / JOURNAL} is damaged: {field!r} is not what fiddler writes there",
+                hint=f"remove {partial}, or choose another -o",
+            )
+    theirs = journal["job"]
     if theirs != job:
         differing = sorted(key for key in {*theirs, *job} if theirs.get(key) != job.get(key))
         raise QuantizeError(
@@ -190,24 +196,33 @@ def _journal(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, A
 
 def _finished(partial: Path, journal: dict[str, Any]) -> dict[str, Notes]:
     """Files of an interrupted run that are as its journal says."""
-    return {
-        name: notes
-        for name, notes in journal.get("finished", {}).items()
-        if (partial / name).is_file() and (partial / name).stat().st_size == notes["bytes"]
-    }
+    finished: dict[str, Any] = journal.get("finished", {})
+    return {name: notes for name, notes in finished.items() if _is_whole(partial / name, notes)}
+
+
+def _is_whole(path: Path, notes: object) -> bool:
+    if not isinstance(notes, dict) or not notes.keys() >= {"bytes", "layer", "unfitted"}:
+        return False
+    return path.is_file() and path.stat().st_size == notes["bytes"]
 
 
 def _check_replaceable(folder: Path) -> None:
     """Only what an earlier run made may be replaced, or nothing."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if folder.is_dir() and (folder / "config.json").is_file():
-        scheme = quantization_of(read_json_object(folder / "config.json"))
-        if scheme.get("quant_method") == QUANT_METHOD:
-            return
+    if _is_own_model(folder):
+        return
     raise QuantizeError(
         f"{folder} exists and is no model that fiddler quantised", hint="choose another -o"
     )
+
+
+def _is_own_model(folder: Path) -> bool:
+    try:
+        scheme = quantization_of(read_json_object(folder / "config.json"))
+    except CheckpointError:
+        return False
+    return scheme.get("quant_method") == QUANT_METHOD
 
 
 def _copy_small_files(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ One run replaces an earlier model in ``out``; each test lets it fail in another 
 """
 
 import errno
+import json
 import os
 import re
 import signal
@@ -141,6 +142,26 @@ def test_a_limit_of_file_sizes(tiny: Path, tmp_path: Path) -> None:
     assert "raise the limit and run the same command with --resume" in done.stderr
     again = CliRunner().invoke(cli, [*arguments, "--resume"])
     assert again.exit_code == 0, again.output
+
+
+JUNK: list[Any] = [None, True, 4, "x", [], [4], {"x": 4}]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=repr)
+def test_a_journal_that_was_damaged(run: Quantize, tmp_path: Path, junk: Any) -> None:
+    """What is no journal is named; what is said of a file in another way is not believed."""
+    with pytest.raises(Stop):
+        run("w4g32", on_progress=stop_at(20))
+    journal = tmp_path / "out.partial" / JOURNAL
+    whole = json.loads(journal.read_text())
+    for field in ("job", "finished"):
+        if not isinstance(junk, dict):
+            journal.write_text(json.dumps(whole | {field: junk}))
+            refused(run, f"{JOURNAL} is damaged: '{field}'", kind="w4g32", resume=True)
+    journal.write_text(json.dumps(junk))
+    refused(run, f"{JOURNAL} is damaged", kind="w4g32", resume=True)
+    journal.write_text(json.dumps(whole | {"finished": dict.fromkeys(whole["finished"], junk)}))
+    assert run("w4g32", resume=True).num_experts == 24
 
 
 @pytest.mark.parametrize("left", [[], [f"{JOURNAL}.new"]])
