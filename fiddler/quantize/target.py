@@ -19,7 +19,7 @@ from typing import Any
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.hub.cache import free_bytes, gigabytes
 from fiddler.models.checkpoint import INDEX
-from fiddler.models.quantized import QUANT_METHOD, quantization_of
+from fiddler.quantize.place import beside, check_replaceable, place_of, remove_model
 from fiddler.quantize.plan import Shard
 from fiddler.text.model_files import read_json_object
 
@@ -54,10 +54,10 @@ class Target:
         :class:`QuantizeError` if there is something that must not be replaced, another job's part,
         or this one's and ``resume`` was not asked for.
         """
-        folder = folder.absolute()
-        partial = _beside(folder, "partial")
-        for made in (folder, _beside(folder, "replaced")):
-            _check_replaceable(made)
+        folder = place_of(folder)
+        partial = beside(folder, "partial")
+        for made in (folder, beside(folder, "replaced")):
+            check_replaceable(made)
         journal = _journal(partial, job, resume=resume) if _is_begun(partial) else {}
         return cls(folder, partial, job, _finished(partial, journal), journal.get("chosen"))
 
@@ -121,16 +121,16 @@ class Target:
         _copy_small_files(source, self.partial)
         _write_json(self.partial / INDEX, index)
         _write_json(self.partial / "config.json", config)
-        old = _beside(self.folder, "replaced")
+        old = beside(self.folder, "replaced")
         is_replaced = self.folder.exists()
         if is_replaced:
             if old.exists():  # an earlier run ended before it was removed
-                shutil.rmtree(old)
+                remove_model(old)
             self.folder.rename(old)
         self.partial.rename(self.folder)
         (self.folder / JOURNAL).unlink()
         if is_replaced:
-            shutil.rmtree(old)
+            remove_model(old)
 
     def _again(self) -> str:
         """What else a hint says where something is kept."""
@@ -150,10 +150,6 @@ class Target:
 def _disk_bytes(path: Path) -> int:
     """What a file takes on its disk."""
     return path.stat().st_blocks * BLOCK if path.exists() else 0
-
-
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f"{folder.name}.{what}")
 
 
 def _is_begun(partial: Path) -> bool:
@@ -204,25 +200,6 @@ def _is_whole(path: Path, notes: object) -> bool:
     if not isinstance(notes, dict) or not notes.keys() >= {"bytes", "layer", "unfitted"}:
         return False
     return path.is_file() and path.stat().st_size == notes["bytes"]
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Only what an earlier run made may be replaced, or nothing."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if _is_own_model(folder):
-        return
-    raise QuantizeError(
-        f"{folder} exists and is no model that fiddler quantised", hint="choose another -o"
-    )
-
-
-def _is_own_model(folder: Path) -> bool:
-    try:
-        scheme = quantization_of(read_json_object(folder / "config.json"))
-    except CheckpointError:
-        return False
-    return scheme.get("quant_method") == QUANT_METHOD
 
 
 def _copy_small_files(source: Path, target: Path) -> None:

@@ -202,6 +202,43 @@ def test_what_fiddler_did_not_quantise_is_never_replaced(
         run(output=tmp_path / "other", resume=True)
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_link_stays_and_the_model_goes_where_it_points(
+    run: Quantize, tmp_path: Path, is_there: bool
+) -> None:
+    wanted = contents(run("w4g32", output=tmp_path / "whole").folder)
+    real, link = tmp_path / "disk" / "model", tmp_path / "link"
+    link.symlink_to(real)
+    if is_there:
+        run("w8g64", output=real)
+    with pytest.raises(Stop):
+        run("w4g32", output=link, on_progress=stop_at(20))
+    assert run("w4g32", output=link, resume=True).folder == real
+    assert link.readlink() == real and contents(link) == wanted
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "disk", "link"}
+    assert [path.name for path in real.parent.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_renamed_is_refused_before(
+    run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link to itself, a disk, or a folder that is mounted from another one of the same disk."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(QuantizeError, match="loop is a link that ends nowhere"):
+        run(output=tmp_path / "loop")
+    with pytest.raises(QuantizeError, match="/ is a mount point"):
+        run(output=Path("/"))
+    mounted = tmp_path / "my models"
+    mounted.mkdir()
+    (tmp_path / "mounts").write_text(f"9 1 8:1 /a {tmp_path}/my\\040models rw - ext4 /dev/x rw\n")
+    monkeypatch.setattr("fiddler.quantize.place.MOUNTS", tmp_path / "mounts")
+    with pytest.raises(QuantizeError, match="my models is a mount point") as caught:
+        run(output=mounted)
+    assert f"-o {mounted / 'model'}" in caught.value.hint
+    assert not list(tmp_path.glob("*.partial"))
+    assert run(output=mounted / "model").num_experts == 24
+
+
 def test_an_end_between_two_names_is_gone_on_with(
     run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
