@@ -67,6 +67,11 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
         windows, text_sha256 = _windows(job, config)
         made_of = identity(job, checkpoint.paths, text_sha256)
         target = Target.open(job.output, made_of, resume=job.resume)
+        num_tokens = 0 if windows is None else windows.numel()
+        if target.has_name:
+            planned = _as_chosen(planned, job, target)
+            target.clean_up()
+            return _made(job, planned, target, plan_shards(planned, job.kind), num_tokens)
         target.check_space(shards)
         with target.writing(shards):
             target.begin()
@@ -82,7 +87,7 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
         layers = Layers(planned, source, job.kind, job.method, calibration, count)
         with target.writing(shards):
             layers.run(shards, target)
-            made = _made(job, planned, target, shards, 0 if windows is None else windows.numel())
+            made = _made(job, planned, target, shards, num_tokens)
             outliers = layers.outliers if job.outliers else None
             record = _record(job, made, text_sha256)
             scheme = quantization_config(job.kind, record, outliers, planned.mixed)
@@ -118,6 +123,12 @@ def _with_kinds(
         calibration = Calibration(source, config, some_windows(windows))
         losses = measure_losses(config, source, kinds, calibration, count)
         target.choose([kind.name for kind in choose_kinds(config, kinds, losses, job.sensitivity)])
+    return _as_chosen(config, job, target)
+
+
+def _as_chosen(config: ModelConfig, job: QuantizeJob, target: Target) -> ModelConfig:
+    if target.chosen is None:
+        return config
     mixed = tuple(map(parse_kind, target.chosen))
     return replace(config, packed=job.kind, mixed=mixed)
 

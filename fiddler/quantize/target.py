@@ -46,6 +46,7 @@ class Target:
     job: dict[str, Any]
     finished: dict[str, Notes]
     chosen: Any = None
+    has_name: bool = False  # an earlier run was interrupted after the folder had taken its name
 
     @classmethod
     def open(cls, folder: Path, job: dict[str, Any], *, resume: bool) -> "Target":
@@ -58,6 +59,8 @@ class Target:
         partial = beside(folder, "partial")
         for made in (folder, beside(folder, "replaced")):
             check_replaceable(made)
+        if resume and (whole := _of_whole(folder, job)) is not None:
+            return cls(folder, partial, job, whole["finished"], whole["chosen"], has_name=True)
         journal = _journal(partial, job, resume=resume) if _is_begun(partial) else {}
         return cls(folder, partial, job, _finished(partial, journal), journal.get("chosen"))
 
@@ -121,15 +124,20 @@ class Target:
         _copy_small_files(source, self.partial)
         _write_json(self.partial / INDEX, index)
         _write_json(self.partial / "config.json", config)
-        old = beside(self.folder, "replaced")
-        is_replaced = self.folder.exists()
-        if is_replaced:
-            if old.exists():  # an earlier run ended before it was removed
-                remove_model(old)
-            self.folder.rename(old)
+        if self.folder.exists():
+            self._remove_old()  # which an earlier run may have left
+            self.folder.rename(beside(self.folder, "replaced"))
         self.partial.rename(self.folder)
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """Remove the old folder, then the journal: while it is there, --resume comes back here."""
+        self._remove_old()
         (self.folder / JOURNAL).unlink()
-        if is_replaced:
+
+    def _remove_old(self) -> None:
+        old = beside(self.folder, "replaced")
+        if old.exists():
             remove_model(old)
 
     def _again(self) -> str:
@@ -188,6 +196,17 @@ def _journal(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, A
             hint="add --resume to go on with it, or remove it",
         )
     return journal
+
+
+def _of_whole(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    """The journal of this job in a folder that has its name and all that the journal says."""
+    if not (folder / JOURNAL).exists():
+        return None
+    try:
+        journal = _journal(folder, job, resume=True)
+    except QuantizeError:  # of another job: the folder is an old model like others
+        return None
+    return journal if _finished(folder, journal) == journal["finished"] else None
 
 
 def _finished(partial: Path, journal: dict[str, Any]) -> dict[str, Notes]:

@@ -1,8 +1,11 @@
 """Whole runs on a tiny model: what lies in the folder, interruptions, and everything refused."""
 
 import errno
+import itertools
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,26 +242,75 @@ def test_what_cannot_be_renamed_is_refused_before(
     assert run(output=mounted / "model").num_experts == 24
 
 
-def test_an_end_between_two_names_is_gone_on_with(
+def dies_at(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Instead of the folder or file that is renamed or removed as the ``number``-th, a stop."""
+    calls = itertools.count(1)
+
+    def dying(act: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == number:
+                raise Stop
+            return act(*arguments, **options)
+
+        return counted
+
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+        patch.setattr(owner, name, dying(getattr(owner, name)))
+
+
+def test_an_end_anywhere_in_the_exchange_is_gone_on_with(
     run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("w8g64")
-    rename = Path.rename
+    """No expert is made twice; once the folder has its name, none is looked at either."""
+    folder = tmp_path / "in"
+    wanted = contents(run("w4g32", output=folder / "out").folder)
+    for number in itertools.count(1):
+        run("w8g64", output=folder / "out")
+        with monkeypatch.context() as patch:
+            dies_at(patch, number)
+            try:
+                run("w4g32", output=folder / "out")
+                break
+            except Stop:
+                pass
+        has_name = not (folder / "out.partial").exists()
+        assert has_name == (number > 2)
+        seen: list[Any] = []
+        options = {"output": folder / "out", "resume": True}
+        with monkeypatch.context() as patch:
+            patch.setattr("fiddler.quantize.layers.write_shard", lambda *_: pytest.fail("again"))
+            made = run("w4g32", **options, on_progress=lambda *told, to=seen: to.append(told))
+        assert contents(made.folder) == wanted and made.num_experts == 24
+        assert bool(seen) != has_name
+        assert [path.name for path in folder.iterdir()] == ["out"]
+    assert number > 5
 
-    def dies(path: Path, target: Path) -> Path:
-        if path.name == "out.partial":
-            raise Stop
-        return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", dies)
-    with pytest.raises(Stop):
-        run("w4g32")
-    monkeypatch.undo()
-    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out.replaced"}
-    monkeypatch.setattr("fiddler.quantize.calibration.WINDOW", 32)
-    assert "w4g32" in (run("w4g32", resume=True).folder / "config.json").read_text()
-    run("w8g64")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_a_run_that_was_as_good_as_done_tells_the_same(
+    run: Quantize, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"kind": "w4g32", "calibration": text, "sensitivity": 0.37}
+    wanted = run(**options)
+    shutil.rmtree(wanted.folder)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        dies_at(patch, 2)  # the first rename is the folder's
+        run(**options)
+    assert run(**options, resume=True, on_progress=stop_at(1)) == wanted
+
+
+def test_another_jobs_journal_or_a_cut_file_is_not_taken_for_a_whole_model(
+    run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("w4g32", "w8g64"):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            dies_at(patch, 2)
+            run("w4g32")
+        victim = sorted((tmp_path / "out").glob("*.safetensors"))[1]
+        os.truncate(victim, 100)
+        assert run(kind, resume=True).num_experts == 24
+        assert kind in (tmp_path / "out" / "config.json").read_text()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_folder_of_the_users_beside_it_is_not_touched(run: Quantize, tmp_path: Path) -> None:
