@@ -21,6 +21,7 @@ from fiddler.quantize.expert import least_tokens
 from fiddler.quantize.job import QuantizeJob, checked, identity
 from fiddler.quantize.layers import Layers
 from fiddler.quantize.measure import measure_losses, some_windows
+from fiddler.quantize.outlier_size import outlier_note, with_outliers
 from fiddler.quantize.plan import Shard, plan_shards
 from fiddler.quantize.sensitivity import choose_kinds, ladder
 from fiddler.quantize.target import Target
@@ -58,9 +59,13 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     numbers, and what reading a model and a text raise. ``on_progress`` counts experts.
     """
     raw, config = checked(job)
-    if note := rounding_note(config, job.kind.name):
-        _log.warning("%s", note)
-    planned = _with_outliers(config, job)
+    for note in (
+        rounding_note(config, job.kind.name),
+        outlier_note(config, job.kind, job.outliers),
+    ):
+        if note:
+            _log.warning("%s", note)
+    planned = with_outliers(config, job.kind, job.outliers)
     shards = plan_shards(planned, job.kind)
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
         checkpoint.check(config)
@@ -93,16 +98,6 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
             scheme = quantization_config(job.kind, record, outliers, planned.mixed)
             target.complete(job.source, shards, _config_json(raw, scheme))
     return made
-
-
-def _with_outliers(config: ModelConfig, job: QuantizeJob) -> ModelConfig:
-    """The model that will be, as far as sizes go: which inputs are outliers a text will tell."""
-    if not job.outliers:
-        return config
-    some = tuple(range(job.outliers))
-    layers = range(config.num_layers)
-    outliers = tuple(some if config.is_moe_layer(layer) else () for layer in layers)
-    return replace(config, packed=job.kind, outliers=outliers)
 
 
 def _with_kinds(
