@@ -106,6 +106,8 @@ def prepare_reference(
     chosen = reference_options(options, against)
     settings = EngineConfig(**chosen)
     files = find_model(EngineConfig(**options), on_progress)
+    if against in DTYPE_NAMES:
+        _check_unrounded(files)
     other = find_model(settings, on_progress)
     ids, other_ids = (_tokenizer(f).encode(text) for f in (files, other))
     if ids != other_ids or files.config.vocab_size != other.config.vocab_size:
@@ -118,6 +120,17 @@ def prepare_reference(
     stored, packed = other.config.dtype, other.config.packed_name
     dtypes = resolve_dtypes(settings.dtype, stored, has_gpu=has_gpu, packed=packed)
     return Reference(options=chosen, vocab_size=other.config.vocab_size, dtype=dtypes.compute)
+
+
+def _check_unrounded(files: ModelFiles) -> None:
+    """A type's name means other weights only where none were rounded when they were stored."""
+    packed, mixed = files.config.packed, files.config.mixed
+    if packed is not None and not all(kind.is_lossless for kind in mixed or (packed,)):
+        raise ConfigError(
+            f"the experts of {files.name} are stored as {files.config.packed_name}, so the model "
+            "would be compared with itself",
+            hint="name the model that it was made from: --against MODEL",
+        )
 
 
 def _tokenizer(files: ModelFiles) -> Tokenizer:

@@ -58,6 +58,11 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(self._files)
+
     def close(self) -> None:
         """Let go of the files; mapped memory goes back when the last view does."""
         self._maps.clear()

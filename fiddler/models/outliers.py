@@ -14,7 +14,7 @@ def padded_size(size: int, count: int, group: int) -> int:
     """Columns for ``size`` inputs, of which ``count`` are outliers; ``size`` if none is."""
     if not count:
         return size
-    return _whole(size - count, group) + 2 * _whole(count, group)
+    return whole_groups(size - count, group) + 2 * whole_groups(count, group)
 
 
 def places(size: int, outliers: Sequence[int], group: int) -> list[int]:
@@ -26,9 +26,10 @@ def places(size: int, outliers: Sequence[int], group: int) -> list[int]:
     for run in runs:
         found += run
         if chosen:
-            found += [-1] * (_whole(len(run), group) - len(run))
+            found += [-1] * (whole_groups(len(run), group) - len(run))
     return found
 
 
-def _whole(size: int, group: int) -> int:
+def whole_groups(size: int, group: int) -> int:
+    """``size`` columns padded to groups."""
     return -(-size // group) * group

@@ -6,6 +6,7 @@ from typing import Any
 from cpu_kernels.weight_kind import PACKED_KINDS, ROUNDED_KINDS, WeightKind
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.models.config import ModelConfig
+from fiddler.models.fields import bad_value, integer
 from fiddler.models.foreign.scheme import foreign_layout
 
 QUANT_METHOD = "fiddler"
@@ -18,7 +19,11 @@ def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     scheme = raw.get("quantization_config")
     if scheme is None:
         return {}
-    return scheme if isinstance(scheme, dict) else {"quant_method": scheme}
+    if isinstance(scheme, str):
+        return {"quant_method": scheme}
+    if not isinstance(scheme, dict):
+        raise bad_value("quantization_config", scheme, "an object")
+    return scheme
 
 
 def quantised_experts(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def _own_experts(scheme: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str,
     experts = scheme.get("experts")
     experts = experts if isinstance(experts, dict) else {}
     if "kinds" not in experts:
-        return {"packed": _kind(experts.get("kind")), "outliers": _outliers(scheme, raw)}
+        return {"packed": _kind(experts.get("kind")), "outliers": _outliers(experts, raw)}
     names = experts["kinds"]
     if not isinstance(names, list) or len(names) != raw.get("num_hidden_layers"):
         raise CheckpointError("the config.json does not name the kind of each layer's experts")
@@ -61,17 +66,25 @@ def _kind(name: object) -> WeightKind:
     return found
 
 
-def _outliers(scheme: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+def _outliers(experts: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     """Of each layer, as many of all that have experts; () if no columns are kept in 8 bits."""
-    layers = scheme["experts"].get("outliers")
+    layers = experts.get("outliers")
     if layers is None:
         return ()
-    sizes = set(map(len, layers)) - {0} if isinstance(layers, list) else set()
-    hidden = range(int(raw.get("hidden_size", 0)))
+    if not isinstance(layers, list) or not all(isinstance(layer, list) for layer in layers):
+        raise bad_value("experts.outliers", layers, "a list of inputs for each layer")
+    hidden = range(integer(raw, "hidden_size"))
+    sizes = set(map(len, layers)) - {0}
     is_right = len(layers) == raw.get("num_hidden_layers") and len(sizes) == 1
-    if not is_right or any(i not in hidden for layer in layers for i in layer):
+    if not is_right or not all(_are_inputs(layer, hidden) for layer in layers):
         raise CheckpointError("the config.json names outliers that the model's layers do not have")
     return tuple(tuple(layer) for layer in layers)
+
+
+def _are_inputs(layer: list[Any], hidden: range) -> bool:
+    """Whole numbers of inputs, each once."""
+    are_known = all(type(i) is int and i in hidden for i in layer)
+    return are_known and len(set(layer)) == len(layer)
 
 
 def check_groups(config: ModelConfig, kind: WeightKind, option: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fiddler.models.json_file import read_json
 from fiddler.models.quantized import VERSION, check_groups, quantization_of
 from fiddler.models.registry import load_config
 from fiddler.quantize.expert import Method
+from fiddler.quantize.fingerprint import fingerprint
 from fiddler.quantize.sensitivity import share_of
 
 
@@ -109,14 +111,16 @@ def _check_sensitivity(job: QuantizeJob, config: ModelConfig) -> None:
         )
 
 
-def identity(job: QuantizeJob, text_sha256: str | None) -> dict[str, Any]:
-    """What an interrupted run and the one that goes on with it must have in common."""
+def identity(job: QuantizeJob, weights: Iterable[Path], text_sha256: str | None) -> dict[str, Any]:
+    """What an interrupted run and the one that goes on with it must have in common.
+
+    ``weights`` are the source's files: of two models that were made from one, sizes are equal.
+    """
     config = (job.source / "config.json").read_bytes()
-    weights = sorted(job.source.glob("*.safetensors"))
     return {
         "model": {
             "config.json": hashlib.sha256(config).hexdigest(),
-            **{path.name: path.stat().st_size for path in weights},
+            **{path.name: fingerprint(path) for path in sorted(weights)},
         },
         "scheme": job.kind.name,
         "method": job.method,

@@ -21,6 +21,7 @@ from fiddler.quantize.expert import least_tokens
 from fiddler.quantize.job import QuantizeJob, checked, identity
 from fiddler.quantize.layers import Layers
 from fiddler.quantize.measure import measure_losses, some_windows
+from fiddler.quantize.outlier_size import outlier_note, with_outliers
 from fiddler.quantize.plan import Shard, plan_shards
 from fiddler.quantize.sensitivity import choose_kinds, ladder
 from fiddler.quantize.target import Target
@@ -58,15 +59,27 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     numbers, and what reading a model and a text raise. ``on_progress`` counts experts.
     """
     raw, config = checked(job)
-    if note := rounding_note(config, job.kind.name):
-        _log.warning("%s", note)
-    planned = _with_outliers(config, job)
+    for note in (
+        rounding_note(config, job.kind.name),
+        outlier_note(config, job.kind, job.outliers),
+    ):
+        if note:
+            _log.warning("%s", note)
+    planned = with_outliers(config, job.kind, job.outliers)
     shards = plan_shards(planned, job.kind)
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
         checkpoint.check(config)
         windows, text_sha256 = _windows(job, config)
-        target = Target.open(job.output, identity(job, text_sha256), resume=job.resume)
+        made_of = identity(job, checkpoint.paths, text_sha256)
+        target = Target.open(job.output, made_of, resume=job.resume)
+        num_tokens = 0 if windows is None else windows.numel()
+        if target.has_name:
+            planned = _as_chosen(planned, job, target)
+            target.clean_up()
+            return _made(job, planned, target, plan_shards(planned, job.kind), num_tokens)
         target.check_space(shards)
+        with target.writing(shards):
+            target.begin()
         source = CheckpointSource(checkpoint)
         if job.sensitivity is not None and windows is not None:
             with target.writing(shards):
@@ -79,22 +92,12 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
         layers = Layers(planned, source, job.kind, job.method, calibration, count)
         with target.writing(shards):
             layers.run(shards, target)
-            made = _made(job, planned, target, shards, 0 if windows is None else windows.numel())
+            made = _made(job, planned, target, shards, num_tokens)
             outliers = layers.outliers if job.outliers else None
             record = _record(job, made, text_sha256)
             scheme = quantization_config(job.kind, record, outliers, planned.mixed)
             target.complete(job.source, shards, _config_json(raw, scheme))
     return made
-
-
-def _with_outliers(config: ModelConfig, job: QuantizeJob) -> ModelConfig:
-    """The model that will be, as far as sizes go: which inputs are outliers a text will tell."""
-    if not job.outliers:
-        return config
-    some = tuple(range(job.outliers))
-    layers = range(config.num_layers)
-    outliers = tuple(some if config.is_moe_layer(layer) else () for layer in layers)
-    return replace(config, packed=job.kind, outliers=outliers)
 
 
 def _with_kinds(
@@ -115,6 +118,12 @@ def _with_kinds(
         calibration = Calibration(source, config, some_windows(windows))
         losses = measure_losses(config, source, kinds, calibration, count)
         target.choose([kind.name for kind in choose_kinds(config, kinds, losses, job.sensitivity)])
+    return _as_chosen(config, job, target)
+
+
+def _as_chosen(config: ModelConfig, job: QuantizeJob, target: Target) -> ModelConfig:
+    if target.chosen is None:
+        return config
     mixed = tuple(map(parse_kind, target.chosen))
     return replace(config, packed=job.kind, mixed=mixed)
 

@@ -19,12 +19,13 @@ from typing import Any
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.hub.cache import free_bytes, gigabytes
 from fiddler.models.checkpoint import INDEX
-from fiddler.models.quantized import QUANT_METHOD, quantization_of
+from fiddler.quantize.place import beside, check_replaceable, place_of, remove_model
 from fiddler.quantize.plan import Shard
 from fiddler.text.model_files import read_json_object
 
 JOURNAL = "quantize.json"
 SMALL_BYTES = 64 << 20  # for the copied files and headers
+BLOCK = 512  # bytes: the unit of st_blocks, whatever the disk's own
 COPIED = (
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("*.jinja", "additional_chat_templates", "generation_config.json", "LICENSE*"),
@@ -45,49 +46,64 @@ class Target:
     job: dict[str, Any]
     finished: dict[str, Notes]
     chosen: Any = None
+    has_name: bool = False  # an earlier run was interrupted after the folder had taken its name
 
     @classmethod
     def open(cls, folder: Path, job: dict[str, Any], *, resume: bool) -> "Target":
-        """Begin, or go on where an interrupted run of the same job stopped.
+        """A new one, or that of an interrupted run of the same job; nothing is written yet.
 
         :class:`QuantizeError` if there is something that must not be replaced, another job's part,
         or this one's and ``resume`` was not asked for.
         """
-        folder = folder.absolute()
-        partial = _beside(folder, "partial")
-        for made in (folder, _beside(folder, "replaced")):
-            _check_replaceable(made)
-        if partial.exists() and not (partial / JOURNAL).exists():
-            raise QuantizeError(f"{partial} is in the way", hint="remove it, or choose another -o")
-        journal = _journal(partial, job, resume=resume) if partial.exists() else {}
-        target = cls(folder, partial, job, _finished(partial, journal), journal.get("chosen"))
-        partial.mkdir(parents=True, exist_ok=True)
-        target._write_journal()
-        return target
+        folder = place_of(folder)
+        partial = beside(folder, "partial")
+        for made in (folder, beside(folder, "replaced")):
+            check_replaceable(made)
+        if resume and (whole := _of_whole(folder, job)) is not None:
+            return cls(folder, partial, job, whole["finished"], whole["chosen"], has_name=True)
+        journal = _journal(partial, job, resume=resume) if _is_begun(partial) else {}
+        return cls(folder, partial, job, _finished(partial, journal), journal.get("chosen"))
+
+    def begin(self) -> None:
+        """Make the folder, with a journal; where that fails nothing is left of a new one."""
+        is_new = not self.partial.exists()
+        self.partial.mkdir(parents=True, exist_ok=True)
+        try:
+            self._write_journal()
+        except OSError:
+            if is_new:
+                shutil.rmtree(self.partial)
+            raise
 
     def check_space(self, shards: Sequence[Shard]) -> None:
         """Raise :class:`QuantizeError` if what is still missing does not fit on the disk."""
-        missing = self._missing(shards) + SMALL_BYTES
-        free = free_bytes(self.partial)
-        if missing > free:
+        needed, free = self._needed(shards), free_bytes(self.partial)
+        if needed > free:
             raise QuantizeError(
-                f"{self.folder} needs {gigabytes(missing)} more on the disk, which has"
+                f"{self.folder} needs {gigabytes(needed)} more on the disk, which has"
                 f" {gigabytes(free)} free",
-                hint=f"free {gigabytes(missing - free)}, or choose another -o",
+                hint=f"free {gigabytes(needed - free)}{self._again()}, or choose another -o",
             )
 
     @contextmanager
     def writing(self, shards: Sequence[Shard]) -> Iterator[None]:
-        """Turn a disk that is full into a sentence."""
+        """Turn a disk that is full, or takes no large files, into a sentence."""
         try:
             yield
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                largest = gigabytes(max(shard.nbytes for shard in shards))
+                raise QuantizeError(
+                    f"{self.partial} takes no file of {largest}: its disk or ulimit -f forbids it",
+                    hint=f"raise the limit{self._again()}, or choose an -o elsewhere",
+                ) from error
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            missing = gigabytes(self._missing(shards))
+            # of a disk or a quota that is full, nothing is free that we could count
+            needed = gigabytes(self._needed(shards))
             raise QuantizeError(
-                f"the disk of {self.partial} is full, {missing} are still missing",
-                hint=f"free {missing} and run the same command with --resume",
+                f"the disk of {self.partial} is full, {needed} more are needed",
+                hint=f"free {needed}{self._again()}",
             ) from error
 
     def choose(self, chosen: Any) -> None:
@@ -108,27 +124,51 @@ class Target:
         _copy_small_files(source, self.partial)
         _write_json(self.partial / INDEX, index)
         _write_json(self.partial / "config.json", config)
-        old = _beside(self.folder, "replaced")
-        is_replaced = self.folder.exists()
-        if is_replaced:
-            if old.exists():  # an earlier run ended before it was removed
-                shutil.rmtree(old)
-            self.folder.rename(old)
+        if self.folder.exists():
+            self._remove_old()  # which an earlier run may have left
+            self.folder.rename(beside(self.folder, "replaced"))
         self.partial.rename(self.folder)
-        (self.folder / JOURNAL).unlink()
-        if is_replaced:
-            shutil.rmtree(old)
+        self.clean_up()
 
-    def _missing(self, shards: Sequence[Shard]) -> int:
-        return sum(shard.nbytes for shard in shards if shard.name not in self.finished)
+    def clean_up(self) -> None:
+        """Remove the old folder, then the journal: while it is there, --resume comes back here."""
+        self._remove_old()
+        (self.folder / JOURNAL).unlink()
+
+    def _remove_old(self) -> None:
+        old = beside(self.folder, "replaced")
+        if old.exists():
+            remove_model(old)
+
+    def _again(self) -> str:
+        """What else a hint says where something is kept."""
+        return " and run the same command with --resume" if self.partial.exists() else ""
+
+    def _needed(self, shards: Sequence[Shard]) -> int:
+        """Bytes that must be free to go on; those of files half written come back."""
+        missing = [shard for shard in shards if shard.name not in self.finished]
+        half = sum(_disk_bytes(self.partial / shard.name) for shard in missing)
+        return max(0, sum(shard.nbytes for shard in missing) - half) + SMALL_BYTES
 
     def _write_journal(self) -> None:
         journal = {"job": self.job, "chosen": self.chosen, "finished": self.finished}
         _write_json(self.partial / JOURNAL, journal)
 
 
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f"{folder.name}.{what}")
+def _disk_bytes(path: Path) -> int:
+    """What a file takes on its disk."""
+    return path.stat().st_blocks * BLOCK if path.exists() else 0
+
+
+def _is_begun(partial: Path) -> bool:
+    """Whether an interrupted run left something; :class:`QuantizeError` if it is another's."""
+    if (partial / JOURNAL).exists():
+        return True
+    # a run may end before its first journal is whole
+    is_nothing = partial.is_dir() and {path.name for path in partial.iterdir()} <= {_new(JOURNAL)}
+    if partial.exists() and not is_nothing:
+        raise QuantizeError(f"{partial} is in the way", hint="remove it, or choose another -o")
+    return False
 
 
 def _journal(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, Any]:
@@ -137,7 +177,13 @@ def _journal(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, A
         journal = read_json_object(partial / JOURNAL)
     except CheckpointError:
         journal = {}
-    theirs = journal.get("job", {})
+    for field, kind in (("job", dict), ("finished", dict), ("chosen", list | None)):
+        if not isinstance(journal.get(field), kind):
+            raise QuantizeError(
+                f"{partial / JOURNAL} is damaged: {field!r} is not what fiddler writes there",
+                hint=f"remove {partial}, or choose another -o",
+            )
+    theirs = journal["job"]
     if theirs != job:
         differing = sorted(key for key in {*theirs, *job} if theirs.get(key) != job.get(key))
         raise QuantizeError(
@@ -152,26 +198,27 @@ def _journal(partial: Path, job: dict[str, Any], *, resume: bool) -> dict[str, A
     return journal
 
 
+def _of_whole(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    """The journal of this job in a folder that has its name and all that the journal says."""
+    if not (folder / JOURNAL).exists():
+        return None
+    try:
+        journal = _journal(folder, job, resume=True)
+    except QuantizeError:  # of another job: the folder is an old model like others
+        return None
+    return journal if _finished(folder, journal) == journal["finished"] else None
+
+
 def _finished(partial: Path, journal: dict[str, Any]) -> dict[str, Notes]:
     """Files of an interrupted run that are as its journal says."""
-    return {
-        name: notes
-        for name, notes in journal.get("finished", {}).items()
-        if (partial / name).is_file() and (partial / name).stat().st_size == notes["bytes"]
-    }
+    finished: dict[str, Any] = journal.get("finished", {})
+    return {name: notes for name, notes in finished.items() if _is_whole(partial / name, notes)}
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Only what an earlier run made may be replaced, or nothing."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if folder.is_dir() and (folder / "config.json").is_file():
-        scheme = quantization_of(read_json_object(folder / "config.json"))
-        if scheme.get("quant_method") == QUANT_METHOD:
-            return
-    raise QuantizeError(
-        f"{folder} exists and is no model that fiddler quantised", hint="choose another -o"
-    )
+def _is_whole(path: Path, notes: object) -> bool:
+    if not isinstance(notes, dict) or not notes.keys() >= {"bytes", "layer", "unfitted"}:
+        return False
+    return path.is_file() and path.stat().st_size == notes["bytes"]
 
 
 def _copy_small_files(source: Path, target: Path) -> None:
@@ -187,9 +234,14 @@ def _copy_small_files(source: Path, target: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace the file at once, when the new one is on the disk."""
-    part = path.with_name(f"{path.name}.new")
+    part = path.with_name(_new(path.name))
     with part.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _new(name: str) -> str:
+    """What a file is called until it is whole."""
+    return f"{name}.new"

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from cpu_kernels.weight_kind import parse_kind
 from fiddler.cli import cli
+from fiddler.errors import FiddlerError
 from fiddler.evaluate.preparation import builtin_text, reference_options
+from fiddler.quantize.run import QuantizeJob, quantize
 from tests.tiny_models import make_tiny, shared_tiny
 
 TEXT = "Mira is a baker. She lives in Toll. Who bakes the bread of the town? It is Mira. " * 3
@@ -131,6 +134,29 @@ def test_bad_input_is_one_sentence_before_the_model_loads(
     assert done.exit_code in (1, 2)
     assert sentence in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "w8g64", "bf12"])
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+def test_rounded_experts_have_no_other_type(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: str
+) -> None:
+    """Those in 12 bits have: they are the bfloat16 ones."""
+    source = shared_tiny("qwen3_moe", moe_intermediate_size=64, dtype="bfloat16")
+    folder = tmp_path / "packed"
+    quantize(QuantizeJob(source=source, output=folder, kind=parse_kind(scheme), method="rtn"))
+    monkeypatch.setattr("fiddler.cli.session.open_llm", loads)
+    for against in (dtype, source):
+        done = run(folder, "--text", text, *OPTIONS, "--against", against)
+        if scheme == "bf12" or against == source:
+            assert "would be loaded" in done.stderr
+        else:
+            assert f"stored as {scheme}, so the model would be compared with" in done.stderr
+            assert "hint: name the model that it was made from: --against" in done.stderr
+
+
+def loads(**_: object) -> None:
+    raise FiddlerError("a model would be loaded")
 
 
 def test_unknown_models_and_models_that_do_not_chat(text: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fiddler import SamplingParams
 from fiddler.errors import CheckpointError, ConfigError, NumericsError, QuantizeError
 from fiddler.models.checkpoint import Checkpoint
 from fiddler.models.foreign.source import ForeignSource
-from fiddler.models.registry import load_config
+from fiddler.models.registry import load_config, parse_config
 from fiddler.quantize.run import QuantizeJob, quantize
 from tests.foreign import writers
 from tests.forward import Forward, random_texts, relative_error
@@ -222,6 +222,16 @@ UNKNOWN: dict[str, tuple[Any, str]] = {
     "gguf": ("gguf", "(gguf)"),
     "3 bits": (GPTQ | {"bits": 3}, "(gptq, 3 bits)"),
     "groups of 16": (GPTQ | {"group_size": 16}, "(gptq, groups of 16)"),
+    "list of bits": (GPTQ | {"bits": [4]}, "(gptq, [4] bits)"),
+    "list of methods": ({"quant_method": ["gptq"]}, "(quant_method ['gptq'])"),
+    "list of formats": (
+        group_scheme("pack-quantized", num_bits=4) | {"format": ["x"]},
+        "(compressed-tensors, format ['x'])",
+    ),
+    "sparsity": (
+        group_scheme("pack-quantized", num_bits=4) | {"sparsity_config": "x"},
+        "(compressed-tensors, sparsity_config x)",
+    ),
     "marlin": (GPTQ | {"checkpoint_format": "marlin"}, "(gptq, checkpoint_format marlin)"),
     "gemv": (AWQ | {"version": "gemv"}, "(awq, version gemv)"),
     "fp8 tensors": ({"quant_method": "fp8"}, "(fp8, weight_block_size None)"),
@@ -251,6 +261,34 @@ def test_an_unknown_scheme_is_named(written: Any, tmp_path: Path, name: str) -> 
     (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": scheme}))
     with pytest.raises(CheckpointError, match=re.escape(f"the weights are quantised {said}")):
         load_config(tmp_path)
+
+
+JUNK: list[Any] = [None, True, -128, 4.0, "x", [], [4], [[4]], {}, {"x": [4]}]
+
+
+def with_junk(value: Any, junk: Any) -> Iterator[tuple[str, Any]]:
+    """``value`` with ``junk`` in one place, wherever that may be, and the place's name."""
+    fields = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, old in fields:
+        changed = value.copy()
+        changed[key] = junk
+        yield f".{key}", changed
+        for place, inner in with_junk(old, junk) if isinstance(old, dict | list) else ():
+            changed[key] = inner
+            yield f".{key}{place}", changed
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=repr)
+@pytest.mark.parametrize("case", CASES)
+def test_a_malformed_scheme_is_one_sentence(case: str, junk: Any) -> None:
+    """Or means something; it never ends in an error of Python's."""
+    scheme = CASES[case][0] | {"format": CASES[case][0].get("format"), "sparsity_config": {}}
+    raw = json.loads((tiny("qwen3_moe", case) / "config.json").read_text())
+    for place, changed in with_junk({"quantization_config": scheme}, junk):
+        try:
+            parse_config(raw | changed)
+        except CheckpointError as error:
+            assert "\n" not in str(error), place
 
 
 EXPERT = "model.layers.1.mlp.experts.5.up_proj"

@@ -14,7 +14,7 @@ from cpu_kernels.weight_kind import WeightKind, parse_kind
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.models.config import ModelConfig
 from fiddler.models.outliers import padded_size, places
-from fiddler.models.registry import load_config
+from fiddler.models.registry import load_config, parse_config
 from fiddler.quantize.expert import Method, apply_expert, quantise_expert
 from fiddler.quantize.outliers import largest_inputs
 from fiddler.rounding.matrix import round_matrix
@@ -215,13 +215,32 @@ def test_what_makes_no_sense_is_refused(
         run(**options)
 
 
-def test_wrong_outliers_in_a_config_are_named(run: Quantize, text: Path) -> None:
-    folder = run(calibration=text, outliers=5).folder
-    raw = json.loads((folder / "config.json").read_text())
-    raw["quantization_config"]["experts"]["outliers"][1][0] = 64
-    (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(CheckpointError, match="names outliers that the model's layers do not have"):
-        load_config(folder)
+LAYERS = [[1, 5]] * 3
+
+
+@pytest.mark.parametrize(
+    ("outliers", "said"),
+    [
+        ([1, 2, 3], "experts.outliers = .* not a list of inputs for each layer"),
+        ("abc", "experts.outliers = .* not a list of inputs for each layer"),
+        ([[1.0, 5]] * 3, "names outliers that the model's layers do not have"),
+        ([[True, 5]] * 3, "names outliers that the model's layers do not have"),
+        ([[[1], 5]] * 3, "names outliers that the model's layers do not have"),
+        ([[5, 5]] * 3, "names outliers that the model's layers do not have"),
+        ([[1, 64], *LAYERS[1:]], "names outliers that the model's layers do not have"),
+        ([[1], *LAYERS[1:]], "names outliers that the model's layers do not have"),
+        (LAYERS[1:], "names outliers that the model's layers do not have"),
+        ([], "names outliers that the model's layers do not have"),
+    ],
+)
+def test_wrong_outliers_in_a_config_are_named(tiny: Path, outliers: Any, said: str) -> None:
+    raw = json.loads((tiny / "config.json").read_text())
+    experts = {"kind": "w4g32", "outliers": outliers}
+    scheme = {"quant_method": "fiddler", "version": 1, "experts": experts}
+    right = scheme | {"experts": experts | {"outliers": LAYERS}}
+    parse_config(raw | {"quantization_config": right})
+    with pytest.raises(CheckpointError, match=said):
+        parse_config(raw | {"quantization_config": scheme})
 
 
 def test_eight_bits_alone_are_as_exact_as_they_should_be() -> None:

@@ -167,6 +167,7 @@ def test_bytes_that_are_not_the_experts_are_refused(
         ({"quant_method": "fiddler", "version": 2}, "in version 2 of fiddler's layout"),
         ({"quant_method": "fiddler", "version": 1}, "names no known kind .*: None"),
         ({"quant_method": "fiddler", "version": 1, "experts": {"kind": "bf16"}}, "'bf16'"),
+        ([1], r"quantization_config = \[1\], which is not an object"),
     ],
 )
 def test_what_this_release_cannot_read_is_named(

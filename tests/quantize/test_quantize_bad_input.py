@@ -4,7 +4,9 @@ One run replaces an earlier model in ``out``; each test lets it fail in another 
 """
 
 import errno
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from fiddler.cli import cli
-from fiddler.errors import FiddlerError
+from fiddler.errors import FiddlerError, QuantizeError
 from fiddler.quantize.target import JOURNAL
 from tests.quantize.conftest import Quantize
 from tests.quantize.test_run import EXPERT, Stop, changed, contents, stop_at
@@ -102,8 +104,100 @@ def test_a_disk_that_is_full(
 
     with monkeypatch.context() as patch, kept(old):
         patch.setattr(writing.os, "fsync", full)
-        refused(run, r"the disk of .* is full, 0\.\d+ MB are still missing", kind="w4g32")
+        refused(run, r"the disk of .* is full, \d+\.\d+ MB more are needed", kind="w4g32")
     assert contents(run("w4g32", resume=True).folder) == wanted
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_on_which_nothing_can_be_begun(
+    run: Quantize, tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Not even a journal: a new run leaves nothing, one that goes on leaves what there was."""
+    import fiddler.quantize.target as target
+
+    def full(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def refuses(**options: Any) -> None:
+        with monkeypatch.context() as patch, kept(old):
+            patch.setattr(target.os, "fsync", full)
+            refused(run, r"out\.partial (is full|takes no file of)", kind="w4g32", **options)
+
+    refuses()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(Stop):
+        run("w4g32", on_progress=stop_at(20))
+    refuses(resume=True)
+    assert run("w4g32", resume=True).num_experts == 24
+
+
+def test_a_limit_of_file_sizes(tiny: Path, tmp_path: Path) -> None:
+    """Such as some disks have too."""
+    arguments = ["quantize", str(tiny), "--scheme", "w4g32", "-o", str(tmp_path / "out")]
+    limited = 'ulimit -f 64 && exec "$0" -m fiddler "$@"'
+    done = subprocess.run(
+        ["bash", "-c", limited, sys.executable, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "out.partial takes no file of " in done.stderr
+    assert "raise the limit and run the same command with --resume" in done.stderr
+    again = CliRunner().invoke(cli, [*arguments, "--resume"])
+    assert again.exit_code == 0, again.output
+
+
+JUNK: list[Any] = [None, True, 4, "x", [], [4], {"x": 4}]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=repr)
+def test_a_journal_that_was_damaged(run: Quantize, tmp_path: Path, junk: Any) -> None:
+    """What is no journal is named; what is said of a file in another way is not believed."""
+    with pytest.raises(Stop):
+        run("w4g32", on_progress=stop_at(20))
+    journal = tmp_path / "out.partial" / JOURNAL
+    whole = json.loads(journal.read_text())
+    for field in ("job", "finished"):
+        if not isinstance(junk, dict):
+            journal.write_text(json.dumps(whole | {field: junk}))
+            refused(run, f"{JOURNAL} is damaged: '{field}'", kind="w4g32", resume=True)
+    journal.write_text(json.dumps(junk))
+    refused(run, f"{JOURNAL} is damaged", kind="w4g32", resume=True)
+    journal.write_text(json.dumps(whole | {"finished": dict.fromkeys(whole["finished"], junk)}))
+    assert run("w4g32", resume=True).num_experts == 24
+
+
+@pytest.mark.parametrize("left", [[], [f"{JOURNAL}.new"]])
+def test_a_run_that_ended_before_its_journal_is_in_nobodys_way(
+    run: Quantize, tmp_path: Path, left: list[str]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).write_text("{")
+    assert run("w4g32").num_experts == 24
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_full_disk_asks_for_is_what_going_on_takes(
+    run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 10 KB; what a half-written file takes comes back when it is written anew."""
+    import fiddler.quantize.layers as layers
+
+    write = layers.write_shard
+
+    def full(path: Path, *rest: Any) -> None:
+        write(path, *rest)
+        if "00003" in path.name:
+            os.truncate(path, path.stat().st_size // 2)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(QuantizeError) as caught:
+        patch.setattr(layers, "write_shard", full)
+        run("w4g32")
+    (asked,) = re.findall(r"^free (\d+\.\d+) MB and run the same command", caught.value.hint)
+    enough = int(float(asked) * 1e6) + 10_000
+    monkeypatch.setattr("fiddler.quantize.target.free_bytes", lambda folder: enough - 20_000)
+    refused(run, "more on the disk", kind="w4g32", resume=True)
+    monkeypatch.setattr("fiddler.quantize.target.free_bytes", lambda folder: enough)
+    assert run("w4g32", resume=True).num_experts == 24
 
 
 STOP_AFTER_TWO = """

@@ -21,14 +21,16 @@ READABLE = (
     "or the plain weights"
 )
 WHOLE_ROW = (-1, 0, None)  # how group sizes say that a row has one scale
-LEAST_GROUP, BLOCK = 32, 128
+SMALL_GROUPS, BLOCK = (32, 64), 128
 
 
 def foreign_layout(scheme: Scheme) -> Layout:
     """The layout that a ``quantization_config`` asks for; CheckpointError if it is not known."""
     method = scheme.get("quant_method")
+    if method is not None and not isinstance(method, str):
+        raise unreadable(f"quant_method {method}")
     if method not in PARSERS:
-        raise unreadable(str(method or "unnamed scheme"))
+        raise unreadable(method or "unnamed scheme")
     return PARSERS[method](scheme)
 
 
@@ -80,18 +82,27 @@ def _compressed_tensors(scheme: Scheme) -> Layout:
     """One scheme for all matrices, whatever their groups are called; which ones, the files say."""
     groups = scheme.get("config_groups")
     found = [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    weights = [g.get("weights") for g in found]
-    formats = {g.get("format") or scheme.get("format") for g in found}
-    if not weights or any(w != weights[0] for w in weights) or len(formats) != 1:
+    if not found:
+        raise unreadable(f"compressed-tensors, config_groups {groups}")
+    weights, form = found[0].get("weights"), _format(found[0], scheme)
+    if any(g.get("weights") != weights or _format(g, scheme) != form for g in found):
         raise unreadable("compressed-tensors, several schemes in one model")
-    name = f"compressed-tensors, {formats.pop()}"
+    if not isinstance(form, str):
+        raise unreadable(f"compressed-tensors, format {form}")
+    name = f"compressed-tensors, {form}"
     sparsity = scheme.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        raise unreadable(f"compressed-tensors, {sparsity['format']}")
-    form = name.rpartition(" ")[2]
-    if form not in FORMATS or not isinstance(weights[0], dict):
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        raise unreadable(f"compressed-tensors, sparsity_config {sparsity}")
+    if form not in FORMATS:
         raise unreadable(name)
-    return FORMATS[form](weights[0], name)
+    if not isinstance(weights, dict):
+        raise unreadable(f"{name}, weights {weights}")
+    return FORMATS[form](weights, name)
+
+
+def _format(group: Scheme, scheme: Scheme) -> object:
+    """A group's own, or that of all."""
+    return group.get("format") or scheme.get("format")
 
 
 def _packed(weights: Scheme, name: str) -> Layout:
@@ -122,9 +133,8 @@ def _mxfp4_packed(weights: Scheme, name: str) -> Layout:
 
 
 def _bits(bits: object, name: str) -> int:
-    if bits not in CODES:
+    if not isinstance(bits, int) or bits not in CODES:
         raise unreadable(f"{name}, {bits} bits")
-    assert isinstance(bits, int)
     return bits
 
 
@@ -132,11 +142,9 @@ def _group(group: object, name: str) -> int:
     """Columns that share a scale, 0 for all; the kernels' groups must divide them."""
     if group in WHOLE_ROW:
         return 0
-    is_known = isinstance(group, int) and (group in (32, 64) or group % BLOCK == 0)
-    if not is_known:
-        raise unreadable(f"{name}, groups of {group}")
-    assert isinstance(group, int)
-    return group
+    if isinstance(group, int) and (group in SMALL_GROUPS or (group > 0 and group % BLOCK == 0)):
+        return group
+    raise unreadable(f"{name}, groups of {group}")
 
 
 def _block(block: object, name: str) -> tuple[int, int]:
