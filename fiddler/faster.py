@@ -74,9 +74,9 @@ def ways_to_go_faster(made: Planned) -> list[Faster]:
 
 
 def cheapest(ways: Iterable[Faster]) -> list[Faster]:
-    """Of ``ways``, the cheapest first, MOST_SHOWN that gain LEAST_GAIN and add to those before them.
+    """Of ``ways``, the cheapest first, those that gain LEAST_GAIN and add to those before them.
 
-    First one of each kind; where that leaves room, more of a kind that gain more.
+    MOST_SHOWN of them: first one of each kind, and where that leaves room others that gain more.
     """
     worth = [way for way in ways if way.gain >= LEAST_GAIN]
     kept: list[Faster] = []
