@@ -26,13 +26,6 @@ def needs_of(
         max_model_len=settings.max_model_len,
         graph_rows=largest_bucket(settings.num_seqs) if hardware.has_gpu else 0,
     )
-    if (settings.max_num_seqs or 1) > 1:
-
-        def for_batch(batch: int) -> Footprint:
-            fewer = replace(settings, max_num_seqs=batch)
-            return needs_of(fewer, model, hardware, dtypes, tokens)
-
-        sizes = replace(sizes, for_batch=for_batch)
     if not hardware.has_gpu:
         return sizes
     num_threads = settings.cpu_threads or hardware.physical_cores

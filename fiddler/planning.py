@@ -68,6 +68,11 @@ class Question:
     popularity_name: str
     needs: Callable[[int], Footprint]
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether several requests at once were asked for."""
+        return (self.settings.max_num_seqs or 1) > 1
+
     def with_policy(self, policy: str) -> Self:
         """The same with that placement policy."""
         return replace(self, settings=replace(self.settings, placement_policy=policy))
@@ -105,7 +110,12 @@ class Question:
             spares_per_layer=int(settings.placement_policy == "adaptive"),
             staging_slots=sizes.slots,
             kv_divisor=sizes.kv_divisor,
+            for_batch=partial(self._for_batch, sizes.step_tokens) if self.is_batch else None,
         )
+
+    def _for_batch(self, step_tokens: int, batch: int) -> Footprint:
+        settings = replace(self.settings, max_num_seqs=batch)
+        return needs_of(settings, self.model, self.hardware, self.dtypes, step_tokens)
 
 
 def plan_model(
@@ -225,8 +235,8 @@ def candidates(question: Question) -> list[Sizes]:
     steps = GPU_STEP_TOKENS if asked is None else (asked,)
     choices = slot_choices(model.num_experts, question.needs(steps[0]).expert_bytes)
     slots = (None,) if settings.placement is not None else choices[::-1]
-    is_batch = settings.max_model_len is not None and (settings.max_num_seqs or 1) > 1
-    divisors = KV_CHOICES if is_batch else (KV_DIVISOR,)
+    chooses_kv = question.is_batch and settings.max_model_len is not None
+    divisors = KV_CHOICES if chooses_kv else (KV_DIVISOR,)
     return [Sizes(*chosen) for chosen in product(steps, slots, divisors)]
 
 

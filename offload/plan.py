@@ -33,8 +33,7 @@ class Footprint:
     ``layer_bytes`` has one for each of ``moe_layers``. ``order``: in which experts get room on the
     GPU side, each by its layer's place among ``moe_layers``; (): layers in turn. ``host_bytes``:
     what the CPU's workers write to beside a GPU that does not hold all experts; without one
-    ``workspace_bytes`` has it. ``for_batch``: what the model needs for so many requests at once;
-    None: nobody asked for several.
+    ``workspace_bytes`` has it.
     """
 
     num_layers: int
@@ -50,7 +49,6 @@ class Footprint:
     layer_bytes: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     host_bytes: int = 0
-    for_batch: Callable[[int], "Footprint"] | None = field(default=None, repr=False, compare=False)
 
     @property
     def expert_bytes_M(self) -> tuple[int, ...]:
@@ -82,6 +80,8 @@ class Budget:
     GPU side has to hold. ``spares_per_layer``: slots that are kept free on a GPU where not all
     experts fit, for experts that change places. ``staging_slots``: those that cold experts pass
     through; None: by their size.
+    ``for_batch``: what the model needs with another number of requests; None: nobody asked for
+    several.
     """
 
     max_context: int
@@ -94,6 +94,7 @@ class Budget:
     spares_per_layer: int = 0
     staging_slots: int | None = None
     kv_divisor: int = KV_DIVISOR
+    for_batch: Callable[[int], Footprint] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

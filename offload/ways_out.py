@@ -33,7 +33,7 @@ def nearest_plan(footprint: Footprint, hardware: Hardware, budget: Budget) -> st
         left_out = [way for way in alone if way == NO_VRAM]
         used = " or ".join(way for way in alone if way != NO_VRAM)
         return ", or ".join([f"use {used}"] * bool(used) + left_out)
-    smaller = "model or dtype" if footprint.for_batch is None else "batch, model or dtype"
+    smaller = "model or dtype" if budget.for_batch is None else "batch, model or dtype"
     return _several(tried, hardware, budget) or (
         f"no budget of the memory that is free makes it fit: choose a smaller {smaller}"
     )
@@ -103,7 +103,7 @@ def _shorter_context(tried: LayOut, budget: Budget) -> str:
 
 def _smaller_batch(footprint: Footprint, hardware: Hardware, budget: Budget) -> str:
     """``--batch N`` with the most requests that fit, or an empty string."""
-    asked, for_batch = budget.max_num_seqs, footprint.for_batch
+    asked, for_batch = budget.max_num_seqs, budget.for_batch
     if for_batch is None:
         return ""
 

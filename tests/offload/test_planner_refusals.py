@@ -57,9 +57,9 @@ def test_every_way_out_that_a_refusal_names_fits(
     is_batch: bool,
 ) -> None:
     def for_batch(batch: int) -> Footprint:
-        needs = replace(one, workspace_bytes=one.workspace_bytes + batch * row_bytes)
-        return replace(needs, for_batch=for_batch if is_batch else None)
+        return replace(one, workspace_bytes=one.workspace_bytes + batch * row_bytes)
 
+    budget = replace(budget, for_batch=for_batch if is_batch else None)
     asked = budget.max_num_seqs
     footprint = for_batch(asked)
     placement = data.draw(st.none() | placements(footprint))
