@@ -79,23 +79,23 @@ def cheapest(ways: Iterable[Faster]) -> list[Faster]:
     MOST_SHOWN of them: first one of each kind, and where that leaves room others that gain more.
     """
     worth = [way for way in ways if way.gain >= LEAST_GAIN]
-    kept: list[Faster] = []
+    kept: set[int] = set()  # their places
     for may_repeat in (False, True):
-        for way in worth:
-            adds = all(_adds(way, other, may_repeat=may_repeat) for other in kept)
-            if adds and len(kept) < MOST_SHOWN:
-                kept.append(way)
-    return sorted(kept, key=worth.index)
+        for place, way in enumerate(worth):
+            is_new = place not in kept and all(worth[n].kind is not way.kind for n in kept)
+            pairs = [(worth[max(n, place)], worth[min(n, place)]) for n in kept if n != place]
+            adds = all(_adds(dearer, cheaper) for dearer, cheaper in pairs)
+            if adds and (is_new or may_repeat) and len({*kept, place}) <= MOST_SHOWN:
+                kept.add(place)
+    return [worth[place] for place in sorted(kept)]
 
 
-def _adds(way: Faster, cheaper: Faster, *, may_repeat: bool) -> bool:
-    """Whether ``way`` gives up something else than ``cheaper``, if it must, and gains more.
+def _adds(dearer: Faster, cheaper: Faster) -> bool:
+    """Whether it gains more than the ``cheaper`` one.
 
     Memory may gain less than what rounds: who wants the very numbers has no other choice.
     """
-    if way.kind is cheaper.kind and not may_repeat:
-        return False
-    return way.gain > cheaper.gain or (way.kind is Kind.MEMORY and cheaper.kind.rounds)
+    return dearer.gain > cheaper.gain or (dearer.kind is Kind.MEMORY and cheaper.kind.rounds)
 
 
 def _tried(made: Planned) -> Iterator[Faster]:

@@ -182,19 +182,19 @@ def test_the_cheapest_that_add_something_are_shown(found: list[tuple[Kind, float
     shown = cheapest(ways)
     assert shown == sorted(shown, key=ways.index) and len(shown) <= 3
 
-    def is_less(way: Faster, other: Faster) -> bool:
-        """Than another one, though it gives up no less; memory may be, beside what rounds."""
-        is_memory = way.kind is Kind.MEMORY and other.kind.rounds
-        return other.gain >= way.gain and not is_memory
+    def adds(dearer: Faster, cheaper: Faster) -> bool:
+        is_memory = dearer.kind is Kind.MEMORY and cheaper.kind.rounds
+        return dearer.gain > cheaper.gain or is_memory
 
+    order = {way.option: n for n, way in enumerate(ways)}
     for way in ways:
         others = [other for other in shown if other is not way]
-        cheaper = [other for other in others if ways.index(other) < ways.index(way)]
+        pairs = [sorted((way, other), key=lambda w: order[w.option]) for other in others]
+        fits = way.gain >= LEAST_GAIN and all(adds(b, a) for a, b in pairs)
+        kinds = [other.kind for other in others]
         if way in shown:
-            assert way.gain >= LEAST_GAIN and not any(is_less(way, other) for other in cheaper)
-        elif way.gain >= LEAST_GAIN and not any(is_less(way, other) for other in others):
-            # it would have added something: there was no room, and not for another of a kind
-            kinds = [other.kind for other in shown]
+            assert fits
+        elif fits:  # there was no room for it, and none was given to another one of a kind
             assert len(shown) == 3 and (way.kind in kinds or len(set(kinds)) == 3)
 
 
