@@ -32,7 +32,8 @@ class LayerChances:
         """How likely any of so many tokens chooses a cold expert at all.
 
         As if that share of equally likely experts were resident: a token draws without putting
-        back, so all of its choices are resident less often than its hit rate's power says.
+        back, so all of its choices are resident less often than its hit rate's power says. Never
+        more likely than cold experts are expected: whoever has any has one at least.
         """
         if not self.cold:
             return 0.0
@@ -40,7 +41,7 @@ class LayerChances:
         num_hot, top_k = self.hit_rate * num_experts, round(sum(self.hot) + sum(self.cold))
         drawn_K = np.arange(top_k)
         all_hot = np.prod(np.maximum(num_hot - drawn_K, 0.0) / (num_experts - drawn_K))
-        return float(1.0 - all_hot**num_tokens)
+        return min(float(1.0 - all_hot**num_tokens), distinct(self.cold, num_tokens))
 
 
 def law_chances(law: Law, num_experts: int, top_k: int) -> Floats:

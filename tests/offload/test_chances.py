@@ -43,6 +43,19 @@ def test_a_layer_is_cold_as_often_as_tokens_draw_one(num_hot: int, top_k: int, r
     assert layer.cold_chance(rows) == pytest.approx(drawn, abs=0.03)
 
 
+@given(st.integers(2, 64), st.integers(1, 8), st.floats(0, 1), st.integers(1, 8))
+def test_a_layer_that_is_cold_has_one_such_expert_at_least(
+    num_experts: int, top_k: int, hit_rate: float, rows: int
+) -> None:
+    top_k, num_hot = min(top_k, num_experts), num_experts // 2
+    hot = min(hit_rate * top_k / num_hot, 1.0)
+    cold = (top_k - hot * num_hot) / (num_experts - num_hot)
+    if cold > 1:
+        return
+    layer = LayerChances((hot,) * num_hot, (cold,) * (num_experts - num_hot))
+    assert 0 <= layer.cold_chance(rows) <= min(1.0, distinct(layer.cold, rows))
+
+
 def test_where_all_are_chosen_each_is_certain() -> None:
     assert law_chances(Law(skew=3.0), 4, 4).tolist() == [1.0] * 4
     assert law_chances(Law(), 8, 2).tolist() == pytest.approx([0.25] * 8)
