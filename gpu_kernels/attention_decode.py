@@ -19,6 +19,7 @@ from gpu_kernels.coded_tile import MAX_ROWS, MIN_DIM
 from gpu_kernels.decode_merge import MERGE_DIMS, merge_kernel, merge_tile
 from gpu_kernels.decode_plan import DecodePlan, plan_decode
 from gpu_kernels.decode_tile import decode_kernel
+from gpu_kernels.dependent_launch import dependent
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import check_attention_inputs, kv_args, padded_dim
 from gpu_kernels.split_kv import QueryBlocks
@@ -70,6 +71,7 @@ def attention_decode(
         HAS_POSITIONS=positions_T is not None,
         HAS_WINDOW=variant.window_left >= 0,
         **{**tile, **units, **plan.config},
+        **dependent(q_THD.device),
         **logits_args(variant, q_THD.shape[1], sm_scale, q_THD.device),
     )
     _merge_parts(out, lse_log2, plan, units, variant.sinks_H)
@@ -160,4 +162,5 @@ def _merge_parts(
         BLOCK_D=block_d,
         **units,
         **merged,
+        **dependent(out.device),
     )

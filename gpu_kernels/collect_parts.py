@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.bell import wait_for
+from gpu_kernels.dependent_launch import followed, let_next_start
 from gpu_kernels.host_words import Bell
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 from gpu_kernels.rmsnorm import normed_row
@@ -77,6 +78,7 @@ def collect(
         HAS_SECOND=second_TH is not None,
         HAS_THIRD=third_TH is not None,
         HAS_SHARED=shared_TH is not None,
+        **followed(residual_TH.device),
         num_warps=min(max(block // 512, 1), 16),
     )
     return normed_TH, sum_TH
@@ -125,7 +127,9 @@ def _collect_kernel(
     HAS_SECOND: tl.constexpr,
     HAS_THIRD: tl.constexpr,
     HAS_SHARED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     h_H = tl.arange(0, BLOCK_H)
     mask_H = h_H < hidden

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E
+from gpu_kernels.dependent_launch import let_next_start, wait_for_last
 from gpu_kernels.split_kv import queries_of_unit
 
 MERGE_DIMS = 32
@@ -50,11 +51,14 @@ def merge_kernel(
     HAS_BLOCKS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Some rows of one unit, some of their dims: parts weighted by 2 ** lse_log2.
 
     ``ranges_ptr``: each unit's first part and the end of its parts, int32 [U, 2].
     """
+    let_next_start(DEPENDENT)
+    wait_for_last(DEPENDENT)
     ROW_BLOCKS: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
     unit = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_BLOCKS

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E
 from gpu_kernels.coded_tile import attend_codes
+from gpu_kernels.dependent_launch import let_next_start, wait_for_last
 from gpu_kernels.paged_tile import attend, finish_softmax, head_dims, request_extent
 from gpu_kernels.split_kv import items_of_units, parts_of, queries_of_unit, share_of
 
@@ -62,7 +63,10 @@ def decode_kernel(
     HAS_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     IN_CODES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
+    wait_for_last(DEPENDENT)
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)

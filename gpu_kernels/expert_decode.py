@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.dependent_launch import dependent, let_next_start, wait_for_last
 from gpu_kernels.expert_config import ExpertConfig, decode_config
 from gpu_kernels.expert_reference import experts_reference
 from gpu_kernels.expert_tile import expert_tile
@@ -116,6 +117,7 @@ def _launch(
         TOP_K=top_k,
         SPEC=spec,
         **config.gate_up.launch,
+        **dependent(x_TH.device),
     )
     spec = tile_spec(layer, "w2", config.down, unit)
     _down_kernel[(spec.num_tiles(spec.rows), ids_TK.numel() * spec.splits)](
@@ -135,6 +137,7 @@ def _launch(
         TOP_K=top_k,
         SPEC=spec,
         **config.down.launch,
+        **dependent(x_TH.device),
     )
 
 
@@ -180,7 +183,10 @@ def _gate_up_kernel(
     num_tokens,
     TOP_K: tl.constexpr,
     SPEC: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
+    wait_for_last(DEPENDENT)
     pair = tl.program_id(1)
     slot, pair_N = _find_columns(ids_ptr, slot_ptr, pair, num_tokens, TOP_K, SPEC.columns)
     first = None
@@ -221,7 +227,10 @@ def _down_kernel(
     num_tokens,
     TOP_K: tl.constexpr,
     SPEC: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
+    wait_for_last(DEPENDENT)
     SPLITS: tl.constexpr = SPEC.splits
     tile = tl.program_id(0)
     pair = tl.program_id(1) // SPLITS

@@ -21,6 +21,7 @@ from torch import Tensor
 from gpu_kernels.bell import ring_after_all
 from gpu_kernels.cold_rows import cold_experts, first_rows, piece_of
 from gpu_kernels.collect_parts import collect, collect_reference
+from gpu_kernels.dependent_launch import dependent, let_next_start, wait_for_last
 from gpu_kernels.host_words import Ring
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 
@@ -120,6 +121,7 @@ def publish(
         HAS_COLD=cold is not None,
         IS_ALONE=num_tokens * num_blocks == 1,
         **piece_of(slot_E.numel()),
+        **dependent(x_TH.device),
         num_warps=4,
     )
     return out
@@ -208,7 +210,10 @@ def _publish_kernel(
     IS_ALONE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
+    wait_for_last(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     num_used = tl.load(used_ptr)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.checks import check_range
+from gpu_kernels.dependent_launch import dependent, let_next_start, wait_for_last
 from gpu_kernels.kv_append_reference import rope_and_append_reference
 from gpu_kernels.kv_quant import INT4, LARGEST, as_loaded, check_kv_dtypes, head_dim_of
 from gpu_kernels.kv_store import store_half, store_kv
@@ -85,6 +86,7 @@ def rope_and_append(
         IS_FP8=kv_cache.dtype == torch.float8_e4m3fn,
         IS_INT4=kv_cache.dtype == INT4,
         LARGEST=0.0 if kv_scales is None else LARGEST[kv_cache.dtype],
+        **dependent(q_THD.device),
         num_warps=4,
     )
     return out
@@ -153,7 +155,10 @@ def _append_kernel(
     IS_FP8: tl.constexpr,
     IS_INT4: tl.constexpr,
     LARGEST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
+    wait_for_last(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + token).to(tl.int64)
     slot = tl.load(slot_ptr + token).to(tl.int64)

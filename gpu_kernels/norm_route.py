@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.dependent_launch import dependent, let_next_start, wait_for_last
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 from gpu_kernels.rmsnorm import add_rms_norm_reference, normed_row
 from gpu_kernels.router import MAX_EXPERTS, MAX_TOP_K, best_experts, route_reference
@@ -68,8 +69,9 @@ def norm_route(
     """Return ``(rms_norm(sum), sum, ids, weights)``: ``add_rms_norm``, then ``route`` (softmax).
 
     ``sum = x + residual`` and the norm are rounded to x's dtype, ``[T, H]``, as the logits are. ids
-    int32 and weights float32 ``[T, K]``, likeliest first. T is MAX_TOKENS at most. Safe in a CUDA
-    graph; one workspace per stream.
+    int32 and weights float32 ``[T, K]``, likeliest first. T is MAX_TOKENS at most. The router and
+    ``norm_H`` must not have been written by the last kernel before this one. Safe in a CUDA graph;
+    one workspace per stream.
     """
     (num_tokens, hidden), num_experts = x_TH.shape, len(router_EH)
     assert x_TH.dtype in FLOAT_DTYPES and x_TH.stride(1) == residual_TH.stride(1) == 1
@@ -114,6 +116,7 @@ def norm_route(
         BLOCK_P=triton.next_power_of_2(num_experts),
         BLOCK_K=triton.next_power_of_2(top_k),
         RENORMALISE=renormalise,
+        **dependent(device),
         num_warps=4,
     )
     return normed_TH, sum_TH, ids_TK, weights_TK
@@ -159,20 +162,23 @@ def _norm_route_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RENORMALISE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
     tile = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
     h_H = tl.arange(0, BLOCK_H)
     mask_H = h_H < hidden
     e_E = tile * BLOCK_E + tl.arange(0, BLOCK_E)
     is_expert_E = e_E < num_experts
-    # asked for first: it is all that comes from memory
+    # asked for before anything else: it is all that comes from memory
     w_EH = tl.load(
         router_ptr + e_E[:, None] * hidden + h_H[None, :],
         mask=is_expert_E[:, None] & mask_H[None, :],
         other=0.0,
     )
     norm_H = tl.load(norm_ptr + h_H, mask=mask_H, other=0.0).to(tl.float32)
+    wait_for_last(DEPENDENT)
     x_H = tl.load(x_ptr + token * stride_x + h_H, mask=mask_H, other=0.0).to(tl.float32)
     x_H += tl.load(residual_ptr + token * stride_residual + h_H, mask=mask_H, other=0.0)
     sum_H = x_H.to(sum_ptr.dtype.element_ty)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cpu_kernels.threads import WorkerPool
+from gpu_kernels.few_rows import few_rows_linear
 from gpu_kernels.host_memory import read_host
 from offload.cold_share import ShareCosts
 from offload.handoff_probe import choose_way, forced_way, probe
@@ -18,6 +19,7 @@ from offload.peaks import PINNED_BYTES, filled_arena, gpu_s, read_beside
 
 RUNS = 3  # of reading side by side, 0.2 s each
 KERNELS = 1000  # in one graph
+SMALL = 512  # numbers of a row: half a megabyte of weights, which stay in the L2
 REPLAYS = 20
 # a small model's layers: 12 x 5 experts of 12.6 MB, of the sizes that share_rates compiles for too
 LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH = 12, 5, 4, 2048, 1024
@@ -45,12 +47,17 @@ def pull_rates(free_bytes: int, num_threads: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def launch_s() -> float:
-    """What one more small kernel costs in a graph, each waiting for the one before."""
-    x_H = torch.zeros(HIDDEN, device="cuda")
+    """What one more small kernel costs in a graph, each reading what the one before has written.
+
+    Started as those of a decode step are: before that one ends, where the device can.
+    """
+    first_TK = torch.zeros((1, SMALL), dtype=torch.bfloat16, device="cuda")
+    w_NK = torch.zeros((SMALL, SMALL), dtype=torch.bfloat16, device="cuda")
 
     def chain() -> None:
+        x_TK = first_TK
         for _ in range(KERNELS):
-            x_H.add_(1.0)
+            x_TK = few_rows_linear(x_TK, w_NK)
 
     replay = timed_graph(chain, lambda work, is_done: work())
     return min(replay() for _ in range(REPLAYS)) / KERNELS

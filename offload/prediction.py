@@ -19,9 +19,10 @@ from offload.machine_rates import STEP_PART, MachineRates
 # append, two of attention, o, a norm with the router's product and its choice, publishing; and two
 # of residents. The norm, the product and the choice are three kernels for more than 8 tokens.
 LAYER_KERNELS, ROUTE_KERNELS, ROUTED_AT_ONCE = 10, 2, 8
-# What each of them takes beside its launch, however little it reads: it waits for the one before,
-# then for memory, then for the last of its programs. 58 us of a layer of Qwen3-30B's, 14 of bytes.
-KERNEL_S = 3e-6
+# What each of them takes beside a small one's time, however little it reads: more programs to wait
+# for. A layer of Qwen3-30B's took 58 us without cold experts, 14 of them bytes, and where kernels
+# start early 12 less, which the small one saves too.
+KERNEL_S = 1.8e-6
 # Weights are read by products of one row, at this part of a large read's rate.
 READ_PART = 0.95
 SAMPLING_KERNELS = 6

@@ -36,6 +36,7 @@ from gpu_kernels.bell import answer
 from gpu_kernels.embedding import embedding
 from gpu_kernels.expert_decode import expert_decode
 from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
+from gpu_kernels.few_rows import few_rows_linear
 from gpu_kernels.grouped_gemm import grouped_experts
 from gpu_kernels.hand_over import ColdWork, Pulls, collect, publish
 from gpu_kernels.host_memory import read_host, write_host
@@ -241,6 +242,13 @@ def experts(bits: int, num_tokens: int, dtype: torch.dtype = BF16) -> None:
     expert_decode(*step, last_rows=LastRows(ids, 256, 64 if bits >= 12 else 128))
 
 
+def few_rows(num_tokens: int) -> None:
+    """qkv and o of Qwen3-30B-A3B."""
+    for rows, depth in ((5120, 2048), (2048, 4096)):
+        x = torch.zeros(num_tokens, depth, dtype=BF16)
+        few_rows_linear(x, torch.zeros(rows, depth, dtype=BF16))
+
+
 def cases(sm: int) -> dict[str, Callable[[], object]]:
     """Launches by name; fp8 needs compute capability 8.9."""
     variants = {
@@ -263,6 +271,8 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
     for bits in (4, 8, 12, 16):
         for num_tokens in (1, 32, 4096):
             found[f"experts {bits} bits {num_tokens}"] = partial(experts, bits, num_tokens)
+    for num_tokens in (1, 4):
+        found[f"few rows {num_tokens}"] = partial(few_rows, num_tokens)
     for head_dim in (32, 64, 128, 256):
         name = f"prefill attention {head_dim} float32"
         found[name] = partial(prefill, head_dim, torch.float32, Variant())

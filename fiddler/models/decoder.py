@@ -122,7 +122,7 @@ class Decoder:
         self, index: int, layer: LayerWeights, x_TH: torch.Tensor, kv_cache: LayerKV
     ) -> torch.Tensor:
         c = self.config
-        qkv_TF = F.linear(x_TH, layer.qkv_FH, layer.qkv_bias_F)
+        qkv_TF = self._kernels.linear(x_TH, layer.qkv_FH, layer.qkv_bias_F)
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         q_TQ, k_TM, v_TM = qkv_TF.split_with_sizes((q_width, kv_width, kv_width), dim=-1)
         if c.qk_norm is QKNorm.FULL:
@@ -139,7 +139,7 @@ class Decoder:
             window=c.sliding_window if index in c.window_layers else None,
             head_norms=_norms(layer) if c.qk_norm is QKNorm.PER_HEAD else None,
         )
-        return F.linear(out_TND.flatten(1), layer.o_HF, layer.o_bias_H)
+        return self._kernels.linear(out_TND.flatten(1), layer.o_HF, layer.o_bias_H)
 
     def _dense_ffn(self, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
         assert layer.dense_gate_up_FH is not None and layer.dense_down_HF is not None
@@ -155,7 +155,8 @@ class Decoder:
     def _gated(
         self, x_TH: torch.Tensor, gate_up_FH: torch.Tensor, down_HF: torch.Tensor
     ) -> torch.Tensor:
-        return F.linear(self._kernels.silu_mul(F.linear(x_TH, gate_up_FH)), down_HF)
+        gate_up_TF = self._kernels.linear(x_TH, gate_up_FH)
+        return self._kernels.linear(self._kernels.silu_mul(gate_up_TF), down_HF)
 
 
 def _expert_inputs(layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:

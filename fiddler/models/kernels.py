@@ -14,7 +14,7 @@ from gpu_kernels.host_words import Bell
 
 
 class DeviceKernels(Protocol):
-    """Everything the decoder runs besides plain matrix products and routed experts."""
+    """Everything the decoder runs besides the head, gates and routed experts."""
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         """RMSNorm of each row, with the model's epsilon."""
@@ -56,6 +56,12 @@ class DeviceKernels(Protocol):
         Weights are float32: the largest of a softmax of the router's logits, which are rounded to
         x's dtype, divided by their sum if ``renormalise``.
         """
+        ...
+
+    def linear(
+        self, x_TK: torch.Tensor, weight_FK: torch.Tensor, bias_F: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x @ weight.T + bias``, as torch's."""
         ...
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:

