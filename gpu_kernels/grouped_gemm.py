@@ -108,7 +108,7 @@ def grouped_products(
     count = layer.num_slots if num_slots is None else num_slots
     most = num_pairs if max_pairs is None else max_pairs
     assert 0 < count <= layer.num_slots
-    assert 0 <= first_slot <= len(groups.first_S1) - 1 - count
+    assert 0 <= first_slot <= groups.first_S1.shape[0] - 1 - count
     gate_up, down = _products(layer, config)
     _launch(gate_up, x_TH, ids_TK, groups, act, first_slot, count, most)
     _launch(down, act, ids_TK, groups, part, first_slot, count, most)
