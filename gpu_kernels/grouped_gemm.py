@@ -24,6 +24,7 @@ from gpu_kernels.expert_weights import ExpertLayer, check_routing, matrix_views
 from gpu_kernels.grouped_tile import grouped_kernel
 from gpu_kernels.sum_choices import sum_choices_of_tokens
 from gpu_kernels.tile_spec import Matrix, TileConfig, tile_spec
+from gpu_kernels.whole_numbers import next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ def _launch(
         first_slot,
         num_slots,
         num_groups,
-        BINS=max(16, 1 << (num_slots - 1).bit_length()),  # a power of two
+        BINS=max(16, next_power_of_2(num_slots)),
         TOP_K=ids_TK.shape[1],
         **product.options,
     )
