@@ -20,6 +20,7 @@ from gpu_kernels.dependent_launch import followed, let_next_start
 from gpu_kernels.host_words import Bell
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 from gpu_kernels.rmsnorm import normed_row
+from gpu_kernels.whole_numbers import next_power_of_2
 
 MAX_PARTS = 3
 
@@ -56,7 +57,7 @@ def collect(
     if late is not None:
         late.check()
     second_TH, third_TH = (*parts[1:], None, None)[:2]
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     _collect_kernel[(num_tokens,)](
         residual_TH,
         parts[0],

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.whole_numbers import cdiv, next_power_of_2
+
 STEP = 128  # ranks compare 128 x 128 pairs at a time
 MAX_CHUNKS = 128  # every chunk reads the counts of all
 MAX_SLOTS = 1023
@@ -50,9 +52,9 @@ def group_pairs(
     if out is None:
         out = Grouping.empty(num_pairs, num_slots, ids_TK.device)
     assert out.pair_P.shape[0] >= num_pairs and out.first_S1.shape == (num_slots + 1,)
-    bins = max(16, triton.next_power_of_2(num_slots + 1))
-    num_steps = max(triton.cdiv(num_pairs, STEP * MAX_CHUNKS), 1)  # of a chunk
-    num_chunks = max(triton.cdiv(num_pairs, STEP * num_steps), 1)
+    bins = max(16, next_power_of_2(num_slots + 1))
+    num_steps = max(cdiv(num_pairs, STEP * MAX_CHUNKS), 1)  # of a chunk
+    num_chunks = max(cdiv(num_pairs, STEP * num_steps), 1)
     counts_XB = torch.empty((num_chunks, bins), dtype=torch.int32, device=ids_TK.device)
     sizes = {"NUM_SLOTS": num_slots, "STEP": STEP, "BINS": bins}
     _count_kernel[(num_chunks,)](ids_TK, slot_E, counts_XB, num_pairs, num_steps, **sizes)

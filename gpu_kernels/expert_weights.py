@@ -6,8 +6,8 @@ integers. Shapes: S slots, H hidden, I expert width, F = 2I (gate rows, then up 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -131,7 +131,8 @@ class ExpertLayer:
     """The resident experts of one layer; biases are float32, one row per slot.
 
     ``reader``: the device that reads weights in mapped host memory, where everything else lies;
-    None: the weights lie on the device themselves.
+    None: the weights lie on the device themselves. ``prepared`` belongs to
+    ``grouped_gemm``: what it has worked out for this layer, by tiles. It goes when the layer goes.
     """
 
     weights: DenseWeights | PackedWeights
@@ -139,6 +140,7 @@ class ExpertLayer:
     b13_SF: Tensor | None = None
     b2_SH: Tensor | None = None
     reader: torch.device | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         slots, hidden, width = self.weights.sizes

@@ -12,9 +12,9 @@ Shapes: T tokens, K choices of a token, P = T * K pairs, E experts, S slots, H h
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from gpu_kernels.expert_config import ExpertConfig, prefill_config
@@ -24,6 +24,7 @@ from gpu_kernels.expert_weights import ExpertLayer, check_routing, matrix_views
 from gpu_kernels.grouped_tile import grouped_kernel
 from gpu_kernels.sum_choices import sum_choices_of_tokens
 from gpu_kernels.tile_spec import Matrix, TileConfig, tile_spec
+from gpu_kernels.whole_numbers import next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +106,13 @@ def grouped_products(
         assert scratch.shape[0] >= num_pairs and scratch.shape[1] == cols
         assert scratch.dtype == x_TH.dtype and scratch.is_contiguous()
         assert scratch.device == x_TH.device
-    slots = _Slots(
-        first_slot,
-        layer.num_slots if num_slots is None else num_slots,
-        num_pairs if max_pairs is None else max_pairs,
-    )
-    assert 0 < slots.count <= layer.num_slots
-    assert 0 <= first_slot <= len(groups.first_S1) - 1 - slots.count
-    _launch("w13", x_TH, ids_TK, groups, layer, slots, act, config.gate_up)
-    _launch("w2", act, ids_TK, groups, layer, slots, part, config.down)
+    count = layer.num_slots if num_slots is None else num_slots
+    most = num_pairs if max_pairs is None else max_pairs
+    assert 0 < count <= layer.num_slots
+    assert 0 <= first_slot <= groups.first_S1.shape[0] - 1 - count
+    gate_up, down = _products(layer, config)
+    _launch(gate_up, x_TH, ids_TK, groups, act, first_slot, count, most)
+    _launch(down, act, ids_TK, groups, part, first_slot, count, most)
 
 
 def grouped_experts_reference(
@@ -124,51 +123,73 @@ def grouped_experts_reference(
 
 
 @dataclass(frozen=True, slots=True)
-class _Slots:
-    """A range of a grouping's slots, and how many pairs they have at most."""
+class _Product:
+    """One product of a layer's experts: what is the same for all pairs.
 
-    first: int
-    count: int
-    max_pairs: int
+    Working it out takes Python longer than a launch, and a prompt has some 20 launches a layer.
+    """
+
+    weights: Tensor
+    bias: Tensor | None
+    stride_slot: int
+    columns: int  # of a tile, of which a slot's last one may take ``few`` more
+    few: int
+    num_tiles: int  # of rows
+    options: dict[str, Any]  # what is compiled, and how it is launched
+
+    @classmethod
+    def of(cls, layer: ExpertLayer, matrix: Matrix, config: TileConfig) -> _Product:
+        w13, w2 = matrix_views(layer.weights)
+        weights, bias = (w13, layer.b13_SF) if matrix == "w13" else (w2, layer.b2_SH)
+        spec = tile_spec(layer, matrix, config)
+        few, num_tiles = max(config.columns // 4, 8), spec.num_tiles(spec.rows)
+        options = {
+            "NUM_TILES": num_tiles,
+            "NEAR": config.near,
+            "SPEC": spec,
+            # with 128 pairs each on average, half of the experts have a few more
+            "FEW": replace(spec, columns=few),
+            **config.launch,
+        }
+        return cls(weights, bias, weights.stride(0), config.columns, few, num_tiles, options)
+
+
+def _products(layer: ExpertLayer, config: ExpertConfig) -> tuple[_Product, _Product]:
+    """Those of w13 and w2, which stay with the layer: they hold its weights."""
+    found: tuple[_Product, _Product] | None = layer.prepared.get(config)
+    if found is None:
+        found = _Product.of(layer, "w13", config.gate_up), _Product.of(layer, "w2", config.down)
+        layer.prepared[config] = found
+    return found
 
 
 def _launch(
-    matrix: Matrix,
+    product: _Product,
     x: Tensor,
     ids_TK: Tensor,
     groups: Grouping,
-    layer: ExpertLayer,
-    slots: _Slots,
     out: Tensor,
-    config: TileConfig,
+    first_slot: int,
+    num_slots: int,
+    max_pairs: int,
 ) -> None:
     """One product for all pairs: rows of x are tokens for w13 and, for w2, pairs as grouped."""
-    spec = tile_spec(layer, matrix, config)
-    num_tiles = spec.num_tiles(spec.rows)
-    w13, w2 = matrix_views(layer.weights)
-    weights, bias = (w13, layer.b13_SF) if spec.paired else (w2, layer.b2_SH)
-    few = max(config.columns // 4, 8)
-    num_groups = most_groups(slots.max_pairs, slots.count, config.columns, few)
-    grouped_kernel[(num_groups * num_tiles,)](
+    num_groups = most_groups(max_pairs, num_slots, product.columns, product.few)
+    grouped_kernel[(num_groups * product.num_tiles,)](
         x,
         groups.pair_P,
         groups.first_S1,
-        weights,
-        bias,
+        product.weights,
+        product.bias,
         out,
         x.stride(0),
-        weights.stride(0),
-        slots.first,
-        slots.count,
+        product.stride_slot,
+        first_slot,
+        num_slots,
         num_groups,
-        BINS=max(16, triton.next_power_of_2(slots.count)),
+        BINS=max(16, next_power_of_2(num_slots)),
         TOP_K=ids_TK.shape[1],
-        NUM_TILES=num_tiles,
-        NEAR=config.near,
-        SPEC=spec,
-        # with 128 pairs each on average, half of the experts have a few more
-        FEW=replace(spec, columns=few),
-        **config.launch,
+        **product.options,
     )
 
 

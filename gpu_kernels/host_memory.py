@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.whole_numbers import cdiv
+
 BLOCK = 4096
 
 
@@ -25,7 +27,7 @@ def read_host(host: Tensor, out: Tensor, *, add: Tensor | None = None) -> Tensor
         assert add.is_contiguous() and add.shape == out.shape and add.device == out.device
         assert add.dtype == out.dtype
     if out.numel() > 0:
-        grid = (triton.cdiv(out.numel(), BLOCK),)
+        grid = (cdiv(out.numel(), BLOCK),)
         _move_kernel[grid](host, add, out, out.numel(), BLOCK=BLOCK)
     return out
 
@@ -37,7 +39,7 @@ def write_host(values: Tensor, host: Tensor) -> Tensor:
     """
     assert values.is_contiguous() and host.is_contiguous() and values.shape == host.shape
     if host.numel() > 0:
-        grid = (triton.cdiv(host.numel(), BLOCK),)
+        grid = (cdiv(host.numel(), BLOCK),)
         _move_kernel[grid](values, None, host, host.numel(), BLOCK=BLOCK)
     return host
 

@@ -18,6 +18,7 @@ from gpu_kernels.kv_append_reference import rope_and_append_reference
 from gpu_kernels.kv_quant import INT4, LARGEST, as_loaded, check_kv_dtypes, head_dim_of
 from gpu_kernels.kv_store import store_half, store_kv
 from gpu_kernels.rotary_heads import load_heads, rotate
+from gpu_kernels.whole_numbers import next_power_of_2
 
 __all__ = ["rope_and_append", "rope_and_append_reference"]
 
@@ -79,9 +80,9 @@ def rope_and_append(
         NUM_KV_HEADS=num_kv_heads,
         HALF_DIM=head_dim // 2,
         PAGE_SIZE=kv_cache.shape[2],
-        BLOCK_H=triton.next_power_of_2(num_heads),
-        BLOCK_K=triton.next_power_of_2(num_kv_heads),
-        BLOCK_R=triton.next_power_of_2(head_dim // 2),
+        BLOCK_H=next_power_of_2(num_heads),
+        BLOCK_K=next_power_of_2(num_kv_heads),
+        BLOCK_R=next_power_of_2(head_dim // 2),
         HAS_NORM=q_norm_D is not None,
         IS_FP8=kv_cache.dtype == torch.float8_e4m3fn,
         IS_INT4=kv_cache.dtype == INT4,

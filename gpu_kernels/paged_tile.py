@@ -18,6 +18,7 @@ from gpu_kernels.checks import check_page_table
 from gpu_kernels.kv_quant import INT4, as_loaded, check_kv_dtypes, head_dim_of
 from gpu_kernels.kv_widen import widen, widen_half, zero_and_scale
 from gpu_kernels.page_table import PageTable
+from gpu_kernels.whole_numbers import next_power_of_2
 
 # What multiplies values in codes is rounded to float16: with this factor, scales from 1e-6 to 1023
 # (values up to 130,000) keep its precision. Scales of four bits are 16 times as large.
@@ -68,7 +69,7 @@ def kv_args(kv_cache: Tensor, kv_scales: Tensor | None, pages: PageTable) -> dic
 
 
 def padded_dim(head_dim: int) -> int:
-    return max(MIN_DIM, int(triton.next_power_of_2(head_dim)))
+    return max(MIN_DIM, next_power_of_2(head_dim))
 
 
 @triton.jit

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.whole_numbers import next_power_of_2
+
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Return ``x / sqrt(mean(x ** 2) + eps) * weight`` per row, in x's dtype.
@@ -60,7 +62,7 @@ def _launch(
     assert x_TH.device == weight_H.device
     if num_tokens == 0:
         return
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     _rms_norm_kernel[(num_tokens,)](
         x_TH,
         residual_TH,

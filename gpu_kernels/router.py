@@ -17,6 +17,7 @@ from gpu_kernels.device import family
 from gpu_kernels.order_key import LOWEST, pack, packed_index, packed_value
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 from gpu_kernels.tuned import choose
+from gpu_kernels.whole_numbers import next_power_of_2
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -78,9 +79,9 @@ def route(
         GROUP_SIZE=group_size,
         TOP_GROUPS=top_groups,
         TOP_K=top_k,
-        BLOCK_G=triton.next_power_of_2(num_groups),
-        BLOCK_P=triton.next_power_of_2(group_size),
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_G=next_power_of_2(num_groups),
+        BLOCK_P=next_power_of_2(group_size),
+        BLOCK_K=next_power_of_2(top_k),
         IS_SIGMOID=scoring == "sigmoid",
         RENORMALISE=renormalise,
         HAS_COPY=copy_to is not None,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.whole_numbers import cdiv
+
 BLOCK_I = 1024
 
 
@@ -19,7 +21,7 @@ def silu_mul(gate_up_T2I: Tensor) -> Tensor:
     assert gate_up_T2I.shape == (num_tokens, 2 * width) and gate_up_T2I.stride(1) == 1
     out_TI = gate_up_T2I.new_empty((num_tokens, width))
     if num_tokens > 0:
-        grid = (num_tokens, triton.cdiv(width, BLOCK_I))
+        grid = (num_tokens, cdiv(width, BLOCK_I))
         _silu_mul_kernel[grid](gate_up_T2I, out_TI, gate_up_T2I.stride(0), width, BLOCK_I=BLOCK_I)
     return out_TI
 

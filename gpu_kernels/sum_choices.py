@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.whole_numbers import cdiv
+
 BLOCK_N, BLOCK_H = 1, 1024  # 40 registers, so that 48 warps share a multiprocessor; 4 x 512: 64
 
 
@@ -27,7 +29,7 @@ def sum_choices_of_tokens(
     assert part_PH.is_contiguous() and out_TH.stride(1) == 1 and out_TH.dtype == torch.float32
     if num_tokens == 0:
         return
-    grid = (triton.cdiv(num_tokens, BLOCK_N), triton.cdiv(hidden, BLOCK_H))
+    grid = (cdiv(num_tokens, BLOCK_N), cdiv(hidden, BLOCK_H))
     _sum_kernel[grid](
         part_PH,
         ids_TK,

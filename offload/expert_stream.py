@@ -3,8 +3,9 @@
 The ring is divided into banks of some slots, which are filled, used and released together. A bank
 takes experts of one layer at a time, and has room for those of the layer with the largest.
 
-Ordering: two streams meet here, the one that computes (torch's current one) and the one that
-copies. A bank goes through three hands, each after an event of the hand before it:
+Ordering: two streams meet here, the one that computes and the one that copies. The first is torch's
+current one when ``reset`` is called, before each step: asking for it at each call took Python most
+of its time here. A bank goes through three hands, each after an event of the hand before it:
 ``send`` lets the copy stream wait until the computation has released the bank, then fills it and
 records ``arrived``; ``arrive`` lets the computation wait for that; ``release`` records ``released``
 on the computing stream. The host waits for nothing: it only calls them in this order, so that an
@@ -19,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class ExpertStream:
         slots = num_banks * size
         parts = empty_parts(store, slots, device)
         self._store = store
-        self._is_cuda = device.type == "cuda"
+        self._device, self._is_cuda = device, device.type == "cuda"
         self.bank_size = size
         self.num_slots = slots
         shapes = {store[layer].packed for layer in store.shape.moe_layers}
@@ -51,7 +52,7 @@ class ExpertStream:
             {shape: _Slots.of([part[a : a + size] for part in parts], shape) for shape in shapes}
             for a in range(0, slots, size)
         ]
-        self._holds: list[PackedShape | None] = [None] * num_banks  # what the banks are filled with
+        self._holds: list[_Slots | None] = [None] * num_banks  # what the banks are filled with
         self._free = deque(range(num_banks))
         if self._is_cuda:
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -64,41 +65,49 @@ class ExpertStream:
         """Whether :meth:`send` finds a bank."""
         return bool(self._free)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the computing stream is still torch's current one."""
+        return not self._is_cuda or torch.cuda.current_stream(self._device) == self._computes
+
     def send(self, layer: int, rows: Sequence[int]) -> int:
         """Start to fill the next bank with rows (at most ``bank_size``, ascending); its number."""
         assert 0 < len(rows) <= self.bank_size
-        bank = self._free.popleft()
-        there, shape = self._store[layer].cpu_parts, self._store[layer].packed
-        here, self._holds[bank] = self._banks[bank][shape].parts, shape
-        with torch.cuda.stream(self._copies) if self._is_cuda else nullcontext():
-            if self._is_cuda:
-                self._copies.wait_event(self._released[bank])
-            for at, first, last in _runs(rows):  # rows side by side go in one copy
-                slots = slice(at, at + last - first)
-                for part, rows_there in zip(here, there, strict=True):
-                    part[slots].copy_(rows_there[first:last], non_blocking=True)
-            if self._is_cuda:
-                self._arrived[bank].record(self._copies)
+        bank, at = self._free.popleft(), self._store[layer]
+        slots = self._holds[bank] = self._banks[bank][at.packed]
+        if not self._is_cuda:
+            _copy(rows, at.cpu_parts, slots.parts)
+            return bank
+        self._copies.wait_event(self._released[bank])
+        try:  # torch.cuda.stream() would ask which stream to come back to
+            torch.cuda.set_stream(self._copies)
+            _copy(rows, at.cpu_parts, slots.parts)
+        finally:
+            torch.cuda.set_stream(self._computes)
+        self._arrived[bank].record(self._copies)
         return bank
 
     def arrive(self, bank: int) -> ExpertLayer:
-        """The bank's slots; what the current stream does from now on finds them filled."""
+        """The bank's slots; what the computing stream does from now on finds them filled."""
         if self._is_cuda:
-            torch.cuda.current_stream().wait_event(self._arrived[bank])
-        return self._banks[bank][self._holds[bank]].weights
+            self._computes.wait_event(self._arrived[bank])
+        slots = self._holds[bank]
+        assert slots is not None
+        return slots.weights
 
     def release(self, bank: int) -> None:
-        """The current stream has been given all that reads the bank: it may be filled again."""
+        """The computing stream has been given all that reads the bank: it may be filled again."""
         if self._is_cuda:
-            self._released[bank].record()
+            self._released[bank].record(self._computes)
         self._free.append(bank)
 
     def reset(self) -> None:
-        """Take all banks back, whatever was sent: after an abandoned step."""
+        """Take all banks back, whatever was sent: before a step, and after an abandoned one."""
         if self._is_cuda:
-            torch.cuda.current_stream().wait_stream(self._copies)
+            self._computes = torch.cuda.current_stream(self._device)
+            self._computes.wait_stream(self._copies)
             for released in self._released:
-                released.record()
+                released.record(self._computes)
         self._free = deque(range(len(self._banks)))
 
     @contextmanager
@@ -167,6 +176,13 @@ class _Slots:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _copy(rows: Sequence[int], there: Sequence[torch.Tensor], here: Sequence[torch.Tensor]) -> None:
+    """``rows`` of the parts ``there`` to the first slots of those ``here``."""
+    for at, first, last in _runs(rows):  # rows side by side go in one copy
+        for part, rows_there in zip(here, there, strict=True):
+            part[at : at + last - first].copy_(rows_there[first:last], non_blocking=True)
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -68,6 +68,7 @@ class PrefillExperts:
         self._shares_LE = popularity.shares()
         self._num_experts, self._hidden, self._top_k = shape.num_experts, shape.hidden_size, top_k
         self._host = HostBuffers(max_tokens, shape.hidden_size, top_k, pin=device.type == "cuda")
+        self._device = device
         self._written = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._side = DeviceSide(
             stream,
@@ -126,6 +127,7 @@ class PrefillExperts:
     ) -> "PendingPrefill":
         """Start one layer on both sides; ``on_routing`` is given the expert ids on the host."""
         assert x_TH.dtype == self._side.dtype
+        assert self._side.stream is None or self._side.stream.is_current, "not the step's stream"
         parts = self._layers[layer]
         ids_TK, weights_TK = ids_TK.int().contiguous(), weights_TK.contiguous()
         rows = self._host.rows(len(x_TH))
@@ -172,9 +174,9 @@ class PrefillExperts:
 
     def _divide(self, parts: LayerParts, counts_E: np.ndarray) -> tuple[list[int], LayerWork]:
         """The CPU's rows, and the device's work; what is under way already is the device's."""
-        counts_C = counts_E[parts.cold_C]
+        counts_C = counts_E[parts.cold_C].tolist()
         under_way = {row for item in self._ahead for row in item.rows}
-        rest = [r for r in range(len(counts_C)) if counts_C[r] > 0 and r not in under_way]
+        rest = [r for r, count in enumerate(counts_C) if count > 0 and r not in under_way]
         next_layer = self._next.get(parts.layer)
         next_rows: list[int] = []
         ahead_s = 0.0
@@ -182,7 +184,7 @@ class PrefillExperts:
             after, division = self._layers[next_layer], self._divisions[next_layer]
             next_rows = after.popular_rows(division.rows_ahead(len(after.cold_C)))
             ahead_s = len(next_rows) * division.costs.copy_s
-        counts = [int(counts_C[r]) for r in rest]
+        counts = [counts_C[r] for r in rest]
         cpu_rows = self._cpu_rows(parts.layer, rest, counts, len(next_rows), ahead_s)
         on_cpu = set(cpu_rows)
         work = LayerWork(
@@ -224,7 +226,8 @@ class PrefillExperts:
 
     def _mark_written(self) -> None:
         if self._written is not None:
-            self._written.record()
+            # with a device: without one torch asks the environment first
+            self._written.record(torch.cuda.current_stream(self._device))
 
     def _wait_until_written(self) -> None:
         """Until the stream has done what came before the last mark."""

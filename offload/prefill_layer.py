@@ -140,15 +140,15 @@ class LayerWork:
         stream, num_slots = self.side.stream, self.parts.num_slots
         place_E = self.side.upload(self._places())
         groups = group_pairs(ids_TK, place_E, num_slots + len(self.parts.cold_C))
-        counts_C = self.counts_E[self.parts.cold_C]
+        counts_C = self.counts_E[self.parts.cold_C].tolist()  # a bank's are few for numpy
         if self.parts.residents is not None:
-            hot_pairs = int(self.counts_E.sum() - counts_C.sum())
+            hot_pairs = int(self.counts_E.sum()) - sum(counts_C)
             self._products(x_TH, ids_TK, groups, self.parts.residents, 0, num_slots, hot_pairs)
         first = num_slots
         while self.sent:
             assert stream is not None
             item = self.sent.popleft()
-            count, pairs = len(item.rows), int(counts_C[item.rows].sum())
+            count, pairs = len(item.rows), sum([counts_C[row] for row in item.rows])
             bank = stream.arrive(item.bank)
             self._products(x_TH, ids_TK, groups, bank, first, count, pairs)
             stream.release(item.bank)

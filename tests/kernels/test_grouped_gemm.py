@@ -1,5 +1,6 @@
 """Experts of many tokens against the float64 layer."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,12 @@ from paged_batch import DEVICE, frobenius_error, max_error
 
 from gpu_kernels.expert_config import ExpertConfig
 from gpu_kernels.expert_grouping import group_pairs
-from gpu_kernels.expert_weights import ACTIVATION_KINDS, DenseWeights, ExpertLayer
+from gpu_kernels.expert_weights import (
+    ACTIVATION_KINDS,
+    Activation,
+    DenseWeights,
+    ExpertLayer,
+)
 from gpu_kernels.grouped_gemm import (
     GroupedWorkspace,
     grouped_experts,
@@ -128,6 +134,19 @@ def test_nan_stays_in_its_token() -> None:
     actual = run(case)
     assert actual[7].isnan().any()
     assert torch.equal(actual[:7], expected[:7]) and torch.equal(actual[8:], expected[8:])
+
+
+def test_what_is_prepared_for_a_layer_is_its_own_and_goes_with_it() -> None:
+    case = make_case("w4g32z", num_tokens=10, num_slots=2, num_experts=3)
+    first = run(case)
+    other = replace(case.layer, activation=Activation("gelu"))
+    assert not torch.equal(run(replace(case, layer=other)), first)
+    assert torch.equal(run(case), first)
+    run(case, config=MANY_TILES)
+    assert len(case.layer.prepared) == 2 and len(other.prepared) == 1
+    blob = weakref.ref(case.layer.weights.blob_SB)
+    del case, other
+    assert blob() is None
 
 
 def test_no_tokens() -> None:
