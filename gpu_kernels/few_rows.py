@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.dependent_launch import dependent, let_next_start, wait_for_last
+from gpu_kernels.whole_numbers import cdiv, next_power_of_2
 
 MAX_TOKENS = 4  # beyond, tensor cores are needed to keep up with the memory
 MAX_DEPTH = 8192
@@ -41,9 +42,9 @@ def few_rows_linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) ->
     out_TN = torch.empty((num_tokens, rows), dtype=x_TK.dtype, device=x_TK.device)
     if num_tokens == 0:
         return out_TN
-    block_k = triton.next_power_of_2(depth)
-    block_n = min(TILE // block_k, triton.next_power_of_2(rows))
-    _linear_kernel[(triton.cdiv(rows, block_n),)](
+    block_k = next_power_of_2(depth)
+    block_n = min(TILE // block_k, next_power_of_2(rows))
+    _linear_kernel[(cdiv(rows, block_n),)](
         x_TK,
         w_NK,
         bias_N,

@@ -29,8 +29,8 @@ from offload.staging import bank_slots
 
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
-LAYER_S = 1.2e-3  # Python and small kernels of a layer of a prompt on a GPU
-BANK_S = 1.5e-4  # Python's launches for a bank of experts
+LAYER_S = 1.1e-3  # Python and small kernels of a layer of a prompt on a GPU
+BANK_S = 1e-4  # Python's launches for a bank of experts
 SEND_S = 1.6e-5  # and for each expert that is sent
 
 
