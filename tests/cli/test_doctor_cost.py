@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from doctor_machines import CPU_ONLY, GIB, keep_in
+from doctor_machines import GIB, keep_in
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler._version import __version__
-from fiddler.cli import cli
+from fiddler.cli import cli, doctor_facts
 from fiddler.cli.doctor import cost_text
 from fiddler.cli.doctor_cost import cost_of, mended_rates, whole_rates
 from fiddler.cli.doctor_problem import Cost, Mend
 from fiddler.speed import RatesHere
 from offload.calibration import Calibration, default_path
+from offload.hardware import Hardware
 from offload.machine_facts import this_machine
 from offload.machine_rates import RATES
 from offload.reference_machines import find_machine
@@ -101,23 +102,30 @@ def test_costs_stand_beside_the_finding(
     text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Huge pages switched off, as they may be anywhere; on a machine that is not calibrated."""
-    monkeypatch.setattr(
-        "fiddler.cli.doctor_facts.collect",
-        lambda: replace(CPU_ONLY, huge_pages="never", rates_of="some"),
-    )
-    monkeypatch.setattr("offload.hardware.probe", lambda device="auto": RTX.hardware)
+    looks = {"memory": lambda: {"huge_pages": "never"}, "rates": doctor_facts.LOOKS["rates"]}
+    monkeypatch.setattr(doctor_facts, "LOOKS", looks)
+    probed = []
+
+    def probe(device: str = "auto") -> Hardware:
+        probed.append(device)
+        return RTX.hardware
+
+    monkeypatch.setattr("offload.hardware.probe", probe)
     keep_in(tmp_path, monkeypatch)
     if text is not None:  # which is a finding, and said nowhere else
         default_path().parent.mkdir()
         default_path().write_text(text)
     done = CliRunner().invoke(cli, ["doctor"])
     assert done.stderr == ""
+    assert probed == ["auto"]  # one look tells what is wrong and what it costs
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("  speed: "))
     found = re.match(r"  speed: writes ([\d.]+) tok/s instead of ([\d.]+), reads ", line)
     assert found is not None and 0.95 < float(found[1]) / float(found[2]) < 1
-    (problem,) = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)["problems"]
-    assert problem["cost"]["shape"] == "qwen3-30b-a3b"
-    assert problem["cost"]["decode"] == pytest.approx(float(found[1]), rel=0.01)
+    record = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
+    assert "seen" not in record
+    (cost,) = filter(None, (problem["cost"] for problem in record["problems"]))
+    assert cost["shape"] == "qwen3-30b-a3b"
+    assert cost["decode"] == pytest.approx(float(found[1]), rel=0.01)
 
 
 def test_only_what_differs_is_said_twice() -> None:
