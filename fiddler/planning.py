@@ -94,7 +94,14 @@ class Question:
             stored_ratio=stored_bytes(self.model, needs.expert_bytes) / needs.expert_bytes,
         )
         notes = weight_notes(self.settings, self.model, self.dtypes, made)
-        return replace(made, notes=(*made.notes, *notes))
+        return replace(made, notes=(*made.notes, *self._profile_notes(made), *notes))
+
+    def _profile_notes(self, made: Plan) -> tuple[str, ...]:
+        """An asked profile that chose nothing must not look as if it had."""
+        is_chosen = (made.memory.gpu_experts and made.memory.cpu_experts) or made.cached is not None
+        if self.settings.profile is None or is_chosen:
+            return ()
+        return ("the profile changes nothing: all experts are in one memory",)
 
     def _budget(self, sizes: Sizes) -> Budget:
         settings = self.settings

@@ -13,15 +13,19 @@ from fiddler.errors import ConfigError
 from fiddler.models.dtypes import resolve_dtypes
 from fiddler.models.footprint import footprint
 from fiddler.models.shapes import load_shape
+from fiddler.speed import PROMPT, bare_demand
+from offload.demand import Demand
 from offload.drawn_routes import DrawnRoutes
 from offload.hardware import Hardware
 from offload.layout import MOST_CONTEXT, lay_out
 from offload.limits import Peaks
+from offload.machine_rates import MachineRates
 from offload.plan import Budget, Footprint
-from offload.policies import Ids
+from offload.policies import Ids, Played
 from offload.popularity import Profile
 from offload.routing_law import Law
-from offload.simulation import Study, counts, steps_of
+from offload.simulated_speed import predict_played
+from offload.simulation import StepSeconds, Study, counts, steps_of
 from offload.units import GIB, MIB, gib_to_bytes, size_text
 
 STEP_TOKENS = 2048
@@ -31,11 +35,15 @@ LEAST_STEPS = 16  # of which a figure says anything
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """What is played: ``experts_TMK`` of a model called ``name``."""
+    """What is played: ``experts_TMK`` of a model called ``name``.
+
+    ``demand``: what its tokens ask for besides, if that is known.
+    """
 
     name: str
     footprint: Footprint
     experts_TMK: Ids
+    demand: Demand | None
 
 
 def drawn_routes(
@@ -65,15 +73,27 @@ def drawn_routes(
     )
     runs = [drawn.ids(request, 0, num_tokens // batch) for request in range(batch)]
     experts_TLK = np.concatenate(runs)
-    return Routes(name=shape, footprint=sizes, experts_TMK=experts_TLK[:, list(sizes.moe_layers)])
+    return Routes(
+        name=shape,
+        footprint=sizes,
+        experts_TMK=experts_TLK[:, list(sizes.moe_layers)],
+        demand=bare_demand(config, dtypes),
+    )
 
 
 def make_study(
-    routes: Routes, *, profile: Profile | None, train: float, batch: int, peaks: Peaks
+    routes: Routes,
+    *,
+    profile: Profile | None,
+    train: float,
+    batch: int,
+    peaks: Peaks,
+    rates: MachineRates | None,
 ) -> Study:
     """Placements are made from ``profile``, or from the first ``train`` of the steps.
 
-    The steps behind those are played. Raises :class:`ConfigError` where too few are left.
+    The steps behind those are played; nothing is predicted without ``rates``. Raises
+    :class:`ConfigError` where too few are left.
     """
     steps_SMC = steps_of(routes.experts_TMK, batch)
     num_trained = 0 if profile is not None else round(train * len(steps_SMC))
@@ -91,7 +111,20 @@ def make_study(
         batch=batch,
         footprint=sizes,
         peaks=peaks,
+        step_s=_step_s(routes.demand, rates, batch),
     )
+
+
+def _step_s(demand: Demand | None, rates: MachineRates | None, batch: int) -> StepSeconds | None:
+    if demand is None or rates is None:
+        return None
+
+    def step_s(played: Played, is_all_resident: bool) -> float:
+        return predict_played(
+            *(played, demand, rates), rows=batch, depth=PROMPT, is_all_resident=is_all_resident
+        ).seconds
+
+    return step_s
 
 
 def slots_within(sizes: Footprint, vram_gb: float) -> int:

@@ -1,6 +1,6 @@
 """From a model and its plan to what a prediction of its speed needs, and to the machine's rates."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -20,10 +20,11 @@ from offload.machine_rates import RATES, MachineRates
 from offload.plan import GpuSide, Plan
 from offload.prediction import Prediction, predict_decode
 from offload.prefill_prediction import predict_prefill
-from offload.reference_machines import check_kernels, reference_for
+from offload.reference_machines import ReferenceMachine, check_kernels, reference_for
 from offload.routing_law import Law
 
 PROMPT = 1024  # tokens
+NO_GPU = "this machine has no GPU"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,15 +109,28 @@ def demand_of(
 
     Layers of several kinds count as equal ones of the mean size.
     """
+    per_token = plan.per_token
+    bare = bare_demand(config, dtypes)
+    return replace(
+        bare,
+        on_gpu=plan.gpu_side is GpuSide.CUDA,
+        layers=planned_chances(config, plan) if layers is None else layers,
+        staging_slots=plan.staging_slots,
+        disk_share=per_token.disk_experts / max(per_token.cold_experts, 1),
+        step_tokens=plan.step_tokens,
+    )
+
+
+def bare_demand(config: ModelConfig, dtypes: Dtypes) -> Demand:
+    """What a token of ``config`` asks of a GPU beside routed experts, whose sizes it has."""
     width = DTYPE_BYTES[dtypes.compute]
     numel, shared = _layer_numels(config)
-    per_token = plan.per_token
     sizes = [expert_bytes(config, dtypes.expert, layer) for layer in moe_layers(config)]
     mean_bytes = round(sum(sizes) / len(sizes))
     return Demand(
-        on_gpu=plan.gpu_side is GpuSide.CUDA,
+        on_gpu=True,
         num_layers=config.num_layers,
-        layers=planned_chances(config, plan) if layers is None else layers,
+        layers=(),
         top_k=config.top_k,
         hidden=config.expert_sides[0],
         codes=dtypes.expert_kinds[0].codes,
@@ -131,10 +145,10 @@ def demand_of(
         vocab=config.vocab_size,
         kv_bytes=kv_bytes(config, dtypes.kv),
         attention_width=config.num_heads * config.head_dim,
-        staging_slots=plan.staging_slots,
-        disk_share=per_token.disk_experts / max(per_token.cold_experts, 1),
+        staging_slots=0,
+        disk_share=0.0,
         disk_bytes=stored_bytes(config, mean_bytes),
-        step_tokens=plan.step_tokens,
+        step_tokens=0,
     )
 
 
@@ -207,9 +221,20 @@ def rates_for(hardware: Hardware) -> RatesHere:
     rates, why_not = own_rates(hardware)
     if rates is not None and (rates.has_gpu or not hardware.has_gpu):
         return RatesHere(rates=rates, name="", origin="measured here")
-    reference = reference_for(hardware)
+    return rates_of(reference_for(hardware), why_not_own=why_not)
+
+
+def gpu_rates_for(hardware: Hardware) -> RatesHere:
+    """The same for what needs a GPU: without one here, those of a shipped machine."""
+    if hardware.has_gpu:
+        return rates_for(hardware)
+    return rates_of(reference_for(hardware), why_not_own=NO_GPU)
+
+
+def rates_of(machine: ReferenceMachine, *, why_not_own: str = "") -> RatesHere:
+    """Those of a machine that has a name."""
     return RatesHere(
-        rates=reference.rates, name=reference.name, origin=reference.origin, why_not_own=why_not
+        rates=machine.rates, name=machine.name, origin=machine.origin, why_not_own=why_not_own
     )
 
 

@@ -6,7 +6,6 @@ are read once. A read is a hit where the expert was resident when the step began
 Shapes: S steps, M layers with experts, E experts, C choices of one layer in a step.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,16 +16,27 @@ from offload.simulated_swaps import SimulatedSwaps
 
 Ids = npt.NDArray[np.integer]
 Mask = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.int64]
 
 
 class Outcome(NamedTuple):
-    """Experts of one step: read in all, of them resident, brought to the device to be computed
-    there, and copied beside the step, in either direction."""
+    """Experts of one step: by layer those that are read, of them resident ones, and those that are
+    brought to the device to be computed there; of all layers those that are copied beside the step,
+    in either direction."""
 
-    reads: int
-    hits: int
-    loaded: int
+    reads_M: Counts
+    hits_M: Counts
+    loaded_M: Counts
     moved: int
+
+
+class Played(NamedTuple):
+    """The outcomes of all steps."""
+
+    reads_SM: Counts
+    hits_SM: Counts
+    loaded_SM: Counts
+    moved_S: Counts
 
 
 class Policy(Protocol):
@@ -45,8 +55,7 @@ class Static:
 
     def step(self, ids_MC: Ids) -> Outcome:
         is_used_ME = used(ids_MC, self._is_resident_ME.shape[1])
-        hits = _number(is_used_ME & self._is_resident_ME)
-        return Outcome(_number(is_used_ME), hits, 0, 0)
+        return _in_place(is_used_ME, self._is_resident_ME)
 
 
 class Lru:
@@ -65,14 +74,14 @@ class Lru:
 
     def step(self, ids_MC: Ids) -> Outcome:
         is_used_ME = used(ids_MC, self._last_ME.shape[1])
-        reads = _number(is_used_ME)
-        hits = _number(is_used_ME & self._is_resident_ME)
+        reads_M = _numbers(is_used_ME)
+        hits_M = _numbers(is_used_ME & self._is_resident_ME)
         self._last_ME[is_used_ME] = self._now
         self._now += 1
         order_ME = np.argsort(-self._last_ME, axis=1, kind="stable")
         ranks = np.broadcast_to(np.arange(order_ME.shape[1]), order_ME.shape)
         np.put_along_axis(self._is_resident_ME, order_ME, ranks < self._slots_M1, axis=1)
-        return Outcome(reads, hits, reads - hits, 0)
+        return Outcome(reads_M, hits_M, reads_M - hits_M, 0)
 
 
 class Adaptive:
@@ -93,9 +102,8 @@ class Adaptive:
         swaps = self._policy.swaps(lambda: is_resident_ME, self._swaps.idle_layers)
         self._swaps.start(swaps)
         is_used_ME = used(ids_MC, is_resident_ME.shape[1])
-        hits = _number(is_used_ME & is_resident_ME)
         self._policy.count(self._layers, ids_MC, is_resident_ME)
-        return Outcome(_number(is_used_ME), hits, 0, len(swaps) + num_leaving)
+        return _in_place(is_used_ME, is_resident_ME, len(swaps) + num_leaving)
 
 
 class Oracle:
@@ -117,12 +125,13 @@ class Oracle:
         self._is_resident_F = self._nearest(np.ones(num_layers * num_experts, bool))
 
     def step(self, ids_MC: Ids) -> Outcome:
-        is_used_F = used(ids_MC, self._shape[1]).ravel()
-        hits = _number(is_used_F & self._is_resident_F)
+        is_used_ME = used(ids_MC, self._shape[1])
+        is_used_F = is_used_ME.ravel()
+        outcome = _in_place(is_used_ME, self._is_resident_F.reshape(self._shape))
         self._next_F[is_used_F] = self._next_by_step[self._now]
         self._now += 1
         self._is_resident_F = self._nearest(is_used_F | self._is_resident_F)
-        return Outcome(_number(is_used_F), hits, 0, 0)
+        return outcome
 
     def _next_uses(
         self, steps_SMC: Ids
@@ -157,11 +166,18 @@ def used(ids_MC: Ids, num_experts: int) -> Mask:
     return is_used_ME
 
 
-def play(policy: Policy, steps_SMC: Ids) -> npt.NDArray[np.int64]:
-    """The steps' outcomes, ``[S, 4]`` in the order of :class:`Outcome`."""
-    outcomes: Sequence[Outcome] = [policy.step(ids_MC) for ids_MC in steps_SMC]
-    return np.array(outcomes, np.int64).reshape(-1, 4)
+def play(policy: Policy, steps_SMC: Ids) -> Played:
+    """All of at least one step, one after the other."""
+    outcomes = [policy.step(ids_MC) for ids_MC in steps_SMC]
+    return Played(*(np.array(column, np.int64) for column in zip(*outcomes, strict=True)))
 
 
-def _number(mask: Mask) -> int:
-    return int(np.count_nonzero(mask))
+def _in_place(is_used_ME: Mask, is_resident_ME: Mask, moved: int = 0) -> Outcome:
+    """Misses are read where they lie."""
+    reads_M, hits_M = _numbers(is_used_ME), _numbers(is_used_ME & is_resident_ME)
+    return Outcome(reads_M, hits_M, np.zeros_like(reads_M), moved)
+
+
+def _numbers(mask_ME: Mask) -> Counts:
+    number_M: Counts = np.count_nonzero(mask_ME, axis=1)
+    return number_M

@@ -8,6 +8,7 @@ resident experts. Of those that work at the same time only the slowest counts in
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 from offload.chances import LayerChances, distinct
 from offload.cold_share import ShareCosts
@@ -122,24 +123,45 @@ def _gpu_layer(
     *,
     pulls: bool,
 ) -> None:
-    read = rates.peaks.gpu_read_gbps * GIGA
     cold, hot = distinct(layer.cold, rows), distinct(layer.hot, rows)
-    each_s = demand.expert_bytes / (read * READ_PART)
-    shared_s = demand.shared_bytes / (read * READ_PART)
     if layer.cold:
         total.add("hand-over", rates.hand_over_s)
     weight = layer.cold_chance(rows)
+    add = partial(add_experts, total, demand, rates, rows=rows, num=hot + cold, pulls=pulls)
     if weight < 1:
-        idle = {"hot experts": (hot + cold) * each_s, "shared expert": shared_s}
-        total.add_slower(idle, weight=1 - weight)
+        add(num_cold=0.0, weight=1 - weight)
     if weight > 0:
-        num = cold / weight
-        cpu_s, pull_s = cold_sides(
-            demand, rates, num, _tokens_each(demand, rows, hot + cold), pulls
-        )
-        own = {"hot experts": max(hot + cold - num, 0.0) * each_s, "shared expert": shared_s}
-        sides = {"cold experts, CPU": cpu_s}, own, {"cold experts, pulled": pull_s}
-        total.add_slower(*sides, weight=weight)
+        add(num_cold=cold / weight, weight=weight)
+
+
+def add_experts(
+    total: Sum,
+    demand: Demand,
+    rates: MachineRates,
+    *,
+    rows: int,
+    num: float,
+    num_cold: float,
+    pulls: bool = True,
+    weight: float = 1.0,
+) -> None:
+    """A layer's ``num`` distinct experts that ``rows`` tokens choose, of which some are cold."""
+    own = gpu_experts_s(demand, rates, max(num - num_cold, 0.0))
+    if not num_cold:
+        total.add_slower(own, weight=weight)
+        return
+    cpu_s, pull_s = cold_sides(demand, rates, num_cold, _tokens_each(demand, rows, num), pulls)
+    sides = {"cold experts, CPU": cpu_s}, own, {"cold experts, pulled": pull_s}
+    total.add_slower(*sides, weight=weight)
+
+
+def gpu_experts_s(demand: Demand, rates: MachineRates, num: float) -> dict[str, float]:
+    """What the GPU takes for so many experts of a layer that it holds, and for the shared one."""
+    read = rates.peaks.gpu_read_gbps * GIGA * READ_PART
+    return {
+        "hot experts": num * demand.expert_bytes / read,
+        "shared expert": demand.shared_bytes / read,
+    }
 
 
 def cold_sides(

@@ -19,7 +19,9 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels.weight_kind import BITS
 from fiddler.errors import ProfileError
+from offload.demand import Demand
 from offload.plan import Footprint
 from offload.whole_file import write_whole
 
@@ -28,6 +30,8 @@ MAGIC = b"PK"  # of the archive that an npz file is
 REMAKE = "make a new one with: fiddler profile MODEL --text FILE --trace trace.npz"
 # what numpy and zipfile raise for files that are cut short or changed
 _DAMAGE = (ValueError, KeyError, EOFError, RuntimeError, MemoryError, BadZipFile, zlib.error)
+ACTIVATIONS = {"f32", "bf16", "int8"}
+MOST = 1 << 60  # bytes or numbers of a model
 _ARRAYS = ("about", "experts", "tokens", "starts")
 
 
@@ -36,7 +40,8 @@ class RoutingTrace:
     """Routes of a text's tokens, as the model's routers chose them.
 
     ``experts_TMK``: row m is of layer ``footprint.moe_layers[m]``. ``tokens_T`` are token ids;
-    windows, which know nothing of each other, begin at ``starts_W``.
+    windows, which know nothing of each other, begin at ``starts_W``. ``demand`` is what a token
+    asks of a GPU beside them; traces of earlier releases do not tell.
     """
 
     model: str
@@ -46,13 +51,14 @@ class RoutingTrace:
     experts_TMK: npt.NDArray[np.int16]
     tokens_T: npt.NDArray[np.int32]
     starts_W: npt.NDArray[np.int64]
+    demand: Demand | None = None
 
 
 class TraceRecorder:
     """Gathers the windows of a text, as :func:`fiddler.profiling.profile_corpus` shows them."""
 
-    def __init__(self, footprint: Footprint) -> None:
-        self._footprint = footprint
+    def __init__(self, footprint: Footprint, demand: Demand) -> None:
+        self._footprint, self._demand = footprint, demand
         self._ids: list[Sequence[int]] = []
         self._routes: list[npt.NDArray[np.int16]] = []
 
@@ -71,6 +77,7 @@ class TraceRecorder:
             experts_TMK=np.concatenate(self._routes),
             tokens_T=np.concatenate([np.asarray(ids, np.int32) for ids in self._ids]),
             starts_W=np.array([0, *ends[:-1]], np.int64),
+            demand=self._demand,
         )
 
 
@@ -82,6 +89,7 @@ def save_trace(trace: RoutingTrace, path: Path | str) -> None:
         "revision": trace.revision,
         "corpus_sha256": trace.corpus_sha256,
         "footprint": asdict(trace.footprint),
+        "demand": trace.demand and asdict(trace.demand),
     }
     width = np.uint8 if trace.footprint.num_experts <= 256 else np.int16
     content = io.BytesIO()
@@ -107,6 +115,7 @@ def load_trace(path: Path | str) -> RoutingTrace:
         version = about["version"]
         model, revision, text = (about[name] for name in ("model", "revision", "corpus_sha256"))
         footprint = _footprint(about["footprint"])
+        demand = _demand(about.get("demand"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, "what it says of its model cannot be read") from error
     if version != VERSION:
@@ -122,6 +131,7 @@ def load_trace(path: Path | str) -> RoutingTrace:
         experts_TMK=arrays["experts"].astype(np.int16),
         tokens_T=arrays["tokens"].astype(np.int32),
         starts_W=arrays["starts"].astype(np.int64),
+        demand=demand,
     )
 
 
@@ -151,6 +161,22 @@ def _footprint(record: Any) -> Footprint:
         raise ValueError("a size is no count")
     found = Footprint(**values, **lists)
     if not found.moe_layers or not 0 < found.top_k <= found.num_experts or not found.expert_bytes:
+        raise ValueError("no such model")
+    return found
+
+
+def _demand(record: Any) -> Demand | None:
+    """The same; None where there is none."""
+    if record is None:
+        return None
+    found = Demand(**{**record, "layers": ()})
+    names = {"codes": found.codes, "activations": found.activations, "few": found.few}
+    sizes = [value for name, value in record.items() if name not in {"layers", *names}]
+    if not all(isinstance(size, int | float) and 0 <= size < MOST for size in sizes):
+        raise ValueError("a size is none")
+    if found.codes not in BITS or not {found.activations, found.few} <= ACTIVATIONS:
+        raise ValueError("no such numbers")
+    if not (found.on_gpu and found.expert_bytes):
         raise ValueError("no such model")
     return found
 

@@ -1,4 +1,4 @@
-"""Policies side by side on the same routes, within the same memory: hits, bytes, a speed limit.
+"""Policies side by side on the same routes, within the same memory: hits, bytes, speeds.
 
 Shapes: T tokens, S steps, M layers with experts, E experts, K top-k, C choices of a layer in one
 step.
@@ -14,13 +14,11 @@ from offload.adaptive import COPY_SHARE
 from offload.limits import GIGA, Peaks
 from offload.plan import Footprint
 from offload.planner import place
-from offload.policies import Adaptive, Ids, Lru, Mask, Oracle, Policy, Static, play
+from offload.policies import Adaptive, Ids, Lru, Mask, Oracle, Played, Policy, Static, play
 from offload.popularity import Popularity
 
-# One H200 behind PCIe 5, 14 workers: measured for docs/benchmarks.md
-PRESET = Peaks(
-    cpu_read_gbps=126.0, joint_gbps=155.0, pcie_gbps=50.0, gpu_read_gbps=3300.0, gemm_tflops=400.0
-)
+# seconds of the mean step of what was played, where (or where not) all experts are resident
+StepSeconds = Callable[[Played, bool], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +26,9 @@ class Verdict:
     """One policy within ``num_slots`` experts of GPU memory.
 
     ``hit_rate``: share of reads that met a resident expert. Bytes are of a token; ``moved_bytes``
-    are those of experts copied in either direction. ``tokens_per_s`` is what bandwidths allow:
-    nothing waits for anything else.
+    are those of experts copied in either direction. ``predicted_tokens_per_s`` is what a plan would
+    say, None where that is not known; ``limit_tokens_per_s`` is what bandwidths allow: nothing
+    waits for anything else.
     """
 
     policy: str
@@ -37,14 +36,16 @@ class Verdict:
     hit_rate: float
     cold_bytes: float
     moved_bytes: float
-    tokens_per_s: float
+    predicted_tokens_per_s: float | None
+    limit_tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """Routes to play policies on; ``trained_ME`` are the counts that placements are made from.
 
-    Each step is a token of each of ``batch`` requests. ``copy_share`` of a step's time is for the
+    Each step is a token of each of ``batch`` requests, and ``step_s`` predicts how long it takes;
+    None: that is not known. ``peaks`` are for the limit. ``copy_share`` of a step's time is for the
     adaptive policy's copies.
     """
 
@@ -53,6 +54,7 @@ class Study:
     batch: int
     footprint: Footprint
     peaks: Peaks
+    step_s: StepSeconds | None = None
     copy_share: float = COPY_SHARE
 
     def verdicts(self, num_slots: int) -> list[Verdict]:
@@ -80,9 +82,9 @@ class Study:
         return makers | {"oracle": lambda: Oracle(self.steps_SMC, experts, num_slots)}
 
     def _judge(self, name: str, num_slots: int, policy: Policy) -> Verdict:
-        outcomes_S4 = play(policy, self.steps_SMC)
-        reads, hits, loaded, moved = outcomes_S4.sum(axis=0).tolist()
-        num_tokens = len(outcomes_S4) * self.batch
+        played = play(policy, self.steps_SMC)
+        reads, hits, loaded, moved = (int(count.sum()) for count in played)
+        num_tokens = len(self.steps_SMC) * self.batch
         size = self.footprint.expert_bytes
         return Verdict(
             policy=name,
@@ -90,19 +92,28 @@ class Study:
             hit_rate=hits / reads,
             cold_bytes=(reads - hits) * size / num_tokens,
             moved_bytes=(loaded + moved) * size / num_tokens,
-            tokens_per_s=num_tokens / self._seconds(outcomes_S4),
+            predicted_tokens_per_s=self._predicted(played, num_slots),
+            limit_tokens_per_s=num_tokens / self._least_s(played),
         )
 
-    def _seconds(self, outcomes_S4: npt.NDArray[np.int64]) -> float:
+    def _predicted(self, played: Played, num_slots: int) -> float | None:
+        if self.step_s is None:
+            return None
+        return self.batch / self.step_s(played, num_slots >= self.trained_ME.size)
+
+    def _least_s(self, played: Played) -> float:
         """Least time: host memory, PCIe and the GPU each do their part of a step at once.
 
         What misses is read in place by CPU and PCIe together, unless it is brought over whole.
         """
-        reads_S, hits_S, loaded_S, moved_S = outcomes_S4.T * self.footprint.expert_bytes / GIGA
+        of_layers = played.reads_SM, played.hits_SM, played.loaded_SM
+        size = self.footprint.expert_bytes / GIGA
+        reads_S, hits_S, loaded_S = (count_SM.sum(axis=1) * size for count_SM in of_layers)
+        moved_S, peaks = played.moved_S * size, self.peaks
         dense = self.footprint.dense_read_bytes / GIGA
-        host_S = (reads_S - hits_S + moved_S) / self.peaks.joint_gbps
-        link_S = (loaded_S + moved_S / 2) / self.peaks.pcie_gbps  # swaps: half of it each way
-        gpu_S = (dense + hits_S + loaded_S) / self.peaks.gpu_read_gbps
+        host_S = (reads_S - hits_S + moved_S) / peaks.joint_gbps
+        link_S = (loaded_S + moved_S / 2) / peaks.pcie_gbps  # swaps: half of it each way
+        gpu_S = (dense + hits_S + loaded_S) / peaks.gpu_read_gbps
         return float(np.maximum(np.maximum(host_S, link_S), gpu_S).sum())
 
 

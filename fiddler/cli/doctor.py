@@ -37,7 +37,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
     facts = collect()
     problems, path = _priced(facts, find_problems(facts)), execution_path(facts)
     if as_json:
-        record = asdict(facts) | {"path": path, "problems": [asdict(p) for p in problems]}
+        record = facts.to_dict() | {"path": path, "problems": [asdict(p) for p in problems]}
         click.echo(json.dumps(record, indent=1))
     else:
         _print(facts_rows(facts) | {"path": path}, problems)
@@ -91,17 +91,16 @@ def _print(rows: dict[str, str], problems: "list[Problem]") -> None:
 def _priced(facts: "Facts", problems: "list[Problem]") -> "list[Problem]":
     """With what they cost, where there is such a one and this machine could be looked at."""
     is_asked = any(problem.mend for problem in problems)
-    if not is_asked or facts.rates_of is None or any(p.is_fatal for p in problems):
+    if not is_asked or facts.seen is None or any(p.is_fatal for p in problems):
         return problems
     from fiddler.cli.doctor_cost import whole_rates, with_costs
     from fiddler.cli.doctor_facts import unsaid
-    from fiddler.speed import rates_for
-    from offload.hardware import probe
 
-    hardware = probe()
-    with unsaid():  # the findings tell it
-        used, whole = rates_for(hardware), whole_rates(hardware)
-    return with_costs(problems, hardware, used, whole)
+    seen, whole = facts.seen, None
+    if facts.is_lesser_isa:
+        with unsaid():  # the findings tell it
+            whole = whole_rates(seen.hardware)
+    return with_costs(problems, seen.hardware, seen.used, whole)
 
 
 def cost_text(cost: "Cost") -> str:

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from fiddler.cli.doctor_memory import Cache, cache_facts, memory_facts
 from fiddler.cli.errors import ISA_VARIABLE
 
 if TYPE_CHECKING:
+    from fiddler.speed import RatesHere
+    from offload.hardware import Hardware
     from offload.link_probe import Link
 
 PACKAGES = (
@@ -33,6 +35,14 @@ PACKAGES = (
 )
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 NUMA_NODES = Path("/sys/devices/system/node")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The machine as a plan sees it, and the rates by which speeds are predicted for it."""
+
+    hardware: "Hardware"
+    used: "RatesHere"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +86,13 @@ class Facts:
     cache_free_bytes: int | None = None
     cache_is_writable: bool | None = None
     failures: dict[str, str] = field(default_factory=dict)
+    seen: Seen | None = None  # what costs are told from
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; what was ``seen`` is told in words."""
+        record = asdict(replace(self, seen=None))
+        del record["seen"]
+        return record
 
 
 def collect() -> Facts:
@@ -197,16 +214,18 @@ def _rates() -> dict[str, Any]:
     from fiddler.speed import rates_for
     from offload.hardware import probe
 
+    hardware = probe()
     with unsaid() as warned:
-        used = rates_for(probe())
+        used = rates_for(hardware)
     # "FILE cannot be used (WHY): all has to be measured anew"
     damaged = [text.rpartition(": ")[0] for text in map(str, (w.message for w in warned))]
     if why := why_damaged(cache_file()):
         damaged.append(f"{cache_file()} cannot be used ({why})")
+    found = {"seen": Seen(hardware, used), "damaged": damaged}
     if not used.name:
-        return {"rates_of": "this machine", "damaged": damaged}
+        return {**found, "rates_of": "this machine"}
     why_not = used.why_not_own or "it was calibrated without its GPU"
-    return {"rates_of": used.name, "why_not_own": why_not, "damaged": damaged}
+    return {**found, "rates_of": used.name, "why_not_own": why_not}
 
 
 def _cache() -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _facts(
 
 def _machine(name: str | None, device: str) -> "tuple[Hardware, RatesHere]":
     """What to plan for, and the rates to predict with."""
-    from fiddler.speed import RatesHere, rates_for
+    from fiddler.speed import rates_for, rates_of
     from offload.hardware import probe
     from offload.reference_machines import find_machine
 
@@ -162,7 +162,7 @@ def _machine(name: str | None, device: str) -> "tuple[Hardware, RatesHere]":
         )
     if device == "cpu":
         hardware = hardware.without_gpu()
-    return hardware, RatesHere(rates=machine.rates, name=machine.name, origin=machine.origin)
+    return hardware, rates_of(machine)
 
 
 def _write_page(facts: PlanFacts, path: Path) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fiddler.corpus import Corpus
     from fiddler.held_out import ProfileResult
     from fiddler.llm import LLM
+    from offload.demand import Demand
+    from offload.plan import Footprint
     from offload.routing_trace import RoutingTrace
 
 FILE = click.Path(path_type=Path)
@@ -147,7 +149,7 @@ def _profile(
     check_outputs({source: "is the corpus"}, outputs)
     is_traced = any(output.option == "--trace" for output in outputs)
     with contextlib.closing(session.open_llm(model=model, **engine)) as llm, progress_bars() as bar:
-        recorder = TraceRecorder(_footprint(cast("LLM", llm))) if is_traced else None
+        recorder = TraceRecorder(*_sizes(cast("LLM", llm))) if is_traced else None
         result = profile_corpus(
             cast(ProfiledModel, llm),
             corpus,
@@ -160,13 +162,14 @@ def _profile(
         return result, recorder.trace(llm.model_name, llm.revision, corpus.sha256)
 
 
-def _footprint(llm: "LLM") -> Any:
+def _sizes(llm: "LLM") -> "tuple[Footprint, Demand]":
     """What a simulation has to know of a model that it does not load."""
     from fiddler.models.footprint import footprint
     from fiddler.planning import STEP_TOKENS
+    from fiddler.speed import bare_demand
 
     dtypes = llm.dtypes
-    return footprint(
+    sizes = footprint(
         llm.model_config,
         dtype=dtypes.compute,
         expert_dtype=dtypes.expert,
@@ -174,6 +177,7 @@ def _footprint(llm: "LLM") -> Any:
         max_batched_tokens=STEP_TOKENS,
         max_num_seqs=1,
     )
+    return sizes, bare_demand(llm.model_config, dtypes)
 
 
 def _write(

@@ -10,14 +10,16 @@ if TYPE_CHECKING:
 
 
 def print_result(result: "ProfileResult") -> None:
-    """The heatmap and the hit rates."""
+    """The heatmap, entropies and the hit rates."""
     from fiddler.cli.console import output_console
     from fiddler.cli.expert_heatmap import heatmap_lines
+    from fiddler.report.entropy import entropy_line
 
     console = output_console()
     counts = result.profile.popularity.counts_LE.tolist()
     for line in heatmap_lines(counts, width=min(console.width, 100)):
         console.print(line)
+    console.print(entropy_line(result.profile.popularity, result.moe_layers), soft_wrap=True)
     console.print(
         f"\nHit rate on {result.held_out_tokens:,} held-out tokens, "
         f"placed by the other {result.profile.num_tokens:,}:\n"
@@ -39,7 +41,7 @@ def rate_table(first: str, *headings: str) -> "Table":
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right", overflow="fold")  # no figure loses its end
     return table

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from fiddler.cli.calibrated import renew_calibration
 from fiddler.cli.console import note
 from fiddler.cli.option_types import Dtype, Number
 from fiddler.cli.options import COUNT, GIB
-from fiddler.cli.simulate_table import print_verdicts
+from fiddler.cli.simulate_table import print_prediction, print_verdicts
 from fiddler.errors import ConfigError
 from offload.units import counted
 
 if TYPE_CHECKING:
     from fiddler.simulating import Routes
+    from fiddler.speed import RatesHere
     from offload.limits import Peaks
     from offload.popularity import Profile
     from offload.routing_trace import RoutingTrace
@@ -90,7 +92,13 @@ class Rates(click.ParamType[tuple[float, float, float]]):
     "--gbps",
     type=Rates(),
     metavar="HOST,PCIE,GPU",
-    help="GB/s of host memory, PCIe and GPU memory.  [default: an H200's, 155,50,3300]",
+    help="GB/s of host memory, PCIe and GPU memory: their limit, and no prediction.",
+)
+@click.option(
+    "--hardware",
+    "machine_name",
+    metavar="FILE|NAME",
+    help="Predict for another machine, as fiddler plan does.",
 )
 @click.option(
     "--copy-share",
@@ -114,15 +122,19 @@ def command(
     profile: Path | None,
     train: float,
     gbps: tuple[float, float, float] | None,
+    machine_name: str | None,
     copy_share: float | None,
     as_json: bool,
 ) -> None:
     """Play placement policies on the routes of TRACE, which fiddler profile --trace writes.
 
     Tells, for each policy and size of GPU memory, how many reads of experts hit, which bytes are
-    read from host memory and copied for each token, and how fast bandwidths alone would let it be.
+    read from host memory and copied for each token, and how fast it would be: predicted as in
+    fiddler plan, from what fiddler calibrate has measured here or from a machine that is like this
+    one, beside what bandwidths alone allow.
     """
     from fiddler.simulating import make_study
+    from fiddler.speed import PROMPT
     from offload.routing_trace import load_trace
 
     if trace is not None and shape is not None:
@@ -142,23 +154,39 @@ def command(
     else:
         routes = _drawn(cast(str, shape), routing, dtype, num_tokens, batch, seed)
     known = _load_profile(profile, routes, recorded) if profile is not None else None
-    study = make_study(routes, profile=known, train=train, batch=batch, peaks=_peaks(gbps))
+    peaks, used = _speeds(gbps, machine_name)
+    study = make_study(
+        routes,
+        profile=known,
+        train=train,
+        batch=batch,
+        peaks=peaks,
+        rates=None if used is None else used.rates,
+    )
     if copy_share is not None:
         study = dataclasses.replace(study, copy_share=copy_share)
     budgets = _budgets(routes, slots, vram_gb)
     found = {label: study.verdicts(count) for label, count in budgets.items()}
     if as_json:
         rows = [dataclasses.asdict(verdict) for verdicts in found.values() for verdict in verdicts]
-        click.echo(json.dumps({"model": routes.name, "steps": len(study.steps_SMC), "rows": rows}))
+        machine = None if used is None else used.name or "this machine"
+        record = {"model": routes.name, "steps": len(study.steps_SMC), "machine": machine}
+        click.echo(json.dumps({**record, "num_tokens": PROMPT, "rows": rows}))
     else:
         steps = f"{len(study.steps_SMC):,} steps of {counted(batch, 'token')}"
-        print_verdicts(found, f"{routes.name}: {steps} played", study.peaks)
+        print_verdicts(found, f"{routes.name}: {steps} played", peaks)
+        print_prediction(used, is_known=routes.demand is not None)
 
 
 def _recorded(trace: "RoutingTrace") -> "Routes":
     from fiddler.simulating import Routes
 
-    return Routes(name=trace.model, footprint=trace.footprint, experts_TMK=trace.experts_TMK)
+    return Routes(
+        name=trace.model,
+        footprint=trace.footprint,
+        experts_TMK=trace.experts_TMK,
+        demand=trace.demand,
+    )
 
 
 def _drawn(
@@ -186,8 +214,9 @@ def _check_given(ctx: click.Context, *, is_shape: bool) -> None:
     for name in OF_SHAPES:
         if not is_shape and is_given(name):
             raise click.UsageError(f"a trace brings its own routes: {flags[name]} needs --shape")
-    if is_given("profile") and is_given("train"):
-        raise click.UsageError("give either --profile or --train, not both")
+    for one, other in (("profile", "train"), ("gbps", "machine_name")):
+        if is_given(one) and is_given(other):
+            raise click.UsageError(f"give either {flags[one]} or {flags[other]}, not both")
 
 
 def _load_profile(path: Path, routes: "Routes", trace: "RoutingTrace | None") -> "Profile":
@@ -202,13 +231,38 @@ def _load_profile(path: Path, routes: "Routes", trace: "RoutingTrace | None") ->
     return profile
 
 
-def _peaks(gbps: tuple[float, float, float] | None) -> "Peaks":
-    from offload.simulation import PRESET
+def _speeds(
+    gbps: tuple[float, float, float] | None, machine_name: str | None
+) -> "tuple[Peaks, RatesHere | None]":
+    """What limits, and by which rates is predicted, if at all."""
+    from offload.limits import Peaks
 
     if gbps is None:
-        return PRESET
+        used = _rates(machine_name)
+        return used.rates.peaks, used
     host, link, gpu = gbps
-    return dataclasses.replace(PRESET, joint_gbps=host, pcie_gbps=link, gpu_read_gbps=gpu)
+    peaks = Peaks(
+        cpu_read_gbps=host, joint_gbps=host, pcie_gbps=link, gpu_read_gbps=gpu, gemm_tflops=0.0
+    )
+    return peaks, None
+
+
+def _rates(machine_name: str | None) -> "RatesHere":
+    """Those of the named machine, or of this one or one like it, with a GPU in any case."""
+    from fiddler.speed import gpu_rates_for, rates_of
+    from offload.hardware import probe
+    from offload.reference_machines import find_machine
+
+    if machine_name is None:
+        renew_calibration(only_with_gpu=True)
+        return gpu_rates_for(probe("auto"))
+    machine = find_machine(machine_name)
+    if not machine.rates.has_gpu:
+        raise ConfigError(
+            f"{machine.name} has no GPU on which experts could be placed",
+            hint="name another --hardware",
+        )
+    return rates_of(machine)
 
 
 def _budgets(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,32 +72,32 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
         checkpoint.check(config)
         windows, text_sha256 = _windows(job, config)
         made_of = identity(job, checkpoint.paths, text_sha256)
-        target = Target.open(job.output, made_of, resume=job.resume)
-        num_tokens = 0 if windows is None else windows.numel()
-        if target.has_name:
-            planned = _as_chosen(planned, job, target)
-            target.clean_up()
-            return _made(job, planned, target, plan_shards(planned, job.kind), num_tokens)
-        target.check_space(shards)
-        with target.writing(shards):
-            target.begin()
-        source = CheckpointSource(checkpoint)
-        if job.sensitivity is not None and windows is not None:
-            with target.writing(shards):
-                planned = _with_kinds(planned, job, source, windows, target, on_progress)
-            shards = plan_shards(planned, job.kind)
+        with closing(Target.open(job.output, made_of, resume=job.resume)) as target:
+            num_tokens = 0 if windows is None else windows.numel()
+            if target.has_name:
+                planned = _as_chosen(planned, job, target)
+                target.clean_up()
+                return _made(job, planned, target, plan_shards(planned, job.kind), num_tokens)
             target.check_space(shards)
-        calibration = None if windows is None else Calibration(source, config, windows)
-        num_experts = sum(len(shard.experts) for shard in shards)
-        count = _counter("quantizing experts", num_experts, on_progress)
-        layers = Layers(planned, source, job.kind, job.method, calibration, count)
-        with target.writing(shards):
-            layers.run(shards, target)
-            made = _made(job, planned, target, shards, num_tokens)
-            outliers = layers.outliers if job.outliers else None
-            record = _record(job, made, text_sha256)
-            scheme = quantization_config(job.kind, record, outliers, planned.mixed)
-            target.complete(job.source, shards, _config_json(raw, scheme))
+            with target.writing(shards):
+                target.begin()
+            source = CheckpointSource(checkpoint)
+            if job.sensitivity is not None and windows is not None:
+                with target.writing(shards):
+                    planned = _with_kinds(planned, job, source, windows, target, on_progress)
+                shards = plan_shards(planned, job.kind)
+                target.check_space(shards)
+            calibration = None if windows is None else Calibration(source, config, windows)
+            num_experts = sum(len(shard.experts) for shard in shards)
+            count = _counter("quantizing experts", num_experts, on_progress)
+            layers = Layers(planned, source, job.kind, job.method, calibration, count)
+            with target.writing(shards):
+                layers.run(shards, target)
+                made = _made(job, planned, target, shards, num_tokens)
+                outliers = layers.outliers if job.outliers else None
+                record = _record(job, made, text_sha256)
+                scheme = quantization_config(job.kind, record, outliers, planned.mixed)
+                target.complete(job.source, shards, _config_json(raw, scheme))
     return made
 
 

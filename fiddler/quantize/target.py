@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fiddler.errors import CheckpointError, QuantizeError
 from fiddler.hub.cache import free_bytes, gigabytes
 from fiddler.models.checkpoint import INDEX
+from fiddler.quantize.lock import LOCK, hold
 from fiddler.quantize.place import beside, check_replaceable, place_of, remove_model
 from fiddler.quantize.plan import Shard
 from fiddler.text.model_files import read_json_object
@@ -39,6 +40,7 @@ class Target:
     """``folder`` in the making, as ``partial``. ``job`` says what is made of what, in JSON.
 
     ``chosen``: what was measured and decided before the first file, in JSON; None: nothing yet.
+    ``lock``: keeps other runs out of ``partial``, once that is there.
     """
 
     folder: Path
@@ -47,13 +49,14 @@ class Target:
     finished: dict[str, Notes]
     chosen: Any = None
     has_name: bool = False  # an earlier run was interrupted after the folder had taken its name
+    lock: IO[str] | None = None
 
     @classmethod
     def open(cls, folder: Path, job: dict[str, Any], *, resume: bool) -> "Target":
         """A new one, or that of an interrupted run of the same job; nothing is written yet.
 
         :class:`QuantizeError` if there is something that must not be replaced, another job's part,
-        or this one's and ``resume`` was not asked for.
+        one that is being written, or this one's and ``resume`` was not asked for.
         """
         folder = place_of(folder)
         partial = beside(folder, "partial")
@@ -61,14 +64,31 @@ class Target:
             check_replaceable(made)
         if resume and (whole := _of_whole(folder, job)) is not None:
             return cls(folder, partial, job, whole["finished"], whole["chosen"], has_name=True)
-        journal = _journal(partial, job, resume=resume) if _is_begun(partial) else {}
-        return cls(folder, partial, job, _finished(partial, journal), journal.get("chosen"))
+        if not _is_begun(partial):
+            return cls(folder, partial, job, {})
+        lock = hold(partial)  # before its journal is read, which another run may be writing
+        try:
+            journal = _journal(partial, job, resume=resume)
+        except BaseException:
+            lock.close()
+            raise
+        finished = _finished(partial, journal)
+        return cls(folder, partial, job, finished, journal["chosen"], lock=lock)
+
+    def close(self) -> None:
+        """Let other runs in."""
+        if self.lock is not None:
+            self.lock.close()
 
     def begin(self) -> None:
-        """Make the folder, with a journal; where that fails nothing is left of a new one."""
+        """Make the folder, with a journal; where that fails nothing is left of a new one.
+
+        :class:`QuantizeError` if another run has just begun there.
+        """
         is_new = not self.partial.exists()
         self.partial.mkdir(parents=True, exist_ok=True)
         try:
+            self.lock = self.lock or hold(self.partial)
             self._write_journal()
         except OSError:
             if is_new:
@@ -133,7 +153,8 @@ class Target:
     def clean_up(self) -> None:
         """Remove the old folder, then the journal: while it is there, --resume comes back here."""
         self._remove_old()
-        (self.folder / JOURNAL).unlink()
+        for name in (LOCK, JOURNAL):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _remove_old(self) -> None:
         old = beside(self.folder, "replaced")
@@ -165,7 +186,8 @@ def _is_begun(partial: Path) -> bool:
     if (partial / JOURNAL).exists():
         return True
     # a run may end before its first journal is whole
-    is_nothing = partial.is_dir() and {path.name for path in partial.iterdir()} <= {_new(JOURNAL)}
+    names = {LOCK, _new(JOURNAL)}
+    is_nothing = partial.is_dir() and {path.name for path in partial.iterdir()} <= names
     if partial.exists() and not is_nothing:
         raise QuantizeError(f"{partial} is in the way", hint="remove it, or choose another -o")
     return False

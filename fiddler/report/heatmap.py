@@ -3,6 +3,7 @@
 Shapes: M layers with experts, E experts.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,8 @@ from fiddler.report.svg import FONT, WIDTH, element, picture, text, text_width, 
 
 LEVELS = 9  # shades, a factor of 2 ** 0.75 apart around the even share
 MOST_HEIGHT, LEAST_ROW, MOST_ROW = 560, 5, 18  # pixels
-TOP, BOTTOM, BAR_WIDTH, GAP = 28, 56, 110, 14
+TOP, BOTTOM, BAR_WIDTH, LABEL_WIDTH, GAP = 28, 56, 76, 34, 14
+COLUMN = GAP + BAR_WIDTH + LABEL_WIDTH  # of bars
 LEGEND_WIDTH = 18  # of a shade
 
 
@@ -20,21 +22,33 @@ LEGEND_WIDTH = 18  # of a shade
 class Heatmap:
     """Shares of each layer's routes by expert; of the most used ``residents_M`` are on the GPU.
 
-    ``hits_M``: share of routes that meet one of them.
+    ``hits_M``: share of routes that meet one of them. ``bits_M``: entropy of each layer's shares.
     """
 
     layers: tuple[int, ...]
     shares_ME: npt.NDArray[np.float64]
     residents_M: tuple[int, ...]
     hits_M: tuple[float, ...]
+    bits_M: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """A bar for each layer, as long as its part of the whole, with a label and what it means."""
+
+    heading: str
+    parts_M: tuple[float, ...]
+    labels_M: tuple[str, ...]
+    titles_M: tuple[str, ...]
 
 
 def heatmap_svg(heatmap: Heatmap, title: str) -> str:
-    """The map, a line between GPU and CPU, and a bar of hits for each layer."""
+    """The map, a line between GPU and CPU, and bars of hits and of entropy for each layer."""
     rows, experts = heatmap.shares_ME.shape
     height = min(MOST_ROW, max(LEAST_ROW, MOST_HEIGHT // rows))
     left = text_width(str(heatmap.layers[-1])) + 12
-    right = WIDTH - (BAR_WIDTH + 2 * GAP + 30 if any(heatmap.residents_M) else GAP)
+    columns = [*([_hits(heatmap)] if any(heatmap.residents_M) else []), _entropies(heatmap)]
+    right = WIDTH - len(columns) * COLUMN
     cell = (right - left) / experts
     bottom = TOP + rows * height
     parts = [
@@ -44,11 +58,9 @@ def heatmap_svg(heatmap: Heatmap, title: str) -> str:
         *_legend(left, bottom + 22),
     ]
     if any(heatmap.residents_M):
-        parts += [
-            element("path", d=_edge(heatmap, left, cell, height), class_="edge"),
-            *_bars(heatmap, right + GAP, height),
-            text(right + GAP, TOP - 8, "hits on the GPU"),
-        ]
+        parts.append(element("path", d=_edge(heatmap, left, cell, height), class_="edge"))
+    for place, bars in enumerate(columns):
+        parts += _bars(bars, right + place * COLUMN + GAP, height)
     description = (
         f"{rows} layers with {experts} experts each. Stronger shades are used more. "
         "A line parts experts on the GPU, at its left, from those on the CPU."
@@ -93,24 +105,45 @@ def _labels(heatmap: Heatmap, left: float, height: int) -> list[str]:
     ]
 
 
-def _bars(heatmap: Heatmap, left: float, height: int) -> list[str]:
-    bars = []
+def _hits(heatmap: Heatmap) -> Bars:
+    pairs = list(zip(heatmap.layers, heatmap.hits_M, strict=True))
+    return Bars(
+        "hits on the GPU",
+        heatmap.hits_M,
+        tuple(f"{hits:.0%}" for _, hits in pairs),
+        tuple(f"layer {layer}: {hits:.1%} of its routes" for layer, hits in pairs),
+    )
+
+
+def _entropies(heatmap: Heatmap) -> Bars:
+    most = math.log2(max(2, heatmap.shares_ME.shape[1]))
+    pairs = list(zip(heatmap.layers, heatmap.bits_M, strict=True))
+    return Bars(
+        "entropy, bits",
+        tuple(bits / most for bits in heatmap.bits_M),
+        tuple(f"{bits:.2f}" for _, bits in pairs),
+        tuple(f"layer {layer}: entropy {bits:.2f} bits of {most:.2f}" for layer, bits in pairs),
+    )
+
+
+def _bars(bars: Bars, left: float, height: int) -> list[str]:
+    parts = [text(left, TOP - 8, bars.heading)]
     every = max(1, -(-FONT // height))
-    for row, (layer, hits) in enumerate(zip(heatmap.layers, heatmap.hits_M, strict=True)):
+    for row, part in enumerate(bars.parts_M):
         top = TOP + row * height
         bar = element(
             "rect",
             x=left,
             y=top + 0.1 * height,
-            width=max(0.5, hits * BAR_WIDTH),
+            width=max(0.5, part * BAR_WIDTH),
             height=0.8 * height,
             class_="bar",
         )
-        bars.append(titled(bar, f"layer {layer}: {hits:.1%} of its routes"))
+        parts.append(titled(bar, bars.titles_M[row]))
         if row % every == 0:
             at = left + BAR_WIDTH + 4
-            bars.append(text(at, top + height / 2 + 4, f"{hits:.0%}", class_="muted"))
-    return bars
+            parts.append(text(at, top + height / 2 + 4, bars.labels_M[row], class_="muted"))
+    return parts
 
 
 def _legend(left: float, top: float) -> list[str]:

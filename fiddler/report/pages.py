@@ -1,9 +1,9 @@
 """The pages of ``--html``: a profile's, a plan's, a benchmark's."""
 
-import math
 from collections.abc import Sequence
 
 from fiddler.held_out import ProfileResult
+from fiddler.report.entropy import entropy_line
 from fiddler.report.heatmap import Heatmap, heatmap_svg
 from fiddler.report.memory_map import memory_map, memory_svg
 from fiddler.report.page import Section, Table, page
@@ -23,7 +23,6 @@ def profile_page(result: ProfileResult) -> str:
     total = len(result.moe_layers) * num_experts
     held_out = Popularity(result.held_out_LE)
     shown = heatmap(profile.popularity, result.placement, result.moe_layers, judged_by=held_out)
-    bits = profile.popularity.entropy_bits()
     rates = [result.present] if result.present.num_resident else []
     table = Table(
         ("experts on the GPU", "this profile", "at 95 %", "no profile", "best possible"),
@@ -38,13 +37,12 @@ def profile_page(result: ProfileResult) -> str:
             for row in (*rates, *result.by_share)
         ),
     )
-    mean_bits = sum(bits[layer] for layer in result.moe_layers) / len(result.moe_layers)
     return page(
         f"{profile.model}: use of its experts",
         [
             f"{profile.num_tokens:,} tokens counted, {result.held_out_tokens:,} kept apart to "
-            f"judge by. Mean entropy of a layer: {mean_bits:.2f} bits of "
-            f"{math.log2(num_experts):.2f}.",
+            "judge by.",
+            entropy_line(profile.popularity, result.moe_layers),
         ],
         [
             Section("Use by layer", pictures=(heatmap_svg(shown, "Use of experts by layer"),)),
@@ -158,9 +156,11 @@ def heatmap(
             float(row_E[sorted(experts)].sum() / max(1, row_E.sum()))
             for row_E, experts in zip(judged_by.counts_LE, placement.resident, strict=True)
         ]
+    bits_L = popularity.entropy_bits()
     return Heatmap(
         layers=moe_layers,
         shares_ME=popularity.shares()[list(moe_layers)],
         residents_M=tuple(len(placement.resident[layer]) for layer in moe_layers),
         hits_M=tuple(hits_L[layer] for layer in moe_layers),
+        bits_M=tuple(bits_L[layer] for layer in moe_layers),
     )

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from plan_machine import GIB, WITH_GPU, run, set_machine
@@ -15,6 +16,7 @@ from fiddler.hub import ModelFolder, ModelMetadata
 from offload.hardware import Hardware
 from offload.layout import LEAST_CONTEXT, MOST_CONTEXT
 from offload.objective import DEFAULT
+from offload.popularity import Popularity, Profile, save_profile
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +210,28 @@ def test_what_cannot_be_planned_is_one_sentence(arguments: tuple[str, ...], sent
     assert done.exit_code == 1
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+def test_a_profile_that_chooses_nothing_is_said(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(1, 99, (16, 64))
+    profile = Profile(
+        model="olmoe-1b-7b",
+        architecture=None,
+        revision=None,
+        corpus_sha256="text",
+        num_tokens=1000,
+        popularity=Popularity(counts),
+        created="now",
+    )
+    save_profile(profile, tmp_path / "p.json")
+    shape = ("--shape", "olmoe-1b-7b", "--profile", str(tmp_path / "p.json"))
+    sentence = "- the profile changes nothing: all experts are in one memory"
+    no_gpu = ("--hardware", "rtx4090-ddr5", "--device", "cpu")
+    for same in ((), no_gpu, ("--vram-gb", "2.4")):
+        assert sentence in run(*shape, *same).stdout, same
+    for split in (("--vram-gb", "6"), (*no_gpu, "--ram-gb", "8")):
+        assert "changes nothing" not in run(*shape, *split).stdout, split
+    assert "changes nothing" not in run(*shape[:2]).stdout
 
 
 @pytest.mark.parametrize("budget", ["23.6", "24", "80"])

@@ -47,6 +47,7 @@ def test_a_text_becomes_a_profile_a_picture_and_hit_rates(
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
     assert "layer 0 |" in done.stdout and "layer 2 |" in done.stdout
     assert "4 of 16, this VRAM budget" in done.stdout
+    assert " of 3.00 bits, median " in done.stdout
     assert "wrote" in done.stderr and "wrote" not in done.stdout
     assert llm.is_closed
 

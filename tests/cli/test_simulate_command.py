@@ -1,6 +1,7 @@
 """``fiddler simulate`` on drawn and on recorded routes: figures that agree, and refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from click.testing import CliRunner, Result
+from plan_machine import WITH_GPU, set_machine
 
+from fiddler._version import __version__
 from fiddler.cli import cli
 from fiddler.cli.simulate_table import POLICIES
+from offload.calibration import Calibration, default_path
+from offload.machine_facts import this_machine
+from offload.machine_rates import RATES
 from offload.popularity import Popularity, Profile, save_profile
+from offload.reference_machines import find_machine, record_of
 from offload.routing_trace import RoutingTrace, save_trace
 from tests.offload.planner_cases import model
 
 SMALL = ("--shape", "olmoe-1b-7b", "--tokens", "120")
+H200 = find_machine("h200-16core")
 SIZES = model(
     num_layers=3,
     moe_layers=(0, 2),
@@ -96,11 +104,63 @@ def test_a_narrow_terminal_cuts_nothing_off(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_rates_behind_the_limit_are_told() -> None:
     for given, told in (
-        ((), "155 GB/s, PCIe 50, GPU memory 3,300"),
+        (("--hardware", "h200-16core"), "160 GB/s, PCIe 55.3, GPU memory 4,200"),
         (("--gbps", "7.5,2,1e3"), "7.5 GB/s, PCIe 2, GPU memory 1,000"),
     ):
         out = run(*SMALL, "--slots", "100", *given).stdout
-        assert f"limit: host memory gives {told} (--gbps)" in out
+        assert f"limit: host memory gives {told}" in out
+
+
+def test_a_prediction_is_the_plans() -> None:
+    """As for the plan, of as many experts of layers that have use without favourites."""
+    size = ("--shape", "qwen3-30b-a3b", "--vram-gb", "24", "--hardware", "h200-16core")
+    plan = CliRunner().invoke(cli, ["plan", *size, "--json"])
+    planned = json.loads(plan.stdout)
+    found = rows(*size, "--tokens", "200", "--routing", "uniform")["no profile"]
+    mine, theirs = found["predicted_tokens_per_s"], planned["speeds"]["decode"]["tokens_per_s"]
+    assert mine == pytest.approx(theirs, rel=0.05)
+    assert mine < found["limit_tokens_per_s"]
+
+
+def test_rates_are_of_the_machine_or_of_one_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.calibration.cache_file", lambda: tmp_path / "cpu.json")
+    small = (*SMALL, "--slots", "100")
+    set_machine(monkeypatch, WITH_GPU)
+    out = run(*small).stdout
+    assert "- by the rates of rtx4090-ddr5: composed from" in out
+    assert "- this machine is not calibrated: fiddler calibrate" in out
+    Calibration(default_path(), this_machine(WITH_GPU, __version__)).store(RATES, {}, H200.rates)
+    own = run(*small).stdout
+    assert "- by this machine's rates" in own and "not calibrated" not in own
+    named = run(*small, "--hardware", "h200-16core").stdout
+    assert "- by the rates of h200-16core: measured" in named
+    assert own.split("\n\n")[2] == named.split("\n\n")[2] != out.split("\n\n")[2]
+    set_machine(monkeypatch, WITH_GPU.without_gpu())
+    out = run(*small).stdout
+    assert "- by the rates of rtx4090-ddr5" in out
+    assert "- this machine has no GPU: --hardware names another" in out
+
+
+def test_a_machine_without_a_gpu_places_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "small.json"
+    rates = replace(H200.rates, peaks=H200.rates.peaks_for(on_gpu=False))
+    hardware = H200.hardware.without_gpu()
+    path.write_text(
+        json.dumps(record_of(replace(H200, name="small", hardware=hardware, rates=rates)))
+    )
+    done = run(*SMALL, "--hardware", path)
+    assert done.exit_code == 1 and "small has no GPU on which experts" in done.stderr
+
+
+def test_nothing_is_predicted_from_less_than_a_machine_and_a_model(trace: Path) -> None:
+    for given, why in (
+        ((*SMALL, "--gbps", "10,5,100"), "tok/s: not predicted from --gbps alone"),
+        ((trace,), "as the trace is of an earlier release: make a new one with fiddler profile"),
+    ):
+        assert why in run(*given, "--slots", "6").stdout
+        assert rows(*given, "--slots", "6")["static"]["predicted_tokens_per_s"] is None
 
 
 def test_the_law_decides_who_wins() -> None:
@@ -124,7 +184,7 @@ def test_figures_agree_with_each_other(trace: Path) -> None:
     static = found["static"]
     assert static["moved_bytes"] == 0
     # all steps are bound by host memory, or by dense weights where nothing misses
-    per_token = 75 / static["tokens_per_s"] / 75
+    per_token = 1 / static["limit_tokens_per_s"]
     assert static["cold_bytes"] / 10e9 <= per_token <= static["cold_bytes"] / 10e9 + 1.5e6 / 100e9
     lru = found["lru"]
     assert lru["moved_bytes"] == pytest.approx(lru["cold_bytes"])
@@ -146,7 +206,10 @@ def test_more_copies_follow_a_changing_subject_closer() -> None:
 def test_a_batch_shares_reads(trace: Path) -> None:
     alone, together = (rows(trace, "--slots", "6", "--batch", n)["static"] for n in (1, 4))
     assert together["cold_bytes"] < 0.8 * alone["cold_bytes"]
-    assert together["tokens_per_s"] > alone["tokens_per_s"]
+    assert together["limit_tokens_per_s"] > alone["limit_tokens_per_s"]
+    size = (*SMALL, "--slots", "256", "--hardware", "h200-16core")
+    alone, together = (rows(*size, "--batch", n)["static"] for n in (1, 4))
+    assert together["predicted_tokens_per_s"] > 1.2 * alone["predicted_tokens_per_s"]
 
 
 def test_a_profile_places(trace: Path, tmp_path: Path) -> None:
@@ -184,6 +247,8 @@ def test_a_profile_of_the_same_text_is_told(trace: Path, tmp_path: Path) -> None
         (("--shape", "olmoe-1b-7b", "--routing", "zip"), "'zipf:S'"),
         ((*SMALL, "--gbps", "1,2"), "not three rates above 0"),
         ((*SMALL, "--gbps", "1,0,3"), "not three rates above 0"),
+        ((*SMALL, "--gbps", "1,2,3", "--hardware", "h200"), "either --gbps or --hardware"),
+        ((*SMALL, "--hardware", "h200-16cores"), "did you mean 'h200-16core'?"),
     ],
 )
 def test_bad_input_is_one_sentence(trace: Path, arguments: tuple[str, ...], sentence: str) -> None:

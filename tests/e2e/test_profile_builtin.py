@@ -3,7 +3,7 @@
 import numpy as np
 
 from fiddler import LLM
-from fiddler.cli.profile import _footprint
+from fiddler.cli.profile import _sizes
 from fiddler.corpus import Corpus
 from fiddler.profiling import profile_corpus
 from offload.routing_trace import TraceRecorder
@@ -14,7 +14,7 @@ TEXT = "Mira is a baker. She lives in Toll. Who bakes the bread of the town? It 
 
 def test_the_parts_add_up_to_the_executors_own_counts() -> None:
     with LLM("builtin", vram_gb=0.05, max_model_len=256) as llm:
-        recorder = TraceRecorder(_footprint(llm))
+        recorder = TraceRecorder(*_sizes(llm))
         result = profile_corpus(llm, Corpus((TEXT,), "h"), on_window=recorder)
         counted = np.array(llm.expert_counts())
         num_tokens = len(llm.tokenizer.encode(TEXT))

@@ -16,8 +16,6 @@ from offload.adaptive_placement import AdaptivePlacement
 from offload.policies import Adaptive, Lru, Oracle, Static, play
 from tests.offload.swap_store import MOE_LAYERS, E, make_store
 
-READS, HITS, LOADED, MOVED = range(4)
-
 
 @st.composite
 def small_traces(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
@@ -59,8 +57,8 @@ def most_hits(steps: np.ndarray, experts: int, num_slots: int) -> int:
 def test_no_way_to_fill_the_slots_beats_the_oracle(case: tuple[np.ndarray, int, int]) -> None:
     steps, experts, num_slots = case
     played = play(Oracle(steps, experts, num_slots), steps)
-    assert played[:, READS].tolist() == list(map(len, read_sets(steps)))
-    assert played[:, HITS].sum() == most_hits(steps, experts, num_slots)
+    assert played.reads_SM.sum(axis=1).tolist() == list(map(len, read_sets(steps)))
+    assert played.hits_SM.sum() == most_hits(steps, experts, num_slots)
 
 
 def naive_lru(steps: np.ndarray, slots: list[int], start: list[list[int]]) -> list[tuple[int, int]]:
@@ -88,9 +86,10 @@ def test_lru_is_a_list(case: tuple[np.ndarray, int, int], data: st.DataObject) -
     counts = np.array([data.draw(st.permutations(range(experts))) for _ in range(rows)])
     start = np.argsort(-counts, axis=1).tolist()
     played = play(Lru(np.array(slots), counts), steps)
-    assert list(zip(*played[:, [HITS, LOADED]].T.tolist(), strict=True)) == naive_lru(
-        steps, slots, start
+    hits_S, loads_S = (
+        count_SM.sum(axis=1).tolist() for count_SM in (played.hits_SM, played.loaded_SM)
     )
+    assert list(zip(hits_S, loads_S, strict=True)) == naive_lru(steps, slots, start)
 
 
 @given(st.integers(0, 2**20), st.integers(1, 40))
@@ -99,21 +98,24 @@ def test_nobody_beats_the_oracle_on_longer_traces(seed: int, num_slots: int) -> 
     rows, experts = 3, 16
     weights = rng.exponential(1, (30, rows, experts)) ** 2
     steps = np.argsort(-weights, axis=2)[:, :, :3]
-    best = play(Oracle(steps, experts, num_slots), steps)[:, HITS].sum()
+    best = play(Oracle(steps, experts, num_slots), steps).hits_SM.sum()
     counts = rng.integers(0, 9, (rows, experts))
     is_resident = rng.permutation(rows * experts).reshape(rows, experts) < num_slots
     even = num_slots // rows + (np.arange(rows) < num_slots % rows)
     for policy in (Static(is_resident), Lru(even, counts)):
-        assert play(policy, steps)[:, HITS].sum() <= best
+        assert play(policy, steps).hits_SM.sum() <= best
     fewer = rng.permutation(rows * experts).reshape(rows, experts) < max(0, num_slots - rows)
     played = play(Adaptive(fewer, 1), steps)
-    assert played[:, HITS].sum() - played[:, MOVED].sum() <= best
+    assert played.hits_SM.sum() - played.moved_S.sum() <= best
 
 
 def test_what_stays_is_counted_by_hand() -> None:
     steps = np.array([[[0, 1, 1], [2, 2, 2]], [[3, 0, 2], [0, 1, 2]]])
     is_resident = np.array([[1, 0, 0, 0], [0, 0, 1, 1]], bool)
-    assert play(Static(is_resident), steps).tolist() == [[3, 2, 0, 0], [6, 2, 0, 0]]
+    played = play(Static(is_resident), steps)
+    assert played.reads_SM.tolist() == [[2, 1], [3, 3]]
+    assert played.hits_SM.tolist() == [[1, 1], [1, 1]]
+    assert not played.loaded_SM.any() and not played.moved_S.any()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -135,7 +137,7 @@ def test_adaptive_is_what_the_engine_does(seed: int) -> None:
         engine.count(MOE_LAYERS, ids_MC[:, :, None])
         outcome = mine.step(ids_MC)
         wanted = sum(len({e for e in row if is_resident_ME[m, e]}) for m, row in enumerate(ids_MC))
-        assert outcome.hits == wanted, step
+        assert outcome.hits_M.sum() == wanted, step
         num_moved += outcome.moved
     assert engine.num_swaps > 3
     assert num_moved in (2 * engine.num_swaps, 2 * engine.num_swaps - 1, 2 * engine.num_swaps - 2)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,38 @@ import numpy as np
 import pytest
 
 from fiddler.errors import ProfileError
+from offload.demand import Demand
 from offload.routing_trace import RoutingTrace, TraceRecorder, load_trace, save_trace
 from tests.offload.planner_cases import model
 
 SIZES = model(num_layers=3, moe_layers=(0, 2))
+DEMAND = Demand(
+    on_gpu=True,
+    num_layers=3,
+    layers=(),
+    top_k=2,
+    hidden=64,
+    codes="int4",
+    activations="f32",
+    few="int8",
+    expert_bytes=1000,
+    expert_numel=2000,
+    layer_bytes=500.0,
+    shared_bytes=0.0,
+    layer_numel=250.0,
+    head_bytes=100,
+    vocab=50,
+    kv_bytes=16,
+    attention_width=64,
+    staging_slots=0,
+    disk_share=0.0,
+    disk_bytes=1000,
+    step_tokens=0,
+)
 
 
 def recorded() -> RoutingTrace:
-    recorder = TraceRecorder(SIZES)
+    recorder = TraceRecorder(SIZES, DEMAND)
     rng = np.random.default_rng(0)
     for length in (3, 5):
         routes_TLK = rng.integers(0, 8, (length, 3, 2)).astype(np.int16)
@@ -31,7 +56,7 @@ def test_a_recorded_trace_comes_back(tmp_path: Path) -> None:
     save_trace(trace, path)
     loaded = load_trace(path)
     assert (loaded.model, loaded.revision, loaded.corpus_sha256) == ("org/name", "abc", "hash")
-    assert loaded.footprint == SIZES
+    assert loaded.footprint == SIZES and loaded.demand == DEMAND
     for name in ("experts_TMK", "tokens_T", "starts_W"):
         assert np.array_equal(getattr(loaded, name), getattr(trace, name))
         assert getattr(loaded, name).dtype == getattr(trace, name).dtype
@@ -39,16 +64,17 @@ def test_a_recorded_trace_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_trace_of_an_earlier_release_is_read(tmp_path: Path) -> None:
-    """Which knew no ``host_bytes``."""
+    """Which knew neither ``host_bytes`` nor a ``demand``."""
     path = tmp_path / "trace.npz"
     save_trace(recorded(), path)
     with np.load(path) as arrays:
         kept = {name: arrays[name] for name in arrays}
     about = json.loads(kept["about"].tobytes())
-    del about["footprint"]["host_bytes"]
+    del about["footprint"]["host_bytes"], about["demand"]
     kept["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     np.savez_compressed(path, **kept)
-    assert load_trace(path).footprint == SIZES
+    loaded = load_trace(path)
+    assert loaded.footprint == SIZES and loaded.demand is None
 
 
 def stored(path: Path, **changes: Any) -> Path:
@@ -74,6 +100,14 @@ def stored(path: Path, **changes: Any) -> Path:
         ({"about": np.frombuffer(b"{", np.uint8)}, "of its model cannot be read"),
         ({"num_experts": "8"}, "of its model cannot be read"),
         ({"num_experts": 4}, "experts that its model does not have"),
+        ({"demand": {"codes": "int4"}}, "of its model cannot be read"),
+        *(
+            ({"demand": asdict(DEMAND) | change}, "of its model cannot be read")
+            for change in (
+                *({"codes": "int3"}, {"few": "int4"}, {"few": []}, {"vocab": "50"}, {"more": 1}),
+                *({"kv_bytes": -1}, {"layer_bytes": float("nan")}, {"expert_bytes": 0}),
+            )
+        ),
         ({"top_k": 3}, "its routes are"),
         ({"top_k": 9}, "of its model cannot be read"),
         ({"moe_layers": []}, "of its model cannot be read"),

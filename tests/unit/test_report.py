@@ -4,6 +4,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fiddler.benchmark.roofline import roofs_of
 from fiddler.config import EngineConfig
 from fiddler.models.shapes import load_shape
 from fiddler.planning import plan_model
+from fiddler.report.entropy import entropy_line
 from fiddler.report.heatmap import LEVELS, Heatmap, heatmap_svg, levels
 from fiddler.report.memory_map import Memory, Part, memory_map, memory_svg
 from fiddler.report.page import Section, Table, page, style
@@ -22,6 +24,7 @@ from fiddler.report.roofline import Point, Roof, roofline_svg
 from fiddler.report.svg import WIDTH, Box, text_box
 from offload.hardware import Hardware
 from offload.limits import Peaks
+from offload.popularity import Popularity
 from tests.unit.test_profiling_picture import result
 
 GIB = 1 << 30
@@ -83,6 +86,7 @@ def a_heatmap(rows: int, experts: int, *, has_gpu: bool = True, seed: int = 0) -
         shares_ME=shares_ME,
         residents_M=tuple(residents.tolist()),
         hits_M=tuple(rng.random(rows).tolist()),
+        bits_M=tuple((-(shares_ME * np.log2(shares_ME + 1e-9)).sum(axis=1)).clip(0).tolist()),
     )
 
 
@@ -94,6 +98,27 @@ def test_heatmaps_are_laid_out(rows: int, experts: int, has_gpu: bool) -> None:
     check_layout(root)
     assert len(svg) < 40 * rows * experts + 20_000
     assert ("hits on the GPU" in svg) is has_gpu is ("edge" in svg)
+
+
+def test_bars_of_entropy_are_parts_of_even_use() -> None:
+    shown = replace(a_heatmap(2, 16, has_gpu=False), bits_M=(1.0, 4.0))
+    root = parsed(heatmap_svg(shown, "Use"))
+    groups = [g for g in root.iter(f"{SVG}g") if len(g) == 2 and g[0].tag == f"{SVG}title"]
+    assert [g[0].text for g in groups] == [
+        "layer 1: entropy 1.00 bits of 4.00",
+        "layer 2: entropy 4.00 bits of 4.00",
+    ]
+    quarter, whole = (float(g[1].get("width", "")) for g in groups)
+    assert quarter == pytest.approx(whole / 4)
+    assert {"entropy, bits", "1.00", "4.00"} <= {said for _, said in words(root)}
+
+
+def test_entropies_are_a_sentence() -> None:
+    """Of layers that have experts: 8 used alike are 3 bits, of one alone hardly any."""
+    counts = np.array([[1000] * 8, [0] * 8, [10**6, *[0] * 7], [2000] * 4 + [0] * 4])
+    assert entropy_line(Popularity(counts), (0, 2, 3)) == (
+        "Entropy of layers: 0.00 (layer 2) to 3.00 (layer 0) of 3.00 bits, median 2.01"
+    )
 
 
 def test_every_cell_is_drawn_once_in_its_shade() -> None:
@@ -284,6 +309,7 @@ def test_a_profile_is_a_page() -> None:
     root = check_page(text)
     assert len(list(root.iter(f"{SVG}svg"))) == 1
     assert "1,234 tokens" in text and "3 of 8" in text
+    assert " of 2.00 bits, median " in text
     check_page(profile_page(result(num_resident=0)))
 
 
