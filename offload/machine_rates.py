@@ -140,9 +140,9 @@ class MachineRates:
             STEP_PART * self.expert_s(codes, activations, expert_bytes)(1, False)
         )
         if own := self._shared(codes, activations):
-            return _shared_costs(own, expert_bytes)
+            return self._within_memory(_shared_costs(own, expert_bytes))
         if dense := self._shared("bf16", "f32"):
-            costs = _shared_costs(dense, expert_bytes)
+            costs = self._within_memory(_shared_costs(dense, expert_bytes))
             return replace(costs, cpu_bytes_per_s=min(costs.cpu_bytes_per_s, alone))
         memory = (self.beside_cpu_gbps or self.peaks.cpu_read_gbps) * GIGA
         link = (self.beside_pull_gbps or self.pull_gbps) * GIGA
@@ -179,6 +179,14 @@ class MachineRates:
             return None
         nearest = min(curves, key=lambda c: abs(math.log(c.expert_bytes / expert_bytes)))
         return nearest.table.switch_over()
+
+    def _within_memory(self, costs: ShareCosts) -> ShareCosts:
+        """No more than plain reads of both sides gave: beyond is what the caches gave.
+
+        A model's experts are many times those that are measured.
+        """
+        left = self.peaks.joint_gbps * GIGA - costs.link_bytes_per_s
+        return replace(costs, cpu_bytes_per_s=min(costs.cpu_bytes_per_s, max(left, GIGA)))
 
     def _shared(self, codes: str, activations: str) -> list[SharedRates]:
         kernel = f"{KERNELS.get(codes, codes)}/{activations}"
