@@ -13,30 +13,30 @@ before it done when it is.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-FIRST = (9, 0)  # compute capability
+from gpu_kernels.device import family
+
+FAMILIES = ("sm90", "sm100", "sm120")
 
 
 def dependent(device: torch.device) -> dict[str, bool]:
     """Launch options and ``DEPENDENT`` of a kernel that starts early; nothing where none can."""
-    if device.type != "cuda" or not _can_depend(device.index):
+    if not can_depend(device):
         return {"DEPENDENT": False}
     return {"DEPENDENT": True, "launch_pdl": True}
 
 
 def followed(device: torch.device) -> dict[str, bool]:
     """The same for a kernel that starts after several others, but lets the next one start early."""
-    return {"DEPENDENT": dependent(device)["DEPENDENT"]}
+    return {"DEPENDENT": can_depend(device)}
 
 
-@functools.cache
-def _can_depend(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index) >= FIRST
+def can_depend(device: torch.device) -> bool:
+    """Whether kernels may start early there."""
+    return family(device) in FAMILIES
 
 
 @triton.jit

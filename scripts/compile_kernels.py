@@ -55,7 +55,7 @@ from gpu_kernels.token_counts import count_tokens
 
 # KiB of shared memory that one block may have, by compute capability (CUDA's programming guide).
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BF16 = torch.bfloat16
 HEADS = (32, 4)
 
@@ -108,7 +108,8 @@ def _assembled(kernel: Any, sm: int) -> Compiled:
         file.write(kernel.asm["ptx"])
         file.flush()
         name = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
-        command = [str(PTXAS), "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
+        ptxas = TOOLS / ("ptxas-blackwell" if sm >= 100 else "ptxas")  # as triton chooses
+        command = [str(ptxas), "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return Compiled(
         kernel.metadata.name,
