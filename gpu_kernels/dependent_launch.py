@@ -13,6 +13,9 @@ before it done when it is.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import torch
 import triton
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -20,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gpu_kernels.device import family
 
 FAMILIES = ("sm90", "sm100", "sm120")
+OLDEST_DRIVER = 12030  # from here on graphs keep what such launches wait for
 
 
 def dependent(device: torch.device) -> dict[str, bool]:
@@ -36,7 +40,16 @@ def followed(device: torch.device) -> dict[str, bool]:
 
 def can_depend(device: torch.device) -> bool:
     """Whether kernels may start early there."""
-    return family(device) in FAMILIES
+    is_known = family(device) in FAMILIES
+    return is_known and (device.type != "cuda" or driver_version() >= OLDEST_DRIVER)
+
+
+@functools.cache
+def driver_version() -> int:
+    """Of CUDA, the newest that the driver knows: 12040 for 12.4."""
+    version = ctypes.c_int()
+    status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value if status == 0 else 0
 
 
 @triton.jit

@@ -10,7 +10,9 @@ import pytest
 def test_compiles_without_a_gpu(sm: str) -> None:
     command = [sys.executable, "-m", "scripts.compile_kernels", "--sm", sm]
     done = subprocess.run(
-        [*command, "--only", "small", "128 bfloat16", "few rows", "hand over"], capture_output=True, text=True
+        [*command, "--only", "small", "128 bfloat16", "few rows", "hand over"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 5
