@@ -6,9 +6,9 @@ its results by itself: what needs none of them, as weights, it reads meanwhile (
 guide, "Programmatic Dependent Launch and Synchronization"). On one H200 chains of products of a row
 with 2,048 x 2,048 numbers took 2.9 us each where they took 5.2, of which 2.0 are the bytes.
 
-Every kernel that is launched so waits in each of its programs, before it reads what any kernel may
-have written and before it writes anything: weights alone need no wait. Only so is all that came
-before it done when it is.
+Ordering: every kernel that is launched so waits in each of its programs, before it reads what any
+kernel may have written and before it writes anything: weights alone need no wait. Only so is all
+that came before it done when it is. A kernel that is launched otherwise finds all of it done.
 """
 
 from __future__ import annotations
