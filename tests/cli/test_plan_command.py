@@ -65,6 +65,18 @@ def test_the_plan_in_the_readme_is_printed_so() -> None:
     assert shown and run(*shown[1].split()).stdout == shown[2]
 
 
+def test_speeds_in_the_readme_for_a_card_of_24_gb_are_those_that_plan_prints() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| `(--shape .*)` \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for options, ram, decode, prompt in rows:
+        printed = run(*options.split(), "--hardware", "rtx4090-ddr5").stdout
+        assert f"Predicted decode at 1,024 tokens: {decode} tok/s" in printed, options
+        assert f"Predicted reading of a prompt of as many: {prompt} tok/s" in printed, options
+        [total] = re.findall(r"^total +23\.0 GiB *(.*)$", printed, re.MULTILINE)
+        assert total == ram.replace("none", ""), options
+
+
 def test_the_context_is_told_without_a_gpu_side_too(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Hardware(
         has_gpu=False,
