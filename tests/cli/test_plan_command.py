@@ -196,6 +196,7 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
         ),
         (("mixtral-8x7b",), "fiddler plan --shape mixtral-8x7b"),
         (("--shape", "mixtral"), "did you mean 'mixtral-8x7b'?"),
+        (("--shape", "Qwen/Qwen3-30B-A3B"), "did you mean 'qwen3-30b-a3b'?"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "0"), "before any expert, but has 0 B"),
         (("--shape", "mixtral-8x7b", "--ram-gb", "0"), "of RAM, but 0 B may be used"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "3"), "before any expert, but has 3.0 GiB"),
