@@ -23,12 +23,13 @@ def checked_prompt(
     Raises PromptError or ConfigError for what ``loaded`` cannot run.
     """
     files, vocab_size = loaded.files, loaded.files.config.vocab_size
+    context_tokens, most = loaded.plan.context_tokens, loaded.files.config.max_position
     check_params(params, vocab_size=vocab_size)
     params = (params or SamplingParams()).with_defaults(files.generation_config)
     text, ids = text_and_ids(prompt)
     if ids is None:
         ids = files.needed_tokenizer.encode(text or "")
-    check_prompt(ids, context_tokens=loaded.plan.context_tokens, vocab_size=vocab_size)
+    check_prompt(ids, context_tokens=context_tokens, max_position=most, vocab_size=vocab_size)
     if params.stop:
         files.needed_tokenizer  # noqa: B018  stop strings need text: refuse now, not at the first token
     return CheckedPrompt(text, ids, params)

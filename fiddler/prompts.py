@@ -91,15 +91,19 @@ def _token_ids(prompt: object) -> list[int]:
     return list(prompt)
 
 
-def check_prompt(ids: list[int], *, context_tokens: int, vocab_size: int) -> None:
+def check_prompt(
+    ids: list[int], *, context_tokens: int, max_position: int, vocab_size: int
+) -> None:
     """Raise PromptError unless the ids are of the model and leave room for an answer."""
     if not ids:
         raise PromptError("the prompt is empty", hint="give at least one token of text")
     if len(ids) >= context_tokens:
+        larger = ", or load the model with a larger context (--context, max_model_len)"
+        end = larger if context_tokens < max_position else ": the model has no more context"
         raise PromptError(
             f"the prompt has {len(ids):,} tokens, but the context holds {context_tokens:,}"
             " and the answer needs at least one",
-            hint="shorten it, or load the model with a larger context (--context, max_model_len)",
+            hint=f"shorten it{end}",
         )
     if min(ids) < 0 or max(ids) >= vocab_size:
         raise PromptError(f"token ids must lie between 0 and {vocab_size - 1}")

@@ -1,4 +1,4 @@
-"""Measures a machine's rates, one step after the other, within a minute.
+"""Measures a machine's rates, one step after the other, in about a minute.
 
 A step adds some of the fields of :class:`offload.machine_rates.MachineRates`. Each frees what it
 has used, so that the next one has the memory.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def command(as_json: bool, output: Path | None) -> None:
     """Measure this machine: memory, CPU kernels, PCIe, GPU, disk.
 
-    Takes less than a minute and keeps the figures in the user's cache, from which plan and bench
+    Takes about a minute and keeps the figures in the user's cache, from which plan and bench
     predict speeds. The machine should have nothing else to do meanwhile.
     """
     from offload.reference_machines import record_of

@@ -92,14 +92,18 @@ class Chat:
 
     def _cure(self, asked: Conversation) -> str:
         """What makes room for ``asked``; nothing if that is not what it lacks."""
-        allows = "--context N at the start allows more"
+        allows = "; --context N at the start allows more" if self._may_grow() else ""
         if self._fits(asked):
             return ""
         if self._fits(replace(asked, messages=asked.messages[-1:])):
-            return f"/forget drops the oldest exchange, /clear all; {allows}"
+            return f"/forget drops the oldest exchange, /clear all{allows}"
         if self.conversation.attached:
-            return f"/undo drops the file that was read; {allows}"
-        return f"this message alone is too long: shorten it; {allows}"
+            return f"/undo drops the file that was read{allows}"
+        return f"this message alone is too long: shorten it{allows}"
+
+    def _may_grow(self) -> bool:
+        """Whether --context can ask for more: not beyond what the model was made for."""
+        return self.llm.plan.context_tokens < self.llm.model_config.max_position
 
     def _fits(self, asked: Conversation) -> bool:
         thinking = ENABLE_THINKING[self.think]
@@ -123,7 +127,7 @@ class Chat:
         self.totals = self.totals.plus(turn.stats)
         num_tokens = turn.stats.prompt_tokens + turn.stats.output_tokens
         is_full = num_tokens >= self.llm.plan.context_tokens
-        show_finish(turn.finish_reason, is_context_full=is_full)
+        show_finish(turn.finish_reason, is_context_full=is_full, may_grow=self._may_grow())
         if not self.is_quiet:
             note_stats(turn.stats)
         if self.is_interactive:

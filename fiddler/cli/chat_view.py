@@ -211,10 +211,11 @@ def _markdown(text: str) -> "RenderableType":
     return ChatMarkdown(text)
 
 
-def show_finish(finish_reason: str, *, is_context_full: bool) -> None:
+def show_finish(finish_reason: str, *, is_context_full: bool, may_grow: bool) -> None:
     """Say on standard error why an answer ended before its end, and what lets it go on."""
     if finish_reason == "length" and is_context_full:
-        note("(cut at the end of the context; /forget makes room, --context N at the start more)")
+        more = ", --context N at the start more" if may_grow else ""
+        note(f"(cut at the end of the context; /forget makes room{more})")
     elif finish_reason == "length":
         note("(cut at max_tokens; /set max_tokens=none lets answers go on)")
     elif finish_reason == "cancelled":

@@ -164,7 +164,7 @@ def _caches(facts: Facts) -> list[Problem]:
 
 def _rates(facts: Facts) -> list[Problem]:
     """Measurements that are kept but cannot be used, and those that a plan lacks."""
-    todo = "fiddler calibrate, which measures for less than a minute"
+    todo = "fiddler calibrate, which measures for about a minute"
     found = [
         Problem(what, f"{todo} and replaces it", "it is measured anew, or done without")
         for what in facts.damaged

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fiddler.errors import reject_unknown
+from fiddler.errors import ConfigError, nearest
 from fiddler.models.config import ModelConfig
 from fiddler.models.registry import parse_config
 
@@ -88,5 +88,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def load_shape(name: str) -> ModelConfig:
     """Return the bfloat16 configuration of a named shape; an unknown name names the nearest."""
-    reject_unknown("shape", [name], SHAPES)
+    if name not in SHAPES:
+        model = name.rpartition("/")[2].lower()  # as the hub writes Qwen/Qwen3-30B-A3B
+        valid = f"valid names: {', '.join(sorted(SHAPES))}; a model on the hub goes without --shape"
+        raise ConfigError(f"unknown shape {name!r}{nearest(model, SHAPES)}", hint=valid)
     return parse_config({"dtype": "bfloat16", **SHAPES[name]})

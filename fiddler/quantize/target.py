@@ -86,13 +86,18 @@ class Target:
         :class:`QuantizeError` if another run has just begun there.
         """
         is_new = not self.partial.exists()
-        self.partial.mkdir(parents=True, exist_ok=True)
         try:
+            self.partial.mkdir(parents=True, exist_ok=True)
             self.lock = self.lock or hold(self.partial)
             self._write_journal()
-        except OSError:
+        except OSError as error:
             if is_new:
-                shutil.rmtree(self.partial)
+                shutil.rmtree(self.partial, ignore_errors=True)
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise QuantizeError(
+                    f"{self.partial} cannot be written: {error.strerror}",
+                    hint="choose an -o in a folder that can be written",
+                ) from error
             raise
 
     def check_space(self, shards: Sequence[Shard]) -> None:

@@ -158,7 +158,11 @@ def _explain(error: Exception) -> TemplateError:
         case LimitError():
             return TemplateError(f"the chat template was stopped: {reason}")
         case TemplateSyntaxError():
-            return TemplateError(f"the chat template is wrong in line {error.lineno}: {reason}")
+            return TemplateError(
+                f"the chat template is wrong in line {error.lineno}: {reason}",
+                hint="mend or replace chat_template.jinja, or chat_template in"
+                " tokenizer_config.json, in the model's folder",
+            )
         case _:
             return TemplateError(
                 f"the chat template failed: {reason}",

@@ -1,6 +1,7 @@
 """The chat itself, with a fake model and no terminal."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,18 @@ def test_a_prompt_that_cannot_run_says_what_would_help(
 ) -> None:
     assert not chat.run(turns)
     assert capsys.readouterr().err.count(hint) == 1
+
+
+@pytest.mark.parametrize("max_position", [4096, 8192])
+def test_a_larger_context_is_proposed_where_the_model_has_one(
+    chat: Chat, capsys: pytest.CaptureFixture[str], max_position: int
+) -> None:
+    config = replace(chat.llm.model_config, max_position=max_position)
+    chat.llm.model_config = config  # type: ignore[misc]
+    chat.run(["too long", "half full", "half full", f"/set max_tokens={FULL}", "/clear", "hello"])
+    said = capsys.readouterr().err
+    assert "is too long" in said and "/forget drops" in said and "cut at the end" in said
+    assert said.count("--context N at the start") == (3 if max_position > 4096 else 0)
 
 
 def test_regen_answers_the_same_question(chat: Chat) -> None:

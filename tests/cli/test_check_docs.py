@@ -1,5 +1,6 @@
 """The README's generated parts: written once, checked from then on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,22 @@ def test_the_table_has_every_option() -> None:
     lines = options_table().splitlines()
     assert len(lines) == 2 + len(ENGINE_OPTIONS)
     assert all(line.count(" | ") == 3 for line in lines[2:])
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text).strip().lower().replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not heading or heading in anchors(target), link

@@ -86,7 +86,7 @@ NO_PINS = {"PCIe": "RuntimeError: CUDA error: out of memory"}
         (
             replace(CPU_ONLY, damaged=["/c/cpu.json cannot be used (why)"]),
             "/c/cpu.json cannot be used (why)",
-            "fiddler calibrate, which measures for less than a minute and replaces it",
+            "fiddler calibrate, which measures for about a minute and replaces it",
             "anew",
         ),
     ],

@@ -65,6 +65,18 @@ def test_the_plan_in_the_readme_is_printed_so() -> None:
     assert shown and run(*shown[1].split()).stdout == shown[2]
 
 
+def test_speeds_in_the_readme_for_a_card_of_24_gb_are_those_that_plan_prints() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| `(--shape .*)` \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for options, ram, decode, prompt in rows:
+        printed = run(*options.split(), "--hardware", "rtx4090-ddr5").stdout
+        assert f"Predicted decode at 1,024 tokens: {decode} tok/s" in printed, options
+        assert f"Predicted reading of a prompt of as many: {prompt} tok/s" in printed, options
+        [total] = re.findall(r"^total +23\.0 GiB *(.*)$", printed, re.MULTILINE)
+        assert total == ram.replace("none", ""), options
+
+
 def test_the_context_is_told_without_a_gpu_side_too(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Hardware(
         has_gpu=False,
@@ -184,6 +196,7 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
         ),
         (("mixtral-8x7b",), "fiddler plan --shape mixtral-8x7b"),
         (("--shape", "mixtral"), "did you mean 'mixtral-8x7b'?"),
+        (("--shape", "Qwen/Qwen3-30B-A3B"), "did you mean 'qwen3-30b-a3b'?"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "0"), "before any expert, but has 0 B"),
         (("--shape", "mixtral-8x7b", "--ram-gb", "0"), "of RAM, but 0 B may be used"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "3"), "before any expert, but has 3.0 GiB"),

@@ -102,6 +102,12 @@ def test_a_template_that_fails_or_escapes_is_one_sentence(
     assert words in caught.value.message and "\n" not in caught.value.message
 
 
+def test_a_template_that_is_no_template_says_where_it_stands(folder: Path) -> None:
+    with pytest.raises(TemplateError) as caught:
+        chat(folder, "{% if %}")
+    assert caught.value.hint and "chat_template.jinja" in caught.value.hint
+
+
 def test_a_template_that_writes_nothing_is_an_empty_prompt(folder: Path) -> None:
     with pytest.raises(PromptError, match="empty"):
         chat(folder, "{% if false %}x{% endif %}")

@@ -131,6 +131,20 @@ def test_a_disk_on_which_nothing_can_be_begun(
     assert run("w4g32", resume=True).num_experts == 24
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_said_with_the_way_out(
+    run: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(QuantizeError, match=r"out\.partial cannot be written: ") as caught:
+        run("w4g32")
+    assert caught.value.hint == "choose an -o in a folder that can be written"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_limit_of_file_sizes(tiny: Path, tmp_path: Path) -> None:
     """Such as some disks have too."""
     arguments = ["quantize", str(tiny), "--scheme", "w4g32", "-o", str(tmp_path / "out")]

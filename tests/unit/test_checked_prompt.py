@@ -25,9 +25,9 @@ class CodePoints:
         return [ord(char) for char in text]
 
 
-def model(tokenizer: CodePoints | None) -> Any:
+def model(tokenizer: CodePoints | None, max_position: int = CONTEXT) -> Any:
     """As much of a loaded model as is asked."""
-    config: Any = SimpleNamespace(vocab_size=VOCAB_SIZE)
+    config: Any = SimpleNamespace(vocab_size=VOCAB_SIZE, max_position=max_position)
     encoder: Any = tokenizer
     files = ModelFiles(
         name="tiny",
@@ -55,6 +55,16 @@ def test_token_ids_need_no_tokenizer_and_stay_within_the_model(ids: list[int], l
     else:
         with pytest.raises(PromptError):
             checked_prompt(ids, None, loaded)
+
+
+@pytest.mark.parametrize(("max_position", "grows"), [(CONTEXT, False), (CONTEXT + 1, True)])
+def test_a_larger_context_is_proposed_where_the_model_has_one(
+    max_position: int, grows: bool
+) -> None:
+    with pytest.raises(PromptError) as caught:
+        checked_prompt([1] * CONTEXT, None, model(None, max_position))
+    assert ("--context" in caught.value.hint) == grows
+    assert caught.value.hint.startswith("shorten it")
 
 
 @given(st.text(st.characters(max_codepoint=127), min_size=1, max_size=CONTEXT - 1))
