@@ -93,15 +93,8 @@ class Question:
             placement=self.settings.placement,
             stored_ratio=stored_bytes(self.model, needs.expert_bytes) / needs.expert_bytes,
         )
-        notes = weight_notes(self.settings, self.model, self.dtypes, made)
-        return replace(made, notes=(*made.notes, *self._profile_notes(made), *notes))
-
-    def _profile_notes(self, made: Plan) -> tuple[str, ...]:
-        """An asked profile that chose nothing must not look as if it had."""
-        is_chosen = (made.memory.gpu_experts and made.memory.cpu_experts) or made.cached is not None
-        if self.settings.profile is None or is_chosen:
-            return ()
-        return ("the profile changes nothing: all experts are in one memory",)
+        notes = loading_notes(self.settings, self.model, self.dtypes, made)
+        return replace(made, notes=(*made.notes, *notes))
 
     def _budget(self, sizes: Sizes) -> Budget:
         settings = self.settings
@@ -204,7 +197,22 @@ def _is_worth_moving(question: Question) -> bool:
     return has_spares and SPARE_DIVISOR * layout.spare_bytes <= layout.gpu_expert_bytes
 
 
-def weight_notes(
+def loading_notes(
+    settings: EngineConfig, model: ModelConfig, dtypes: Dtypes, plan: Plan
+) -> tuple[str, ...]:
+    """Of the plan's notes those that are said at loading too."""
+    return (*_profile_notes(settings, plan), *_weight_notes(settings, model, dtypes, plan))
+
+
+def _profile_notes(settings: EngineConfig, plan: Plan) -> tuple[str, ...]:
+    """An asked profile that chose nothing must not look as if it had."""
+    is_chosen = (plan.memory.gpu_experts and plan.memory.cpu_experts) or plan.cached is not None
+    if settings.profile is None or is_chosen:
+        return ()
+    return ("the profile changes nothing: all experts are in one memory",)
+
+
+def _weight_notes(
     settings: EngineConfig, model: ModelConfig, dtypes: Dtypes, plan: Plan
 ) -> tuple[str, ...]:
     """What a user should know of how the stored weights become those in memory."""

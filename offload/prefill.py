@@ -134,7 +134,6 @@ class PrefillExperts:
         write_host(ids_TK, rows.ids_TK)
         self._mark_written()
         self._wait_until_written()
-        on_routing(rows.arrays[1])
         counts_E = np.bincount(rows.arrays[1].ravel(), minlength=self._num_experts)
         cpu_rows, work = self._divide(parts, counts_E)
         if cpu_rows:
@@ -142,6 +141,8 @@ class PrefillExperts:
             write_host(weights_TK, rows.weights_TK)
             self._mark_written()
         work.send()
+        # now that the link works, but before the pool is given other ids in their place
+        on_routing(rows.arrays[1])
         if cpu_rows:
             self._start_pool(parts, cpu_rows, rows)
         hot_TH = work.compute(x_TH, ids_TK, weights_TK)

@@ -20,7 +20,7 @@ from fiddler.loading.opened import open_weights
 from fiddler.loading.vram import vram_meter
 from fiddler.loading.weights import load_weights
 from fiddler.models.dtypes import Dtypes
-from fiddler.planning import plan_model, weight_notes
+from fiddler.planning import loading_notes, plan_model
 from fiddler.speed import RatesHere, rates_for
 from fiddler.text.tokenizer import Tokenizer
 from offload.executor import HybridExperts
@@ -67,7 +67,7 @@ def load_model(
         )
         if check_plan is not None:
             check_plan(plan)
-        for note in weight_notes(settings, files.config, dtypes, plan):
+        for note in loading_notes(settings, files.config, dtypes, plan):
             _log.warning("%s", note)
         if plan.cached is not None:  # the files are read for as long as the model runs
             resources.enter_context(reading.pop_all())

@@ -60,66 +60,124 @@ def quantize(job: QuantizeJob, on_progress: Progress | None = None) -> Quantized
     numbers, and what reading a model and a text raise. ``on_progress`` counts experts.
     """
     raw, config = checked(job)
-    for note in (
-        rounding_note(config, job.kind.name),
-        outlier_note(config, job.kind, job.outliers),
-    ):
-        if note:
-            _log.warning("%s", note)
+    _say_notes(job, config)
     planned = with_outliers(config, job.kind, job.outliers)
     shards = plan_shards(planned, job.kind)
     with Checkpoint.open(job.source) as checkpoint, torch.inference_mode():
         checkpoint.check(config)
-        windows, text_sha256 = _windows(job, config)
-        made_of = identity(job, checkpoint.paths, text_sha256)
+        text = _read_text(job, config)
+        made_of = identity(job, checkpoint.paths, text.sha256)
         with closing(Target.open(job.output, made_of, resume=job.resume)) as target:
-            num_tokens = 0 if windows is None else windows.numel()
             if target.has_name:
-                planned = _as_chosen(planned, job, target)
-                target.clean_up()
-                return _made(job, planned, target, plan_shards(planned, job.kind), num_tokens)
-            target.check_space(shards)
-            with target.writing(shards):
-                target.begin()
-            source = CheckpointSource(checkpoint)
-            if job.sensitivity is not None and windows is not None:
-                with target.writing(shards):
-                    planned = _with_kinds(planned, job, source, windows, target, on_progress)
-                shards = plan_shards(planned, job.kind)
-                target.check_space(shards)
-            calibration = None if windows is None else Calibration(source, config, windows)
-            num_experts = sum(len(shard.experts) for shard in shards)
-            count = _counter("quantizing experts", num_experts, on_progress)
-            layers = Layers(planned, source, job.kind, job.method, calibration, count)
-            with target.writing(shards):
-                layers.run(shards, target)
-                made = _made(job, planned, target, shards, num_tokens)
-                outliers = layers.outliers if job.outliers else None
-                record = _record(job, made, text_sha256)
-                scheme = quantization_config(job.kind, record, outliers, planned.mixed)
-                target.complete(job.source, shards, _config_json(raw, scheme))
-    return made
+                return _tidied(job, planned, target, text)
+            run = _Run(job, CheckpointSource(checkpoint), text, target, on_progress)
+            run.begin(shards)
+            if job.sensitivity is not None and text.windows is not None:
+                planned, shards = run.choose(planned, shards, text.windows)
+            return run.make(raw, config, planned, shards)
 
 
-def _with_kinds(
-    config: ModelConfig,
-    job: QuantizeJob,
-    source: WeightSource,
-    windows: Tensor,
-    target: Target,
-    on_progress: Progress | None,
-) -> ModelConfig:
-    """The model with each layer's kind, chosen now or when the run began."""
-    if target.chosen is None:
-        assert job.sensitivity is not None
+def _say_notes(job: QuantizeJob, config: ModelConfig) -> None:
+    rounded = rounding_note(config, job.kind.name)
+    for note in (rounded, outlier_note(config, job.kind, job.outliers)):
+        if note:
+            _log.warning("%s", note)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """The calibration's windows and the hash of its file; None: there is none."""
+
+    windows: Tensor | None
+    sha256: str | None
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.windows is None else self.windows.numel()
+
+
+def _read_text(job: QuantizeJob, config: ModelConfig) -> _Text:
+    if job.calibration is None:
+        return _Text(None, None)
+    corpus = read_text_corpus(job.calibration)
+    (text,) = corpus.documents
+    assert isinstance(text, str)
+    token_ids = Tokenizer.from_folder(job.source).encode(text)
+    return _Text(cut_windows(token_ids, max_position=config.max_position), corpus.sha256)
+
+
+def _tidied(job: QuantizeJob, planned: ModelConfig, target: Target, text: _Text) -> QuantizedModel:
+    """What an earlier run has made, without what that left beside it."""
+    planned = _as_chosen(planned, job, target)
+    target.clean_up()
+    return _made(job, planned, target, plan_shards(planned, job.kind), text.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a run reads and where it writes; its steps in their order."""
+
+    job: QuantizeJob
+    source: WeightSource
+    text: _Text
+    target: Target
+    on_progress: Progress | None
+
+    def begin(self, shards: tuple[Shard, ...]) -> None:
+        self.target.check_space(shards)
+        with self.target.writing(shards):
+            self.target.begin()
+
+    def choose(
+        self, planned: ModelConfig, shards: tuple[Shard, ...], windows: Tensor
+    ) -> tuple[ModelConfig, tuple[Shard, ...]]:
+        """The model with each layer's kind, chosen now or when the run began, and its files."""
+        if self.target.chosen is None:
+            with self.target.writing(shards):
+                self.target.choose(self._least_loss(planned, windows))
+        planned = _as_chosen(planned, self.job, self.target)
+        shards = plan_shards(planned, self.job.kind)
+        self.target.check_space(shards)
+        return planned, shards
+
+    def make(
+        self,
+        raw: dict[str, Any],
+        config: ModelConfig,
+        planned: ModelConfig,
+        shards: tuple[Shard, ...],
+    ) -> QuantizedModel:
+        """Write the files and give the folder its name; ``config`` is that of the source."""
+        job, target = self.job, self.target
+        layers = self._layers(config, planned, shards)
+        with target.writing(shards):
+            layers.run(shards, target)
+            made = _made(job, planned, target, shards, self.text.num_tokens)
+            outliers = layers.outliers if job.outliers else None
+            record = _record(job, made, self.text.sha256)
+            scheme = quantization_config(job.kind, record, outliers, planned.mixed)
+            target.complete(job.source, shards, _config_json(raw, scheme))
+        return made
+
+    def _least_loss(self, config: ModelConfig, windows: Tensor) -> list[str]:
+        """The name of each layer's kind."""
+        assert self.job.sensitivity is not None
         moe_layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
-        kinds = ladder(config, job.kind)
+        kinds = ladder(config, self.job.kind)
         num_experts = len(moe_layers) * config.num_experts
-        count = _counter("measuring experts", num_experts, on_progress)
-        calibration = Calibration(source, config, some_windows(windows))
-        losses = measure_losses(config, source, kinds, calibration, count)
-        target.choose([kind.name for kind in choose_kinds(config, kinds, losses, job.sensitivity)])
-    return _as_chosen(config, job, target)
+        count = _counter("measuring experts", num_experts, self.on_progress)
+        calibration = Calibration(self.source, config, some_windows(windows))
+        losses = measure_losses(config, self.source, kinds, calibration, count)
+        return [kind.name for kind in choose_kinds(config, kinds, losses, self.job.sensitivity)]
+
+    def _layers(
+        self, config: ModelConfig, planned: ModelConfig, shards: tuple[Shard, ...]
+    ) -> Layers:
+        job, windows = self.job, self.text.windows
+        calibration = None if windows is None else Calibration(self.source, config, windows)
+        num_experts = sum(len(shard.experts) for shard in shards)
+        count = _counter("quantizing experts", num_experts, self.on_progress)
+        return Layers(planned, self.source, job.kind, job.method, calibration, count)
 
 
 def _as_chosen(config: ModelConfig, job: QuantizeJob, target: Target) -> ModelConfig:
@@ -127,17 +185,6 @@ def _as_chosen(config: ModelConfig, job: QuantizeJob, target: Target) -> ModelCo
         return config
     mixed = tuple(map(parse_kind, target.chosen))
     return replace(config, packed=job.kind, mixed=mixed)
-
-
-def _windows(job: QuantizeJob, config: ModelConfig) -> tuple[Tensor | None, str | None]:
-    """The calibration's windows and the hash of its file."""
-    if job.calibration is None:
-        return None, None
-    corpus = read_text_corpus(job.calibration)
-    (text,) = corpus.documents
-    assert isinstance(text, str)
-    token_ids = Tokenizer.from_folder(job.source).encode(text)
-    return cut_windows(token_ids, max_position=config.max_position), corpus.sha256
 
 
 def _counter(what: str, total: int, on_progress: Progress | None) -> Callable[[], None]:

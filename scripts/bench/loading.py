@@ -1,13 +1,13 @@
 """How fast a model folder is loaded, beside plain reads of the same files by as many threads.
 
     python -m scripts.bench.loading FOLDER [--vram-gb X] [--threads N] [--rounds 3] [--json FILE]
-    python -m scripts.bench.loading FOLDER --make olmoe-1b-7b [--layers 5]
+    python -m scripts.bench.loading FOLDER --make olmoe-1b-7b [--layers 5] [--scheme w4g128]
 
 The first form reads files and loads models in turn, first with nothing of the files in memory (as
 far as the system lets go of them), then with all of it. Plain reads are by position, into a small
 buffer that each thread has; the same past the page cache; and, as a loader has to, into new memory,
 which the system zeroes first. A load is a process of its own; its rate is that of the experts. The
-second form writes a folder of seeded weights first.
+second form writes a folder of seeded weights first, with --scheme one of packed experts.
 """
 
 import argparse
@@ -50,7 +50,7 @@ with LLM(**json.loads(sys.argv[1]), on_progress=note) as llm:
 def main() -> None:
     options = _options()
     if options.make:
-        make(options.folder, options.make, options.layers)
+        make(options.folder, options.make, options.layers, options.scheme)
     files = sorted(options.folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{len(files)} files, {size / GIGA:.1f} GB, {options.threads} threads")
@@ -169,20 +169,31 @@ READS = {"buffer": read_to_buffers, "direct": read_directly, "new memory": read_
 # --- a folder to read ---
 
 
-def make(folder: Path, shape: str, num_layers: int | None) -> None:
-    """Write a checkpoint of a named shape, with fewer layers if asked, and seeded weights."""
-    import torch
-    from safetensors.torch import save_file
+def make(folder: Path, shape: str, num_layers: int | None, scheme: str | None) -> None:
+    """Write a checkpoint of a named shape, with fewer layers if asked, and seeded weights.
 
-    from fiddler.models.dummy import DummySource
-    from fiddler.models.manifest import all_parts
-    from fiddler.models.registry import load_config
+    With a ``scheme`` its experts are packed, in files like those of ``fiddler quantize``.
+    """
     from fiddler.models.shapes import SHAPES
 
     folder.mkdir(parents=True, exist_ok=True)
     raw = dict(SHAPES[shape]) | ({"num_hidden_layers": num_layers} if num_layers else {})
     (folder / "config.json").write_text(json.dumps(raw))
     shutil.copy(BUILTIN / "tokenizer.json", folder)  # one that is there; nothing is generated
+    weight_map = _write_packed(folder, raw, scheme) if scheme else _write_plain(folder)
+    index: dict[str, Any] = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write_plain(folder: Path) -> dict[str, str]:
+    """All weights in bfloat16; returns the file of each."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fiddler.models.dummy import DummySource
+    from fiddler.models.manifest import all_parts
+    from fiddler.models.registry import load_config
+
     config = load_config(folder)
     source, shard, index = DummySource(config, 0), dict[str, torch.Tensor](), dict[str, str]()
 
@@ -198,8 +209,42 @@ def make(folder: Path, shape: str, num_layers: int | None) -> None:
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
             save()
     save()
-    weight_map: dict[str, Any] = {"metadata": {}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    return index
+
+
+def _write_packed(folder: Path, raw: dict[str, Any], scheme: str) -> dict[str, str]:
+    """Experts of ``scheme``, drawn and not rounded; returns the file of each weight."""
+    import torch
+
+    from cpu_kernels.weight_kind import parse_kind
+    from fiddler.models.dummy import DummySource
+    from fiddler.models.dummy_packed import dummy_packing
+    from fiddler.models.quantized import quantization_config
+    from fiddler.models.registry import load_config
+    from fiddler.quantize.plan import PlannedTensor, Shard, plan_shards
+    from fiddler.quantize.writing import write_shard
+
+    config, kind = load_config(folder), parse_kind(scheme)
+    source = DummySource(config, 0)
+    fill_packed = dummy_packing(source, config, kind)
+
+    def bits_of(shard: Shard, tensor: PlannedTensor) -> np.ndarray:
+        if tensor.expert is None:
+            plain = torch.empty(tensor.shape, dtype=torch.bfloat16)
+            source.fill_(plain, tensor.name)
+            return plain.view(torch.int16).numpy()
+        assert shard.layer is not None
+        packed_B = torch.empty(tensor.shape, dtype=torch.uint8)
+        fill_packed(shard.layer, tensor.expert, packed_B)
+        return packed_B.numpy()
+
+    shards = plan_shards(config, kind)
+    for shard in shards:
+        contents = (bits_of(shard, tensor) for tensor in shard.tensors)
+        write_shard(folder / shard.name, shard.tensors, contents)
+    scheme_of = {"quantization_config": quantization_config(kind, {})}
+    (folder / "config.json").write_text(json.dumps(raw | scheme_of))
+    return {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
 
 
 def _options() -> argparse.Namespace:
@@ -207,6 +252,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--make", metavar="SHAPE")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--scheme", metavar="KIND", help="of the folder that is made")
     parser.add_argument("--vram-gb", type=float)
     parser.add_argument("--threads", type=int, default=max(4, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=3)
