@@ -76,7 +76,7 @@ def command(
     """Write MODEL to DIR with its routed experts in 4 or 8 bits, the rest in bfloat16.
 
     An earlier model in DIR is replaced when the new one is whole. Needs no GPU, and memory for one
-    layer.
+    layer; with many cores more, up to half of what is free.
     """
     from fiddler.hub import resolve_model
     from fiddler.quantize.run import QuantizeJob, quantize
