@@ -90,16 +90,18 @@ def command(
     Writes a profile for --profile, and tells how many routes of unseen text it would put on the
     GPU within the VRAM budget. --compare and --merge take two profiles and no model.
     """
+    default = click.core.ParameterSource.DEFAULT
+    profile = profile_output(output, is_named=ctx.get_parameter_source("output") is not default)
     if compare or merge:
         _check_alone(ctx, "--compare" if compare else "--merge")
         if compare:
             compare_files(*compare, as_json=as_json)
         else:
-            merge_files(*cast(tuple[Path, Path], merge), output, as_json=as_json)
+            merge_files(*cast(tuple[Path, Path], merge), profile, as_json=as_json)
         return
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'.", ctx)
-    outputs = [profile_output(output)]
+    outputs = [profile]
     if picture is not None:
         from fiddler.heatmap import check_picture
 

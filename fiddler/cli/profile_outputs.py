@@ -15,17 +15,21 @@ MARK_WITHIN = 4096  # bytes; matplotlib's own SVG has a comment of 200 before it
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A file to write: ``kind`` as in "is not a profile", ``is_ours`` whether it is one."""
+    """A file to write: ``kind`` as in "is not a profile", ``is_ours`` whether it is one.
+
+    ``is_named``: by the user, who then wants what is there replaced.
+    """
 
     option: str
     path: Path
     kind: str
     is_ours: Callable[[Path], bool]
+    is_named: bool = True
 
 
-def profile_output(path: Path) -> Output:
+def profile_output(path: Path, *, is_named: bool = True) -> Output:
     """Where the profile goes."""
-    return Output("-o", path, "profile", _is_profile)
+    return Output("-o", path, "profile", _is_profile, is_named)
 
 
 def picture_output(path: Path) -> Output:
@@ -61,6 +65,11 @@ def check_outputs(inputs: Mapping[Path, str], outputs: Sequence[Output]) -> None
             )
         if _holds_something(output.path) and not output.is_ours(output.path):
             raise _refusal(output, f"exists and is not a {output.kind}")
+        if _holds_something(output.path) and not output.is_named:
+            raise ConfigError(
+                f"there is a {output.kind} in {output.path} already",
+                hint=f"replace it by {output.option} {output.path}, or name another file",
+            )
         taken[output.path] = f"is where the {output.kind} goes"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fiddler.cli.console import note, output_console
-from fiddler.cli.profile_outputs import check_outputs, profile_output
+from fiddler.cli.profile_outputs import Output, check_outputs
 from fiddler.cli.profile_tables import rate_table
 
 if TYPE_CHECKING:
@@ -30,16 +30,16 @@ def compare_files(first: Path, second: Path, *, as_json: bool) -> None:
     _print(comparison, [f"{path.name}, {profile.name}" for path, profile in files], total)
 
 
-def merge_files(first: Path, second: Path, output: Path, *, as_json: bool) -> None:
+def merge_files(first: Path, second: Path, output: Output, *, as_json: bool) -> None:
     """Write a profile with the counts of both."""
     from offload.popularity import read_profile, save_profile
     from offload.profile_pair import merge
 
     profiles = [read_profile(path) for path in (first, second)]
-    check_outputs(dict.fromkeys((first, second), "is one of the two"), [profile_output(output)])
+    check_outputs(dict.fromkeys((first, second), "is one of the two"), [output])
     merged = merge(*profiles)
-    save_profile(merged, output)
-    note(f"wrote {output}")
+    save_profile(merged, output.path)
+    note(f"wrote {output.path}")
     if as_json:
         record = {"model": merged.model, "num_tokens": merged.num_tokens}
         click.echo(json.dumps(record | {"entropy_bits": merged.popularity.entropy_bits()}))

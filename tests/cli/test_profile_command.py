@@ -228,6 +228,21 @@ def test_an_earlier_profile_and_its_picture_are_replaced(
         assert done.exit_code == 0, done.output
 
 
+def test_a_profile_that_is_there_is_replaced_by_its_name_alone(
+    llm: FakeLLM, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--text", corpus).exit_code == 0
+    first = Path("profile.json").read_bytes()
+    for again in (run("--text", corpus), two("--merge", *pair(tmp_path, llm))):
+        assert again.exit_code == 1
+        assert "a profile in profile.json already" in " ".join(again.stderr.split())
+        assert Path("profile.json").read_bytes() == first
+    Path("other.txt").write_text(TEXT + "more of it")
+    assert run("--text", "other.txt", "-o", "profile.json").exit_code == 0
+    assert Path("profile.json").read_bytes() != first
+
+
 def test_the_model_is_closed_when_the_corpus_is_too_short(llm: FakeLLM, tmp_path: Path) -> None:
     (tmp_path / "short").write_text("hello")
     done = run("--text", tmp_path / "short", "-o", tmp_path / "p.json")
