@@ -18,9 +18,7 @@ def needs_of(
     """What ``model`` needs as ``settings`` ask for it, with steps of at most ``tokens``."""
     sizes = footprint(
         model,
-        dtype=dtypes.compute,
-        expert_dtype=dtypes.expert,
-        kv_dtype=dtypes.kv,
+        dtypes,
         max_batched_tokens=tokens,
         max_num_seqs=settings.num_seqs,
         max_model_len=settings.max_model_len,

@@ -13,6 +13,7 @@ from fiddler.errors import ConfigError
 from fiddler.models.dtypes import resolve_dtypes
 from fiddler.models.footprint import footprint
 from fiddler.models.shapes import load_shape
+from fiddler.planning import STEP_TOKENS
 from fiddler.speed import PROMPT, bare_demand
 from offload.demand import Demand
 from offload.drawn_routes import DrawnRoutes
@@ -28,7 +29,6 @@ from offload.simulated_speed import predict_played
 from offload.simulation import StepSeconds, Study, counts, steps_of
 from offload.units import GIB, MIB, gib_to_bytes, size_text
 
-STEP_TOKENS = 2048
 CONTEXT_BYTES = 512 * MIB  # of a CUDA context, about
 LEAST_STEPS = 16  # of which a figure says anything
 
@@ -57,9 +57,7 @@ def drawn_routes(
     dtypes = resolve_dtypes(dtype, config.dtype, has_gpu=True, packed=None)
     sizes = footprint(
         config,
-        dtype=dtypes.compute,
-        expert_dtype=dtypes.expert,
-        kv_dtype=dtypes.kv,
+        dtypes,
         max_batched_tokens=STEP_TOKENS,
         max_num_seqs=max(16, batch),
         graph_rows=16,

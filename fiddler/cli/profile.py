@@ -173,9 +173,7 @@ def _sizes(llm: "LLM") -> "tuple[Footprint, Demand]":
     dtypes = llm.dtypes
     sizes = footprint(
         llm.model_config,
-        dtype=dtypes.compute,
-        expert_dtype=dtypes.expert,
-        kv_dtype=dtypes.kv,
+        dtypes,
         max_batched_tokens=STEP_TOKENS,
         max_num_seqs=1,
     )

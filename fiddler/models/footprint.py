@@ -6,7 +6,7 @@ Shapes in the formulas: T tokens of the largest step, H hidden, D head dim, V vo
 from cpu_kernels.weight_kind import parse_kind
 from fiddler.models.buckets import bucket_number
 from fiddler.models.config import ModelConfig
-from fiddler.models.dtypes import KV_BITS, KV_CODES, KV_SCALE_BYTES
+from fiddler.models.dtypes import KV_BITS, KV_CODES, KV_SCALE_BYTES, Dtypes
 from fiddler.models.manifest import dense_bytes, packed_shape
 from offload.layout import MOST_CONTEXT
 from offload.plan import Footprint
@@ -24,28 +24,24 @@ DECODE_PROGRAMS = 1024  # split-KV parts in flight: four for each of 256 multipr
 
 def footprint(
     config: ModelConfig,
+    dtypes: Dtypes,
     *,
-    dtype: str,
-    expert_dtype: str,
-    kv_dtype: str,
     max_batched_tokens: int,
     max_num_seqs: int,
     max_model_len: int | None = None,
     graph_rows: int = 0,
 ) -> Footprint:
-    """Return what ``config`` needs with dense weights and activations in ``dtype``.
+    """Return what ``config`` needs in those types.
 
-    ``dtype`` is ``float32`` or ``bfloat16``, ``expert_dtype`` may name packed kinds too and
-    ``kv_dtype`` fp8, int8 or int4; a step has at most ``max_batched_tokens`` tokens of
-    ``max_num_seqs`` requests. ``max_model_len`` bounds the rotary tables (None: the longest context
-    that is chosen unasked). ``graph_rows``: of the largest step that is kept as a CUDA graph; 0:
-    none is.
+    A step has at most ``max_batched_tokens`` tokens of ``max_num_seqs`` requests. ``max_model_len``
+    bounds the rotary tables (None: the longest context that is chosen unasked). ``graph_rows``: of
+    the largest step that is kept as a CUDA graph; 0: none is.
     """
-    width = DTYPE_BYTES[dtype]
+    width = DTYPE_BYTES[dtypes.compute]
     embedding = config.vocab_size * config.hidden_size * width
     dense = dense_bytes(config, width)
     moe_layers = tuple(i for i in range(config.num_layers) if config.is_moe_layer(i))
-    sizes = tuple(expert_bytes(config, expert_dtype, layer) for layer in moe_layers)
+    sizes = tuple(expert_bytes(config, dtypes.expert, layer) for layer in moe_layers)
     positions = max_model_len or min(config.max_position, MOST_CONTEXT)
     return Footprint(
         num_layers=config.num_layers,
@@ -57,12 +53,13 @@ def footprint(
         dense_bytes=dense,
         dense_read_bytes=dense if config.tie_embeddings else dense - embedding,
         step_tokens=max_batched_tokens,
-        kv_bytes_per_token=config.num_layers * kv_bytes(config, kv_dtype),
+        kv_bytes_per_token=config.num_layers * kv_bytes(config, dtypes.kv),
         workspace_bytes=_rotary_bytes(config, positions)
         + workspace_bytes(
             config, width, max_batched_tokens=max_batched_tokens, max_num_seqs=max_num_seqs
         )
-        + (config.expert_numel * width if expert_dtype != dtype else 0)  # one expert, widened
+        # one expert, widened
+        + (config.expert_numel * width if dtypes.expert != dtypes.compute else 0)
         + (_graph_bytes(config, width, graph_rows) if graph_rows else 0),
     )
 

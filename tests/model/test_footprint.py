@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fiddler.engine.runner import kv_cache_shape
 from fiddler.models.config import ModelConfig
-from fiddler.models.dtypes import resolve_dtypes
+from fiddler.models.dtypes import Dtypes, resolve_dtypes
 from fiddler.models.dummy import DummySource
 from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
 from fiddler.models.host_memory import host_bytes
@@ -29,9 +29,7 @@ def needs(
 ) -> Footprint:
     return footprint(
         config,
-        dtype=dtype,
-        expert_dtype=expert_dtype,
-        kv_dtype=kv_dtype or dtype,
+        Dtypes(compute=dtype, expert=expert_dtype, kv=kv_dtype or dtype),
         max_batched_tokens=64,
         max_num_seqs=4,
     )
