@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from gpu_kernels.attention_reference import attention_decode_reference
@@ -23,6 +22,7 @@ from gpu_kernels.dependent_launch import dependent
 from gpu_kernels.page_table import PageTable
 from gpu_kernels.paged_tile import check_attention_inputs, kv_args, padded_dim
 from gpu_kernels.split_kv import QueryBlocks
+from gpu_kernels.whole_numbers import cdiv, next_power_of_2
 
 __all__ = ["DecodePlan", "attention_decode", "attention_decode_reference", "plan_decode"]
 
@@ -65,7 +65,7 @@ def attention_decode(
         window_left=variant.window_left,
         stride_q_token=q_THD.stride(0),
         stride_q_head=q_THD.stride(1),
-        BLOCK_U=triton.next_power_of_2(plan.num_units),
+        BLOCK_U=next_power_of_2(plan.num_units),
         SPLIT_TILES=plan.split_tiles,
         START_TILES=plan.start_tiles,
         HAS_POSITIONS=positions_T is not None,
@@ -134,7 +134,7 @@ def _tile_args(
         tile["BLOCK_D"] = max(tile["BLOCK_D"], 2 * MIN_DIM if tile["IS_INT4"] else MIN_DIM)
     return {
         **tile,
-        "BLOCK_M": max(8 if in_codes else 16, triton.next_power_of_2(rows)),
+        "BLOCK_M": max(8 if in_codes else 16, next_power_of_2(rows)),
         "IN_CODES": in_codes,
         "IS_FP8": kv_cache.dtype == torch.float8_e4m3fn,
     }
@@ -149,9 +149,9 @@ def _merge_parts(
 ) -> None:
     num_kv_heads, rows, head_dim = plan.part_PKRD.shape[1:]
     merged = merge_tile(plan.num_units, num_kv_heads, rows, plan.num_programs)
-    row_blocks = num_kv_heads * triton.cdiv(rows, merged["BLOCK_R"])
+    row_blocks = num_kv_heads * cdiv(rows, merged["BLOCK_R"])
     block_d = min(MERGE_DIMS, padded_dim(head_dim))
-    merge_kernel[(plan.num_units, row_blocks, triton.cdiv(head_dim, block_d))](
+    merge_kernel[(plan.num_units, row_blocks, cdiv(head_dim, block_d))](
         out_ptr=out,
         out_lse_ptr=lse_log2,
         sinks_ptr=sinks_H,

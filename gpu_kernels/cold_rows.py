@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.whole_numbers import next_power_of_2
+
 PIECE = 4096  # comparisons of an id with an expert at a time: 32 registers of 128 threads
 MOST_PAIRS = 64  # of a piece
 
 
 def piece_of(num_experts: int) -> dict[str, int]:
     """Compile-time sizes for a layer of so many experts, whatever the step."""
-    block = max(16, triton.next_power_of_2(num_experts))
+    block = max(16, next_power_of_2(num_experts))
     return {"BLOCK_E": block, "BLOCK_P": max(1, min(MOST_PAIRS, PIECE // block))}
 
 

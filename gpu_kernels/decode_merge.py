@@ -11,6 +11,7 @@ import triton.language as tl
 from gpu_kernels.attention_variant import IN_KERNEL_LOG2_E
 from gpu_kernels.dependent_launch import let_next_start, wait_for_last
 from gpu_kernels.split_kv import queries_of_unit
+from gpu_kernels.whole_numbers import next_power_of_2
 
 MERGE_DIMS = 32
 FEW_ROWS = 1024
@@ -25,9 +26,9 @@ def merge_tile(num_units: int, num_kv_heads: int, rows: int, num_programs: int) 
     again. With many rows the parts of each are few, and programs would only queue.
     """
     if num_units * num_kv_heads * rows <= FEW_ROWS:
-        parts = min(max(triton.next_power_of_2(num_programs // num_units + 1), 64), MOST_PARTS)
+        parts = min(max(next_power_of_2(num_programs // num_units + 1), 64), MOST_PARTS)
         return {"BLOCK_W": parts, "BLOCK_R": 1, "num_warps": max(parts // 32, 4)}
-    return {"BLOCK_W": 8, "BLOCK_R": min(8, triton.next_power_of_2(rows)), "num_warps": 1}
+    return {"BLOCK_W": 8, "BLOCK_R": min(8, next_power_of_2(rows)), "num_warps": 1}
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpu_kernels.checks import check_range
 from gpu_kernels.device import family
 from gpu_kernels.tuned import choose
+from gpu_kernels.whole_numbers import cdiv
 
 
 def embedding(
@@ -33,7 +34,7 @@ def embedding(
     if num_tokens == 0:
         return out
     config = choose("embedding", family(out.device), tokens=num_tokens, hidden=hidden)
-    _embedding_kernel[(num_tokens, triton.cdiv(hidden, config["BLOCK_H"]))](
+    _embedding_kernel[(num_tokens, cdiv(hidden, config["BLOCK_H"]))](
         ids_T,
         table_VH,
         out,

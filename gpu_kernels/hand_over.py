@@ -24,6 +24,7 @@ from gpu_kernels.collect_parts import collect, collect_reference
 from gpu_kernels.dependent_launch import dependent, let_next_start, wait_for_last
 from gpu_kernels.host_words import Ring
 from gpu_kernels.paged_tile import FLOAT_DTYPES
+from gpu_kernels.whole_numbers import cdiv, next_power_of_2
 
 __all__ = ["ColdWork", "Pulls", "collect", "collect_reference", "publish", "publish_reference"]
 
@@ -91,8 +92,8 @@ def publish(
     top_k = ids_TK.shape[1]
     if num_tokens == 0:
         return out
-    block = triton.next_power_of_2(hidden) if hidden <= ROW_H else BLOCK_H
-    num_blocks = 1 if cold is None else triton.cdiv(hidden, block)
+    block = next_power_of_2(hidden) if hidden <= ROW_H else BLOCK_H
+    num_blocks = 1 if cold is None else cdiv(hidden, block)
     ring = None if cold is None else cold.ring
     bell = None if ring is None else ring.bell
     _publish_kernel[(num_tokens, num_blocks)](
@@ -117,7 +118,7 @@ def publish(
         0 if pulls is None else pulls.width,
         TOP_K=top_k,
         BLOCK_H=block,
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=next_power_of_2(top_k),
         HAS_COLD=cold is not None,
         IS_ALONE=num_tokens * num_blocks == 1,
         **piece_of(slot_E.numel()),

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.whole_numbers import cdiv, next_power_of_2
+
 LN_2 = 0.6931471805599453
 BLOCK_H = 4
 
@@ -49,7 +51,7 @@ def merge_states(v_NSHD: Tensor, lse_NSH: Tensor) -> tuple[Tensor, Tensor]:
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             BLOCK_S=16,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=next_power_of_2(head_dim),
         )
     return v_NHD, lse_NH
 
@@ -77,7 +79,7 @@ def _launch_pair(
         assert lse.dtype == torch.float32 and lse.device == v_a_NHD.device
     if v_NHD.numel() == 0:
         return
-    _merge_pair_kernel[(num_rows, triton.cdiv(num_heads, BLOCK_H))](
+    _merge_pair_kernel[(num_rows, cdiv(num_heads, BLOCK_H))](
         v_a_NHD,
         lse_a_NH,
         v_b_NHD,
@@ -90,7 +92,7 @@ def _launch_pair(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         BLOCK_H=BLOCK_H,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
     )
 
 

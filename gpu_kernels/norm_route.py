@@ -19,6 +19,7 @@ from gpu_kernels.dependent_launch import dependent, let_next_start, wait_for_las
 from gpu_kernels.paged_tile import FLOAT_DTYPES
 from gpu_kernels.rmsnorm import add_rms_norm_reference, normed_row
 from gpu_kernels.router import MAX_EXPERTS, MAX_TOP_K, best_experts, route_reference
+from gpu_kernels.whole_numbers import cdiv, next_power_of_2
 
 MAX_TOKENS = 8  # from there on the matrix library reads the router once for all
 MAX_HIDDEN = 8192
@@ -92,9 +93,9 @@ def norm_route(
     weights_TK = torch.empty((num_tokens, top_k), dtype=torch.float32, device=device)
     if num_tokens == 0:
         return normed_TH, sum_TH, ids_TK, weights_TK
-    block_h = triton.next_power_of_2(hidden)
-    block_e = min(TILE // block_h, triton.next_power_of_2(triton.cdiv(num_experts, PROGRAMS)))
-    _norm_route_kernel[(triton.cdiv(num_experts, block_e), num_tokens)](
+    block_h = next_power_of_2(hidden)
+    block_e = min(TILE // block_h, next_power_of_2(cdiv(num_experts, PROGRAMS)))
+    _norm_route_kernel[(cdiv(num_experts, block_e), num_tokens)](
         x_TH,
         residual_TH,
         norm_H,
@@ -113,8 +114,8 @@ def norm_route(
         TOP_K=top_k,
         BLOCK_H=block_h,
         BLOCK_E=block_e,
-        BLOCK_P=triton.next_power_of_2(num_experts),
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_P=next_power_of_2(num_experts),
+        BLOCK_K=next_power_of_2(top_k),
         RENORMALISE=renormalise,
         **dependent(device),
         num_warps=4,

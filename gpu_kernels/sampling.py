@@ -29,6 +29,7 @@ from gpu_kernels.sampling_inputs import (
 from gpu_kernels.sampling_reference import sample_reference
 from gpu_kernels.sampling_tile import GREEDY_BELOW, draw_tile_kernel, filters_tokens
 from gpu_kernels.tuned import choose
+from gpu_kernels.whole_numbers import next_power_of_2
 
 __all__ = [
     "LogitBias",
@@ -146,8 +147,8 @@ def _launch_finish(
         vocab,
         NUM_TILES=tiles,
         NUM_GROUPS=groups,
-        BLOCK_T=triton.next_power_of_2(tiles),
-        BLOCK_G=triton.next_power_of_2(groups),
+        BLOCK_T=next_power_of_2(tiles),
+        BLOCK_G=next_power_of_2(groups),
         GROUP=GROUP,
         LIST_BLOCK=LIST_BLOCK,
         **choose("sampling_finish", family(out.device), rows=batch),

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels import sampling_inputs
+from gpu_kernels.whole_numbers import next_power_of_2
 
 COUNT_MASK = tl.constexpr(sampling_inputs.COUNT_MASK)
 PROMPT_BIT = -0x8000
@@ -38,7 +39,7 @@ def count_tokens(counts_SV: Tensor, slot_B: Tensor, token_B: Tensor) -> None:
     assert slot_B.is_contiguous() and token_B.is_contiguous()
     assert counts_SV.device == slot_B.device == token_B.device
     if batch > 0:
-        block = triton.next_power_of_2(batch)
+        block = next_power_of_2(batch)
         _count_kernel[(1,)](counts_SV, slot_B, token_B, counts_SV.stride(0), batch, BLOCK_B=block)
 
 
