@@ -122,6 +122,12 @@ def _with_cache(compiled: Callable[..., Any]) -> Any:
 
 
 @functools.cache
+def entry(make: Callable[[], Callable[..., Any]], signature: tuple[Any, ...]) -> Any:
+    """The function that ``make()`` returns, compiled for one signature; once per process."""
+    return compile_entry(stamped(make()), signature)
+
+
+@functools.cache
 def _stage(make: Callable[..., Callable[..., None]], *key: int | str) -> Any:
     return compile_stage(stamped(make(*key), *key))
 
@@ -155,6 +161,11 @@ def needs_compile() -> bool:
 def stage_needs_compile(make: Callable[..., Callable[..., None]], *key: int | str) -> bool:
     """As :func:`needs_compile`, for :func:`stage_address` with the same arguments."""
     return not _is_cached(stamped(make(*key), *key))
+
+
+def entry_needs_compile(make: Callable[[], Callable[..., Any]]) -> bool:
+    """As :func:`needs_compile`, for :func:`entry`."""
+    return not _is_cached(stamped(make()))
 
 
 def cache_folder(function: Callable[..., Any]) -> Path | None:

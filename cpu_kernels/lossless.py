@@ -14,13 +14,16 @@ the second ones, then the third (docs/packed-experts.md has the picture).
 N rows, K columns, B blocks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
 from cpu_kernels.bf16 import U16
+from cpu_kernels.compiled import entry
 from cpu_kernels.packed_layout import ALIGNMENT, BLOCK_ROWS, U8, MatrixShape
 from cpu_kernels.weight_kind import BF12
 
@@ -31,6 +34,13 @@ WORDS = 3  # for eight columns
 STEPS = 8  # of eight columns in a group, whose first words lie together, then second, then third
 
 Words = npt.NDArray[np.uint32]
+
+# what make_packer's function takes: matrices whose rows may lie apart, and three sizes
+PACKER = (
+    types.Array(types.uint16, 2, "A", readonly=True),
+    types.Array(types.uint8, 2, "A"),
+    *(types.int64,) * 3,
+)
 
 
 def pack_lossless(weights_NK: U16, blocks_BX: U8) -> None:
@@ -45,7 +55,7 @@ def pack_lossless(weights_NK: U16, blocks_BX: U8) -> None:
     assert blocks_BX.shape == (shape.num_blocks, shape.block_bytes) and blocks_BX.strides[1] == 1
     if shape.cols > MOST_COLUMNS:
         raise ValueError(f"rows have {shape.cols} weights, more than {MOST_COLUMNS}")
-    row = _pack_rows(
+    row = entry(make_packer, PACKER)(
         weights_NK, blocks_BX, shape.scale_offset, shape.most_exceptions, shape.padded_cols
     )
     if row < 0:
@@ -112,48 +122,6 @@ def _behind(blocks: U8, shape: MatrixShape) -> tuple[U16, U16, Words]:
     )
 
 
-@numba.njit(nogil=True, boundscheck=False)
-def _pack_rows(weights: Any, blocks: Any, scale_offset: int, most: int, padded_cols: int) -> int:
-    """Write all blocks; -1, or a row with a weight that is not finite or has no room."""
-    num_rows, num_cols = weights.shape
-    codes = np.zeros(padded_cols, np.uint16)
-    counts = np.zeros(256, np.int64)
-    for block in range(len(blocks)):
-        words = blocks[block, :scale_offset].view(np.uint32)
-        scales = blocks[block, scale_offset : scale_offset + 32].view(np.uint16)
-        ends = blocks[block, scale_offset + 32 : scale_offset + 64].view(np.uint16)
-        entries = blocks[block, scale_offset + 64 :].view(np.uint32)
-        entries[:] = 0
-        used = 0
-        for r in range(16):
-            row = block * 16 + r
-            lowest = 1
-            if row < num_rows:
-                lowest = _lowest_exponent(weights[row], counts)
-                if counts[255]:
-                    return row
-                for k in range(num_cols):
-                    bits = weights[row, k]
-                    exponent = (bits >> 7) & 0xFF
-                    place = exponent - lowest
-                    if 0 <= place < 15:
-                        codes[k] = (bits & 0x8000) | ((place + 1) << 7) | (bits & 0x7F)
-                    elif bits & 0x7FFF == 0:
-                        codes[k] = bits
-                    else:
-                        codes[k] = 0
-                        if used == most:
-                            return row
-                        entries[used] = np.uint32(k) | np.uint32(bits) << np.uint32(16)
-                        used += 1
-            else:
-                codes[:] = 0
-            scales[r] = (lowest - 1 + 127) << 7
-            ends[r] = used
-            _spread(codes, words, r)
-    return -1
-
-
 @numba.njit(nogil=True)
 def _lowest_exponent(row: Any, counts: Any) -> int:
     """The first of the 15 neighbouring exponents that most weights of the row have."""
@@ -189,3 +157,48 @@ def _spread(codes: Any, words: Any, r: int) -> None:
                     words[at] = code
                 else:
                     words[at] |= code << np.uint32(16)
+
+
+def make_packer() -> Callable[..., int]:
+    """Compiled as PACKER says: all blocks; -1, or a row with what is not finite or has no room."""
+
+    def pack_rows(weights: Any, blocks: Any, scale_offset: int, most: int, padded_cols: int) -> int:
+        num_rows, num_cols = weights.shape
+        codes = np.zeros(padded_cols, np.uint16)
+        counts = np.zeros(256, np.int64)
+        for block in range(len(blocks)):
+            words = blocks[block, :scale_offset].view(np.uint32)
+            scales = blocks[block, scale_offset : scale_offset + 32].view(np.uint16)
+            ends = blocks[block, scale_offset + 32 : scale_offset + 64].view(np.uint16)
+            entries = blocks[block, scale_offset + 64 :].view(np.uint32)
+            entries[:] = 0
+            used = 0
+            for r in range(16):
+                row = block * 16 + r
+                lowest = 1
+                if row < num_rows:
+                    lowest = _lowest_exponent(weights[row], counts)
+                    if counts[255]:
+                        return row
+                    for k in range(num_cols):
+                        bits = weights[row, k]
+                        exponent = (bits >> 7) & 0xFF
+                        place = exponent - lowest
+                        if 0 <= place < 15:
+                            codes[k] = (bits & 0x8000) | ((place + 1) << 7) | (bits & 0x7F)
+                        elif bits & 0x7FFF == 0:
+                            codes[k] = bits
+                        else:
+                            codes[k] = 0
+                            if used == most:
+                                return row
+                            entries[used] = np.uint32(k) | np.uint32(bits) << np.uint32(16)
+                            used += 1
+                else:
+                    codes[:] = 0
+                scales[r] = (lowest - 1 + 127) << 7
+                ends[r] = used
+                _spread(codes, words, r)
+        return -1
+
+    return pack_rows

@@ -10,11 +10,14 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from cpu_kernels.compiled import (
     cache_folder,
+    entry,
+    entry_needs_compile,
     kernels,
     needs_compile,
     stage_address,
@@ -22,17 +25,41 @@ from cpu_kernels.compiled import (
 )
 from cpu_kernels.expert_layer import stage_maker
 from cpu_kernels.kernel_paths import PATHS
+from cpu_kernels.lossless import PACKER, make_packer
+from cpu_kernels.read_kernel import make_read_stage, make_touch_stage
 from cpu_kernels.topology import num_cores, read_machine
 
 WORKERS = "workers"  # the name of what every job needs
+READ, TOUCH = "read", "touch"  # of jobs that measure memory
+PACK = "pack bf12"
 NUMBERS = {path.name: number for number, path in enumerate(PATHS)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Code:
+    """What has a name: whether it ``needs`` to be compiled, and what compiles it."""
+
+    needs: Callable[[], bool]
+    compile: Callable[[], object]
+
+    @classmethod
+    def stage(cls, make: Callable[..., Callable[..., None]], *key: int) -> "_Code":
+        return cls(partial(stage_needs_compile, make, *key), partial(stage_address, make, *key))
+
+
+OTHERS = {
+    WORKERS: _Code(needs_compile, kernels),
+    READ: _Code.stage(make_read_stage),
+    TOUCH: _Code.stage(make_touch_stage),
+    PACK: _Code(partial(entry_needs_compile, make_packer), partial(entry, make_packer, PACKER)),
+}
 
 
 def uncached(names: Iterable[str]) -> list[str]:
     """Those that have to be compiled; none where no cache can be written: nothing would be kept."""
     if cache_folder(needs_compile) is None:
         return []
-    return [name for name in names if _needs_compile(name)]
+    return [name for name in names if _code(name).needs()]
 
 
 def precompile(names: Sequence[str]) -> None:
@@ -40,6 +67,13 @@ def precompile(names: Sequence[str]) -> None:
 
     What fails there is compiled, or complains, where it is used. An interrupt ends them all.
     """
+    with precompiling(names):
+        pass
+
+
+@contextlib.contextmanager
+def precompiling(names: Sequence[str]) -> Iterator[None]:
+    """As :func:`precompile`, while this process does something else; an error in it ends them."""
     count = min(len(names), num_cores(read_machine()))
     with contextlib.ExitStack() as running:
         children = []
@@ -50,6 +84,7 @@ def precompile(names: Sequence[str]) -> None:
                 break
             running.callback(child.kill)  # before it is waited for
             children.append(child)
+        yield
         for child in children:
             child.wait()
 
@@ -57,20 +92,14 @@ def precompile(names: Sequence[str]) -> None:
 def compile_here(names: Iterable[str]) -> None:
     """Compile in this process, one after the other."""
     for name in names:
-        if name == WORKERS:
-            kernels()
-        else:
-            stage_address(*_stage(name))
+        _code(name).compile()
 
 
-def _needs_compile(name: str) -> bool:
-    return needs_compile() if name == WORKERS else stage_needs_compile(*_stage(name))
-
-
-def _stage(name: str) -> tuple[Any, int]:
-    """What makes a path's stage, and its key."""
+def _code(name: str) -> _Code:
+    if name in OTHERS:
+        return OTHERS[name]
     number = NUMBERS[name]
-    return stage_maker(PATHS[number]), number
+    return _Code.stage(stage_maker(PATHS[number]), number)
 
 
 def _started(names: Sequence[str]) -> subprocess.Popen[bytes]:

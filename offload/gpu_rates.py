@@ -4,6 +4,8 @@ Ordering: everything runs on torch's current stream or on a stream of its own th
 the next thing begins.
 """
 
+import statistics
+import time
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ RUNS = 3  # of reading side by side, 0.2 s each
 KERNELS = 1000  # in one graph
 SMALL = 512  # numbers of a row: half a megabyte of weights, which stay in the L2
 REPLAYS = 20
+BURST, BURSTS = 40, 200  # of launches, as many as a layer of a prompt takes; a third of a second
 # a small model's layers: 12 x 5 experts of 12.6 MB, of the sizes that share_rates compiles for too
 LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH = 12, 5, 4, 2048, 1024
 
@@ -61,6 +64,26 @@ def launch_s() -> float:
 
     replay = timed_graph(chain, lambda work, is_done: work())
     return min(replay() for _ in range(REPLAYS)) / KERNELS
+
+
+def python_launch_s() -> float:
+    """What Python takes to start a kernel, as in steps that are no graph: a median.
+
+    No least time: on shared hosts, and where a core's sibling works, Python is slower by a half for
+    moments at a time, and a prompt meets all of them.
+    """
+    x_TK = torch.zeros((1, SMALL), dtype=torch.bfloat16, device="cuda")
+    w_NK = torch.zeros((SMALL, SMALL), dtype=torch.bfloat16, device="cuda")
+
+    def burst() -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(BURST):
+            few_rows_linear(x_TK, w_NK)
+        return (time.perf_counter() - started) / BURST
+
+    burst()  # compiles
+    return statistics.median(burst() for _ in range(BURSTS))
 
 
 def hand_over_s(num_threads: int) -> float:

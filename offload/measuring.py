@@ -14,7 +14,7 @@ from typing import Any
 from cpu_kernels.arena import Arena
 from cpu_kernels.expert_pool import ExpertPool
 from cpu_kernels.kernel_paths import Activations
-from cpu_kernels.precompile import WORKERS, uncached
+from cpu_kernels.precompile import PACK, READ, TOUCH, WORKERS, uncached
 from cpu_kernels.thread_count import CACHES, MAX_BYTES
 from cpu_kernels.times import measure_times
 from cpu_kernels.topology import read_cache_bytes
@@ -33,7 +33,8 @@ KERNELS: tuple[tuple[str, Activations], ...] = (
     *(("w8g128", "int8"), ("w4g128", "int8")),
 )
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-FEW_TOKENS = (1, 2, 4, 8, 16, 32)  # of large experts: 256 take seconds where cores are few
+FEW_TOKENS = (1, 2, 4, 8, 16, 32)  # of large experts where cores are few: 256 take seconds there
+MANY_THREADS = 8
 CALLS = 200  # of a small operation, timed together
 DISK_BYTES = 256 * MIB
 DISK_BLOCK = 8 * MIB
@@ -46,14 +47,18 @@ class Size:
     hidden: int
     width: int
     routed: int
-    tokens: tuple[int, ...]
     budget_s: float
+    is_large: bool
+
+    def tokens(self, num_threads: int) -> tuple[int, ...]:
+        """By how many at once: from 32 to 256, the time of a token falls by a third."""
+        return FEW_TOKENS if self.is_large and num_threads < MANY_THREADS else TOKENS
 
 
 # 12.6 MB in bf16, 4 a call, as models with many experts have them; 176 MB, one a call
 SIZES = (
-    Size(hidden=2048, width=1024, routed=4, tokens=TOKENS, budget_s=2.5),
-    Size(hidden=4096, width=7168, routed=1, tokens=FEW_TOKENS, budget_s=1.0),
+    Size(hidden=2048, width=1024, routed=4, budget_s=2.5, is_large=False),
+    Size(hidden=4096, width=7168, routed=1, budget_s=1.0, is_large=True),
 )
 LEAST_ARENA = 512 * MIB  # two large experts; more where that is no multiple of the caches
 
@@ -104,7 +109,7 @@ def machine_steps() -> tuple[Step, ...]:
         Step("CPU experts", expert_times),
         Step("calls of torch", _calls),
         Step("the GPU reading host memory", _pulls, on_gpu=True),
-        Step("kernels in a CUDA graph", _launches, on_gpu=True),
+        Step("starting kernels", _launches, on_gpu=True),
         Step("handing over to the CPU", _hand_over, on_gpu=True),
         Step("sharing experts with the GPU", _shared, on_gpu=True),
         Step("the disk", _disk),
@@ -116,7 +121,21 @@ def kernels_to_compile() -> list[str]:
 
     To be compiled before anything is measured, which it would disturb.
     """
-    return uncached([*("/".join(kernel) for kernel in KERNELS), WORKERS])
+    return uncached([*("/".join(kernel) for kernel in KERNELS), WORKERS, READ, TOUCH, PACK])
+
+
+def wake_gpu() -> None:
+    """The first use of a GPU, if there is one: its libraries, a context, a kernel's compilation.
+
+    That takes seconds which need no quiet machine.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        from offload import share_rates as share_rates  # what it imports takes a second, too
+        from offload.gpu_rates import launch_s
+
+        launch_s()
 
 
 def expert_times(setting: Setting) -> dict[str, Any]:
@@ -146,7 +165,7 @@ def _times(
         pool,
         experts,
         activations,
-        tokens=size.tokens,
+        tokens=size.tokens(pool.num_threads),
         routed=size.routed,
         budget_s=size.budget_s,
     )
@@ -181,9 +200,9 @@ def _pulls(setting: Setting) -> dict[str, Any]:
 
 
 def _launches(setting: Setting) -> dict[str, Any]:
-    from offload.gpu_rates import launch_s
+    from offload.gpu_rates import launch_s, python_launch_s
 
-    return {"launch_s": launch_s()}
+    return {"launch_s": launch_s(), "python_launch_s": python_launch_s()}
 
 
 def _hand_over(setting: Setting) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from offload.staging import bank_slots
 
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
-LAYER_S = 1.1e-3  # Python and small kernels of a layer of a prompt on a GPU
-BANK_S = 1e-4  # Python's launches for a bank of experts
-SEND_S = 1.6e-5  # and for each expert that is sent
+# What Python does for a layer of a prompt on a GPU, in launches of a kernel: for every layer, for
+# one with experts that are sent, and for each of their banks.
+LAYER_LAUNCHES, SENT_LAUNCHES, BANK_LAUNCHES = 42, 11, 3.5
 
 
 def predict_prefill(
@@ -97,7 +97,7 @@ def _step(
         total.add_slower(
             link,
             before | {"GPU experts": side.experts_s},
-            {"layers in Python": LAYER_S + side.python_s},
+            {"layers in Python": side.python_s},
             {"cold experts, CPU": side.cpu_s},
             weight=number,
         )
@@ -146,11 +146,12 @@ def _gpu_sides(
     pairs = sum(hot) + sum(counts) - sum(on_cpu)
     experts_s = _gpu_experts_s(demand, rates, pairs, len(hot) + sent)
     banks = -(-sent // bank_slots(demand.staging_slots))
+    launches = LAYER_LAUNCHES + (SENT_LAUNCHES + banks * BANK_LAUNCHES if sent else 0)
     return _Sides(
         link_s=sent * copy_s + transfer_s,
         cpu_s=cpu_s,
         experts_s=experts_s,
-        python_s=sent * SEND_S + banks * BANK_S,
+        python_s=launches * rates.python_launch_s,
         ahead_s=ahead * copy_s,
     )
 

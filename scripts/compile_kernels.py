@@ -272,7 +272,7 @@ def cases(sm: int) -> dict[str, Callable[[], object]]:
     for bits in (4, 8, 12, 16):
         for num_tokens in (1, 32, 4096):
             found[f"experts {bits} bits {num_tokens}"] = partial(experts, bits, num_tokens)
-    for num_tokens in (1, 4):
+    for num_tokens in (1, 2):
         found[f"few rows {num_tokens}"] = partial(few_rows, num_tokens)
     for head_dim in (32, 64, 128, 256):
         name = f"prefill attention {head_dim} float32"

@@ -72,20 +72,27 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
 
 def measure() -> "ReferenceMachine":
     """Measure this machine and keep the figures, telling each step."""
-    from cpu_kernels.precompile import precompile
+    from cpu_kernels.precompile import precompiling
     from cpu_kernels.thread_count import measured_num_threads
     from fiddler._version import __version__
     from offload.calibration import Calibration, default_path
     from offload.hardware import probe
     from offload.machine_facts import settings_of, this_machine
     from offload.machine_rates import RATES
-    from offload.measuring import Setting, kernels_to_compile, machine_steps, measure_rates
+    from offload.measuring import (
+        Setting,
+        kernels_to_compile,
+        machine_steps,
+        measure_rates,
+        wake_gpu,
+    )
     from offload.reference_machines import ReferenceMachine
 
     to_compile = kernels_to_compile()
     if to_compile:
         note("compiling CPU kernels, once")
-        precompile(to_compile)
+        with precompiling(to_compile):
+            wake_gpu()
     hardware = probe()
     setting = Setting(
         hardware=hardware,
@@ -134,7 +141,8 @@ def _gpu_rows(rates: "MachineRates") -> dict[str, str]:
         "GPU pulls": f"{rates.pull_gbps:.1f} GB/s alone, {rates.beside_pull_gbps:.1f} beside "
         f"workers that read {rates.beside_cpu_gbps:.1f}",
         "GPU reads": f"{peaks.gpu_read_gbps:,.0f} GB/s",
-        "CUDA graph": f"{rates.launch_s * 1e6:.1f} us a kernel",
+        "kernels": f"{rates.launch_s * 1e6:.1f} us each in a CUDA graph, "
+        f"{rates.python_launch_s * 1e6:.0f} started by Python",
         "hand-over": f"{rates.hand_over_s * 1e6:.1f} us a layer",
     }
 

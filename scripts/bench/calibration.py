@@ -43,7 +43,10 @@ def measure(num_threads: int, size: Size) -> tuple[TimeTable, TimeTable]:
             measure_times(
                 pool, experts, "bf16", tokens=tokens, routed=size.routed, budget_s=budget_s
             )
-            for tokens, budget_s in ((size.tokens, size.budget_s), (HELD_OUT, BUDGET_S))
+            for tokens, budget_s in (
+                (size.tokens(num_threads), size.budget_s),
+                (HELD_OUT, BUDGET_S),
+            )
         )
     return known, held_out
 

@@ -68,6 +68,7 @@ RATES_HERE = MachineRates(
     call_s=1e-6,
     cpu_tflops=0.5,
     launch_s=2e-6,
+    python_launch_s=3e-5,
     pull_gbps=45.0,
     beside_cpu_gbps=80.0,
     beside_pull_gbps=40.0,
@@ -96,7 +97,8 @@ def fake_steps() -> list[Step]:
     return [
         Step("peaks", lambda s: {"peaks": PEAKS if s.hardware.has_gpu else ONLY_CPU}),
         Step("experts", lambda s: {"times": TIMES, "call_s": 1e-6, "cpu_tflops": 0.5}),
-        Step("pulls", lambda s: {"pull_gbps": 45.0, "launch_s": 1e-6}, on_gpu=True),
+        Step("pulls", lambda s: {"pull_gbps": 45.0}, on_gpu=True),
+        Step("starts", lambda s: {"launch_s": 1e-6, "python_launch_s": 2e-5}, on_gpu=True),
     ]
 
 
@@ -109,7 +111,7 @@ def test_steps_are_taken_in_order_and_those_of_a_gpu_only_there(
     rates = measure_rates(
         setting(tmp_path, has_gpu=has_gpu), fake_steps(), lambda *step: told.append(step)
     )
-    names = ["peaks", "experts", "pulls"][: 2 + has_gpu]
+    names = ["peaks", "experts", "pulls", "starts"][: 4 if has_gpu else 2]
     assert told == [(name, n, len(names)) for n, name in enumerate(names, start=1)]
     assert rates.num_threads == 3 and rates.has_gpu is has_gpu
     assert rates.pull_gbps == (45.0 if has_gpu else 0.0)
@@ -232,6 +234,7 @@ def test_a_gpu_is_calibrated_within_a_minute(tmp_path: Path) -> None:
     assert rates.has_gpu and rates.pull_gbps > 5 and rates.beside_pull_gbps > 1, facts
     assert rates.beside_cpu_gbps < 1.2 * rates.peaks.cpu_read_gbps, facts
     assert 5e-7 < rates.launch_s < 2e-5, facts
+    assert 5e-6 < rates.python_launch_s < 2e-4, facts
     assert 2e-6 < rates.hand_over_s < 2e-4, facts
     assert {one.kernel for one in rates.shared} == {"/".join(kernel) for kernel in SHARED}
     for one in rates.shared:

@@ -164,6 +164,16 @@ def test_what_is_faster_never_predicts_slower_decode(name: str, shape: str) -> N
         assert after.seconds < before.seconds
 
 
+def test_prompts_that_wait_for_python_take_as_long_as_its_launches() -> None:
+    """All experts of a small kind are resident: nothing else takes long on a card like this."""
+    asked = fitting("qwen3-30b-a3b", 80)
+    slower = replace(H200, python_launch_s=2 * H200.python_launch_s)
+    before, after = (predict_prefill(asked, r, num_tokens=64) for r in (H200, slower))
+    python = before.term("layers in Python")
+    assert python.seconds == python.busy_s > 0.9 * before.seconds
+    assert after.seconds == pytest.approx(before.seconds + python.seconds)
+
+
 def test_more_tokens_take_longer_and_each_of_them_less() -> None:
     asked = fitting("qwen3-30b-a3b", 24)
     times = [predict_prefill(asked, H200, num_tokens=n).seconds for n in (256, 512, 1024, 4096)]

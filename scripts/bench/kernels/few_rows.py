@@ -26,7 +26,7 @@ SHAPES = {
     "Mixtral qkv": (6144, 4096),
     "Mixtral o": (4096, 4096),
 }
-TOKENS = (1, 2, 4)
+TOKENS = (1, 2)
 LEAST = 1.0  # of torch's speed
 
 Linear = Callable[[Tensor, Tensor], Tensor]
