@@ -19,17 +19,19 @@ from gpu_kernels.whole_numbers import cdiv
 def embedding(
     ids_T: Tensor, table_VH: Tensor, *, scale: float = 1.0, out: Tensor | None = None
 ) -> Tensor:
-    """Return ``table_VH[ids_T] * scale`` as ``[T, H]`` in the table's dtype.
+    """Return ``table_VH[ids_T] * scale`` as ``[T, H]`` in the table's dtype, where the ids are.
 
+    The table lies there too, or in pinned host memory, from which rows come over PCIe.
     ``ids_T`` is int32 or int64. A scaled row is computed in float32 and rounded once. An id outside
     the vocabulary (-1 of a draw that failed) reads nothing and gives a row of NaN.
     """
     num_tokens, (vocab, hidden) = ids_T.shape[0], table_VH.shape
-    out = table_VH.new_empty((num_tokens, hidden)) if out is None else out
+    if out is None:
+        out = torch.empty((num_tokens, hidden), dtype=table_VH.dtype, device=ids_T.device)
     assert ids_T.shape == (num_tokens,) and ids_T.dtype in (torch.int32, torch.int64)
     assert table_VH.stride(1) == 1 and table_VH.is_floating_point()
     assert out.shape == (num_tokens, hidden) and out.stride(1) == 1 and out.dtype == table_VH.dtype
-    assert ids_T.device == table_VH.device == out.device
+    assert ids_T.device == out.device and table_VH.device.type in (out.device.type, "cpu")
     check_range("ids_T", ids_T, 0, vocab)
     if num_tokens == 0:
         return out

@@ -54,6 +54,7 @@ class Layout:
     num_ram_experts: int  # that RAM holds at a time
     num_disk_experts: int  # that it has no room for
     ram_workspace_bytes: int  # what workers write to, beside a GPU
+    ram_dense_bytes: int  # of dense weights, beside a GPU
     ram_expert_bytes: int
     disk_expert_bytes: int
     expert_room: int  # VRAM that is left for experts; 0 without a GPU side
@@ -98,7 +99,9 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     side = gpu_side(hardware, budget)
     context = hardware.cuda_context_bytes if side is GpuSide.CUDA else 0
     margin = margin_bytes(footprint) if side is GpuSide.CUDA else 0
-    fixed = context + margin + footprint.dense_bytes + footprint.workspace_bytes
+    in_ram_dense = footprint.lookup_bytes if side is GpuSide.CUDA else 0
+    dense = footprint.dense_bytes - in_ram_dense
+    fixed = context + margin + dense + footprint.workspace_bytes
     size, experts = footprint.expert_bytes, footprint.room
     ram_limit = ram_limit_bytes(hardware, budget)
     vram_limit = vram_limit_bytes(hardware, budget)
@@ -118,7 +121,9 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     # of RAM, before any cold expert; without CUDA the GPU side is there too, which has a workspace
     is_host = side is GpuSide.CUDA and num_experts < footprint.total_experts
     workspace = footprint.host_bytes if is_host else 0
-    needed = workspace if side is GpuSide.CUDA else fixed + kv + experts.bytes_of(num_experts)
+    needed = workspace + in_ram_dense
+    if side is not GpuSide.CUDA:
+        needed = fixed + kv + experts.bytes_of(num_experts)
     ram_room = max(0, ram_limit - needed)
     if num_staging + num_spare and ram_room < experts.total - experts.bytes_of(num_experts):
         num_experts = experts.fitting(free) if budget.gpu_experts is None else budget.gpu_experts
@@ -147,6 +152,7 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         num_ram_experts=num_in_ram,
         num_disk_experts=num_cold - num_in_ram,
         ram_workspace_bytes=workspace,
+        ram_dense_bytes=in_ram_dense,
         ram_expert_bytes=in_ram,
         disk_expert_bytes=cold - in_ram,
         expert_room=free,
@@ -231,7 +237,7 @@ def gpu_side(hardware: Hardware, budget: Budget) -> GpuSide:
 
 def margin_bytes(footprint: Footprint) -> int:
     """The safety margin on a real GPU; see the constants above."""
-    pieces = footprint.dense_bytes + footprint.workspace_bytes
+    pieces = footprint.dense_read_bytes + footprint.workspace_bytes
     layers = footprint.num_layers * MARGIN_LAYER_BYTES
     return MARGIN_FIXED_BYTES + layers + pieces // MARGIN_DIVISOR
 

@@ -26,8 +26,8 @@ class Footprint:
     """What a model needs, in bytes.
 
     ``moe_layers`` are the layers that have experts. ``dense_read_bytes`` is the part of
-    ``dense_bytes`` that every token reads: all but the input embedding. ``workspace_bytes`` holds
-    the activations of the largest step, which has ``step_tokens``.
+    ``dense_bytes`` that every token reads: all but the input embedding, if it is not the head too.
+    ``workspace_bytes`` holds the activations of the largest step, which has ``step_tokens``.
 
     ``expert_bytes`` is one routed expert's, the largest one's where layers differ; then
     ``layer_bytes`` has one for each of ``moe_layers``. ``order``: in which experts get room on the
@@ -49,6 +49,11 @@ class Footprint:
     layer_bytes: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     host_bytes: int = 0
+
+    @property
+    def lookup_bytes(self) -> int:
+        """An embedding of which a token reads one row; a GPU does so in host memory."""
+        return self.dense_bytes - self.dense_read_bytes
 
     @property
     def expert_bytes_M(self) -> tuple[int, ...]:
@@ -99,7 +104,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBytes:
-    """What takes how much. All but the last three is the GPU side's, and sums to its budget."""
+    """What takes how much. All but the last four is the GPU side's, and sums to its budget."""
 
     context: int  # the CUDA context
     margin: int  # kept free for late kernels and allocator holes
@@ -110,6 +115,7 @@ class MemoryBytes:
     gpu_experts: int
     unused: int
     cpu_workspace: int  # what the CPU's workers write to, beside a GPU
+    cpu_dense: int  # the input embedding, beside a GPU
     cpu_experts: int  # that RAM holds at a time
     disk_experts: int  # that it has no room for
 

@@ -36,7 +36,7 @@ def refuse_vram(
     parts = [
         ("CUDA context", layout.context_bytes),
         ("safety margin", layout.margin_bytes),
-        ("dense weights", footprint.dense_bytes),
+        ("dense weights", footprint.dense_bytes - layout.ram_dense_bytes),
         ("workspace", footprint.workspace_bytes),
         (f"{layout.context_tokens:,} tokens of context", layout.kv_bytes),
     ]
@@ -81,9 +81,9 @@ def _in_ram(footprint: Footprint, budget: Budget, layout: Layout) -> str:
     one_token = "one token's experts"
     if layout.side is GpuSide.CUDA:
         experts = f"{layout.num_ram_experts:,} experts of {size_text(footprint.expert_bytes)}"
-        workspace = layout.ram_workspace_bytes
-        beside = f" and {size_text(workspace)} of workspace" if workspace else ""
-        return f"{experts}, one token's,{beside} need"
+        beside = {"workspace": layout.ram_workspace_bytes, "embedding": layout.ram_dense_bytes}
+        listed = "".join(f" and {size_text(n)} of {name}" for name, n in beside.items() if n)
+        return f"{experts}, one token's,{listed} need"
     if layout.side is GpuSide.NONE:
         return f"the model with {layout.context_tokens:,} tokens of context and {one_token} needs"
     size = size_text(layout.vram_needed + layout.gpu_expert_bytes)

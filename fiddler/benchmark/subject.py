@@ -51,7 +51,8 @@ class Subject:
     def weight_bytes(self) -> int:
         """Of all weights, in memory."""
         memory = self.plan.memory
-        return memory.dense + memory.gpu_experts + memory.cpu_experts + memory.disk_experts
+        dense = memory.dense + memory.cpu_dense
+        return dense + memory.gpu_experts + memory.cpu_experts + memory.disk_experts
 
     @property
     def num_params(self) -> int:

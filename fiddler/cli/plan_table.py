@@ -98,7 +98,7 @@ def _memory_table(facts: PlanFacts, width: int) -> "Table":
     rows = [
         ("CUDA context", memory.context, 0),
         ("safety margin", memory.margin, 0),
-        ("dense weights", memory.dense, 0),
+        ("dense weights", memory.dense, memory.cpu_dense),
         (f"KV cache, {plan.num_pages * plan.page_size:,} tokens", memory.kv, 0),
         ("workspace", memory.workspace, memory.cpu_workspace),
         ("staging for prompts", memory.staging, 0),
@@ -117,7 +117,7 @@ def _memory_table(facts: PlanFacts, width: int) -> "Table":
     if memory.unused:
         _add(table, plan, "unused", memory.unused, 0)
     total = sum(size for _, size, _ in rows) + memory.gpu_experts + memory.unused
-    in_ram = memory.cpu_workspace + memory.cpu_experts
+    in_ram = memory.cpu_dense + memory.cpu_workspace + memory.cpu_experts
     _add(table, plan, "total", total, in_ram, memory.disk_experts)
     return table
 

@@ -14,17 +14,18 @@ from fiddler.models.footprint import expert_bytes
 from fiddler.models.kernels import DeviceKernels
 from fiddler.models.rope import rope_tables
 from fiddler.models.torch_kernels import TorchKernels
-from fiddler.models.weights import load_dense
+from fiddler.models.weights import DenseWeights, load_dense
 from fiddler.speed import moe_layers
 from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts
+from offload.host_table import HostTable
 from offload.plan import Plan
 
 
 def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, HybridExperts]:
     """Read everything; ``ground.resources`` learns to drop it."""
     config, plan, device = ground.config, ground.plan, ground.device
-    dense = load_dense(weights.numbers, config, device=device, dtype=ground.dtype)
+    dense = _load_dense(ground, weights)
     experts = load_experts(ground, weights)
     kernels = _kernels(config, plan, device, ground.dtype)
     decoder = Decoder(config, dense, kernels, experts)
@@ -58,6 +59,18 @@ def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, Hybrid
             is_adaptive=plan.spare_slots > 0,
         )
     return runner, experts
+
+
+def _load_dense(ground: Ground, weights: OpenedWeights) -> DenseWeights:
+    """On the device; beside a GPU an input embedding that is not the head stays in host memory."""
+    config, device, dtype = ground.config, ground.device, ground.dtype
+    if device.type != "cuda" or config.tie_embeddings:
+        return load_dense(weights.numbers, config, device=device, dtype=dtype)
+    table = HostTable(config.vocab_size, config.hidden_size, dtype)
+    ground.resources.callback(table.release)
+    dense = load_dense(weights.numbers, config, device=device, dtype=dtype, embed_VH=table.rows_VH)
+    table.pin()
+    return dense
 
 
 def cold_share(ground: Ground) -> ShareCosts | None:

@@ -74,7 +74,7 @@ class Decoder:
         """Return the final normed hidden states ``[T, H]`` and fill the KV of the step's tokens."""
         layers, kernels = self._weights.layers, self._kernels
         kernels.plan(batch)
-        x_TH = F.embedding(batch.tokens_T, self._weights.embed_VH)
+        x_TH = kernels.embedding(batch.tokens_T, self._weights.embed_VH)
         y_TH = kernels.rms_norm(x_TH, layers[0].input_norm_H)
         next_norms = [*(layer.input_norm_H for layer in layers[1:]), self._weights.final_norm_H]
         for index, layer in enumerate(layers):

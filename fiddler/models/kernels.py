@@ -16,6 +16,10 @@ from gpu_kernels.host_words import Bell
 class DeviceKernels(Protocol):
     """Everything the decoder runs besides the head, gates and routed experts."""
 
+    def embedding(self, tokens_T: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
+        """Rows ``[T, H]`` of a table on the device, or in host memory that it reads."""
+        ...
+
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         """RMSNorm of each row, with the model's epsilon."""
         ...

@@ -25,6 +25,9 @@ class TorchKernels:
         self._sm_scale = sm_scale
         self._eps = eps
 
+    def embedding(self, tokens_T: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens_T, table_VH)
+
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         x32_TH = x_TH.float()
         scale_T1 = torch.rsqrt(x32_TH.pow(2).mean(-1, keepdim=True) + self._eps)

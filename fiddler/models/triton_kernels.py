@@ -13,6 +13,7 @@ from fiddler.models.kv_cache import LayerKV
 from gpu_kernels.attention_decode import DecodePlan, attention_decode, plan_decode
 from gpu_kernels.attention_prefill import attention_prefill
 from gpu_kernels.attention_variant import Variant
+from gpu_kernels.embedding import embedding
 from gpu_kernels.few_rows import few_rows_linear, fits_few_rows
 from gpu_kernels.hand_over import collect
 from gpu_kernels.host_words import Bell
@@ -50,6 +51,9 @@ class TritonKernels:
         self._dtype = dtype
         self._route_workspace = RouteWorkspace.make(MAX_TOKENS, num_experts, dtype, cos_SR.device)
         self._decode_plan: DecodePlan | None = None
+
+    def embedding(self, tokens_T: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
+        return embedding(tokens_T, table_VH)
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TH, weight_H, self._eps)

@@ -108,11 +108,25 @@ class DenseWeights:
 
 
 def load_dense(
-    source: WeightSource, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
+    source: WeightSource,
+    config: ModelConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    embed_VH: Tensor | None = None,
 ) -> DenseWeights:
-    """Load all but the routed experts; costs :func:`manifest.dense_bytes` and one tensor."""
+    """Load all but the routed experts; costs :func:`manifest.dense_bytes` and one tensor.
 
-    whole = _place(source, model_parts(config), device, dtype)
+    ``embed_VH`` is written and used as the input embedding, which is not the head; None: it lies
+    on ``device`` like the rest.
+    """
+    parts, whole = model_parts(config), {}
+    if embed_VH is not None:
+        assert not config.tie_embeddings
+        (part,) = parts.pop("embed_VH")
+        source.fill_(embed_VH, part.name)
+        whole["embed_VH"] = embed_VH
+    whole |= _place(source, parts, device, dtype)
     layers = [
         load_layer(source, config, i, device=device, dtype=dtype) for i in range(config.num_layers)
     ]

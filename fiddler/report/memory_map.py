@@ -58,8 +58,9 @@ def memory_map(plan: Plan, hardware: Hardware) -> list[Memory]:
     limit = plan.ram_budget_bytes
     if plan.gpu_side is GpuSide.CUDA:
         on_gpu = Memory(f"VRAM of {hardware.gpu_name}", gpu_side)
+        dense = Part("input embedding", "dense", size.cpu_dense)
         workspace = Part("workspace", "workspace", size.cpu_workspace)
-        return [on_gpu, Memory("RAM", (workspace, cold), limit), on_disk]
+        return [on_gpu, Memory("RAM", (dense, workspace, cold), limit), on_disk]
     return [Memory("RAM", (*gpu_side[:-1], cold), limit), on_disk]
 
 

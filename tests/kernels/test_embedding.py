@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gpu_kernels import checks
 from gpu_kernels.embedding import embedding, embedding_reference
+from offload.host_table import HostTable
 
 IDS = [3, 0, 9, 3]
 
@@ -86,3 +87,24 @@ def test_half_dtypes_on_the_gpu(hidden: int, dtype: torch.dtype) -> None:
     assert torch.equal(embedding(ids_T, table_VH), table_VH[ids_T])
     exact = embedding_reference(ids_T, table_VH, scale=3.3)
     assert frobenius_error(embedding(ids_T, table_VH, scale=3.3), exact) <= 5e-3
+
+
+@pytest.mark.gpu
+def test_rows_come_from_pinned_host_memory_in_a_graph() -> None:
+    """As a model's do whose input embedding stays in host memory."""
+    table = HostTable(151_936, 2048, torch.bfloat16)
+    table.rows_VH.copy_(make_table(2048, torch.bfloat16, vocab=1).cpu()).mul_(
+        torch.arange(151_936, dtype=torch.bfloat16)[:, None]
+    )
+    table.pin()
+    ids_T = torch.tensor([0, 151_935, 7, 7], device=DEVICE)
+    assert torch.equal(embedding(ids_T, table.rows_VH).cpu(), table.rows_VH[ids_T.cpu()])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out_TH = embedding(ids_T, table.rows_VH)
+    for first in (1, 70_000):
+        ids_T.copy_(torch.arange(first, first + 4))
+        graph.replay()
+        assert torch.equal(out_TH.cpu(), table.rows_VH[first : first + 4])
+    del graph
+    table.release()

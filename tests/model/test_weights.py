@@ -56,6 +56,24 @@ def test_dense_bytes_are_exact(
     assert sum(storages(weights).values()) == dense_bytes(config, dtype.itemsize)
 
 
+def test_an_input_embedding_can_lie_elsewhere() -> None:
+    """As in host memory beside a GPU; what comes with it is on the device and the same."""
+    folder = shared_tiny("mixtral")
+    config, usual = load(folder, torch.float32)
+    room_VH = torch.full_like(usual.embed_VH, float("nan"))
+    with Checkpoint.open(folder) as checkpoint:
+        found = load_dense(
+            CheckpointSource(checkpoint),
+            config,
+            device="cpu",
+            dtype=torch.float32,
+            embed_VH=room_VH,
+        )
+    assert found.embed_VH is room_VH and torch.equal(room_VH, usual.embed_VH)
+    assert torch.equal(found.lm_head_VH, usual.lm_head_VH)
+    assert torch.equal(found.layers[0].qkv_FH, usual.layers[0].qkv_FH)
+
+
 @pytest.mark.parametrize(("model_type", "overrides"), VARIANTS)
 def test_every_stored_tensor_arrives_once(model_type: str, overrides: dict[str, Any]) -> None:
     """Rows of all places together are the rows of all stored tensors: none lost, none doubled."""

@@ -112,7 +112,7 @@ def test_the_figures_of_a_given_placement_are_its_own(
     assert made.per_token.hot_experts + made.per_token.cold_experts == routed
     rest = memory.dense + memory.workspace + memory.kv
     is_cuda = made.gpu_side is GpuSide.CUDA
-    beside = memory.cpu_workspace if is_cuda else rest + on_gpu
+    beside = memory.cpu_dense + memory.cpu_workspace if is_cuda else rest + on_gpu
     assert made.ram_needed_bytes == beside + on_cpu
     assert made.ram_needed_bytes <= made.ram_budget_bytes
     if made.gpu_side is not GpuSide.NONE:
@@ -161,7 +161,7 @@ def test_bytes_per_token_follow_the_hit_rate() -> None:
     assert made.per_token.hot_experts == round(routed * made.expected_hit_rate)
     assert made.expected_hit_rate > 0.9  # 100 of 108 smoothed routes meet the two hot experts
     assert made.per_token.kv == made.context_tokens * (64 << 10)
-    assert made.per_token.dense == GIB
+    assert made.per_token.dense == made.memory.dense == 2 * GIB - 64 * MIB
 
 
 def test_unknown_popularity_is_said() -> None:

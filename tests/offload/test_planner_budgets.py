@@ -73,7 +73,10 @@ def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budg
         assert used + memory.unused == made.vram_budget_bytes
     if hardware.has_gpu:
         assert made.vram_budget_bytes <= hardware.vram_free_bytes + hardware.cuda_context_bytes
-        assert made.ram_needed_bytes == memory.cpu_workspace + memory.cpu_experts
+        beside = memory.cpu_dense + memory.cpu_workspace
+        assert made.ram_needed_bytes == beside + memory.cpu_experts
+    assert memory.cpu_dense == (footprint.lookup_bytes if hardware.has_gpu else 0)
+    assert memory.dense + memory.cpu_dense == footprint.dense_bytes
     is_shared = hardware.has_gpu and memory.cpu_experts > 0
     assert memory.cpu_workspace == (footprint.host_bytes if is_shared else 0)
 

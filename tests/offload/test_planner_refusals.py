@@ -122,7 +122,7 @@ def test_too_little_vram_names_the_numbers_and_the_nearest_plans() -> None:
     with pytest.raises(OutOfMemoryError) as caught:
         planned(model(), machine(), budget)
     assert "has 4.0 GiB" in caught.value.message
-    assert "dense weights 2.0 GiB" in caught.value.message
+    assert "dense weights 1.9 GiB" in caught.value.message
     assert "32,000 tokens of context 2.0 GiB" in caught.value.message
     assert re.fullmatch(r"use --context \d+ or --vram-gb [\d.]+", caught.value.hint)
     context = int(caught.value.hint.split()[2])
@@ -142,7 +142,8 @@ def test_ram_has_to_hold_the_experts_of_a_token() -> None:
     with pytest.raises(OutOfMemoryError) as caught:
         planned(model(), hardware, Budget(max_context=4096, vram_bytes=6 * GIB))
     assert caught.value.message == (
-        "2 experts of 300 MiB, one token's, need 600 MiB of RAM, but 475 MiB may be used"
+        "2 experts of 300 MiB, one token's, and 64.0 MiB of embedding need 664 MiB of RAM, "
+        "but 475 MiB may be used"
     )
     assert "--vram-gb" in caught.value.hint and "--ram-gb" not in caught.value.hint
 
@@ -155,7 +156,7 @@ def test_a_placement_that_leaves_too_much_to_the_ram_is_refused() -> None:
     hardware = machine(ram_available_bytes=500 * MIB)
     budget = Budget(max_context=4096)
     planned(model(), hardware, budget)  # on its own the planner fits: the VRAM holds all experts
-    with pytest.raises(OutOfMemoryError, match="need 600 MiB of RAM, but 475 MiB") as caught:
+    with pytest.raises(OutOfMemoryError, match="need 664 MiB of RAM, but 475 MiB") as caught:
         planned(model(), hardware, budget, NOTHING_RESIDENT)
     assert caught.value.hint == "use another placement"
 

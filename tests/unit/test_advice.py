@@ -163,7 +163,7 @@ def test_half_the_context_is_proposed_down_to_1024_tokens(
     """In a budget so small that half of any of these gains enough to be shown."""
     proposals = [one for one in faster.PROPOSALS if one[0] is Kind.CONTEXT]
     monkeypatch.setattr(faster, "PROPOSALS", proposals)
-    made = make(case("olmoe-1b-7b", vram_gb=2.75, dtype="w4g128", max_model_len=context))
+    made = make(case("olmoe-1b-7b", vram_gb=2.55, dtype="w4g128", max_model_len=context))
     found = [way.option for way in ways_to_go_faster(made)]
     assert found == ([f"--context {context // 2}"] if context >= 2048 else [])
     monkeypatch.setattr(faster, "LEAST_CONTEXT", 1)
