@@ -13,7 +13,7 @@ from fiddler.loading.weights import cold_share
 from fiddler.models.dtypes import resolve_dtypes
 from fiddler.models.shapes import load_shape
 from offload.cold_share import GIGA, ShareCosts, kept_rows
-from offload.machine_rates import PULL_PART, STEP_PART, ExpertTimes, SharedRates
+from offload.machine_rates import PULL_PART, SHARED_PART, STEP_PART, ExpertTimes, SharedRates
 from offload.reference_machines import find_machine
 
 QWEN = (768, 3 * 2048 * 768 * 2)  # width and bytes of an expert
@@ -129,18 +129,28 @@ def test_rates_that_were_measured_while_sharing_come_first() -> None:
         return rates.share_costs(codes, activations, size)
 
     between = costs("bf16", "f32", 20_000_000)
-    assert between.cpu_bytes_per_s == pytest.approx(100 * GIGA)
-    assert between.link_bytes_per_s == pytest.approx(45 * GIGA)
+    assert between.cpu_bytes_per_s == pytest.approx(100 * SHARED_PART * GIGA)
+    assert between.link_bytes_per_s == pytest.approx(45 * SHARED_PART * GIGA)
     assert costs("bf16", "f32", 1_000) == costs("bf16", "f32", 10_000_000)
     no_link = costs("int4", "int8", 5_000_000)
-    assert no_link.cpu_bytes_per_s == 60 * GIGA
+    assert no_link.cpu_bytes_per_s == pytest.approx(60 * SHARED_PART * GIGA)
     assert kept_rows(8, 768, 5_000_000, no_link, 128)[8] == 8 * 768
     # w8 was not: as bf16, unless its kernel is slower than that
-    assert costs("int8", "int8", 30_000_000).link_bytes_per_s == 50 * GIGA
+    link = costs("int8", "int8", 30_000_000).link_bytes_per_s
+    assert link == pytest.approx(50 * SHARED_PART * GIGA)
     slow = replace(rates, times=tuple(ten_times(one) for one in rates.times))
     alone = slow.expert_s("int8", "int8", 30_000_000)(1, False)
     found = slow.share_costs("int8", "int8", 30_000_000).cpu_bytes_per_s
     assert found == pytest.approx(30_000_000 / (STEP_PART * alone))
+
+
+def test_no_share_is_faster_than_plain_reads_of_memory() -> None:
+    """Which measured layers exceeded: some of their experts were in a cache."""
+    one = SharedRates(kernel="bf16/f32", expert_bytes=1, cpu_gbps=150.0, link_gbps=40.0)
+    costs = replace(H200, shared=(one,)).share_costs("bf16", "f32", 10_000_000)
+    total = costs.cpu_bytes_per_s + costs.link_bytes_per_s
+    assert total == pytest.approx(SHARED_PART * H200.peaks.joint_gbps * GIGA)
+    assert costs.link_bytes_per_s == pytest.approx(SHARED_PART * 40 * GIGA)
 
 
 def ten_times(one: ExpertTimes) -> ExpertTimes:
