@@ -126,4 +126,4 @@ def _map(size: int) -> mmap.mmap:
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         gib = size / 2**30
-        raise MemoryError(f"no room for {gib:.1f} GiB of expert weights in memory") from error
+        raise MemoryError(f"no room for {gib:.1f} GiB of weights in memory") from error

@@ -15,6 +15,8 @@ from gpu_kernels.device import family
 from gpu_kernels.tuned import choose
 from gpu_kernels.whole_numbers import cdiv
 
+HOST = torch.device("cpu")
+
 
 def embedding(
     ids_T: Tensor, table_VH: Tensor, *, scale: float = 1.0, out: Tensor | None = None
@@ -31,7 +33,7 @@ def embedding(
     assert ids_T.shape == (num_tokens,) and ids_T.dtype in (torch.int32, torch.int64)
     assert table_VH.stride(1) == 1 and table_VH.is_floating_point()
     assert out.shape == (num_tokens, hidden) and out.stride(1) == 1 and out.dtype == table_VH.dtype
-    assert ids_T.device == out.device and table_VH.device.type in (out.device.type, "cpu")
+    assert ids_T.device == out.device and table_VH.device in (out.device, HOST)
     check_range("ids_T", ids_T, 0, vocab)
     if num_tokens == 0:
         return out

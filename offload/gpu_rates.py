@@ -66,6 +66,7 @@ def launch_s() -> float:
     return min(replay() for _ in range(REPLAYS)) / KERNELS
 
 
+@torch.inference_mode()
 def python_launch_s() -> float:
     """What Python takes to start a kernel, as in steps that are no graph: a median.
 

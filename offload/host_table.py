@@ -1,6 +1,7 @@
 """A matrix in host memory of which a GPU's kernels read single rows: the input embedding.
 
 A token reads one row of it, some kilobytes; in VRAM it would take the place of as many experts.
+V rows, H numbers each.
 """
 
 import numpy as np
@@ -34,7 +35,8 @@ class HostTable:
             raise OutOfMemoryError(
                 f"the driver does not pin {size_text(self.rows_VH.nbytes)} of host memory for the "
                 f"input embedding: {error}",
-                hint="free host memory, or use --device cpu",
+                hint="free some memory, raise the limit on locked memory (ulimit -l), or use "
+                "--device cpu",
             ) from error
 
     def release(self) -> None:

@@ -1,10 +1,10 @@
 """How a budget is spent: KV pages and number of experts on the GPU side, with what is missing.
 
 The order is: CUDA context, margin, dense weights, workspace, KV pages, then experts; where not all
-of them fit on a GPU, the first of that room is for those that pass through it. RAM holds the other
-experts, or as many as it can at a time; then the rest is on disk until a step needs it, and nothing
-passes through the GPU. Nothing here raises; :mod:`offload.planner` refuses a layout that is short
-of memory.
+of them fit on a GPU, the first of that room is for those that pass through it. RAM holds what the
+workers write to, the input embedding and the other experts, or as many as it can at a time; then
+the rest is on disk until a step needs it, and nothing passes through the GPU. Nothing here raises;
+:mod:`offload.planner` refuses a layout that is short of memory.
 """
 
 import math
@@ -95,12 +95,29 @@ class Layout:
 
 
 def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
-    """Spend ``budget`` on ``footprint``; the result says what is missing, if anything."""
+    """Spend ``budget`` on ``footprint``; the result says what is missing, if anything.
+
+    A GPU reads an embedding of which a token needs one row from RAM, unless it has room for all
+    that anyone could want beside it, or RAM has none.
+    """
+    every = _lay_out(footprint, hardware, budget, 0)
+    if every.side is not GpuSide.CUDA or _has_all(footprint, budget, every):
+        return every
+    apart = _lay_out(footprint, hardware, budget, footprint.lookup_bytes)
+    return every if every.fits and not apart.fits else apart
+
+
+def _has_all(footprint: Footprint, budget: Budget, layout: Layout) -> bool:
+    """Whether the GPU holds every expert, and the KV of as many requests as there may be."""
+    return not layout.num_cold and layout.num_pages >= _most_pages(budget)
+
+
+def _lay_out(footprint: Footprint, hardware: Hardware, budget: Budget, ram_dense: int) -> Layout:
+    """``ram_dense``: bytes of dense weights that a GPU reads from RAM."""
     side = gpu_side(hardware, budget)
     context = hardware.cuda_context_bytes if side is GpuSide.CUDA else 0
     margin = margin_bytes(footprint) if side is GpuSide.CUDA else 0
-    in_ram_dense = footprint.lookup_bytes if side is GpuSide.CUDA else 0
-    dense = footprint.dense_bytes - in_ram_dense
+    dense = footprint.dense_bytes - ram_dense
     fixed = context + margin + dense + footprint.workspace_bytes
     size, experts = footprint.expert_bytes, footprint.room
     ram_limit = ram_limit_bytes(hardware, budget)
@@ -119,11 +136,11 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         num_pages += _more_pages(footprint, budget, free - experts.total, num_pages)
         kv = num_pages * page_bytes
     # of RAM, before any cold expert; without CUDA the GPU side is there too, which has a workspace
+    # and all dense weights
     is_host = side is GpuSide.CUDA and num_experts < footprint.total_experts
     workspace = footprint.host_bytes if is_host else 0
-    needed = workspace + in_ram_dense
-    if side is not GpuSide.CUDA:
-        needed = fixed + kv + experts.bytes_of(num_experts)
+    gpu_part = 0 if side is GpuSide.CUDA else fixed + kv + experts.bytes_of(num_experts)
+    needed = workspace + ram_dense + gpu_part
     ram_room = max(0, ram_limit - needed)
     if num_staging + num_spare and ram_room < experts.total - experts.bytes_of(num_experts):
         num_experts = experts.fitting(free) if budget.gpu_experts is None else budget.gpu_experts
@@ -152,7 +169,7 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
         num_ram_experts=num_in_ram,
         num_disk_experts=num_cold - num_in_ram,
         ram_workspace_bytes=workspace,
-        ram_dense_bytes=in_ram_dense,
+        ram_dense_bytes=ram_dense,
         ram_expert_bytes=in_ram,
         disk_expert_bytes=cold - in_ram,
         expert_room=free,
@@ -189,8 +206,12 @@ def _kv_reserve(footprint: Footprint, budget: Budget, room: int) -> int:
 def _more_pages(footprint: Footprint, budget: Budget, room: int, num_pages: int) -> int:
     """KV pages that ``room`` bytes hold beside ``num_pages``, as many as requests may want."""
     page_bytes = budget.page_size * footprint.kv_bytes_per_token
-    most = math.ceil(context_range(budget)[1] / budget.page_size) * budget.max_num_seqs
-    return max(0, min(room // page_bytes, most - num_pages))
+    return max(0, min(room // page_bytes, _most_pages(budget) - num_pages))
+
+
+def _most_pages(budget: Budget) -> int:
+    """KV pages of as many requests as there may be, each of the longest context."""
+    return math.ceil(context_range(budget)[1] / budget.page_size) * budget.max_num_seqs
 
 
 def spare_bytes(footprint: Footprint, num_spare: int) -> int:

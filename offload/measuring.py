@@ -4,6 +4,7 @@ A step adds some of the fields of :class:`offload.machine_rates.MachineRates`. E
 has used, so that the next one has the memory.
 """
 
+import importlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,8 +34,8 @@ KERNELS: tuple[tuple[str, Activations], ...] = (
     *(("w8g128", "int8"), ("w4g128", "int8")),
 )
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-FEW_TOKENS = (1, 2, 4, 8, 16, 32)  # of large experts where cores are few: 256 take seconds there
-MANY_THREADS = 8
+FEW_TOKENS = (1, 2, 4, 8, 16, 32)
+MANY_THREADS = 8  # fewer take seconds for 256 tokens of a large expert; 14 take 8 to 50 ms
 CALLS = 200  # of a small operation, timed together
 DISK_BYTES = 256 * MIB
 DISK_BLOCK = 8 * MIB
@@ -132,9 +133,9 @@ def wake_gpu() -> None:
     import torch
 
     if torch.cuda.is_available():
-        from offload import share_rates as share_rates  # what it imports takes a second, too
         from offload.gpu_rates import launch_s
 
+        importlib.import_module("offload.share_rates")  # with all that it imports, a second
         launch_s()
 
 

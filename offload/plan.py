@@ -52,7 +52,7 @@ class Footprint:
 
     @property
     def lookup_bytes(self) -> int:
-        """An embedding of which a token reads one row; a GPU does so in host memory."""
+        """An embedding of which a token reads one row."""
         return self.dense_bytes - self.dense_read_bytes
 
     @property
@@ -115,7 +115,7 @@ class MemoryBytes:
     gpu_experts: int
     unused: int
     cpu_workspace: int  # what the CPU's workers write to, beside a GPU
-    cpu_dense: int  # the input embedding, beside a GPU
+    cpu_dense: int  # the input embedding, where a GPU reads it from RAM
     cpu_experts: int  # that RAM holds at a time
     disk_experts: int  # that it has no room for
 

@@ -4,7 +4,7 @@ from fiddler.errors import OutOfMemoryError
 from offload.hardware import Hardware
 from offload.layout import Layout, usable_vram_bytes
 from offload.plan import Budget, Footprint, GpuSide
-from offload.units import gib_at_most, size_text
+from offload.units import counted, gib_at_most, size_text
 from offload.ways_out import nearest_plan
 
 
@@ -80,10 +80,15 @@ def _in_ram(footprint: Footprint, budget: Budget, layout: Layout) -> str:
     """What needs RAM, with the verb; a context only where it was asked for or is the least."""
     one_token = "one token's experts"
     if layout.side is GpuSide.CUDA:
-        experts = f"{layout.num_ram_experts:,} experts of {size_text(footprint.expert_bytes)}"
-        beside = {"workspace": layout.ram_workspace_bytes, "embedding": layout.ram_dense_bytes}
-        listed = "".join(f" and {size_text(n)} of {name}" for name, n in beside.items() if n)
-        return f"{experts}, one token's,{listed} need"
+        number, workspace, embedding = (
+            *(layout.num_ram_experts, layout.ram_workspace_bytes, layout.ram_dense_bytes),
+        )
+        experts = f"one token's {counted(number, 'expert')} of {size_text(footprint.expert_bytes)}"
+        parts = [experts] * bool(number)
+        parts += [f"{size_text(workspace)} of workspace"] * bool(workspace)
+        parts += [f"{size_text(embedding)} of input embedding"] * bool(embedding)
+        *most, last = parts
+        return f"{', '.join(most)}{' and ' * bool(most)}{last} need"
     if layout.side is GpuSide.NONE:
         return f"the model with {layout.context_tokens:,} tokens of context and {one_token} needs"
     size = size_text(layout.vram_needed + layout.gpu_expert_bytes)

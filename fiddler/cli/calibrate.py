@@ -88,12 +88,12 @@ def measure() -> "ReferenceMachine":
     )
     from offload.reference_machines import ReferenceMachine
 
+    hardware = probe()  # first: it knows the context's size only of one that it has seen come
     to_compile = kernels_to_compile()
     if to_compile:
         note("compiling CPU kernels, once")
         with precompiling(to_compile):
             wake_gpu()
-    hardware = probe()
     setting = Setting(
         hardware=hardware,
         num_threads=measured_num_threads(),

@@ -62,7 +62,8 @@ def _link(facts: Facts) -> list[Problem]:
             Problem(
                 f"host memory cannot be pinned: {facts.failures['PCIe']} (memlock: {limit})",
                 "ulimit -l unlimited; in a container --ulimit memlock=-1",
-                "copies to the GPU are five times as slow (11 GB/s instead of 55)",
+                "copies to the GPU are five times as slow (11 GB/s instead of 55), and models load "
+                "only if the GPU holds them whole or their input embedding is their head",
                 mend=Mend(link=PINNED_GAIN),
             )
         ]

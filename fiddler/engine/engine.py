@@ -21,7 +21,7 @@ from fiddler.engine.runner import Forwarded, Runner, Started
 from fiddler.engine.sampler import adjusts, sample
 from fiddler.engine.scheduler import Chunk, Schedule, Scheduler
 from fiddler.errors import WorkerError
-from fiddler.models.footprint import LOGIT_ROWS
+from fiddler.models.footprint import logit_rows
 from fiddler.outputs import FinishReason, Logprob
 from offload.executor import HybridExperts
 
@@ -207,8 +207,9 @@ class Engine:
         if chunk.start == 0:
             request.prompt_logprobs.append(None)
         targets = request.prompt_ids[chunk.start + 1 : chunk.end + 1]
-        for first in range(0, len(targets), LOGIT_ROWS):
-            some = targets[first : first + LOGIT_ROWS]
+        num_rows = logit_rows(on_gpu=hidden_TH.is_cuda)
+        for first in range(0, len(targets), num_rows):
+            some = targets[first : first + num_rows]
             logits_RV = self._runner.decoder.logits(hidden_TH[first : first + len(some)])
             request.prompt_logprobs += token_logprobs(logits_RV, some, num_top, self._decode_token)
 
@@ -217,8 +218,9 @@ class Engine:
         request, reader = chunk.request, chunk.request.reader
         assert reader is not None
         end = min(chunk.end, len(request.prompt_ids) - 1)
-        for row in range(max(chunk.start, reader.first), end, LOGIT_ROWS):
-            rows = slice(row - chunk.start, min(row + LOGIT_ROWS, end) - chunk.start)
+        num_rows = logit_rows(on_gpu=hidden_TH.is_cuda)
+        for row in range(max(chunk.start, reader.first), end, num_rows):
+            rows = slice(row - chunk.start, min(row + num_rows, end) - chunk.start)
             reader.read(row, self._runner.decoder.logits(hidden_TH[rows]))
 
 

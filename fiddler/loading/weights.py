@@ -14,7 +14,7 @@ from fiddler.models.footprint import expert_bytes
 from fiddler.models.kernels import DeviceKernels
 from fiddler.models.rope import rope_tables
 from fiddler.models.torch_kernels import TorchKernels
-from fiddler.models.weights import DenseWeights, load_dense
+from fiddler.models.weights import DenseWeights, load_dense, load_embedding_into
 from fiddler.speed import moe_layers
 from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts
@@ -62,15 +62,16 @@ def load_weights(ground: Ground, weights: OpenedWeights) -> tuple[Runner, Hybrid
 
 
 def _load_dense(ground: Ground, weights: OpenedWeights) -> DenseWeights:
-    """On the device; beside a GPU an input embedding that is not the head stays in host memory."""
-    config, device, dtype = ground.config, ground.device, ground.dtype
-    if device.type != "cuda" or config.tie_embeddings:
-        return load_dense(weights.numbers, config, device=device, dtype=dtype)
-    table = HostTable(config.vocab_size, config.hidden_size, dtype)
-    ground.resources.callback(table.release)
-    dense = load_dense(weights.numbers, config, device=device, dtype=dtype, embed_VH=table.rows_VH)
-    table.pin()
-    return dense
+    """On the device, but for an input embedding that the plan leaves in host memory."""
+    source, config, dtype = weights.numbers, ground.config, ground.dtype
+    embed_VH = None
+    if ground.plan.memory.cpu_dense:
+        table = HostTable(config.vocab_size, config.hidden_size, dtype)
+        ground.resources.callback(table.release)
+        embed_VH = table.rows_VH
+        load_embedding_into(source, config, embed_VH)
+        table.pin()  # before all that takes longer: it may be refused
+    return load_dense(source, config, device=ground.device, dtype=dtype, embed_VH=embed_VH)
 
 
 def cold_share(ground: Ground) -> ShareCosts | None:

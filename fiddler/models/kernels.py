@@ -1,7 +1,7 @@
 """The seam between the decoder and the device: what a set of kernels must offer.
 
-Shapes: T tokens, H hidden, I FFN width, N query heads, M key/value heads, D head dim, E experts,
-K top-k.
+Shapes: T tokens, V vocabulary, H hidden, I FFN width, N query heads, M key/value heads, D head
+dim, E experts, K top-k.
 """
 
 from typing import Protocol

@@ -1,7 +1,7 @@
 """The decoder's kernels in plain torch, for machines without a GPU.
 
-Shapes: T tokens, N query heads, M key/value heads, D head dim, L cached tokens, P pages,
-E experts, K top-k.
+Shapes: T tokens, V vocabulary, H hidden, N query heads, M key/value heads, D head dim, L cached
+tokens, P pages, E experts, K top-k.
 """
 
 import itertools

@@ -1,6 +1,7 @@
 """The decoder's kernels on a CUDA device: Triton, over the same paged cache.
 
-Shapes: T tokens, H hidden, N query heads, M key/value heads, D head dim, E experts, K top-k.
+Shapes: T tokens, V vocabulary, H hidden, N query heads, M key/value heads, D head dim, E experts,
+K top-k.
 """
 
 from typing import Self

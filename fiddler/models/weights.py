@@ -99,7 +99,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseWeights:
-    """Everything but the routed experts. A tied ``lm_head_VH`` is ``embed_VH`` itself."""
+    """Everything but the routed experts. A tied ``lm_head_VH`` is ``embed_VH`` itself.
+
+    Else ``embed_VH`` may lie in pinned host memory, while all others are on the device.
+    """
 
     embed_VH: Tensor
     layers: tuple[LayerWeights, ...]
@@ -117,14 +120,13 @@ def load_dense(
 ) -> DenseWeights:
     """Load all but the routed experts; costs :func:`manifest.dense_bytes` and one tensor.
 
-    ``embed_VH`` is written and used as the input embedding, which is not the head; None: it lies
-    on ``device`` like the rest.
+    ``embed_VH``: the input embedding, loaded elsewhere, which is not the head; None: it comes to
+    ``device`` like the rest.
     """
     parts, whole = model_parts(config), {}
     if embed_VH is not None:
         assert not config.tie_embeddings
-        (part,) = parts.pop("embed_VH")
-        source.fill_(embed_VH, part.name)
+        del parts["embed_VH"]
         whole["embed_VH"] = embed_VH
     whole |= _place(source, parts, device, dtype)
     layers = [
@@ -132,6 +134,12 @@ def load_dense(
     ]
     whole.setdefault("lm_head_VH", whole["embed_VH"])
     return DenseWeights(layers=tuple(layers), **whole)
+
+
+def load_embedding_into(source: WeightSource, config: ModelConfig, out_VH: Tensor) -> None:
+    """Write the input embedding."""
+    (part,) = model_parts(config)["embed_VH"]
+    source.fill_(out_VH, part.name)
 
 
 def load_layer(

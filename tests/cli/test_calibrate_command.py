@@ -62,18 +62,20 @@ def test_figures_are_printed_and_kept_for_this_machine() -> None:
 def test_what_has_to_be_compiled_is_compiled_first(
     names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled: list[list[str]] = []
+    seen: list[object] = []
     monkeypatch.setattr("offload.measuring.kernels_to_compile", lambda: names)
 
     @contextmanager
     def precompiling(names: list[str]) -> Iterator[None]:
-        compiled.append(names)
+        seen.append(names)
         yield
+        seen.append("ended")
 
     monkeypatch.setattr("cpu_kernels.precompile.precompiling", precompiling)
+    monkeypatch.setattr("offload.measuring.wake_gpu", lambda: seen.append("GPU"))
     done = run()
     assert done.exit_code == 0, done.output
-    assert compiled == ([names] if names else [])
+    assert seen == ([names, "GPU", "ended"] if names else [])
     assert done.stderr.startswith("compiling CPU kernels, once\n") == bool(names)
 
 

@@ -10,10 +10,21 @@ import pytest
 from numba.core import caching
 
 from cpu_kernels import precompile as module
-from cpu_kernels.compiled import _stage, kernels
+from cpu_kernels.compiled import _stage, entry, kernels
 from cpu_kernels.expert_layer import stage_maker
 from cpu_kernels.kernel_paths import PATHS
-from cpu_kernels.precompile import NUMBERS, WORKERS, precompile, uncached
+from cpu_kernels.lossless import PACKER, make_packer
+from cpu_kernels.precompile import (
+    NUMBERS,
+    PACK,
+    READ,
+    TOUCH,
+    WORKERS,
+    precompile,
+    precompiling,
+    uncached,
+)
+from cpu_kernels.read_kernel import make_read_stage, make_touch_stage
 
 CHEAPEST = "bf12/f32"  # 5 s
 
@@ -34,6 +45,31 @@ def test_what_children_compile_is_not_compiled_again(empty_cache: Path) -> None:
     number = NUMBERS[CHEAPEST]
     assert _stage.__wrapped__(stage_maker(PATHS[number]), number).cache_hits == 1
     assert sum(kernels.__wrapped__().worker_loop.stats.cache_hits.values()) == 1
+
+
+def test_what_measures_memory_and_packs_is_compiled_by_children_too(empty_cache: Path) -> None:
+    names = [READ, TOUCH, PACK]
+    assert uncached(names) == names
+    precompile(names)
+    assert uncached(names) == []
+    for make in (make_read_stage, make_touch_stage):
+        assert _stage.__wrapped__(make).cache_hits == 1
+    packer = entry.__wrapped__(make_packer, PACKER)
+    assert sum(packer.stats.cache_hits.values()) == 1
+
+
+def test_an_error_meanwhile_ends_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    children = []
+
+    def started(share: Sequence[str]) -> "subprocess.Popen[bytes]":
+        children.append(subprocess.Popen(["sleep", "100"]))
+        return children[-1]
+
+    monkeypatch.setattr(module, "_started", started)
+    with pytest.raises(RuntimeError, match="meanwhile"), precompiling(["a", "b"]):
+        assert len(children) > 0 and all(child.poll() is None for child in children)
+        raise RuntimeError("meanwhile")
+    assert all(child.wait(10) == -9 for child in children)
 
 
 def test_a_child_that_fails_is_harmless(empty_cache: Path) -> None:

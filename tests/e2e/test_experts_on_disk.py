@@ -59,7 +59,7 @@ def ram_gb(llm: LLM, num_held: int) -> float:
     plan = llm.plan
     needed = num_held * llm._running.experts.store.expert_bytes(0)
     if plan.gpu_side is GpuSide.CUDA:
-        needed += plan.memory.cpu_workspace
+        needed += plan.memory.cpu_workspace + plan.memory.cpu_dense
     else:
         kv = plan.memory.kv
         if plan.gpu_side is GpuSide.NONE:  # the pool of KV pages shrinks to one request's

@@ -90,12 +90,18 @@ def test_half_dtypes_on_the_gpu(hidden: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+def test_a_table_of_pageable_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        embedding(torch.tensor(IDS, device=DEVICE), make_table(8).cpu())
+
+
+@pytest.mark.gpu
 def test_rows_come_from_pinned_host_memory_in_a_graph() -> None:
     """As a model's do whose input embedding stays in host memory."""
     table = HostTable(151_936, 2048, torch.bfloat16)
-    table.rows_VH.copy_(make_table(2048, torch.bfloat16, vocab=1).cpu()).mul_(
-        torch.arange(151_936, dtype=torch.bfloat16)[:, None]
-    )
+    table.rows_VH.copy_(make_table(2048, torch.bfloat16, vocab=1).cpu())
+    ids_V = torch.arange(151_936)
+    table.rows_VH[:, 0], table.rows_VH[:, 2047] = ids_V // 256, ids_V % 256  # no two rows are equal
     table.pin()
     ids_T = torch.tensor([0, 151_935, 7, 7], device=DEVICE)
     assert torch.equal(embedding(ids_T, table.rows_VH).cpu(), table.rows_VH[ids_T.cpu()])

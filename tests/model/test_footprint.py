@@ -81,6 +81,9 @@ def test_a_tied_embedding_is_read_and_counted_once() -> None:
     tied = needs(load_config(shared_tiny("qwen3_moe", tie_word_embeddings=True)))
     apart = needs(load_config(shared_tiny("qwen3_moe")))
     assert tied.dense_read_bytes == tied.dense_bytes == apart.dense_read_bytes
+    config = load_config(shared_tiny("qwen3_moe"))
+    assert tied.lookup_bytes == 0
+    assert apart.lookup_bytes == 2 * config.vocab_size * config.hidden_size
 
 
 @given(st.integers(1, 4096), st.integers(1, 64), st.sampled_from(sorted(DTYPE_BYTES)))

@@ -21,6 +21,7 @@ from fiddler.models.weights import (
     DenseWeights,
     LayerWeights,
     load_dense,
+    load_embedding_into,
     load_expert_into,
 )
 from tests.tiny_models import MODEL_TYPES, make_tiny, shared_tiny
@@ -62,13 +63,9 @@ def test_an_input_embedding_can_lie_elsewhere() -> None:
     config, usual = load(folder, torch.float32)
     room_VH = torch.full_like(usual.embed_VH, float("nan"))
     with Checkpoint.open(folder) as checkpoint:
-        found = load_dense(
-            CheckpointSource(checkpoint),
-            config,
-            device="cpu",
-            dtype=torch.float32,
-            embed_VH=room_VH,
-        )
+        source = CheckpointSource(checkpoint)
+        load_embedding_into(source, config, room_VH)
+        found = load_dense(source, config, device="cpu", dtype=torch.float32, embed_VH=room_VH)
     assert found.embed_VH is room_VH and torch.equal(room_VH, usual.embed_VH)
     assert torch.equal(found.lm_head_VH, usual.lm_head_VH)
     assert torch.equal(found.layers[0].qkv_FH, usual.layers[0].qkv_FH)

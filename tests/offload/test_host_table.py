@@ -8,7 +8,7 @@ import torch
 from fiddler.errors import OutOfMemoryError
 from offload.host_table import HostTable
 from offload.pinning import PAGE
-from tests.offload.test_pinning import Owner, pinned
+from tests.offload.pinning_cases import Owner, pinned
 
 
 def test_the_whole_table_is_pinned_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:

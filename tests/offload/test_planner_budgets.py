@@ -75,8 +75,10 @@ def test_a_plan_keeps_its_budgets(footprint: Footprint, hardware: Hardware, budg
         assert made.vram_budget_bytes <= hardware.vram_free_bytes + hardware.cuda_context_bytes
         beside = memory.cpu_dense + memory.cpu_workspace
         assert made.ram_needed_bytes == beside + memory.cpu_experts
-    assert memory.cpu_dense == (footprint.lookup_bytes if hardware.has_gpu else 0)
     assert memory.dense + memory.cpu_dense == footprint.dense_bytes
+    assert memory.cpu_dense in ((0, footprint.lookup_bytes) if hardware.has_gpu else (0,))
+    if hardware.has_gpu and memory.cpu_experts + memory.disk_experts:
+        assert memory.cpu_dense == footprint.lookup_bytes
     is_shared = hardware.has_gpu and memory.cpu_experts > 0
     assert memory.cpu_workspace == (footprint.host_bytes if is_shared else 0)
 
@@ -183,6 +185,24 @@ def test_the_margin_is_taken_from_a_real_gpu_only() -> None:
     made = planned(model(), machine(), Budget(max_context=4096))
     assert made.memory.margin > 192 * MIB
     assert made.memory.context == 512 * MIB
+
+
+def test_an_embedding_comes_back_to_a_gpu_that_has_room_for_all_else() -> None:
+    """64 MiB of it: before the GPU has that, more KV or the last experts take its place."""
+    budget = Budget(max_context=4096, max_num_seqs=16)
+
+    def where(mib: int) -> tuple[int, int, int]:
+        made = planned(model(), machine(), replace(budget, vram_bytes=mib * MIB))
+        return made.memory.cpu_experts, made.num_pages, made.memory.cpu_dense
+
+    least = next(mib for mib in range(12_000, 20_000) if not where(mib)[0])
+    most = next(mib for mib in range(least, 20_000) if not where(mib)[2])
+    every_page = 16 * 4096 // 16
+    assert where(least)[1] < every_page and where(least)[2] == 64 * MIB
+    assert [where(mib)[1] for mib in (most - 1, most)] == [every_page] * 2
+    poor = machine(ram_available_bytes=50 * MIB)
+    made = planned(model(), poor, replace(budget, vram_bytes=(least + 64) * MIB))
+    assert made.memory.cpu_dense == 0  # RAM has no room for it
 
 
 def test_an_unasked_budget_leaves_half_a_gib_of_what_is_free() -> None:

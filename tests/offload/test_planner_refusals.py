@@ -142,8 +142,15 @@ def test_ram_has_to_hold_the_experts_of_a_token() -> None:
     with pytest.raises(OutOfMemoryError) as caught:
         planned(model(), hardware, Budget(max_context=4096, vram_bytes=6 * GIB))
     assert caught.value.message == (
-        "2 experts of 300 MiB, one token's, and 64.0 MiB of embedding need 664 MiB of RAM, "
+        "one token's 2 experts of 300 MiB and 64.0 MiB of input embedding need 664 MiB of RAM, "
         "but 475 MiB may be used"
+    )
+    with pytest.raises(OutOfMemoryError) as caught:
+        needs = model(host_bytes=50 * MIB)
+        planned(needs, hardware, Budget(max_context=4096, vram_bytes=6 * GIB))
+    assert caught.value.message.startswith(
+        "one token's 2 experts of 300 MiB, 50.0 MiB of workspace and 64.0 MiB of input embedding "
+        "need 714 MiB of RAM"
     )
     assert "--vram-gb" in caught.value.hint and "--ram-gb" not in caught.value.hint
 
