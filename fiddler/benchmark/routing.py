@@ -37,4 +37,4 @@ class DrawnRouting:
         """The ids of the chunks' tokens, ``[L, T, K]``."""
         ids, shift = self._routes.ids, self.shift
         drawn = [ids(c.request.seed, c.start + shift, c.end + shift) for c in chunks]
-        return np.ascontiguousarray(np.concatenate(drawn).swapaxes(0, 1))
+        return np.concatenate([ids_TLK.swapaxes(0, 1) for ids_TLK in drawn], axis=1)

@@ -174,5 +174,6 @@ def build_batch(
         qo_lens=tuple(qo_lens),
         kv_lens=tuple(chunk.end for chunk in chunks),
         num_decodes=num_decodes,
-        drawn_LTK=None if drawn_LTK is None else to_device(drawn_LTK, torch.int32),
+        # widened there: two bytes a choice on their way, and no new memory here
+        drawn_LTK=None if drawn_LTK is None else torch.as_tensor(drawn_LTK).to(device).int(),
     )
