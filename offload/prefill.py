@@ -123,9 +123,12 @@ class PrefillExperts:
         x_TH: torch.Tensor,
         ids_TK: torch.Tensor,
         weights_TK: torch.Tensor,
-        on_routing: Callable[[np.ndarray], None],
+        on_routing: Callable[[np.ndarray, np.ndarray], None],
     ) -> "PendingPrefill":
-        """Start one layer on both sides; ``on_routing`` is given the expert ids on the host."""
+        """Start one layer on both sides.
+
+        ``on_routing`` is given the expert ids on the host, and how often they have each expert.
+        """
         assert x_TH.dtype == self._side.dtype
         assert self._side.stream is None or self._side.stream.is_current, "not the step's stream"
         parts = self._layers[layer]
@@ -142,7 +145,7 @@ class PrefillExperts:
             self._mark_written()
         work.send()
         # now that the link works, but before the pool is given other ids in their place
-        on_routing(rows.arrays[1])
+        on_routing(rows.arrays[1], counts_E)
         if cpu_rows:
             self._start_pool(parts, cpu_rows, rows)
         hot_TH = work.compute(x_TH, ids_TK, weights_TK)

@@ -86,16 +86,19 @@ def step(seed: int, num_tokens: int = T) -> tuple[torch.Tensor, torch.Tensor, to
 
 def run(experts: PrefillExperts, seed: int, num_tokens: int = T) -> list[torch.Tensor]:
     """Both layers of one step."""
-    seen: list[np.ndarray] = []
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
     experts.begin_step(num_tokens)
     found = []
     for layer in LAYERS:
         x_TH, ids_TK, weights_TK = step(seed + layer, num_tokens)
         pending = experts.launch(
-            layer, x_TH, ids_TK, weights_TK, lambda ids: seen.append(ids.copy())
+            *(layer, x_TH, ids_TK, weights_TK),
+            lambda ids, counts_E: seen.append((ids.copy(), counts_E)),
         )
         found.append(pending.result().cpu())
-        assert seen[-1].tolist() == ids_TK.tolist()
+        ids, counts_E = seen[-1]
+        assert ids.tolist() == ids_TK.tolist()
+        assert counts_E.tolist() == ids_TK.flatten().bincount(minlength=E).tolist()
     return found
 
 
@@ -176,7 +179,7 @@ def test_popular_experts_are_sent_ahead() -> None:
             patch.setattr(stream, "send", lambda *a: sent.append(a) or send(*a))  # type: ignore[func-returns-value]
             experts.begin_step(T)
             x_TH, ids_TK, weights_TK = step(1)
-            experts.launch(0, x_TH, ids_TK, weights_TK, lambda ids: None).result()
+            experts.launch(0, x_TH, ids_TK, weights_TK, lambda ids, counts_E: None).result()
         ahead = [row for layer, rows in sent if layer == 2 for row in rows]
         cold = np.flatnonzero(store[2].row_E >= 0)
         assert len(ahead) == 3 and cold[ahead].tolist() == [0, 1, 8]
@@ -228,7 +231,7 @@ def test_an_abandoned_step_leaves_nothing_behind() -> None:
     store = store_of({5})
     with prefill(store, 3, cpu_s=1.5) as experts:
         experts.begin_step(T)
-        experts.launch(0, *step(3), lambda ids: None)  # its result is never taken
+        experts.launch(0, *step(3), lambda ids, counts_E: None)  # its result is never taken
         assert experts._ahead
         check(store, experts, seed=4)
 
