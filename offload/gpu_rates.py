@@ -54,8 +54,7 @@ def launch_s() -> float:
 
     Started as those of a decode step are: before that one ends, where the device can.
     """
-    first_TK = torch.zeros((1, SMALL), dtype=torch.bfloat16, device="cuda")
-    w_NK = torch.zeros((SMALL, SMALL), dtype=torch.bfloat16, device="cuda")
+    first_TK, w_NK = _small_product()
 
     def chain() -> None:
         x_TK = first_TK
@@ -73,8 +72,7 @@ def python_launch_s() -> float:
     No least time: on shared hosts, and where a core's sibling works, Python is slower by a half for
     moments at a time, and a prompt meets all of them.
     """
-    x_TK = torch.zeros((1, SMALL), dtype=torch.bfloat16, device="cuda")
-    w_NK = torch.zeros((SMALL, SMALL), dtype=torch.bfloat16, device="cuda")
+    x_TK, w_NK = _small_product()
 
     def burst() -> float:
         torch.cuda.synchronize()
@@ -85,6 +83,12 @@ def python_launch_s() -> float:
 
     burst()  # compiles
     return statistics.median(burst() for _ in range(BURSTS))
+
+
+def _small_product() -> tuple[torch.Tensor, torch.Tensor]:
+    """A row, and the weights that it is multiplied by."""
+    room = torch.zeros((1 + SMALL, SMALL), dtype=torch.bfloat16, device="cuda")
+    return room[:1], room[1:]
 
 
 def hand_over_s(num_threads: int) -> float:

@@ -101,9 +101,10 @@ def lay_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> Layout:
     that anyone could want beside it, or RAM has none.
     """
     every = _lay_out(footprint, hardware, budget, 0)
-    if every.side is not GpuSide.CUDA or _has_all(footprint, budget, every):
+    elsewhere = footprint.lookup_bytes if every.side is GpuSide.CUDA else 0
+    if not elsewhere or _has_all(footprint, budget, every):
         return every
-    apart = _lay_out(footprint, hardware, budget, footprint.lookup_bytes)
+    apart = _lay_out(footprint, hardware, budget, elsewhere)
     return every if every.fits and not apart.fits else apart
 
 

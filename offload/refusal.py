@@ -80,15 +80,13 @@ def _in_ram(footprint: Footprint, budget: Budget, layout: Layout) -> str:
     """What needs RAM, with the verb; a context only where it was asked for or is the least."""
     one_token = "one token's experts"
     if layout.side is GpuSide.CUDA:
-        number, workspace, embedding = (
-            *(layout.num_ram_experts, layout.ram_workspace_bytes, layout.ram_dense_bytes),
-        )
-        experts = f"one token's {counted(number, 'expert')} of {size_text(footprint.expert_bytes)}"
-        parts = [experts] * bool(number)
-        parts += [f"{size_text(workspace)} of workspace"] * bool(workspace)
-        parts += [f"{size_text(embedding)} of input embedding"] * bool(embedding)
+        sizes = {"workspace": layout.ram_workspace_bytes, "input embedding": layout.ram_dense_bytes}
+        parts = [f"{size_text(size)} of {name}" for name, size in sizes.items() if size]
+        if layout.num_ram_experts:
+            number = counted(layout.num_ram_experts, "expert")
+            parts.insert(0, f"one token's {number} of {size_text(footprint.expert_bytes)}")
         *most, last = parts
-        return f"{', '.join(most)}{' and ' * bool(most)}{last} need"
+        return f"{', '.join(most)} and {last} need" if most else f"{last} need"
     if layout.side is GpuSide.NONE:
         return f"the model with {layout.context_tokens:,} tokens of context and {one_token} needs"
     size = size_text(layout.vram_needed + layout.gpu_expert_bytes)

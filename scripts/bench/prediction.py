@@ -25,27 +25,23 @@ from typing import Any
 
 import torch
 
-from cpu_kernels.thread_count import measured_num_threads
-from fiddler._version import __version__
 from fiddler.benchmark.cases import Case
 from fiddler.benchmark.driver import Driver, load
 from fiddler.benchmark.predicted import predict_case, predict_demands
 from fiddler.benchmark.routing import DrawnRouting
 from fiddler.benchmark.subject import Subject
 from fiddler.benchmark.watched import how_far_off, watch
+from fiddler.cli.calibrate import measure
 from fiddler.config import EngineConfig
 from fiddler.loading import LoadedModel
 from fiddler.models.footprint import expert_bytes
 from fiddler.models.registry import parse_config
 from fiddler.models.shapes import SHAPES
 from fiddler.speed import demand_of, drawn_chances, own_rates
-from offload.calibration import Calibration, default_path
 from offload.chances import LayerChances
 from offload.demand import Demand
 from offload.hardware import probe
-from offload.machine_facts import settings_of, this_machine
-from offload.machine_rates import RATES, MachineRates, from_json, to_json
-from offload.measuring import Setting, machine_steps, measure_rates
+from offload.machine_rates import MachineRates, from_json, to_json
 from offload.routing_law import Law
 from offload.units import GIB
 
@@ -182,25 +178,11 @@ def predicted_again(row: dict[str, Any], rates: MachineRates) -> dict[str, Any]:
 
 def known_rates() -> MachineRates:
     """As ``fiddler calibrate`` found them, or finds them now."""
-    hardware = probe()
-    rates, why_not = own_rates(hardware)
+    rates, why_not = own_rates(probe())
     if rates is not None:
         return rates
     print(f"{why_not}: calibrating", file=sys.stderr)
-    setting = Setting(
-        hardware=hardware,
-        num_threads=measured_num_threads(),
-        dtype="bfloat16" if hardware.has_gpu else "float32",
-        folder=default_path().parent,
-    )
-    started = time.perf_counter()
-
-    def say(title: str, number: int, of: int) -> None:
-        print(f"{time.perf_counter() - started:5.1f} s: {title}", file=sys.stderr, flush=True)
-
-    rates = measure_rates(setting, machine_steps(), say)
-    calibration = Calibration(default_path(), this_machine(hardware, __version__))
-    return calibration.store(RATES, settings_of(hardware), rates)
+    return measure().rates
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
