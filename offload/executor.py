@@ -6,7 +6,7 @@ that copy; then the worker pool reads the buffers while the device computes its 
 the same stream before it overwrites a buffer, so at most one layer is ever under way. Experts that
 come from disk are read while the device is given its own.
 
-Shapes: T tokens, K top-k, H hidden, E experts, P (token, expert) pairs, M tokens of one expert.
+Shapes: T tokens, K top-k, H hidden, E experts.
 """
 
 import functools
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from cpu_kernels.expert_pool import ExpertPool, needs_compile
 from cpu_kernels.experts import Experts
@@ -26,10 +25,10 @@ from offload.cold_weights import cold_packed, cold_weights
 from offload.disk_job import DiskJob
 from offload.expert_store import ExpertStore
 from offload.host_buffers import HostBuffers, HostRows
-from offload.layer_experts import LayerExperts
 from offload.pool_keeper import PoolKeeper
 from offload.prefill_record import StepRecord
 from offload.prefill_split import LEAST_TOKENS
+from offload.residents import residents_of
 from offload.worker_errors import workers_errors
 from offload.worker_pool import WorkerPool
 
@@ -86,7 +85,7 @@ class HybridExperts:
         """
         self._store, self._activations = store, activations
         self._prefill = prefill
-        self._device = device
+        self._device, self._residents = device, residents_of(store, device)
         self._top_k = top_k
         is_gpu = device.type == "cuda"
         if prefill is not None:  # which has buffers of its own for larger steps
@@ -201,7 +200,7 @@ class HybridExperts:
             with workers_errors():
                 self._pool.submit(self._pool_layers[layer], *rows.arrays)
         is_all_cold = has_cold and bool(cold_TK.all())
-        hot_TH = None if is_all_cold else self._resident(experts, x_TH, ids, ~cold_TK, weights_TK)
+        hot_TH = None if is_all_cold else self._residents.products(layer, x_TH, ids_TK, weights_TK)
         if from_disk is not None:
             from_disk.submit(self._pool, self._pool_layers[layer])
         return PendingLayer(self, hot_TH, rows.out_TH if has_cold else None)
@@ -217,6 +216,7 @@ class HybridExperts:
         for pool_layer in self._pool_layers.values():
             self._pool.remove_layer(pool_layer)
         self._pool_layers.clear()
+        self._residents.clear()
         if self._prefill is not None:
             self._prefill.clear()
 
@@ -245,30 +245,6 @@ class HybridExperts:
         self.routing.is_resident_LE[layer] = is_resident_E
         self.counts_LE[layer] += counts_E
 
-    def _resident(
-        self,
-        experts: LayerExperts,
-        x_TH: torch.Tensor,
-        ids: np.ndarray,
-        hot_TK: np.ndarray,
-        weights_TK: torch.Tensor,
-    ) -> torch.Tensor:
-        """The device's part: one expert after the other, each over all its tokens."""
-        out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        pair_P = np.flatnonzero(hot_TK)
-        slot_P = experts.slot_E[ids.ravel()[pair_P]]
-        order_P = np.argsort(slot_P, kind="stable")
-        pair_dev_P = torch.from_numpy(pair_P[order_P]).to(x_TH.device, non_blocking=True)
-        token_dev_P = pair_dev_P // ids.shape[1]
-        weight_dev_P1 = weights_TK.flatten()[pair_dev_P].unsqueeze(1)
-        slots, starts = np.unique(slot_P[order_P], return_index=True)
-        for slot, a, b in zip(slots, starts, [*starts[1:], len(pair_P)], strict=True):
-            # the rows of one expert are distinct tokens, so the sum's order is that of the slots
-            token_M = token_dev_P[a:b]
-            y_MH = _gated_mlp(x_TH.index_select(0, token_M), *experts.gpu_weights(slot))
-            out_TH.index_add_(0, token_M, y_MH * weight_dev_P1[a:b])
-        return out_TH
-
 
 @dataclass(frozen=True, slots=True)
 class PendingLayer:
@@ -291,8 +267,3 @@ class PendingLayer:
             return self._hot_TH
         cold_TH = self._experts.collect(self._host_out_TH)
         return cold_TH if self._hot_TH is None else cold_TH + self._hot_TH
-
-
-def _gated_mlp(x_MH: torch.Tensor, w13_FH: torch.Tensor, w2_HI: torch.Tensor) -> torch.Tensor:
-    gate_MI, up_MI = F.linear(x_MH, w13_FH.to(x_MH.dtype)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_MI) * up_MI, w2_HI.to(x_MH.dtype))

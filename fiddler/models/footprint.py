@@ -64,8 +64,8 @@ def footprint(
             max_num_seqs=max_num_seqs,
             on_gpu=graph_rows > 0,
         )
-        # one expert, widened
-        + (config.expert_numel * width if dtypes.expert != dtypes.compute else 0)
+        # one expert, widened by torch; a GPU's kernels do so in registers
+        + (config.expert_numel * width if dtypes.expert != dtypes.compute and not graph_rows else 0)
         + (_graph_bytes(config, width, graph_rows) if graph_rows else 0),
     )
 
@@ -102,7 +102,7 @@ def workspace_bytes(
         _stream_bytes(config, width)
         + _attention_bytes(config, width)
         + _ffn_bytes(config, width)
-        + _expert_bytes(config, width)
+        + _expert_bytes(config, width, on_gpu=on_gpu)
     )
     rows = max(max_num_seqs, logit_rows(on_gpu=on_gpu))
     return (
@@ -143,16 +143,16 @@ def _ffn_bytes(config: ModelConfig, width: int) -> int:
     return (3 * inner + config.hidden_size) * width if inner else 0
 
 
-def _expert_bytes(config: ModelConfig, width: int) -> int:
-    """Router scores (logits and float32 softmax) and, for every token at one expert, the gathered
-    rows, gate and up, their product and the result (or, where all experts are computed together,
-    the product and the result of every choice), then the float32 sums of both sides."""
+def _expert_bytes(config: ModelConfig, width: int, *, on_gpu: bool) -> int:
+    """Router scores (logits and float32 softmax), the experts' part, and the float32 sums of both
+    sides. A GPU computes all experts together: the product and the result of every choice. Torch,
+    for every token at one expert: the gathered rows, gate and up, their product and the result."""
     router = config.num_experts * (width + FLOAT32) + config.top_k * 2 * (8 + FLOAT32)
     hidden, inner = config.expert_sides
     one_expert = 3 * inner * width + 2 * hidden * width
     grouped = config.top_k * (inner + hidden) * width
     sums = 5 * hidden * FLOAT32  # scaled result, hot, cold, both, copy for the host
-    return router + max(one_expert, grouped) + sums
+    return router + (grouped if on_gpu else one_expert) + sums
 
 
 def _split_kv_bytes(config: ModelConfig, max_num_seqs: int) -> int:
