@@ -36,6 +36,7 @@ from offload.pinning import PinnedMemory
 from offload.placement import Placement
 from offload.reader_threads import reader_threads
 from offload.row_cache import Key, RowCache, give_back_pages
+from offload.slot_room import SlotRoom
 
 # fill(layer, expert, w13_FH, w2_HI), or of packed experts fill(layer, expert, blob_B): write one
 # expert's weights into the given tensors
@@ -83,8 +84,11 @@ class ExpertStore:
         self._has_spares = has_spares
         kinds = packed if isinstance(packed, Mapping) else dict.fromkeys(shape.moe_layers, packed)
         self._cold: dict[int, ColdWeights] = {}
+        room = SlotRoom(
+            [n for m in shape.moe_layers for n in self._slot_bytes(m, kinds[m])], device
+        )
         self._layers = {
-            layer: self._allocate(placement.resident[layer], layer, device, kinds[layer])
+            layer: self._allocate(placement.resident[layer], layer, room, kinds[layer])
             for layer in shape.moe_layers
         }
         self.cache = None if cached is None else RowCache(_keys(cached), self._let_go)
@@ -183,12 +187,19 @@ class ExpertStore:
         self._layers.clear()
         self._cold.clear()
 
+    def _num_slots(self, layer: int) -> int:
+        num_hot = len(self.placement.resident[layer])
+        return num_hot + (self._has_spares and 0 < num_hot < self.shape.num_experts)
+
+    def _slot_bytes(self, layer: int, kind: WeightKind | None) -> list[int]:
+        """Of each tensor that holds the layer's slots."""
+        num_slots, h, i = self._num_slots(layer), self.shape.hidden_size, self.shape.expert_size
+        if kind is not None:
+            return [num_slots * PackedShape(kind, h, i).expert_bytes]
+        return [num_slots * rows * h * i * self.dtype.itemsize for rows in (2, 1)]
+
     def _allocate(
-        self,
-        resident: frozenset[int],
-        layer: int,
-        device: torch.device,
-        kind: WeightKind | None,
+        self, resident: frozenset[int], layer: int, room: SlotRoom, kind: WeightKind | None
     ) -> LayerExperts:
         shape, dtype = self.shape, self.dtype
         slot_E = np.full(shape.num_experts, -1, dtype=np.int32)
@@ -198,11 +209,11 @@ class ExpertStore:
         slot_E[hot] = np.arange(len(hot), dtype=np.int32)
         row_E[cold] = np.arange(len(cold), dtype=np.int32)
         expert_C = np.array(cold, dtype=np.int32)
-        num_slots = len(hot) + (self._has_spares and bool(hot) and bool(cold))
+        num_slots = self._num_slots(layer)
         if kind is not None:
             packed = PackedShape(kind, shape.hidden_size, shape.expert_size)
             tables = slot_E, row_E, expert_C
-            return self._allocate_packed(tables, num_slots, layer, device, packed)
+            return self._allocate_packed(tables, num_slots, layer, room, packed)
         f, h, i = 2 * shape.expert_size, shape.hidden_size, shape.expert_size
         rows = cold_weights(len(cold), h, i, dtype) if cold else None
         if rows is not None:
@@ -212,8 +223,8 @@ class ExpertStore:
             row_E,
             expert_C,
             rows.experts if rows else None,
-            torch.empty(num_slots, f, h, dtype=dtype, device=device),
-            torch.empty(num_slots, h, i, dtype=dtype, device=device),
+            room.take(dtype, num_slots, f, h),
+            room.take(dtype, num_slots, h, i),
             rows.w13_CFH if rows else torch.empty(0, f, h, dtype=dtype),
             rows.w2_CHI if rows else torch.empty(0, h, i, dtype=dtype),
         )
@@ -223,11 +234,11 @@ class ExpertStore:
         tables: tuple[np.ndarray, np.ndarray, np.ndarray],
         num_slots: int,
         layer: int,
-        device: torch.device,
+        room: SlotRoom,
         packed: PackedShape,
     ) -> LayerExperts:
         expert_C = tables[2]
-        slots_SB = torch.empty(num_slots, packed.expert_bytes, dtype=torch.uint8, device=device)
+        slots_SB = room.take(torch.uint8, num_slots, packed.expert_bytes)
         rows = cold_packed(len(expert_C), packed) if len(expert_C) else None
         if rows is not None:
             self._cold[layer] = rows
