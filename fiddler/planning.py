@@ -5,7 +5,7 @@ and the KV of an asked batch take their room from resident experts. How large th
 all candidates, those whose predicted time is least by the objective (:mod:`offload.objective`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -244,15 +244,24 @@ def candidates(question: Question) -> list[Sizes]:
     A given placement takes its room itself: its ring has what is left. The last needs least.
     """
     settings, model = question.settings, question.model
-    if not question.hardware.has_gpu:
-        return [Sizes(settings.max_batched_tokens or STEP_TOKENS)]
     asked = settings.max_batched_tokens
-    steps = GPU_STEP_TOKENS if asked is None else (asked,)
+    steps = _fillable(settings, GPU_STEP_TOKENS if question.hardware.has_gpu else (STEP_TOKENS,))
+    steps = steps if asked is None else (asked,)
+    if not question.hardware.has_gpu:
+        return [Sizes(steps[0])]
     choices = slot_choices(model.num_experts, question.needs(steps[0]).expert_bytes)
     slots = (None,) if settings.placement is not None else choices[::-1]
     chooses_kv = question.is_batch and settings.max_model_len is not None
     divisors = KV_CHOICES if chooses_kv else (KV_DIVISOR,)
     return [Sizes(*chosen) for chosen in product(steps, slots, divisors)]
+
+
+def _fillable(settings: EngineConfig, steps: Sequence[int]) -> tuple[int, ...]:
+    """``steps``, descending, without room for more tokens than all requests may have together."""
+    if settings.max_model_len is None:
+        return tuple(steps)
+    most = settings.max_model_len * settings.num_seqs
+    return tuple(sorted({min(tokens, most) for tokens in steps}, reverse=True))
 
 
 def _least(question: Question, layouts: dict[Sizes, Layout], used: RatesHere) -> Plan:

@@ -163,7 +163,7 @@ def test_half_the_context_is_proposed_down_to_1024_tokens(
     """In a budget so small that half of any of these gains enough to be shown."""
     proposals = [one for one in faster.PROPOSALS if one[0] is Kind.CONTEXT]
     monkeypatch.setattr(faster, "PROPOSALS", proposals)
-    made = make(case("olmoe-1b-7b", vram_gb=2.55, dtype="w4g128", max_model_len=context))
+    made = make(case("olmoe-1b-7b", vram_gb=2.3, dtype="w4g128", max_model_len=context))
     found = [way.option for way in ways_to_go_faster(made)]
     assert found == ([f"--context {context // 2}"] if context >= 2048 else [])
     monkeypatch.setattr(faster, "LEAST_CONTEXT", 1)
@@ -247,7 +247,7 @@ AS_OPTIONS = {
     ("batch", "options", "flags"),
     [
         (64, {}, {"--kv-dtype"}),
-        (9, {"max_model_len": 8192}, {"--context", "--kv-dtype"}),
+        (9, {"max_model_len": 8192}, {"--context", "--dtype", "--kv-dtype"}),
         (45, {"vram_gb": 12.0, "dtype": "w4g128", "kv_cache_dtype": "int4"}, {"--vram-gb"}),
         (4, {"max_model_len": 4096}, set()),
         (None, {}, set()),

@@ -92,8 +92,9 @@ def best_by_hand(question: Any, used: RatesHere, asked_rows: int) -> float:
     is_batch = question.settings.max_model_len is not None and asked_rows > 1
     parts = (1, 2, 4, 10) if is_batch else (10,)
     slots = {sizes.slots for sizes in candidates(question)}
-    plans = []
-    for sizes in product(GPU_STEP_TOKENS, slots, parts):
+    settings, plans = question.settings, []
+    most = (settings.max_model_len or 10**9) * settings.num_seqs  # tokens that there may be
+    for sizes in product({min(tokens, most) for tokens in GPU_STEP_TOKENS}, slots, parts):
         try:
             plans.append(question.plan(Sizes(*sizes)))
         except OutOfMemoryError:
