@@ -24,7 +24,7 @@ from offload.prediction import (
     chunk_sizes,
 )
 from offload.prefill_division import CPU_START_S, LINK_BYTES_PER_S, Division, PrefillCosts
-from offload.prefill_split import GAP_S, LEAST_TOKENS, TURN_S
+from offload.prefill_split import GAP_S, LEAST_TOKENS
 from offload.staging import bank_slots
 
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
@@ -32,6 +32,8 @@ DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
 # What Python does for a layer of a prompt on a GPU, in launches of a kernel: for every layer, for
 # one with experts that are sent, and for each of their banks.
 LAYER_LAUNCHES, SENT_LAUNCHES, BANK_LAUNCHES = 42, 11, 3.5
+# and what a layer loses where the CPU has a share of it, as Python waits for that before it goes on
+TURN_LAUNCHES = 33
 
 
 def predict_prefill(
@@ -102,7 +104,8 @@ def _step(
             weight=number,
         )
         if streams and side.cpu_s:
-            total.add("taking turns with the CPU", number * TURN_S)
+            turn_s = TURN_LAUNCHES * rates.python_launch_s
+            total.add("taking turns with the CPU", number * turn_s)
     add_disk(demand, rates, tokens, total)
     return total.prediction()
 

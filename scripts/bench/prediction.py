@@ -40,7 +40,9 @@ from fiddler.models.shapes import SHAPES
 from fiddler.speed import demand_of, drawn_chances, own_rates
 from offload.chances import LayerChances
 from offload.demand import Demand
+from offload.gpu_rates import python_launch_s
 from offload.hardware import probe
+from offload.link_probe import measure_link
 from offload.machine_rates import MachineRates, from_json, to_json
 from offload.routing_law import Law
 from offload.units import GIB
@@ -53,6 +55,7 @@ CASES = (
     Case(n_prompt=0, n_gen=48, n_depth=0, n_parallel=1),
     Case(n_prompt=1024, n_gen=0, n_depth=0, n_parallel=1),
 )
+PROMPT_RUNS = 3  # times as many
 LAW = Law()
 
 
@@ -110,7 +113,8 @@ def rows_of(
         config, subject = loaded.files.config, Subject.of(loaded)
         driver = Driver(loaded, routing=DrawnRouting(LAW, config, seed=0), seed=0)
         for case in CASES:
-            measured = driver.measure(case, repetitions)
+            # prompts are short: one moment in which others use the host must not be all of them
+            measured = driver.measure(case, repetitions * (PROMPT_RUNS if case.n_prompt else 1))
             predicted = predict_case(subject, measured, rates, LAW)
             seen = watch(loaded, driver, case)
             hit_rate = (measured.prompt + measured.decode).hit_rate
@@ -133,11 +137,17 @@ def rows_of(
                     "hit_rate": hit_rate,
                     "terms": predicted.to_dict(),
                     "watched": {kind: part.to_dict() for kind, part in seen.items()},
+                    "then": rates_now(),
                     "demand": asdict(demand),
                 }
             )
             print(line_of(rows[-1]), flush=True)
     return rows
+
+
+def rates_now() -> dict[str, float]:
+    """What prompts depend on most, again: on a shared host it may have changed since."""
+    return {"python_launch_s": python_launch_s(), "pcie_gbps": measure_link().copy_gbps}
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -149,7 +159,8 @@ def line_of(row: dict[str, Any]) -> str:
     return (
         f"{row['model']:40} {row['test']:7} {row['measured_ms']:9.1f} ms, predicted "
         f"{row['predicted_ms']:9.1f} ({row['error']:+.0%}); a step {seen['step_s'] * 1e3:.3g} ms, "
-        f"CPU jobs {seen['cpu_s'] * 1e3:.3g}; foreseen {parts}"
+        f"CPU jobs {seen['cpu_s'] * 1e3:.3g}; foreseen {parts}; a launch then "
+        f"{row['then']['python_launch_s'] * 1e6:.0f} us, PCIe {row['then']['pcie_gbps']:.1f} GB/s"
     )
 
 
