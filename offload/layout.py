@@ -22,8 +22,12 @@ MOST_CONTEXT = 32_768  # tokens that an unasked context has at most
 # Safety margin, on a real GPU only. Kernels that the driver loads at first use grow the context, by
 # 200 to 220 MiB on an H200:
 MARGIN_FIXED_BYTES = 256 * MIB
-# and torch's allocator leaves holes in what is allocated in many pieces: 1/32 of dense weights and
-# workspace. Slots and KV are one piece each.
+# torch's allocator keeps cuBLAS's workspaces for the process, and segments that are not full (of
+# 16 layers 175 MiB in all, in a process that had loaded three models before),
+MARGIN_POOL_BYTES = 64 * MIB
+# rounds each large block up to 2 MiB, KV of every layer among them,
+MARGIN_LAYER_BYTES = 2 * MIB
+# and leaves holes in what is allocated in many pieces: 1/32 of dense weights and workspace.
 MARGIN_DIVISOR = 32
 
 # Of the RAM that is free, 1/20 stays free so that the machine does not swap. An asked RAM budget
@@ -260,7 +264,8 @@ def gpu_side(hardware: Hardware, budget: Budget) -> GpuSide:
 def margin_bytes(footprint: Footprint) -> int:
     """The safety margin on a real GPU; see the constants above."""
     pieces = footprint.dense_read_bytes + footprint.workspace_bytes
-    return MARGIN_FIXED_BYTES + pieces // MARGIN_DIVISOR
+    layers = footprint.num_layers * MARGIN_LAYER_BYTES
+    return MARGIN_FIXED_BYTES + MARGIN_POOL_BYTES + layers + pieces // MARGIN_DIVISOR
 
 
 def vram_limit_bytes(hardware: Hardware, budget: Budget) -> int:

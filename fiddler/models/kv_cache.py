@@ -62,10 +62,10 @@ def new_kv_caches(
     dtype = STORED[stored]
     bits = torch.uint8 if stored == "fp8" else dtype
     shape = (*shape[:-1], stored_size(shape[-1], dtype))
-    # in one piece: an allocator that rounds up to 2 MiB does so once
-    pages = torch.zeros(num_layers, *shape, dtype=bits, device=device).view(dtype)
+    pages = [torch.zeros(shape, dtype=bits, device=device).view(dtype) for _ in range(num_layers)]
     if stored not in KV_CODES:
         return [LayerKV(layer) for layer in pages]
+    # in one piece: an allocator that rounds up to 2 MiB does so once
     of_layer, scale_dtype = scales_of(shape, dtype)
     scales = torch.zeros(num_layers, *of_layer, dtype=scale_dtype, device=device)
     return [LayerKV(*both) for both in zip(pages, scales, strict=True)]

@@ -103,7 +103,7 @@ def test_a_decode_points_flops_are_counted_by_hand(known_peaks: None) -> None:
 
 
 def test_json_has_the_keys_and_its_numbers_agree() -> None:
-    rows = records(*SMALL, "-pg", "9,3", "-d", "0,20", "--batch", "1,2", "--vram-gb", "0.05")
+    rows = records(*SMALL, "-pg", "9,3", "-d", "0,20", "--batch", "1,2", "--vram-gb", "0.015")
     assert [(r["n_prompt"], r["n_gen"], r["n_depth"], r["n_parallel"]) for r in rows] == [
         (n_prompt, n_gen, depth, batch)
         for batch in (1, 2)
@@ -155,7 +155,7 @@ def test_the_limit_is_that_of_the_bytes_and_products_of_the_model() -> None:
 @pytest.mark.parametrize("routing", ["model", "zipf:1.2", "sticky:0.9"])
 def test_runs_of_one_seed_route_alike(routing: str) -> None:
     def routed(seed: str) -> tuple[float, ...]:
-        rows = records(*SMALL, "--routing", routing, "--seed", seed, "--vram-gb", "0.05")
+        rows = records(*SMALL, "--routing", routing, "--seed", seed, "--vram-gb", "0.015")
         assert {row["routing"] for row in rows} == {routing}
         return *(row["routing_entropy"] for row in rows), *(row["hit_rate"] for row in rows)
 
@@ -179,14 +179,14 @@ def test_predictions_are_sums_of_terms_and_a_wrong_one_is_said(
     """A call of torch is taken to last a millisecond: the tests must be faster than that."""
     rates = replace(find_machine("h200-16core").rates, call_s=1e-3)
     monkeypatch.setattr("fiddler.speed.own_rates", lambda hardware: (rates, ""))
-    prompt, decode = records(*SMALL, "--vram-gb", "0.05", "--routing", "uniform")
+    prompt, decode = records(*SMALL, "--vram-gb", "0.015", "--routing", "uniform")
     for row, kind, other, runs in ((prompt, "prompt", "step", 8), (decode, "step", "prompt", 1)):
         seconds = sum(term["seconds"] for term in row["predicted_terms"][kind])
         assert row["predicted_ts"] == pytest.approx(runs / seconds)
         assert row["predicted_terms"][other] == []
         assert row["prediction_off"].startswith(("pp8, batch 1, took ", "tg4, batch 1, took "))
         assert " of a watched step's " in row["prediction_off"]
-    table = run(*SMALL, "--vram-gb", "0.05").stdout
+    table = run(*SMALL, "--vram-gb", "0.015").stdout
     assert "| predicted |" in table and "tg4, batch 1, took " in table
 
 

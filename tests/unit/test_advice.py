@@ -247,7 +247,7 @@ AS_OPTIONS = {
     ("batch", "options", "flags"),
     [
         (64, {}, {"--kv-dtype"}),
-        (9, {"max_model_len": 8192}, {"--context", "--dtype", "--kv-dtype"}),
+        (9, {"max_model_len": 8192}, {"--context", "--kv-dtype"}),
         (45, {"vram_gb": 12.0, "dtype": "w4g128", "kv_cache_dtype": "int4"}, {"--vram-gb"}),
         (4, {"max_model_len": 4096}, set()),
         (None, {}, set()),
