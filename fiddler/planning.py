@@ -27,6 +27,7 @@ from offload.objective_time import objective_s
 from offload.plan import KV_DIVISOR, Budget, Chosen, Footprint, Plan
 from offload.planner import plan as make_plan
 from offload.popularity import Popularity, load_profile
+from offload.prefill_split import LEAST_TOKENS
 from offload.staging import slot_choices
 from offload.units import gib_to_bytes
 
@@ -115,6 +116,8 @@ class Question:
 
     def _for_batch(self, step_tokens: int, batch: int) -> Footprint:
         settings = replace(self.settings, max_num_seqs=batch)
+        if settings.max_batched_tokens is None:
+            (step_tokens,) = _fillable(settings, [step_tokens])
         return needs_of(settings, self.model, self.hardware, self.dtypes, step_tokens)
 
 
@@ -244,9 +247,9 @@ def candidates(question: Question) -> list[Sizes]:
     A given placement takes its room itself: its ring has what is left. The last needs least.
     """
     settings, model = question.settings, question.model
+    every = GPU_STEP_TOKENS if question.hardware.has_gpu else (STEP_TOKENS,)
     asked = settings.max_batched_tokens
-    steps = _fillable(settings, GPU_STEP_TOKENS if question.hardware.has_gpu else (STEP_TOKENS,))
-    steps = steps if asked is None else (asked,)
+    steps = (asked,) if asked is not None else _fillable(settings, every)
     if not question.hardware.has_gpu:
         return [Sizes(steps[0])]
     choices = slot_choices(model.num_experts, question.needs(steps[0]).expert_bytes)
@@ -260,7 +263,7 @@ def _fillable(settings: EngineConfig, steps: Sequence[int]) -> tuple[int, ...]:
     """``steps``, descending, without room for more tokens than all requests may have together."""
     if settings.max_model_len is None:
         return tuple(steps)
-    most = settings.max_model_len * settings.num_seqs
+    most = max(settings.max_model_len * settings.num_seqs, LEAST_TOKENS)
     return tuple(sorted({min(tokens, most) for tokens in steps}, reverse=True))
 
 

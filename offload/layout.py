@@ -22,10 +22,10 @@ MOST_CONTEXT = 32_768  # tokens that an unasked context has at most
 # Safety margin, on a real GPU only. Kernels that the driver loads at first use grow the context, by
 # 200 to 220 MiB on an H200:
 MARGIN_FIXED_BYTES = 256 * MIB
-# torch's allocator keeps cuBLAS's workspaces for the process, and segments that are not full (of
-# 16 layers 175 MiB in all, in a process that had loaded three models before),
+# torch's allocator keeps cuBLAS's workspaces for the process,
 MARGIN_POOL_BYTES = 64 * MIB
-# rounds each large block up to 2 MiB, KV of every layer among them,
+# rounds each large block up to 2 MiB, KV of every layer among them (one block for all of it does
+# not fit into holes: a fourth model of a process found no 32 MiB in 175 that were free),
 MARGIN_LAYER_BYTES = 2 * MIB
 # and leaves holes in what is allocated in many pieces: 1/32 of dense weights and workspace.
 MARGIN_DIVISOR = 32

@@ -1,7 +1,7 @@
 """Weights of a packed expert as numbers, in torch, wherever its bytes lie: exact in float32.
 
-For devices that play another one, and for steps too rare to deserve a kernel; it takes as long as
-some 16 tokens do in the expert.
+For a CPU that plays the GPU, and to look at what is stored; it takes as long as some 16 tokens do
+in the expert.
 
 Shapes: B bytes, F = 2I, H hidden, I expert width, X blocks of 16 rows, N rows, P columns padded to
 whole groups, G groups of a row.

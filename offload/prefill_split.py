@@ -17,7 +17,8 @@ GAP_S = 1e-3
 # What a layer loses to the CPU's having a share of it, however small: Python waits for that before
 # it launches the next layer's kernels, and the CPU for its next share behind them. The link has
 # copies to make meanwhile, but in the end stands still as well: by 1.0 to 2.4 ms a layer, of 1,024
-# and 2,048 tokens, Mixtral's and Qwen3-30B's.
+# and 2,048 tokens, Mixtral's and Qwen3-30B's; 0.6 where Python is fast. Predictions count it in
+# launches (``prefill_prediction.TURN_LAUNCHES``); here the most common is taken for all machines.
 TURN_S = 1.5e-3
 
 # The CPU's times are taken to be so much longer. 128 experts of 2048 x 768, 83 of them cold, 32

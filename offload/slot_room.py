@@ -8,7 +8,7 @@ import math
 
 import torch
 
-ALIGNMENT = 256  # bytes, as of a block of its own; vectors and copies want less
+ALIGNMENT = 256  # bytes; the kernels want 16, and other blocks of torch begin at multiples of 512
 
 
 class SlotRoom:

@@ -145,14 +145,15 @@ def _ffn_bytes(config: ModelConfig, width: int) -> int:
 
 def _expert_bytes(config: ModelConfig, width: int, *, on_gpu: bool) -> int:
     """Router scores (logits and float32 softmax), the experts' part, and the float32 sums of both
-    sides. A GPU computes all experts together: the product and the result of every choice. Torch,
-    for every token at one expert: the gathered rows, gate and up, their product and the result."""
+    sides. GPUs, and CPU workers, compute all experts together: the product and the result of every
+    choice. Torch in place of a GPU, for every token at one expert: the gathered rows, gate and up,
+    their product and the result."""
     router = config.num_experts * (width + FLOAT32) + config.top_k * 2 * (8 + FLOAT32)
     hidden, inner = config.expert_sides
     one_expert = 3 * inner * width + 2 * hidden * width
     grouped = config.top_k * (inner + hidden) * width
     sums = 5 * hidden * FLOAT32  # scaled result, hot, cold, both, copy for the host
-    return router + (grouped if on_gpu else one_expert) + sums
+    return router + (grouped if on_gpu else max(one_expert, grouped)) + sums
 
 
 def _split_kv_bytes(config: ModelConfig, max_num_seqs: int) -> int:

@@ -156,11 +156,14 @@ def line_of(row: dict[str, Any]) -> str:
     seen = row["watched"][kind]
     terms = sorted(row["terms"][kind], key=lambda term: -term["busy_s"])[:3]
     parts = ", ".join(f"{term['name']} {term['busy_s'] * 1e3:.3g}" for term in terms)
+    then = ""
+    if "then" in row:  # files have it since 2026-11-23
+        launch_s, gbps = row["then"]["python_launch_s"], row["then"]["pcie_gbps"]
+        then = f"; a launch then {launch_s * 1e6:.0f} us, PCIe {gbps:.1f} GB/s"
     return (
         f"{row['model']:40} {row['test']:7} {row['measured_ms']:9.1f} ms, predicted "
         f"{row['predicted_ms']:9.1f} ({row['error']:+.0%}); a step {seen['step_s'] * 1e3:.3g} ms, "
-        f"CPU jobs {seen['cpu_s'] * 1e3:.3g}; foreseen {parts}; a launch then "
-        f"{row['then']['python_launch_s'] * 1e6:.0f} us, PCIe {row['then']['pcie_gbps']:.1f} GB/s"
+        f"CPU jobs {seen['cpu_s'] * 1e3:.3g}; foreseen {parts}{then}"
     )
 
 

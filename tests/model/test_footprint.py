@@ -13,7 +13,7 @@ from fiddler.models.footprint import DTYPE_BYTES, footprint, workspace_bytes
 from fiddler.models.host_memory import host_bytes
 from fiddler.models.kv_cache import new_kv_caches
 from fiddler.models.registry import load_config
-from fiddler.models.shapes import load_shape
+from fiddler.models.shapes import SHAPES, load_shape
 from fiddler.models.weights import load_dense
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.placement import Placement
@@ -122,3 +122,23 @@ def test_the_hosts_workspace_grows_with_the_step(shape: str, dtype: str, num_tok
         for tokens in (num_tokens, num_tokens + 1)
     )
     assert least <= one < more
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpus_workspace_has_room_for_every_choice(shape: str) -> None:
+    config = load_shape(shape)
+    sizes = {"max_batched_tokens": 512, "max_num_seqs": 1}
+    least = 2 * 512 * config.top_k * sum(config.expert_sides)
+    assert workspace_bytes(config, 2, **sizes, on_gpu=True) >= least
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "w4g128", "w8g128"])
+def test_without_a_gpu_the_workspace_has_room_for_what_workers_write_to(
+    shape: str, dtype: str
+) -> None:
+    config = load_shape(shape)
+    dtypes = resolve_dtypes(dtype, "bfloat16", has_gpu=False)
+    planned = footprint(config, dtypes, max_batched_tokens=2048, max_num_seqs=1)
+    written = host_bytes(config, dtypes, num_tokens=2048, num_threads=8)
+    assert planned.workspace_bytes >= written, (planned.workspace_bytes, written)

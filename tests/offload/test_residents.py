@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from cpu_kernels.packed_layout import pack_expert
+from cpu_kernels.bf16 import f32_to_bf16
+from cpu_kernels.lossless import pack_lossless
+from cpu_kernels.packed_layout import PackedShape, pack_expert
 from cpu_kernels.quantise import round_to_nearest
 from cpu_kernels.weight_kind import WeightKind, parse_kind
+from fiddler.models.packing import halves
 from offload.adaptive import Swap
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.kernel_residents import KernelResidents
@@ -51,19 +54,31 @@ def store_of(way: str, kind: str) -> ExpertStore:
     return store
 
 
-def packed(kind: WeightKind, *matrices: np.ndarray) -> np.ndarray:
-    return pack_expert(kind, *(round_to_nearest(matrix, kind) for matrix in matrices))
+def packed(kind: WeightKind, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    if kind.is_rounded:
+        return pack_expert(kind, *(round_to_nearest(matrix, kind) for matrix in (gate, up, down)))
+    shape = PackedShape(kind, H, WIDTH)
+    blob_B = np.zeros(shape.expert_bytes, np.uint8)
+    for (_, blocks), matrix in zip(halves(shape, blob_B), (gate, up, down), strict=True):
+        pack_lossless(f32_to_bf16(matrix), blocks)
+    return blob_B
 
 
 def residents(way: str, store: ExpertStore) -> Residents:
     return TorchResidents(store) if way == "torch" else KernelResidents(store, DEVICE)
 
 
-def check(way: str, computed: Residents, store: ExpertStore, num_tokens: int) -> None:
+def check(
+    way: str,
+    computed: Residents,
+    store: ExpertStore,
+    num_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     device = DEVICE if way == "kernels" else CPU
     for layer in LAYERS:
-        x_TH = torch.randn(num_tokens, H, generator=generator)
+        x_TH = torch.randn(num_tokens, H, generator=generator).to(dtype)
         ids_TK = torch.rand(num_tokens, E, generator=generator).argsort(dim=1)[:, :K]
         weights_TK = torch.rand(num_tokens, K, generator=generator)
         found_TH = computed.products(
@@ -71,7 +86,10 @@ def check(way: str, computed: Residents, store: ExpertStore, num_tokens: int) ->
         )
         wanted_TH = expected(store, layer, x_TH, ids_TK, weights_TK)
         assert found_TH.dtype == torch.float32 and wanted_TH.abs().max() > 0.1
-        torch.testing.assert_close(found_TH.double().cpu(), wanted_TH, rtol=1e-4, atol=1e-5)
+        bound = (
+            {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0.02}
+        )
+        torch.testing.assert_close(found_TH.double().cpu(), wanted_TH, **bound)
 
 
 def expected(
@@ -93,8 +111,8 @@ def expected(
     return out_TH
 
 
-@pytest.mark.parametrize("num_tokens", [2, 9, 40])
-@pytest.mark.parametrize("kind", ["bf16", "w4g32z", "w8g128"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 40])
+@pytest.mark.parametrize("kind", ["bf16", "bf12", "w4g32z", "w8g128"])
 @pytest.mark.parametrize("way", ["torch", "kernels"])
 def test_only_residents_are_added_up(way: str, kind: str, num_tokens: int) -> None:
     store = store_of(way, kind)
@@ -118,5 +136,10 @@ def test_torch_plays_the_gpu_where_there_is_none() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_has_kernels() -> None:
-    assert isinstance(residents_of(store_of("kernels", "bf16"), DEVICE), KernelResidents)
+@pytest.mark.parametrize("num_tokens", [1, 32])
+@pytest.mark.parametrize("kind", ["bf16", "bf12", "w4g32z", "w8g128"])
+def test_a_gpu_has_kernels_that_take_half_precision(kind: str, num_tokens: int) -> None:
+    store = store_of("kernels", kind)
+    computed = residents_of(store, DEVICE)
+    assert isinstance(computed, KernelResidents)
+    check("kernels", computed, store, num_tokens, torch.bfloat16)

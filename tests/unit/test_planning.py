@@ -83,6 +83,19 @@ def test_where_all_fits_nothing_is_chosen_and_no_rates_are_asked_for(hardware: H
     assert plan.step_tokens == (4096 if hardware.has_gpu else 2048)
 
 
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_steps_hold_no_more_than_requests_have(has_gpu: bool) -> None:
+    hardware = machine() if has_gpu else without_gpu()
+
+    def step(**options: Any) -> int:
+        return planned("olmoe-1b-7b", hardware, **options).step_tokens
+
+    assert step(max_model_len=300, max_num_seqs=3) == 900
+    assert step(max_model_len=7, max_num_seqs=1) == 33  # the least that streams experts
+    assert step(max_model_len=300, max_num_seqs=3, max_batched_tokens=1234) == 1234
+    assert step(max_num_seqs=1) >= 2048
+
+
 # --- what is chosen ---
 
 
@@ -93,7 +106,8 @@ def best_by_hand(question: Any, used: RatesHere, asked_rows: int) -> float:
     parts = (1, 2, 4, 10) if is_batch else (10,)
     slots = {sizes.slots for sizes in candidates(question)}
     settings, plans = question.settings, []
-    most = (settings.max_model_len or 10**9) * settings.num_seqs  # tokens that there may be
+    # tokens that there may be, but no fewer than stream experts
+    most = max((settings.max_model_len or 10**9) * settings.num_seqs, 33)
     for sizes in product({min(tokens, most) for tokens in GPU_STEP_TOKENS}, slots, parts):
         try:
             plans.append(question.plan(Sizes(*sizes)))
@@ -343,15 +357,26 @@ def test_a_target_is_a_time(value: float) -> None:
         EngineConfig(tbt_target_ms=value)
 
 
-@pytest.mark.parametrize("context", [None, 1024])
-def test_a_batch_beyond_the_memory_names_the_largest_within_it(context: int | None) -> None:
+@pytest.mark.parametrize(
+    ("shape", "batch", "options"),
+    [
+        ("qwen3-30b-a3b", 9000, {}),
+        ("qwen3-30b-a3b", 9000, {"max_model_len": 1024}),
+        # steps that such requests can fill are larger the more of them there are
+        ("olmoe-1b-7b", 31, {"dtype": "w4g128", "vram_gb": 1.7, "max_model_len": 16}),
+        ("olmoe-1b-7b", 9, {"dtype": "w4g128", "vram_gb": 1.7, "max_model_len": 64}),
+    ],
+)
+def test_a_batch_beyond_the_memory_names_the_largest_within_it(
+    shape: str, batch: int, options: dict[str, Any]
+) -> None:
     with pytest.raises(OutOfMemoryError) as caught:
-        planned("qwen3-30b-a3b", max_num_seqs=9000, max_model_len=context)
+        planned(shape, max_num_seqs=batch, **options)
     found = re.match(r"use --batch (\d+)", caught.value.hint)
     assert found is not None
-    assert planned("qwen3-30b-a3b", max_num_seqs=int(found[1]), max_model_len=context)
+    assert planned(shape, max_num_seqs=int(found[1]), **options)
     with pytest.raises(OutOfMemoryError):
-        planned("qwen3-30b-a3b", max_num_seqs=int(found[1]) + 1, max_model_len=context)
+        planned(shape, max_num_seqs=int(found[1]) + 1, **options)
 
 
 def test_experts_on_disk_cannot_change_places() -> None:
