@@ -75,7 +75,8 @@ class MachineRates:
     ``pull_gbps``: kernels reading pinned memory alone; ``beside_*``: they and the workers at the
     same time. ``call_s``: one more call of torch on the CPU, ``launch_s`` one more small kernel in
     a CUDA graph, ``python_launch_s`` one that Python starts. ``cpu_tflops``: torch's float32
-    products on the CPU, 1e12 operations a second.
+    products on the CPU, 1e12 operations a second; ``row_gbps``: what it reads of the weights where
+    one row is multiplied, which may be less than half of what memory gives.
     ``hand_over_s``: workers that have nothing to do, in one layer of a decode step.
     ``disk_gbps``: of the disk that has the user's cache. ``times`` of every measured kernel, as
     ``bf16/f32``, and size; ``shared`` of some.
@@ -86,6 +87,7 @@ class MachineRates:
     times: tuple[ExpertTimes, ...]
     call_s: float
     cpu_tflops: float
+    row_gbps: float = 0.0
     launch_s: float = 0.0
     python_launch_s: float = 0.0
     pull_gbps: float = 0.0
@@ -100,7 +102,7 @@ class MachineRates:
         peaks = self.peaks
         rates = [peaks.cpu_read_gbps, peaks.joint_gbps, peaks.gemm_tflops, self.cpu_tflops]
         rates += _measured(peaks.pcie_gbps, peaks.gpu_read_gbps, self.pull_gbps, self.disk_gbps)
-        rates += _measured(self.beside_cpu_gbps, self.beside_pull_gbps)
+        rates += _measured(self.beside_cpu_gbps, self.beside_pull_gbps, self.row_gbps)
         _check_within(RATE_RANGE, *rates)
         launches = self.launch_s, self.python_launch_s
         _check_within(TIME_RANGE, self.call_s, *_measured(*launches, self.hand_over_s))

@@ -23,7 +23,7 @@ from cpu_kernels.weight_kind import parse_kind
 from offload.hardware import Hardware
 from offload.limits import GIGA, TERA
 from offload.machine_rates import ExpertTimes, MachineRates
-from offload.peaks import CPU_ROWS, fastest_s, gemm_flops, measure_peaks
+from offload.peaks import CPU_ROWS, fastest_s, gemm_flops, measure_peaks, row_bytes_per_s
 from offload.sample_experts import sample_bytes, sample_experts
 from offload.units import MIB
 
@@ -191,6 +191,7 @@ def _calls(setting: Setting) -> dict[str, Any]:
     return {
         "call_s": fastest_s(call_often) / CALLS,
         "cpu_tflops": gemm_flops("cpu", CPU_ROWS, "float32") / TERA,
+        "row_gbps": row_bytes_per_s() / GIGA,
     }
 
 

@@ -25,6 +25,7 @@ GPU_BYTES = GIB  # many times any GPU's cache
 PINNED_BYTES = 256 * MIB
 PULLS = 32  # copies of that size while the CPU reads: 0.16 s at 50 GB/s
 GPU_ROWS, CPU_ROWS = 8192, 1024  # of the square matrices that are multiplied
+ROW_DEPTH = 2048  # of those that one row is multiplied with
 
 
 def measure_peaks(hardware: Hardware, *, num_threads: int, dtype: str) -> Peaks:
@@ -102,6 +103,24 @@ def gemm_flops(device: str, rows: int, dtype: str) -> float:
         return a @ b
 
     return 2 * rows**3 / (gpu_s(multiply) if device == "cuda" else fastest_s(multiply))
+
+
+def row_bytes_per_s() -> float:
+    """What torch reads of float32 weights on the CPU where one row is multiplied with them.
+
+    Matrices as a model has them, one after the other, more than the caches hold.
+    """
+    import torch
+
+    num_bytes = min(2 * (read_cache_bytes() or 64 * MIB), MAX_BYTES)
+    num_matrices = max(4, num_bytes // (4 * ROW_DEPTH**2))
+    x_1K, weights_MNK = torch.ones(1, ROW_DEPTH), torch.ones(num_matrices, ROW_DEPTH, ROW_DEPTH)
+
+    def multiply_all() -> None:
+        for w_NK in weights_MNK:
+            torch.nn.functional.linear(x_1K, w_NK)
+
+    return 4 * weights_MNK.numel() / fastest_s(multiply_all)
 
 
 def gpu_s(enqueue: Callable[[], object]) -> float:

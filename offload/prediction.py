@@ -197,8 +197,9 @@ def _kept_share(costs: ShareCosts, cold_bytes: float) -> float:
 def _on_cpu(demand: Demand, rates: MachineRates, rows: int, depth: int, total: Sum) -> Prediction:
     """Without a GPU: one thing after the other, all from the same memory."""
     read = rates.peaks.cpu_read_gbps * GIGA
+    by_torch = min(read, rates.row_gbps * GIGA or read)
     dense = demand.num_layers * (demand.layer_bytes + demand.shared_bytes)
-    total.add("dense", dense / read)
+    total.add("dense", dense / by_torch)
     total.add("calls", demand.num_layers * (EAGER_CALLS * rates.call_s + EAGER_LAYER_S))
     total.add("attention", demand.num_layers * rows * depth * demand.kv_bytes / read)
     for layer in demand.layers:
@@ -209,7 +210,7 @@ def _on_cpu(demand: Demand, rates: MachineRates, rows: int, depth: int, total: S
         )
         total.add("experts by torch", hot * demand.expert_bytes / read)
     add_disk(demand, rates, rows, total)
-    total.add("head", demand.head_bytes / read)
+    total.add("head", demand.head_bytes / by_torch)
     total.add("step in Python", STEP_S)
     return total.prediction()
 

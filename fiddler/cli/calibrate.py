@@ -123,7 +123,10 @@ def lines_of(rates: "MachineRates") -> list[str]:
         "CPU reads": f"{peaks.cpu_read_gbps:.1f} GB/s, {counted(rates.num_threads, 'worker')}",
         **_gpu_rows(rates),
         "products": f"{peaks.gemm_tflops:.3g} TFLOP/s",
-        "torch on the CPU": f"{rates.call_s * 1e6:.1f} us a call, {rates.cpu_tflops:.3g} TFLOP/s",
+        "torch on the CPU": (
+            f"{rates.call_s * 1e6:.1f} us a call, {rates.cpu_tflops:.3g} TFLOP/s, "
+            f"{rates.row_gbps:.1f} GB/s with one row"
+        ),
         "disk": f"{rates.disk_gbps:.2f} GB/s" if rates.disk_gbps else "no room to measure it",
     }
     width = max(map(len, rows))

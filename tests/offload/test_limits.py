@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from offload.hardware import probe
 from offload.limits import Peaks, Work, decode_limit_s, prefill_limit_s, prefill_limits_s
-from offload.peaks import measure_peaks
+from offload.peaks import measure_peaks, row_bytes_per_s
 
 # A token of a 24 GiB plan: 2 GB of experts in host memory, 3 GB in all on the GPU, 6 GFLOP.
 WORK = Work(cold_bytes=2e9, hot_bytes=1e9, dense_bytes=1.5e9, kv_bytes=0.5e9, flops=6e9)
@@ -79,3 +79,7 @@ def test_a_machine_without_a_gpu_is_measured() -> None:
     assert 0.5 < peaks.cpu_read_gbps == peaks.joint_gbps < 1000
     assert 0.001 < peaks.gemm_tflops < 100
     assert peaks.pcie_gbps == 0
+
+
+def test_a_row_of_torch_reads_at_a_rate_of_this_machine() -> None:
+    assert 1e8 < row_bytes_per_s() < 1e13

@@ -195,6 +195,24 @@ def without_gpu(rates: MachineRates) -> MachineRates:
     return replace(rates, peaks=rates.peaks_for(on_gpu=False))
 
 
+def test_dense_layers_without_a_gpu_take_what_torch_takes() -> None:
+    hardware = find_machine("h200-16core").hardware.without_gpu()
+    config = load_shape("olmoe-1b-7b")
+    settings = EngineConfig(model="olmoe-1b-7b", load_format="dummy", max_model_len=2048)
+    plan, dtypes = plan_model(settings, config, hardware, name="olmoe-1b-7b", folder=None)
+    asked, cpu = demand_of(config, dtypes, plan), without_gpu(H200)
+    plain, slow, fast = (
+        predict_decode(
+            asked, replace(cpu, row_gbps=part * cpu.peaks.cpu_read_gbps), rows=1, depth=9
+        )
+        for part in (0.0, 0.5, 3.0)
+    )
+    for name in ("dense", "head"):
+        assert slow.term(name).seconds == pytest.approx(2 * plain.term(name).seconds)
+        assert fast.term(name).seconds == plain.term(name).seconds > 0  # memory gives no more
+    assert slow.term("experts") == plain.term("experts")
+
+
 @pytest.mark.parametrize("name", reference_names())
 def test_without_a_gpu_everything_is_the_cpus(name: str) -> None:
     rates = find_machine(name).rates
