@@ -14,7 +14,7 @@ from offload.calibration import Calibration, default_path
 from offload.chances import LayerChances, blind_chances, law_chances, placed_chances
 from offload.demand import Demand, decode_work, prefill_work
 from offload.hardware import Hardware, probe
-from offload.limits import decode_limit_s, prefill_limits_s
+from offload.limits import decode_limit_s, prefill_limit_s
 from offload.machine_facts import settings_of, this_machine
 from offload.machine_rates import RATES, MachineRates
 from offload.plan import GpuSide, Plan
@@ -45,7 +45,7 @@ class Speeds:
     """What is predicted of ``rows`` requests at once: a step behind ``num_tokens``, and reading as
     many of each.
 
-    Limits are the least seconds of either, a prompt's by what limits it.
+    Limits are the least seconds of either.
     """
 
     rates: RatesHere
@@ -54,17 +54,7 @@ class Speeds:
     decode: Prediction
     prefill: Prediction
     decode_limit_s: float
-    prefill_limits_s: dict[str, float]
-
-    @property
-    def prefill_limit_s(self) -> float:
-        """That of the slowest."""
-        return max(self.prefill_limits_s.values())
-
-    @property
-    def prefill_limited_by(self) -> str:
-        """Which is the slowest."""
-        return max(self.prefill_limits_s, key=self.prefill_limits_s.__getitem__)
+    prefill_limit_s: float
 
     @property
     def decode_rate(self) -> float:
@@ -173,7 +163,7 @@ def moe_layers(config: ModelConfig) -> list[int]:
 
 def predict_speeds(demand: Demand, used: RatesHere, *, num_tokens: int, rows: int) -> Speeds:
     """Of ``rows`` requests at once that read ``num_tokens`` each, and then write."""
-    peaks = used.rates.peaks_for(on_gpu=demand.on_gpu)
+    peaks = used.rates.limits_for(on_gpu=demand.on_gpu)
     step = {"rows": rows, "depth": num_tokens}
     prompt = {"num_tokens": num_tokens, "prompts": rows}
     return Speeds(
@@ -183,7 +173,7 @@ def predict_speeds(demand: Demand, used: RatesHere, *, num_tokens: int, rows: in
         decode=predict_decode(demand, used.rates, **step),
         prefill=predict_prefill(demand, used.rates, **prompt),
         decode_limit_s=decode_limit_s(decode_work(demand, **step), peaks),
-        prefill_limits_s=prefill_limits_s(prefill_work(demand, **prompt), peaks),
+        prefill_limit_s=prefill_limit_s(prefill_work(demand, **prompt), peaks),
     )
 
 

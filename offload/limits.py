@@ -52,12 +52,7 @@ def decode_limit_s(work: Work, peaks: Peaks) -> float:
 
 
 def prefill_limit_s(work: Work, peaks: Peaks) -> float:
-    """Least time for a prompt: the slowest of :func:`prefill_limits_s`."""
-    return max(prefill_limits_s(work, peaks).values())
-
-
-def prefill_limits_s(work: Work, peaks: Peaks) -> dict[str, float]:
-    """By name: all weights are read once, and all products computed.
+    """Least time for a prompt: all weights are read once, and all products computed.
 
     A cold expert is computed by the CPU or comes over PCIe, as they choose, so both together bound
     it: PCIe alone was beaten by up to 1.6. How fast the CPU multiplies is not counted, so with many
@@ -66,12 +61,8 @@ def prefill_limits_s(work: Work, peaks: Peaks) -> dict[str, float]:
     """
     arithmetic_s = work.flops / (peaks.gemm_tflops * TERA)
     if not peaks.has_gpu:
-        return {"memory": _cpu_read_s(work, peaks), "products": arithmetic_s}
-    return {
-        "CPU and PCIe": _cold_s(work, peaks),
-        "GPU memory": _gpu_read_s(work, peaks),
-        "products": arithmetic_s,
-    }
+        return max(_cpu_read_s(work, peaks), arithmetic_s)
+    return max(_cold_s(work, peaks), _gpu_read_s(work, peaks), arithmetic_s)
 
 
 def _cold_s(work: Work, peaks: Peaks) -> float:

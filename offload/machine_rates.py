@@ -11,7 +11,7 @@ from cpu_kernels.times import TimeTable
 from cpu_kernels.weight_kind import BITS
 from offload.calibration import Quantity
 from offload.cold_share import ShareCosts
-from offload.limits import GIGA, Peaks
+from offload.limits import GIGA, TERA, Peaks
 
 # Kinds that are not measured take as long a byte as one that is: codes of as many bits, and float32
 # as bf16.
@@ -126,6 +126,18 @@ class MachineRates:
             gpu_read_gbps=0.0,
             gemm_tflops=self.cpu_tflops,
         )
+
+    def limits_for(self, *, on_gpu: bool) -> Peaks:
+        """The same for limits: no products are faster, on the CPU neither torch's nor experts'."""
+        return self.at_most(self.peaks_for(on_gpu=on_gpu))
+
+    def at_most(self, peaks: Peaks) -> Peaks:
+        """``peaks`` with the CPU's fastest products where there is no GPU: torch's are float32,
+        and experts' kernels multiply in bfloat16 or int8 where the CPU can."""
+        if peaks.has_gpu:
+            return peaks
+        fastest = max((_tflops(times.table) for times in self.times), default=0.0)
+        return replace(peaks, gemm_tflops=max(peaks.gemm_tflops, fastest))
 
     def beside_s(self, own_s: float, num_bytes: float) -> float:
         """What the workers take while the GPU pulls too, of what takes ``own_s`` alone.
@@ -255,6 +267,17 @@ def from_json(found: Any) -> MachineRates:
 
 
 RATES = Quantity("machine-rates", to_json, from_json)
+
+
+def _tflops(table: TimeTable) -> float:
+    """The fastest products of an expert, 1e12 operations a second."""
+    flops = 6 * table.hidden * table.width
+    ways = [way_s for way_s in (table.rows_s, table.columns_s) if way_s is not None]
+    return max(
+        flops * tokens / seconds / TERA
+        for way_s in ways
+        for tokens, seconds in zip(table.tokens, way_s, strict=True)
+    )
 
 
 def _table(found: dict[str, Any]) -> TimeTable:

@@ -189,6 +189,7 @@ def command(
     peaks = measure_peaks(
         subject.hardware, num_threads=subject.num_threads, dtype=subject.dtypes.compute
     )
+    peaks = rates.at_most(peaks) if rates is not None else peaks
     setting = Setting(
         subject=subject, peaks=peaks, routing=routing, build=build_commit(), rates=rates
     )

@@ -201,18 +201,10 @@ def speed_lines(facts: PlanFacts) -> list[str]:
         f"Predicted decode{of} at {speeds.num_tokens:,} tokens: {rate(speeds.decode_rate)} tok/s "
         f"(limit {rate(most_decode)})",
         f"Predicted reading of {prompts} of as many: {rate(speeds.prefill_rate)} tok/s "
-        f"({_beside(speeds, most_prefill)})",
+        f"(limit {rate(most_prefill)})",
         f"A decoded token waits for {_reasons(speeds)}",
         *_share_lines(facts),
     ]
-
-
-def _beside(speeds: "Speeds", most: float) -> str:
-    """What a prompt's speed stands beside: without a GPU that may be torch's products, which the
-    CPU's own kernels may beat."""
-    if speeds.prefill_rate <= most:
-        return f"limit {rate(most)}"
-    return f"{speeds.prefill_limited_by} alone: {rate(most)}"
 
 
 def _share_lines(facts: PlanFacts) -> list[str]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.hardware import probe
-from offload.limits import Peaks, Work, decode_limit_s, prefill_limit_s, prefill_limits_s
+from offload.limits import Peaks, Work, decode_limit_s, prefill_limit_s
 from offload.peaks import measure_peaks, row_bytes_per_s
 
 # A token of a 24 GiB plan: 2 GB of experts in host memory, 3 GB in all on the GPU, 6 GFLOP.
@@ -39,21 +39,6 @@ def test_without_a_gpu_the_cpu_does_everything() -> None:
     long = replace(WORK, flops=60e9)
     assert decode_limit_s(long, CPU) == pytest.approx(0.2)
     assert prefill_limit_s(long, CPU) == pytest.approx(0.6)  # 60 GFLOP at 100 a second
-
-
-@pytest.mark.parametrize(
-    ("peaks", "flops", "slowest"),
-    [
-        (GPU, 6e9, "CPU and PCIe"),
-        (GPU, 60e12, "products"),
-        (CPU, 6e9, "memory"),
-        (CPU, 60e9, "products"),
-    ],
-)
-def test_what_limits_a_prompt_has_a_name(peaks: Peaks, flops: float, slowest: str) -> None:
-    limits = prefill_limits_s(replace(WORK, flops=flops), peaks)
-    assert max(limits, key=limits.__getitem__) == slowest
-    assert limits[slowest] == prefill_limit_s(replace(WORK, flops=flops), peaks)
 
 
 @given(st.floats(0, 1), st.floats(1, 90), st.floats(1, 50))

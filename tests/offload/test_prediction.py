@@ -195,6 +195,21 @@ def without_gpu(rates: MachineRates) -> MachineRates:
     return replace(rates, peaks=rates.peaks_for(on_gpu=False))
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32", "w8g128", "w4g128"])
+@pytest.mark.parametrize("name", reference_names())
+def test_no_prompt_without_a_gpu_is_predicted_beyond_its_limit(name: str, dtype: str) -> None:
+    """Torch multiplies in float32, and experts' kernels faster where the CPU can."""
+    hardware, rates = find_machine(name).hardware.without_gpu(), find_machine(name).rates
+    config = load_shape("olmoe-1b-7b")
+    settings = EngineConfig(model="some", load_format="dummy", max_model_len=4096, dtype=dtype)
+    plan, dtypes = plan_model(settings, config, hardware, name="some", folder=None)
+    asked = demand_of(config, dtypes, plan)
+    for num_tokens in (1, 64, 512, 4096):
+        work = prefill_work(asked, num_tokens=num_tokens)
+        limit_s = prefill_limit_s(work, rates.limits_for(on_gpu=False))
+        assert limit_s <= predict_prefill(asked, rates, num_tokens=num_tokens).seconds
+
+
 def test_dense_layers_without_a_gpu_take_what_torch_takes() -> None:
     hardware = find_machine("h200-16core").hardware.without_gpu()
     config = load_shape("olmoe-1b-7b")
