@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fiddler.cli.console import note
-from fiddler.errors import ConfigError
+from fiddler.cli.written_file import check_file, write_file
 from offload.units import counted
 
 if TYPE_CHECKING:
@@ -33,41 +33,14 @@ def command(as_json: bool, output: Path | None) -> None:
     from offload.reference_machines import record_of
 
     if output is not None:
-        _check_output(output)
+        check_file("--output", output)
     started = time.perf_counter()
     machine = measure()
     note(f"measured in {time.perf_counter() - started:.0f} s")
     text = json.dumps(record_of(machine), indent=1)
     click.echo(text if as_json else "\n".join(lines_of(machine.rates)))
     if output is not None:
-        try:
-            output.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise _unwritable(output, error) from error
-
-
-def _check_output(path: Path) -> None:
-    """Raise ConfigError if ``path`` cannot be written, before a minute is spent on its content.
-
-    By opening it: modes say nothing of root, of /proc, or of a file system mounted read-only.
-    """
-    if not path.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {path.parent}", param_hint="--output")
-    is_new = not path.exists()
-    if not is_new and not path.is_file():
-        return  # a pipe's or a device's reader would see it opened
-    try:
-        path.open("a").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{path} cannot be written: {error.strerror}", hint="name a file in a writable folder"
-    )
+        write_file(output, text + "\n")
 
 
 def measure() -> "ReferenceMachine":

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import statistics
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -254,6 +255,27 @@ def test_a_timeline_of_what_is_measured_only(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     steps = rows_of(json.loads(path.read_text()))["engine", "steps"]
     assert [step["name"] for step in steps] == ["decode, 1 token"]
+
+
+@pytest.mark.parametrize("option", ["--trace", "--html"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also as root, whom modes do not stop."""
+    monkeypatch.setattr("fiddler.cli.bench._measure", lambda *_: pytest.fail("it was measured"))
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    for path in (Path("/proc/new"), *([] if os.access(folder, os.W_OK) else [folder / "new"])):
+        done = run(*SMALL, option, str(path))
+        assert (done.exit_code, done.stdout) == (1, ""), done.output
+        assert f"{path} cannot be written" in done.stderr and "writable folder" in done.stderr
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_the_table_is_printed_although_a_file_cannot_be_written() -> None:
+    done = run(*SMALL, "--trace", "/dev/full")
+    assert done.exit_code == 1 and "| tg4 " in done.stdout
+    assert "/dev/full cannot be written: No space left" in done.stderr
 
 
 @pytest.mark.gpu
