@@ -9,6 +9,7 @@ import click
 
 from fiddler.cli.console import note
 from fiddler.cli.written_file import check_file, write_file
+from fiddler.errors import ConfigError
 from offload.units import counted
 
 if TYPE_CHECKING:
@@ -41,6 +42,33 @@ def command(as_json: bool, output: Path | None) -> None:
     click.echo(text if as_json else "\n".join(lines_of(machine.rates)))
     if output is not None:
         write_file(output, text + "\n")
+    _check_kept(machine, output)
+
+
+def _check_kept(machine: "ReferenceMachine", output: Path | None) -> None:
+    """Say it below all else if the cache has not got the figures; ConfigError if no file has.
+
+    The warning came before the table.
+    """
+    from offload.calibration import default_path
+
+    if _is_kept(machine):
+        return
+    said = f"{default_path()} cannot be written: plan and bench will not know these figures"
+    fix = "make it writable, or set XDG_CACHE_HOME to a folder of yours"
+    if output is None:
+        raise ConfigError(said, hint=f"{fix}; or keep them with --output FILE")
+    note(f"{said}, {output} has them; {fix}")
+
+
+def _is_kept(machine: "ReferenceMachine") -> bool:
+    from fiddler._version import __version__
+    from offload.calibration import Calibration, default_path
+    from offload.machine_facts import settings_of, this_machine
+    from offload.machine_rates import RATES
+
+    calibration = Calibration(default_path(), this_machine(machine.hardware, __version__))
+    return calibration.known(RATES, settings_of(machine.hardware)) == machine.rates
 
 
 def measure() -> "ReferenceMachine":
@@ -97,11 +125,18 @@ def lines_of(rates: "MachineRates") -> list[str]:
         **_gpu_rows(rates),
         "products": f"{peaks.gemm_tflops:.3g} TFLOP/s",
         "torch on the CPU": f"{rates.call_s * 1e6:.1f} us a call, {rates.cpu_tflops:.3g} TFLOP/s",
-        "disk": f"{rates.disk_gbps:.2f} GB/s" if rates.disk_gbps else "no room to measure it",
+        "disk": f"{rates.disk_gbps:.2f} GB/s" if rates.disk_gbps else _why_no_disk(),
     }
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
     return [*lines, *_shared_lines(rates), "", *_expert_lines(rates)]
+
+
+def _why_no_disk() -> str:
+    from offload.calibration import default_path
+    from offload.measuring import why_no_disk
+
+    return why_no_disk(default_path().parent)
 
 
 def _gpu_rows(rates: "MachineRates") -> dict[str, str]:
