@@ -186,7 +186,8 @@ def test_predictions_are_sums_of_terms_and_a_wrong_one_is_said(
         assert row["predicted_ts"] == pytest.approx(runs / seconds)
         assert row["predicted_terms"][other] == []
         assert row["prediction_off"].startswith(("pp8, batch 1, took ", "tg4, batch 1, took "))
-        assert " of a watched step's " in row["prediction_off"]
+        told = " of a watched step's ", "which part is off cannot be told"  # on a busy machine
+        assert any(part in row["prediction_off"] for part in told)
     table = run(*SMALL, "--vram-gb", "0.015").stdout
     assert "| predicted |" in table and "tg4, batch 1, took " in table
 
