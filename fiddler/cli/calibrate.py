@@ -1,20 +1,24 @@
 """``fiddler calibrate``: how fast this machine is, measured once, for plans and predictions."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from fiddler.cli.console import note
+from fiddler.cli.console import note, output_width
 from fiddler.cli.written_file import check_file, write_file
 from fiddler.errors import ConfigError
+from fiddler.wrapping import fitted, glued, wrapped
 from offload.units import counted
 
 if TYPE_CHECKING:
     from offload.machine_rates import MachineRates
     from offload.reference_machines import ReferenceMachine
+
+EXPERTS = "CPU experts, ms for M tokens (the faster of row by row and by columns of tokens)"
 
 
 @click.command()
@@ -39,7 +43,7 @@ def command(as_json: bool, output: Path | None) -> None:
     machine = measure()
     note(f"measured in {time.perf_counter() - started:.0f} s")
     text = json.dumps(record_of(machine), indent=1)
-    click.echo(text if as_json else "\n".join(lines_of(machine.rates)))
+    click.echo(text if as_json else "\n".join(lines_of(machine.rates, output_width())))
     if output is not None:
         write_file(output, text + "\n")
     _check_kept(machine, output)
@@ -117,8 +121,11 @@ def measure() -> "ReferenceMachine":
     )
 
 
-def lines_of(rates: "MachineRates") -> list[str]:
-    """The figures in the words of a table; what was not measured is left out or said."""
+def lines_of(rates: "MachineRates", width: int = sys.maxsize) -> list[str]:
+    """The figures in the words of a table; what was not measured is left out or said.
+
+    In lines of ``width``, broken at blanks.
+    """
     peaks = rates.peaks
     rows = {
         "CPU reads": f"{peaks.cpu_read_gbps:.1f} GB/s, {counted(rates.num_threads, 'worker')}",
@@ -127,9 +134,12 @@ def lines_of(rates: "MachineRates") -> list[str]:
         "torch on the CPU": f"{rates.call_s * 1e6:.1f} us a call, {rates.cpu_tflops:.3g} TFLOP/s",
         "disk": f"{rates.disk_gbps:.2f} GB/s" if rates.disk_gbps else _why_no_disk(),
     }
-    width = max(map(len, rows))
-    lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
-    return [*lines, *_shared_lines(rates), "", *_expert_lines(rates)]
+    names = max(map(len, rows))
+    lines = [
+        line for name, text in rows.items() for line in wrapped(f"{name:<{names}}  ", text, width)
+    ]
+    titles = fitted("\n".join([*_shared_lines(rates), "", EXPERTS]), width)
+    return [*lines, *titles, *_expert_lines(rates, width)]
 
 
 def _why_no_disk() -> str:
@@ -165,13 +175,13 @@ def _shared_lines(rates: "MachineRates") -> list[str]:
     return lines
 
 
-def _expert_lines(rates: "MachineRates") -> list[str]:
-    lines = ["CPU experts, ms for M tokens (the faster of row by row and by columns of tokens)"]
+def _expert_lines(rates: "MachineRates", width: int) -> list[str]:
+    lines: list[str] = []
     for times in rates.times:
         table = times.table
-        points = (f"{m}: {table.best(m) * 1e3:.3g}" for m in table.tokens)
+        points = ", ".join(glued(f"{m}: {table.best(m) * 1e3:.3g}") for m in table.tokens)
         when = table.switch_over()
-        switch = f"; by columns from M = {when}" if when else ""
+        switch = f"; by columns from {glued(f'M = {when}')}" if when else ""
         name = f"{table.kernel}, {table.hidden} x {table.width}"
-        lines.append(f"  {name}: {', '.join(points)}{switch}")
+        lines += wrapped(f"  {name}: ", f"{points}{switch}", width)
     return lines

@@ -9,8 +9,9 @@ from typing import IO, Any
 
 import click
 
-from fiddler.cli.console import error_width, styled, wrapped
+from fiddler.cli.console import error_width, styled
 from fiddler.errors import FiddlerError
+from fiddler.wrapping import wrapped
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # cpu_kernels.isa.VARIABLE: that module cannot be imported if the variable asks for the impossible
