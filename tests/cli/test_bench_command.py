@@ -334,7 +334,7 @@ def test_a_shape_has_seeded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setitem(SHAPES, "tiny", tiny)
     rows = records(*SMALL, "--shape", "tiny")
-    assert {row["model_type"] for row in rows} == {"tiny bfloat16"}
+    assert {row["model_type"] for row in rows} == {"tiny float32, experts bfloat16"}
 
 
 @pytest.mark.parametrize(
