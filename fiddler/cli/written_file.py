@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import click
-
 from fiddler.errors import ConfigError
 
 
@@ -13,7 +11,9 @@ def check_file(option: str, path: Path) -> None:
     By opening it: modes say nothing of root, of /proc, or of a file system mounted read-only.
     """
     if not path.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {path.parent}", param_hint=option)
+        raise ConfigError(
+            f"{option} {path} cannot be written there", hint="name a file in a folder that exists"
+        )
     is_new = not path.exists()
     if not is_new and not path.is_file():
         return  # a pipe's or a device's reader would see it opened

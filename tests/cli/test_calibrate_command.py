@@ -230,7 +230,7 @@ def test_a_file_is_a_machine_for_plans(tmp_path: Path) -> None:
 
 def test_a_file_in_no_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     done = run("--output", str(tmp_path / "none" / "this.json"))
-    assert done.exit_code == 2 and "there is no folder" in done.stderr
+    assert done.exit_code == 1 and "this.json cannot be written there" in done.stderr
     assert not default_path().exists()
 
 
