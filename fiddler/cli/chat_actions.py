@@ -119,9 +119,10 @@ def _print_rows(rows: dict[str, str]) -> None:
     names, width = max(map(len, rows)), output_width()
     for name, value in rows.items():
         label = f"{name:<{names}}  "
-        lines = wrapped(label, value, width) if len(label + value) > width else [label + value]
-        for line in lines:
-            click.echo(line)
+        for part in value.split("\n"):  # a system prompt may have lines of its own
+            for line in wrapped(label, part, width) or [label.rstrip()]:
+                click.echo(line)
+            label = " " * len(label)
 
 
 def _save(chat: "Chat", argument: str) -> None:

@@ -123,10 +123,11 @@ def test_a_chats_banner_and_settings(capsys: pytest.CaptureFixture[str]) -> None
     defaults = llm.default_params()
     chat = Chat(llm=llm, params=defaults, defaults=defaults)  # type: ignore[arg-type]
     system = "You are a helpful assistant who answers in one sentence, or in two."
-    chat.run([f"/system {system}", "/show", "/help", '/set stop=["one","two"]'])
+    chat.run([f'/system """{system}\nBe kind."""', "/show", "/help", '/set stop=["one","two"]'])
     found = capsys.readouterr().out
     assert_fits(found)
-    assert system in " ".join(found.split())
+    assert f"{system} Be kind." in " ".join(found.split())
+    assert "Be kind." in map(str.strip, found.splitlines())
 
 
 def test_a_note_keeps_its_words_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
