@@ -12,6 +12,7 @@ from fiddler.cli.calibrate import lines_of
 from fiddler.cli.chat import _greet
 from fiddler.cli.chat_session import Chat
 from fiddler.cli.console import note
+from fiddler.cli.errors import _warning
 from fiddler.cli.quantize import _print
 from fiddler.cli.simulate_table import print_prediction, print_verdicts
 from fiddler.evaluate import report as eval_report
@@ -128,6 +129,11 @@ def test_a_chats_banner_and_settings(capsys: pytest.CaptureFixture[str]) -> None
     assert_fits(found)
     assert f"{system} Be kind." in " ".join(found.split())
     assert "Be kind." in map(str.strip, found.splitlines())
+
+
+def test_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fiddler.cli.errors.error_width", lambda: COLUMNS)
+    assert_fits(_warning(RuntimeWarning(NOTE)), f"warning: {NOTE}")
 
 
 def test_a_note_keeps_its_words_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
