@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Collection, Sequence
 
+from fiddler.wrapping import wrapped
+
 
 def markdown_table(
     headings: Sequence[str],
@@ -15,7 +17,7 @@ def markdown_table(
 
     One that is wider than ``width`` would be folded into nothing readable: what all its rows share
     then stands above it, and if that is not enough each row is a record, a line for each cell that
-    is not empty, with a blank line between records.
+    is not empty or as many as it needs, with a blank line between records.
     """
     lines = _table(headings, rows, left)
     if len(lines[0]) <= width:
@@ -24,8 +26,8 @@ def markdown_table(
     same = [i for i in range(len(headings)) if i not in differ]
     lines = _table(_chosen(headings, differ), [_chosen(row, differ) for row in rows], left)
     if not differ or len(lines[0]) > width:
-        return _records(headings, rows)
-    shared = _records(_chosen(headings, same), [_chosen(rows[0], same)])
+        return _records(headings, rows, width)
+    shared = _records(_chosen(headings, same), [_chosen(rows[0], same)], width)
     return [*shared, "", *lines] if shared else lines
 
 
@@ -45,12 +47,14 @@ def _table(
     return [_line(line, widths, is_left) for line in (headings, rule, *rows)]
 
 
-def _records(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    width = max(map(len, headings))
+def _records(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    names = max(map(len, headings))
     lines: list[str] = []
     for row in rows:
         cells = zip(headings, row, strict=True)
-        lines += ["", *(f"{heading:<{width}}  {cell}" for heading, cell in cells if cell)]
+        lines.append("")
+        for heading, cell in cells:
+            lines += wrapped(f"{heading:<{names}}  ", cell, width)
     return lines[1:]
 
 

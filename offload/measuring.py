@@ -4,6 +4,7 @@ A step adds some of the fields of :class:`offload.machine_rates.MachineRates`. E
 has used, so that the next one has the memory.
 """
 
+import errno
 import importlib
 import tempfile
 import time
@@ -39,6 +40,7 @@ MANY_THREADS = 8  # fewer take seconds for 256 tokens of a large expert; 14 take
 CALLS = 200  # of a small operation, timed together
 DISK_BYTES = 256 * MIB
 DISK_BLOCK = 8 * MIB
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +226,10 @@ def _disk(setting: Setting) -> dict[str, Any]:
 
 
 def disk_gbps(folder: Path) -> float:
-    """How fast a file in ``folder`` that is not in the page cache is read; 0: no room for one."""
+    """How fast a file in ``folder`` that is not in the page cache is read; 0: none can be made.
+
+    :func:`why_no_disk` tells why.
+    """
     import os
 
     block = memoryview(os.urandom(DISK_BLOCK))
@@ -243,3 +248,14 @@ def disk_gbps(folder: Path) -> float:
             return DISK_BYTES / (time.perf_counter() - started) / GIGA
     except OSError:
         return 0.0
+
+
+def why_no_disk(folder: Path) -> str:
+    """Why no file for :func:`disk_gbps` could be made: an empty one needs no room."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            return f"not measured, {folder} cannot be written: {error.strerror}"
+    return "no room to measure it"

@@ -6,6 +6,7 @@ are read once. A read is a hit where the expert was resident when the step began
 Shapes: S steps, M layers with experts, E experts, C choices of one layer in a step.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,9 @@ from offload.simulated_swaps import SimulatedSwaps
 Ids = npt.NDArray[np.integer]
 Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
+OnStep = Callable[[int, int], None]  # done, total
+
+TOLD = 64  # steps between two words of progress
 
 
 class Outcome(NamedTuple):
@@ -166,9 +170,13 @@ def used(ids_MC: Ids, num_experts: int) -> Mask:
     return is_used_ME
 
 
-def play(policy: Policy, steps_SMC: Ids) -> Played:
-    """All of at least one step, one after the other."""
-    outcomes = [policy.step(ids_MC) for ids_MC in steps_SMC]
+def play(policy: Policy, steps_SMC: Ids, on_step: OnStep | None = None) -> Played:
+    """All of at least one step, one after the other; ``on_step`` is told of some, and the last."""
+    outcomes = []
+    for number, ids_MC in enumerate(steps_SMC, start=1):
+        outcomes.append(policy.step(ids_MC))
+        if on_step is not None and (number % TOLD == 0 or number == len(steps_SMC)):
+            on_step(number, len(steps_SMC))
     return Played(*(np.array(column, np.int64) for column in zip(*outcomes, strict=True)))
 
 

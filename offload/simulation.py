@@ -6,6 +6,7 @@ step.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from offload.popularity import Popularity
 
 # seconds of the mean step of what was played, where (or where not) all experts are resident
 StepSeconds = Callable[[Played, bool], float]
+Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +59,17 @@ class Study:
     step_s: StepSeconds | None = None
     copy_share: float = COPY_SHARE
 
-    def verdicts(self, num_slots: int) -> list[Verdict]:
-        """Every policy that can be played within ``num_slots``."""
-        makers = self._policies(num_slots)
-        return [self._judge(name, num_slots, make()) for name, make in makers.items()]
+    def verdicts(self, num_slots: int, on_progress: Progress | None = None) -> list[Verdict]:
+        """Every policy that can be played within ``num_slots``; steps are told by policy."""
+        found = []
+        for name, make in self._policies(num_slots).items():
+            on_step = None
+            if on_progress is not None:
+                on_step = partial(on_progress, f"{name}, {num_slots:,} experts")
+                on_step(0, len(self.steps_SMC))  # the oracle looks ahead for a while
+            played = play(make(), self.steps_SMC, on_step)
+            found.append(self._judge(name, num_slots, played))
+        return found
 
     def _policies(self, num_slots: int) -> dict[str, Callable[[], Policy]]:
         rows, experts = self.trained_ME.shape
@@ -81,8 +90,7 @@ class Study:
             )
         return makers | {"oracle": lambda: Oracle(self.steps_SMC, experts, num_slots)}
 
-    def _judge(self, name: str, num_slots: int, policy: Policy) -> Verdict:
-        played = play(policy, self.steps_SMC)
+    def _judge(self, name: str, num_slots: int, played: Played) -> Verdict:
         reads, hits, loaded, moved = (int(count.sum()) for count in played)
         num_tokens = len(self.steps_SMC) * self.batch
         size = self.footprint.expert_bytes

@@ -44,7 +44,7 @@ def record_of(measured: Measurement, setting: Setting, wrong: str = "") -> Recor
         "build_commit": setting.build,
         "cpu_info": subject.hardware.cpu_name,
         "gpu_info": subject.hardware.gpu_name,
-        "model_type": f"{subject.name} {subject.dtypes.expert}",
+        "model_type": f"{subject.name} {subject.dtypes.weights}",
         "model_size": subject.weight_bytes,
         "model_n_params": subject.num_params,
         "n_threads": subject.num_threads,

@@ -11,6 +11,7 @@ from fiddler.benchmark.cases import Case
 from fiddler.benchmark.record import Record
 from fiddler.markdown_table import markdown_table
 from fiddler.models.dtypes import KV_CODES
+from fiddler.wrapping import fitted
 from offload.units import counted, size_text
 
 BILLION, MILLION = 10**9, 10**6
@@ -74,7 +75,8 @@ def as_csv(records: Sequence[Record]) -> str:
 def markdown(records: Sequence[Record], *, width: int = sys.maxsize) -> str:
     """A table, and below it what the limits were computed from."""
     table = markdown_table(*cells(records), left=_LEFT, width=width)
-    return "\n".join([*table, "", *notes(records)])
+    below = [part for line in notes(records) for part in fitted(line, width)]
+    return "\n".join([*table, "", *below])
 
 
 def notes(records: Sequence[Record]) -> list[str]:

@@ -47,7 +47,7 @@ def _trace(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Any]:
     others = job_spans(bells.looks, names) + (gpu.spans() if gpu is not None else [])
     spans = [*steps, *(part for step in steps for part in within(others, step))]
     facts = {
-        "model": f"{loaded.files.name} {loaded.dtypes.expert}",
+        "model": f"{loaded.files.name} {loaded.dtypes.weights}",
         "test": f"{case.name}, batch {case.n_parallel}",
         "cpu": loaded.hardware.cpu_name,
         "gpu": loaded.hardware.gpu_name,

@@ -32,7 +32,7 @@ NS = 1_000_000_000
 CPU_TERMS = ("cold experts, CPU", "experts")
 LINK_TERM = "cold experts, PCIe"
 PYTHON_TERM = "step in Python"
-MOST_SLOWED = 1.3  # by watching: beyond it what was seen may be the watcher's own
+MOST_SLOWED = 1.3  # times, by watching: beyond it what was seen may be the watcher's own
 FEW_STEPS, RUNS = 12, 3  # a test of few steps is watched several times, and the middle run counts
 
 
@@ -136,22 +136,23 @@ def explain(
 ) -> str:
     """In one line, how far off the prediction is and what it has wrong most."""
     slower = f"{times:.2f} times as long as" if times > 1 else f"{times:.2f} times the time"
+    why = _why(times * predicted.seconds, predicted, watched, rates)
+    return f"{case.name}, batch {case.n_parallel}, took {slower} predicted: {why}"
+
+
+def _why(
+    measured_s: float, predicted: CasePrediction, watched: dict[str, Watched], rates: MachineRates
+) -> str:
+    """The worst term; none where the watched run was much slower than the measured ones."""
+    slowed = sum(seen.num_steps * seen.step_s for seen in watched.values()) / measured_s
+    if slowed > MOST_SLOWED:
+        return f"which part is off cannot be told, as watching slowed the run {slowed:.1f} times"
     wrong = [
         _wrong(watched[kind], prediction, rates)
         for kind, prediction in (("prompt", predicted.prompt), ("step", predicted.step))
         if kind in watched and prediction.terms
     ]
-    _, text = max(wrong, default=(0.0, "nothing was seen of its steps"))
-    doubt = _doubt(times * predicted.seconds, watched)
-    return f"{case.name}, batch {case.n_parallel}, took {slower} predicted: {text}{doubt}"
-
-
-def _doubt(measured_s: float, watched: dict[str, Watched]) -> str:
-    """Where the watched run was much slower than the measured ones, watching may be the reason."""
-    slower = sum(seen.num_steps * seen.step_s for seen in watched.values()) / measured_s
-    if slower < MOST_SLOWED:
-        return ""
-    return f"; by watching perhaps: that run took {slower:.1f} times as long as the others"
+    return max(wrong, default=(0.0, "nothing was seen of its steps"))[1]
 
 
 def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[float, str]:
@@ -171,7 +172,7 @@ def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[fl
         # watched steps come one by one, so what Python takes is not beside another step
         python_s = max(STEP_S - foreseen.term(PYTHON_TERM).seconds, 0.0)
         foreseen_s = foreseen.seconds - hidden_s + python_s
-        text = _text("all else", rest_s, seen.step_s, foreseen_s)
+        text = _text("everything but the CPU's experts", rest_s, seen.step_s, foreseen_s)
         sides.append((abs(rest_s - foreseen_s), text))
     off_s, text = max(sides)
     return off_s * seen.num_steps, text

@@ -17,13 +17,14 @@ from fiddler.cli.options import (
     some_engine_options,
 )
 from fiddler.cli.page_file import check_page, html_option, write_page
+from fiddler.cli.written_file import check_file, write_file
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.errors import FiddlerError, reject_unknown
 from fiddler.progress import progress_bars
 
 if TYPE_CHECKING:
     from fiddler.benchmark.cases import Case
-    from fiddler.benchmark.driver import Driver, Measurement
+    from fiddler.benchmark.driver import Measurement
     from fiddler.benchmark.record import Record, Setting
     from fiddler.benchmark.subject import Subject
     from fiddler.loading import LoadedModel
@@ -172,19 +173,20 @@ def command(
     reject_unknown("shape", [shape] if shape else [], SHAPES)
     check_shape_options(shape, engine)
     law = parse_law(routing)
-    if trace_path is not None and not trace_path.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {trace_path.parent}", param_hint="--trace")
+    if trace_path is not None:
+        check_file("--trace", trace_path)
     check_page(html)
     cases = make_cases(n_prompt, n_gen, pairs, n_depth, batch)
     settings = EngineConfig(
         model=shape or model or BUILTIN,
         load_format="dummy" if shape else "auto",
         prefix_caching=False,
-        max_model_len=max(case.length for case in _all_cases(cases, trace_path)),
+        max_model_len=max(case.length for case in _all_cases(cases, trace_path is not None)),
         max_num_seqs=max(case.n_parallel for case in cases),
         **engine,
     )
-    subject, rates, measured = _measure(settings, cases, law, repetitions, trace_path)
+    is_traced = trace_path is not None
+    subject, rates, measured, timeline = _measure(settings, cases, law, repetitions, is_traced)
     note("measuring what the machine could give")
     peaks = measure_peaks(
         subject.hardware, num_threads=subject.num_threads, dtype=subject.dtypes.compute
@@ -195,6 +197,8 @@ def command(
     )
     records = [record_of(runs, setting, wrong) for runs, wrong in measured]
     click.echo(render(records, output, width=output_width()))
+    if trace_path is not None:
+        _write_timeline(trace_path, timeline, subject.hardware)
     if html is not None:
         _write_page(html, setting, [runs for runs, _ in measured], records)
 
@@ -234,9 +238,9 @@ def _measure(
     cases: "list[Case]",
     law: "Law | None",
     repetitions: int,
-    trace_path: Path | None,
-) -> "tuple[Subject, MachineRates | None, list[tuple[Measurement, str]]]":
-    """Each test's runs, and what is wrong with what the rates predict of them if much is.
+    is_traced: bool,
+) -> "tuple[Subject, MachineRates | None, list[tuple[Measurement, str]], dict[str, Any]]":
+    """Each test's runs, what is wrong with what the rates predict of them if much is, a timeline.
 
     The model is gone when this returns, so the machine can be measured in its memory.
     """
@@ -244,10 +248,11 @@ def _measure(
     from fiddler.benchmark.record import tokens_per_s
     from fiddler.benchmark.routing import DrawnRouting
     from fiddler.benchmark.subject import Subject
+    from fiddler.benchmark.trace import trace, trace_case
     from fiddler.benchmark.watched import what_is_wrong
 
     renew_calibration()
-    loaded = _load(settings, _all_cases(cases, trace_path))
+    loaded = _load(settings, _all_cases(cases, is_traced))
     rates = _known_rates(loaded.hardware)
     measured: list[tuple[Measurement, str]] = []
     with loaded.resources:
@@ -259,24 +264,22 @@ def _measure(
             measured.append((runs, what_is_wrong(loaded, driver, runs, rates, law)))
             median, deviation = tokens_per_s(runs)
             note(f"{case.name}, batch {case.n_parallel}: {median:.2f} ± {deviation:.2f} tok/s")
-        if trace_path is not None:
-            _write_trace(loaded, driver, cases, trace_path)
-    return Subject.of(loaded), rates, measured
+        timeline = trace(loaded, driver, trace_case(cases)) if is_traced else {}
+    return Subject.of(loaded), rates, measured, timeline
 
 
-def _all_cases(cases: "list[Case]", trace_path: Path | None) -> "list[Case]":
+def _all_cases(cases: "list[Case]", is_traced: bool) -> "list[Case]":
     from fiddler.benchmark.trace import trace_case
 
-    return cases if trace_path is None else [*cases, trace_case(cases)]
+    return [*cases, trace_case(cases)] if is_traced else cases
 
 
-def _write_trace(loaded: "LoadedModel", driver: "Driver", cases: "list[Case]", path: Path) -> None:
-    from fiddler.benchmark.trace import has_gpu_rows, trace, trace_case
+def _write_timeline(path: Path, timeline: dict[str, Any], hardware: "Hardware") -> None:
+    from fiddler.benchmark.trace import has_gpu_rows
 
-    found = trace(loaded, driver, trace_case(cases))
-    path.write_text(json.dumps(found))
+    write_file(path, json.dumps(timeline))
     note(f"wrote {path}; open it at https://ui.perfetto.dev")
-    if loaded.hardware.has_gpu and not has_gpu_rows(found):
+    if hardware.has_gpu and not has_gpu_rows(timeline):
         note("it has no rows of the GPU: torch's profiler gave none, for which it needs CUPTI")
 
 

@@ -1,19 +1,24 @@
 """``fiddler calibrate``: how fast this machine is, measured once, for plans and predictions."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from fiddler.cli.console import note
+from fiddler.cli.console import note, output_width
+from fiddler.cli.written_file import check_file, write_file
 from fiddler.errors import ConfigError
+from fiddler.wrapping import fitted, glued, wrapped
 from offload.units import counted
 
 if TYPE_CHECKING:
     from offload.machine_rates import MachineRates
     from offload.reference_machines import ReferenceMachine
+
+EXPERTS = "CPU experts, ms for M tokens (the faster of row by row and by columns of tokens)"
 
 
 @click.command()
@@ -33,41 +38,41 @@ def command(as_json: bool, output: Path | None) -> None:
     from offload.reference_machines import record_of
 
     if output is not None:
-        _check_output(output)
+        check_file("--output", output)
     started = time.perf_counter()
     machine = measure()
     note(f"measured in {time.perf_counter() - started:.0f} s")
     text = json.dumps(record_of(machine), indent=1)
-    click.echo(text if as_json else "\n".join(lines_of(machine.rates)))
+    click.echo(text if as_json else "\n".join(lines_of(machine.rates, output_width())))
     if output is not None:
-        try:
-            output.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise _unwritable(output, error) from error
+        write_file(output, text + "\n")
+    _check_kept(machine, output)
 
 
-def _check_output(path: Path) -> None:
-    """Raise ConfigError if ``path`` cannot be written, before a minute is spent on its content.
+def _check_kept(machine: "ReferenceMachine", output: Path | None) -> None:
+    """Say it below all else if the cache has not got the figures; ConfigError if no file has.
 
-    By opening it: modes say nothing of root, of /proc, or of a file system mounted read-only.
+    The warning came before the table.
     """
-    if not path.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {path.parent}", param_hint="--output")
-    is_new = not path.exists()
-    if not is_new and not path.is_file():
-        return  # a pipe's or a device's reader would see it opened
-    try:
-        path.open("a").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    from offload.calibration import default_path
+
+    if _is_kept(machine):
+        return
+    said = f"{default_path()} cannot be written: plan and bench will not know these figures"
+    fix = "make it writable, or set XDG_CACHE_HOME to a folder of yours"
+    if output is None:
+        raise ConfigError(said, hint=f"{fix}; or keep them with --output FILE")
+    note(f"{said}, {output} has them; {fix}")
 
 
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{path} cannot be written: {error.strerror}", hint="name a file in a writable folder"
-    )
+def _is_kept(machine: "ReferenceMachine") -> bool:
+    from fiddler._version import __version__
+    from offload.calibration import Calibration, default_path
+    from offload.machine_facts import settings_of, this_machine
+    from offload.machine_rates import RATES
+
+    calibration = Calibration(default_path(), this_machine(machine.hardware, __version__))
+    return calibration.known(RATES, settings_of(machine.hardware)) == machine.rates
 
 
 def measure() -> "ReferenceMachine":
@@ -116,8 +121,11 @@ def measure() -> "ReferenceMachine":
     )
 
 
-def lines_of(rates: "MachineRates") -> list[str]:
-    """The figures in the words of a table; what was not measured is left out or said."""
+def lines_of(rates: "MachineRates", width: int = sys.maxsize) -> list[str]:
+    """The figures in the words of a table; what was not measured is left out or said.
+
+    In lines of ``width``, broken at blanks.
+    """
     peaks = rates.peaks
     rows = {
         "CPU reads": f"{peaks.cpu_read_gbps:.1f} GB/s, {counted(rates.num_threads, 'worker')}",
@@ -127,11 +135,21 @@ def lines_of(rates: "MachineRates") -> list[str]:
             f"{rates.call_s * 1e6:.1f} us a call, {rates.cpu_tflops:.3g} TFLOP/s, "
             f"{rates.row_gbps:.1f} GB/s with one row"
         ),
-        "disk": f"{rates.disk_gbps:.2f} GB/s" if rates.disk_gbps else "no room to measure it",
+        "disk": f"{rates.disk_gbps:.2f} GB/s" if rates.disk_gbps else _why_no_disk(),
     }
-    width = max(map(len, rows))
-    lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
-    return [*lines, *_shared_lines(rates), "", *_expert_lines(rates)]
+    names = max(map(len, rows))
+    lines = [
+        line for name, text in rows.items() for line in wrapped(f"{name:<{names}}  ", text, width)
+    ]
+    titles = fitted("\n".join([*_shared_lines(rates), "", EXPERTS]), width)
+    return [*lines, *titles, *_expert_lines(rates, width)]
+
+
+def _why_no_disk() -> str:
+    from offload.calibration import default_path
+    from offload.measuring import why_no_disk
+
+    return why_no_disk(default_path().parent)
 
 
 def _gpu_rows(rates: "MachineRates") -> dict[str, str]:
@@ -160,13 +178,13 @@ def _shared_lines(rates: "MachineRates") -> list[str]:
     return lines
 
 
-def _expert_lines(rates: "MachineRates") -> list[str]:
-    lines = ["CPU experts, ms for M tokens (the faster of row by row and by columns of tokens)"]
+def _expert_lines(rates: "MachineRates", width: int) -> list[str]:
+    lines: list[str] = []
     for times in rates.times:
         table = times.table
-        points = (f"{m}: {table.best(m) * 1e3:.3g}" for m in table.tokens)
+        points = ", ".join(glued(f"{m}: {table.best(m) * 1e3:.3g}") for m in table.tokens)
         when = table.switch_over()
-        switch = f"; by columns from M = {when}" if when else ""
+        switch = f"; by columns from {glued(f'M = {when}')}" if when else ""
         name = f"{table.kernel}, {table.hidden} x {table.width}"
-        lines.append(f"  {name}: {', '.join(points)}{switch}")
+        lines += wrapped(f"  {name}: ", f"{points}{switch}", width)
     return lines

@@ -67,12 +67,12 @@ def command(
 
 def _greet(llm: session.ChatModel) -> None:
     from fiddler._version import __version__
-    from fiddler.cli.console import note
-    from fiddler.cli.stats_line import SEPARATOR
+    from fiddler.cli.console import error_width, note
+    from fiddler.cli.stats_line import SEPARATOR, folded
 
     parts = f"fiddler {__version__}", llm.model_name, "/help lists commands, Ctrl-D leaves"
-    note(SEPARATOR.join(parts))
-    for line in filter(None, (_placement_line(llm), _tip(llm))):
+    head = folded(SEPARATOR.join(parts), error_width())
+    for line in filter(None, (*head, _placement_line(llm), _tip(llm))):
         note(line)
 
 

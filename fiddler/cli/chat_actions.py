@@ -10,12 +10,13 @@ import click
 from fiddler.cli.attachment import read_text_file
 from fiddler.cli.chat_commands import SET_CHOICES, SlashCommand, help_lines
 from fiddler.cli.chat_file import SavedChat, load_chat, save_chat
-from fiddler.cli.console import note
+from fiddler.cli.console import echo, note, output_width
 from fiddler.cli.expert_heatmap import heatmap_lines
 from fiddler.cli.params_edit import assignment, edit_params, params_to_json
 from fiddler.cli.stats_line import folded, stats_line
 from fiddler.errors import ConfigError
 from fiddler.prompts import check_params
+from fiddler.wrapping import wrapped
 from offload.units import counted
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ class LeaveChat(Exception):
 
 
 def _help(chat: "Chat", argument: str) -> None:
-    for line in help_lines(TABLE):
+    for line in help_lines(TABLE, output_width()):
         click.echo(line)
-    click.echo('Alt-Enter or """ begins another line; Ctrl-X Ctrl-E opens $EDITOR;')
-    click.echo("Ctrl-C stops an answer; Ctrl-D leaves.")
+    echo('Alt-Enter or """ begins another line; Ctrl-X Ctrl-E opens $EDITOR;')
+    echo("Ctrl-C stops an answer; Ctrl-D leaves.")
 
 
 def _exit(chat: "Chat", argument: str) -> None:
@@ -115,9 +116,13 @@ def _settings(chat: "Chat") -> dict[str, str]:
 
 
 def _print_rows(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
+    names, width = max(map(len, rows)), output_width()
     for name, value in rows.items():
-        click.echo(f"{name:<{width}}  {value}")
+        label = f"{name:<{names}}  "
+        for part in value.split("\n"):  # a system prompt may have lines of its own
+            for line in wrapped(label, part, width) or [label.rstrip()]:
+                click.echo(line)
+            label = " " * len(label)
 
 
 def _save(chat: "Chat", argument: str) -> None:

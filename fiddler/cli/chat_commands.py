@@ -1,12 +1,14 @@
 """The slash commands of the chat as data: one table gives parsing, completion and help."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from fiddler.cli.params_edit import SETTABLE
 from fiddler.errors import ConfigError, nearest
+from fiddler.wrapping import wrapped
 
 C = TypeVar("C")
 
@@ -54,11 +56,12 @@ def find_command(name: str, table: Iterable[SlashCommand[C]]) -> SlashCommand[C]
     return by_name[name]
 
 
-def help_lines(table: Iterable[SlashCommand[C]]) -> list[str]:
-    """One line for each command, in columns."""
+def help_lines(table: Iterable[SlashCommand[C]], columns: int = sys.maxsize) -> list[str]:
+    """One line for each command, or in a narrow terminal as many as it needs, in columns."""
     rows = [(command.usage, command.help) for command in table]
     width = max(len(usage) for usage, _ in rows)
-    return [f"{usage:<{width}}  {text}" for usage, text in rows]
+    labelled = ((f"{usage:<{width}}  ", text) for usage, text in rows)
+    return [line for label, text in labelled for line in wrapped(label, text, columns)]
 
 
 def completions(text: str, table: Iterable[SlashCommand[C]]) -> list[tuple[str, int]]:

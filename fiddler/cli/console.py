@@ -4,10 +4,11 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+
+from fiddler.wrapping import fitted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -27,8 +28,9 @@ def styled(text: str, **style: Any) -> str:
 
 
 def note(text: str) -> None:
-    """Write one dim line to standard error."""
-    click.echo(styled(text, dim=True), err=True)
+    """Write one dim line to standard error, or on a terminal as many as it needs."""
+    for line in fitted(text, error_width()):
+        click.echo(styled(line, dim=True), err=True)
 
 
 def error_width() -> int:
@@ -45,16 +47,10 @@ def _width(stream: IO[str]) -> int:
     return shutil.get_terminal_size().columns if stream.isatty() else sys.maxsize
 
 
-def wrapped(label: str, text: str, width: int) -> list[str]:
-    """``text`` behind ``label`` in lines of ``width``, broken at blanks; a longer word stays."""
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=label,
-        subsequent_indent=" " * len(label),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def echo(text: str) -> None:
+    """Write ``text`` to standard output, on a terminal in lines of its width."""
+    for line in fitted(text, output_width()):
+        click.echo(line)
 
 
 def printable(text: str) -> str:

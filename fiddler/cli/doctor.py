@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fiddler.cli.console import output_width, wrapped
+from fiddler.cli.console import output_width
 from fiddler.cli.errors import ISA_VARIABLE
+from fiddler.wrapping import wrapped
 
 if TYPE_CHECKING:
     from fiddler.cli.doctor_checks import Problem

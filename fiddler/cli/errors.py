@@ -9,8 +9,9 @@ from typing import IO, Any
 
 import click
 
-from fiddler.cli.console import error_width, styled, wrapped
+from fiddler.cli.console import error_width, styled
 from fiddler.errors import FiddlerError
+from fiddler.wrapping import wrapped
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # cpu_kernels.isa.VARIABLE: that module cannot be imported if the variable asks for the impossible
@@ -30,19 +31,17 @@ class Sentence(click.ClickException):
 
 def print_error(message: str, hint: str = "") -> None:
     """Write ``error: message`` and, if there is one, ``hint: hint`` to standard error."""
-    _print_labelled("error:", message, fg="red", bold=True)
+    click.echo(_labelled("error:", message, fg="red", bold=True), err=True)
     if hint:
-        _print_labelled("hint:", hint, fg="cyan")
+        click.echo(_labelled("hint:", hint, fg="cyan"), err=True)
 
 
-def _print_labelled(label: str, text: str, **style: Any) -> None:
+def _labelled(label: str, text: str, **style: Any) -> str:
     """On a terminal in lines of its width, broken at blanks; else in one."""
     width = error_width()
     lines = wrapped(f"{label} ", text, width) if width < sys.maxsize else [f"{label} {text}"]
     first, *more = lines
-    click.echo(styled(label, **style) + first.removeprefix(label), err=True)
-    for line in more:
-        click.echo(line, err=True)
+    return "\n".join([styled(label, **style) + first.removeprefix(label), *more])
 
 
 @contextlib.contextmanager
@@ -67,7 +66,7 @@ def as_sentences(*, debug: bool) -> Iterator[None]:
 
 def _warning(message: Warning | str, *where: object, **more: object) -> str:
     """As a person reads it: not where in the sources it was given."""
-    return f"{styled('warning:', fg='yellow', bold=True)} {message}\n"
+    return _labelled("warning:", str(message), fg="yellow", bold=True) + "\n"
 
 
 def is_closed_pipe(error: Exception) -> bool:

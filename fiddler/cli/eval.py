@@ -32,7 +32,7 @@ BUILTIN_TEXT = "held-out conversations"
     "--window",
     type=Whole(min=2),
     metavar="N",
-    help="Tokens that the model reads at once.  [default: 2048]",
+    help="Tokens that the model reads at once.  [default: 2048, or the context if that is less]",
 )
 @click.option(
     "--stride",

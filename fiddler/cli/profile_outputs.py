@@ -1,6 +1,7 @@
 """What commands may write over: files of the kind that they write, never what they read."""
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,22 @@ def check_outputs(inputs: Mapping[Path, str], outputs: Sequence[Output]) -> None
                 f"there is a {output.kind} in {output.path} already",
                 hint=f"replace it by {output.option} {output.path}, or name another file",
             )
+        _check_folder(output)
         taken[output.path] = f"is where the {output.kind} goes"
+
+
+def _check_folder(output: Output) -> None:
+    """Of what is replaced as a whole, a draft is made beside it: so a file is, that has no name.
+
+    Modes alone say nothing of root, of /proc, or of a file system mounted read-only.
+    """
+    try:
+        tempfile.TemporaryFile(dir=output.path.parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{output.option} {output.path} cannot be written there: {error.strerror}",
+            hint="name a file in a writable folder",
+        ) from error
 
 
 def _is_same_file(one: Path, other: Path) -> bool:

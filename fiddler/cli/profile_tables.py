@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def print_result(result: "ProfileResult") -> None:
     """The heatmap, entropies and the hit rates."""
-    from fiddler.cli.console import output_console
+    from fiddler.cli.console import echo, output_console
     from fiddler.cli.expert_heatmap import heatmap_lines
     from fiddler.report.entropy import entropy_line
 
@@ -19,7 +19,7 @@ def print_result(result: "ProfileResult") -> None:
     counts = result.profile.popularity.counts_LE.tolist()
     for line in heatmap_lines(counts, width=min(console.width, 100)):
         console.print(line)
-    console.print(entropy_line(result.profile.popularity, result.moe_layers), soft_wrap=True)
+    echo(entropy_line(result.profile.popularity, result.moe_layers))
     console.print(
         f"\nHit rate on {result.held_out_tokens:,} held-out tokens, "
         f"placed by the other {result.profile.num_tokens:,}:\n"

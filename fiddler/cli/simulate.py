@@ -13,6 +13,7 @@ from fiddler.cli.option_types import Dtype, Number
 from fiddler.cli.options import COUNT, GIB
 from fiddler.cli.simulate_table import print_prediction, print_verdicts
 from fiddler.errors import ConfigError
+from fiddler.progress import progress_bars
 from offload.units import counted
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def command(
     if copy_share is not None:
         study = dataclasses.replace(study, copy_share=copy_share)
     budgets = _budgets(routes, slots, vram_gb)
-    found = {label: study.verdicts(count) for label, count in budgets.items()}
+    with progress_bars() as bars:
+        found = {label: study.verdicts(count, bars) for label, count in budgets.items()}
     if as_json:
         rows = [dataclasses.asdict(verdict) for verdicts in found.values() for verdict in verdicts]
         machine = None if used is None else used.name or "this machine"

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fiddler.cli.console import output_console
+from fiddler.cli.console import echo, output_console
 from fiddler.cli.profile_tables import rate_table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def print_verdicts(found: "dict[str, list[Verdict]]", title: str, peaks: "Peaks"
     console = output_console()
     console.print(title, style="bold")
     for label, verdicts in found.items():
-        table = rate_table("policy", "hits", "cold/token", "copied/token", "tok/s", "limit")
+        table = rate_table("policy", "hits", "cold a token", "copied a token", "tok/s", "limit")
         for verdict in verdicts:
             table.add_row(
                 verdict.policy,
@@ -39,14 +39,14 @@ def print_verdicts(found: "dict[str, list[Verdict]]", title: str, peaks: "Peaks"
         console.print(table)
     console.print()
     for name, meaning in POLICIES.items():
-        console.print(f"{name}: {meaning}", soft_wrap=True)
-    console.print(f"limit: {_rates(peaks)}", soft_wrap=True)
+        echo(f"{name}: {meaning}")
+    echo(f"limit: {_rates(peaks)}")
 
 
 def print_prediction(used: "RatesHere | None", *, is_known: bool) -> None:
     """What tok/s are, and by whose rates; ``is_known``: what the model asks for is."""
     for line in _prediction_lines(used, is_known=is_known):
-        output_console().print(line, soft_wrap=True)
+        echo(line)
 
 
 def _prediction_lines(used: "RatesHere | None", *, is_known: bool) -> list[str]:

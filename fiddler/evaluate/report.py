@@ -9,6 +9,7 @@ from fiddler.evaluate.figures import Accuracy, Divergence, Perplexity
 from fiddler.evaluate.preparation import Preparation
 from fiddler.markdown_table import markdown_table
 from fiddler.models.dtypes import Dtypes
+from fiddler.wrapping import fitted
 
 Record = dict[str, Any]
 
@@ -143,7 +144,8 @@ def markdown(evaluation: Evaluation, *, width: int = sys.maxsize) -> str:
     headings = list(rows[-1])
     cells = [[row.get(heading, "") for heading in headings] for row in rows]
     table = markdown_table(headings, cells, left={"model", "dtype", "experts", "KV"}, width=width)
-    return "\n".join([*table, "", *_lines_below(evaluation)])
+    below = [part for line in _lines_below(evaluation) for part in fitted(line, width)]
+    return "\n".join([*table, "", *below])
 
 
 def _run_cells(run: Run) -> dict[str, str]:

@@ -34,10 +34,12 @@ class Dtypes:
     few: Activations = "f32"
 
     def __str__(self) -> str:
-        others = (("experts", self.expert), ("KV", self.kv))
-        return ", ".join(
-            [self.compute, *(f"{name} {kind}" for name, kind in others if kind != self.compute)]
-        )
+        return self.weights + (f", KV {self.kv}" if self.kv != self.compute else "")
+
+    @property
+    def weights(self) -> str:
+        """All but the cache's: ``float32, experts bfloat16``, or one type where both are alike."""
+        return self.compute + (f", experts {self.expert}" if self.expert != self.compute else "")
 
     @property
     def expert_kinds(self) -> tuple[WeightKind, ...]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import statistics
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -185,7 +186,8 @@ def test_predictions_are_sums_of_terms_and_a_wrong_one_is_said(
         assert row["predicted_ts"] == pytest.approx(runs / seconds)
         assert row["predicted_terms"][other] == []
         assert row["prediction_off"].startswith(("pp8, batch 1, took ", "tg4, batch 1, took "))
-        assert " of a watched step's " in row["prediction_off"]
+        told = " of a watched step's ", "which part is off cannot be told"  # on a busy machine
+        assert any(part in row["prediction_off"] for part in told)
     table = run(*SMALL, "--vram-gb", "0.015").stdout
     assert "| predicted |" in table and "tg4, batch 1, took " in table
 
@@ -256,6 +258,27 @@ def test_a_timeline_of_what_is_measured_only(tmp_path: Path) -> None:
     assert [step["name"] for step in steps] == ["decode, 1 token"]
 
 
+@pytest.mark.parametrize("option", ["--trace", "--html"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also as root, whom modes do not stop."""
+    monkeypatch.setattr("fiddler.cli.bench._measure", lambda *_: pytest.fail("it was measured"))
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    for path in (Path("/proc/new"), *([] if os.access(folder, os.W_OK) else [folder / "new"])):
+        done = run(*SMALL, option, str(path))
+        assert (done.exit_code, done.stdout) == (1, ""), done.output
+        assert f"{path} cannot be written" in done.stderr and "writable folder" in done.stderr
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_the_table_is_printed_although_a_file_cannot_be_written() -> None:
+    done = run(*SMALL, "--trace", "/dev/full")
+    assert done.exit_code == 1 and "| tg4 " in done.stdout
+    assert "/dev/full cannot be written: No space left" in done.stderr
+
+
 @pytest.mark.gpu
 def test_a_timeline_shows_the_gpu_beside_the_workers(tmp_path: Path) -> None:
     path = tmp_path / "steps.json"
@@ -311,7 +334,7 @@ def test_a_shape_has_seeded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setitem(SHAPES, "tiny", tiny)
     rows = records(*SMALL, "--shape", "tiny")
-    assert {row["model_type"] for row in rows} == {"tiny bfloat16"}
+    assert {row["model_type"] for row in rows} == {"tiny float32, experts bfloat16"}
 
 
 @pytest.mark.parametrize(
@@ -326,7 +349,8 @@ def test_a_shape_has_seeded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (("-pg", "512"), 2, "'512' is not a prompt's and an answer's length"),
         (("-pg", "512,0"), 2, "as in 512,128"),
         (("--batch", "0"), 2, "'0' is not a list of numbers from 1 on"),
-        (("--trace", "no/such/folder/steps.json"), 2, "there is no folder no/such/folder"),
+        (("--trace", "no/such/folder/steps.json"), 1, "cannot be written there"),
+        (("--html", "no/such/folder/page.html"), 1, "cannot be written there"),
         (("-p", "5000"), 1, "hint: use -p or -n, with -d, of 4096 or less"),
         (("-p", "4000", "-r", "1", "--batch", "9", "--vram-gb", "0.07"), 1, "has room for"),
     ],

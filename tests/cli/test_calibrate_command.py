@@ -230,7 +230,7 @@ def test_a_file_is_a_machine_for_plans(tmp_path: Path) -> None:
 
 def test_a_file_in_no_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     done = run("--output", str(tmp_path / "none" / "this.json"))
-    assert done.exit_code == 2 and "there is no folder" in done.stderr
+    assert done.exit_code == 1 and "this.json cannot be written there" in done.stderr
     assert not default_path().exists()
 
 
@@ -265,8 +265,17 @@ def test_figures_are_printed_although_they_cannot_be_written() -> None:
     assert "/dev/full cannot be written: No space left" in done.stderr
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_cache_that_cannot_be_written_is_said_at_the_end_too(
+    is_named: bool, tmp_path: Path
+) -> None:
+    """And is an error where nothing else has the figures."""
     (tmp_path / "cache").write_text("")
+    named = ("--output", str(tmp_path / "this.json")) if is_named else ()
     with pytest.warns(RuntimeWarning, match="cannot be written .* XDG_CACHE_HOME"):
-        done = run()
-    assert done.exit_code == 0 and "100.0 GB/s" in done.stdout
+        done = run(*named)
+    assert done.exit_code == (0 if is_named else 1) and "100.0 GB/s" in done.stdout
+    assert "not measured, " in done.stdout and "no room" not in done.stdout
+    last = " ".join(done.stderr.splitlines()[-2:])
+    assert "cannot be written: plan and bench will not know these figures" in last
+    assert "XDG_CACHE_HOME" in last and ("this.json has them" in last) == is_named

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from terminal import terminal
 
 from fiddler.cli import cli
-from fiddler.cli.console import wrapped
 from fiddler.cli.doctor import facts_rows
 from fiddler.cli.doctor_facts import Facts
 from fiddler.cli.doctor_memory import Cache
+from fiddler.wrapping import wrapped
 
 
 def test_the_table_shows_pages_nodes_and_caches() -> None:

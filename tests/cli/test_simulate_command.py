@@ -1,6 +1,8 @@
 """``fiddler simulate`` on drawn and on recorded routes: figures that agree, and refusals."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,23 @@ def test_a_table_for_each_budget() -> None:
     assert "experts on the GPU (6 GiB)" in done.stdout
     assert done.stdout.count("oracle") == 3
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_steps_of_each_policy_and_size_are_told_on_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    @contextmanager
+    def bars() -> Iterator[Any]:
+        yield lambda what, *at: told.setdefault(what, []).append(at)
+
+    monkeypatch.setattr("fiddler.cli.simulate.progress_bars", bars)
+    assert run(*SMALL, "--slots", "100", "--slots", "1000").exit_code == 0
+    assert list(told) == [
+        f"{name}, {size} experts" for size in ("100", "1,000") for name in POLICIES
+    ]
+    assert all(at == [(0, 90), (64, 90), (90, 90)] for at in told.values())
 
 
 def test_a_narrow_terminal_cuts_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:

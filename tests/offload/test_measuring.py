@@ -1,5 +1,6 @@
 """What a calibration measures, with made-up measurements; and a real one, which takes a while."""
 
+import errno
 import json
 import time
 from dataclasses import asdict, replace
@@ -34,6 +35,7 @@ from offload.measuring import (
     kernels_to_compile,
     machine_steps,
     measure_rates,
+    why_no_disk,
 )
 from offload.share_rates import KERNELS as SHARED
 
@@ -193,6 +195,21 @@ def test_a_disk_without_room_has_no_rate(tmp_path: Path, monkeypatch: pytest.Mon
     assert disk_gbps(tmp_path / "new") > 0
     (tmp_path / "file").write_text("")
     assert disk_gbps(tmp_path / "file" / "folder") == 0.0
+
+
+def test_no_room_and_no_leave_to_write_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    said = f"not measured, {tmp_path / 'file' / 'folder'} cannot be written: Not a directory"
+    assert why_no_disk(tmp_path / "file" / "folder") == said
+    assert why_no_disk(tmp_path) == "no room to measure it"
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert why_no_disk(tmp_path) == "no room to measure it"
 
 
 @pytest.mark.slow

@@ -10,9 +10,12 @@ cells = st.text("abc 1.", max_size=9).map(str.strip)
 rows_of_cells = st.lists(st.lists(cells, min_size=3, max_size=3), min_size=1, max_size=4)
 
 
-@given(rows=rows_of_cells, width=st.integers(1, 60))
+@given(rows=rows_of_cells, width=st.integers(17, 60))
 def test_a_table_that_does_not_fit_keeps_its_cells(rows: list[list[str]], width: int) -> None:
-    """All that is told above the table is told of each row, and so is each of the records."""
+    """All that is told above the table is told of each row, and so is each of the records.
+
+    From 17 columns on, in which each cell fits beside its name.
+    """
     table = markdown_table(HEADINGS, rows, left={"model"})
     found = markdown_table(HEADINGS, rows, left={"model"}, width=width)
     if len(table[0]) <= width:
@@ -64,4 +67,15 @@ def test_records_are_columns_of_names_and_values() -> None:
         "",
         "model  tiny",
         "t/s    22",
+    ]
+
+
+def test_a_long_cell_of_a_record_is_broken_at_blanks() -> None:
+    rows = [["tiny float32, experts bfloat16", "pp512", "1.5"]]
+    assert markdown_table(HEADINGS, rows, left=(), width=20) == [
+        "model  tiny float32,",
+        "       experts",
+        "       bfloat16",
+        "test   pp512",
+        "t/s    1.5",
     ]

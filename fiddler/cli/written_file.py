@@ -1,0 +1,39 @@
+"""A file that is written when the work is done: checked before it begins."""
+
+from pathlib import Path
+
+from fiddler.errors import ConfigError
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise ConfigError if ``path`` cannot be written, before time is spent on its content.
+
+    By opening it: modes say nothing of root, of /proc, or of a file system mounted read-only.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"{option} {path} cannot be written there", hint="name a file in a folder that exists"
+        )
+    is_new = not path.exists()
+    if not is_new and not path.is_file():
+        return  # a pipe's or a device's reader would see it opened
+    try:
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write ``text``; raises ConfigError where it cannot be."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written: {error.strerror}", hint="name a file in a writable folder"
+    )
