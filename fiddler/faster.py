@@ -32,11 +32,6 @@ class Kind(Enum):
     KV = auto()
     EXPERTS = auto()
 
-    @property
-    def rounds(self) -> bool:
-        """Whether what is given up may be the answers' quality."""
-        return self in (Kind.KV, Kind.EXPERTS)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faster:
@@ -74,28 +69,28 @@ def ways_to_go_faster(made: Planned) -> list[Faster]:
 
 
 def cheapest(ways: Iterable[Faster]) -> list[Faster]:
-    """Of ``ways``, the cheapest first, those that gain LEAST_GAIN and add to those before them.
+    """Of ``ways``, the cheapest first, those that gain LEAST_GAIN and more than all cheaper ones.
 
-    MOST_SHOWN of them: first one of each kind, and where that leaves room others that gain more.
+    MOST_SHOWN of them: the one that gains most, one of each other kind, and where that leaves room
+    others.
     """
-    worth = [way for way in ways if way.gain >= LEAST_GAIN]
-    kept: set[int] = set()  # their places
+    adding = list(_adding(ways))
+    kept = {len(adding) - 1} if adding else set()  # their places
     for may_repeat in (False, True):
-        for place, way in enumerate(worth):
-            is_new = place not in kept and all(worth[n].kind is not way.kind for n in kept)
-            pairs = [(worth[max(n, place)], worth[min(n, place)]) for n in kept if n != place]
-            adds = all(_adds(dearer, cheaper) for dearer, cheaper in pairs)
-            if adds and (is_new or may_repeat) and len({*kept, place}) <= MOST_SHOWN:
+        for place, way in enumerate(adding):
+            is_new = all(adding[n].kind is not way.kind for n in kept)
+            if (is_new or may_repeat) and len({*kept, place}) <= MOST_SHOWN:
                 kept.add(place)
-    return [worth[place] for place in sorted(kept)]
+    return [adding[place] for place in sorted(kept)]
 
 
-def _adds(dearer: Faster, cheaper: Faster) -> bool:
-    """Whether it gains more than the ``cheaper`` one.
-
-    Memory may gain less than what rounds: who wants the very numbers has no other choice.
-    """
-    return dearer.gain > cheaper.gain or (dearer.kind is Kind.MEMORY and cheaper.kind.rounds)
+def _adding(ways: Iterable[Faster]) -> Iterator[Faster]:
+    """Those that gain more than all before them; memory to buy is tried last, so more than all."""
+    most = -math.inf
+    for way in ways:
+        if way.gain >= LEAST_GAIN and way.gain > most:
+            most = way.gain
+            yield way
 
 
 def _tried(made: Planned) -> Iterator[Faster]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import chain, combinations
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def test_what_is_proposed_is_what_the_option_gives(
     made = make(case(shape, hardware, objective=objective, **options))
     ways = ways_to_go_faster(made)
     assert len(ways) <= 3 and (ways or objective == "prefill")
-    gains = [way.gain for way in ways if way.cost != "memory to buy"]
+    gains = [way.gain for way in ways]
     assert gains == sorted(gains)
     for way in ways:
         assert way.gain >= LEAST_GAIN
@@ -174,28 +175,42 @@ GAINS = st.floats(-0.5, 2) | st.sampled_from([0.1, 0.5])
 
 
 @given(st.lists(st.tuples(st.sampled_from(Kind), GAINS), max_size=9))
-def test_the_cheapest_that_add_something_are_shown(found: list[tuple[Kind, float]]) -> None:
+def test_the_one_that_gains_most_and_the_cheapest_before_it_are_shown(
+    found: list[tuple[Kind, float]],
+) -> None:
     ways = [
         Faster(kind=kind, option=str(n), cost="", decode=(1, 1), prefill=(1, 1), gain=gain)
         for n, (kind, gain) in enumerate(found)
     ]
-    shown = cheapest(ways)
-    assert shown == sorted(shown, key=ways.index) and len(shown) <= 3
+    worth = [way for way in ways if way.gain >= LEAST_GAIN]
+    adding = [
+        way for n, way in enumerate(worth) if not any(way.gain <= other.gain for other in worth[:n])
+    ]
 
-    def adds(dearer: Faster, cheaper: Faster) -> bool:
-        is_memory = dearer.kind is Kind.MEMORY and cheaper.kind.rounds
-        return dearer.gain > cheaper.gain or is_memory
+    def preferred(chosen: tuple[Faster, ...]) -> tuple[Any, ...]:
+        """The largest gain above all, then many, of many kinds, of which cheap ones."""
+        places = [-ways.index(way) for way in chosen]
+        kinds = {way.kind for way in chosen}
+        return max((way.gain for way in chosen), default=0), len(chosen), len(kinds), places
 
-    order = {way.option: n for n, way in enumerate(ways)}
-    for way in ways:
-        others = [other for other in shown if other is not way]
-        pairs = [sorted((way, other), key=lambda w: order[w.option]) for other in others]
-        fits = way.gain >= LEAST_GAIN and all(adds(b, a) for a, b in pairs)
-        kinds = [other.kind for other in others]
-        if way in shown:
-            assert fits
-        elif fits:  # there was no room for it, and none was given to another one of a kind
-            assert len(shown) == 3 and (way.kind in kinds or len(set(kinds)) == 3)
+    possible = chain.from_iterable(combinations(adding, n) for n in range(4))
+    assert tuple(cheapest(ways)) == max(possible, key=preferred)
+
+
+@pytest.mark.parametrize("options", [{}, {"vram_gb": 12}, {"vram_gb": 12, "ram_gb": 20}])
+def test_what_gains_most_is_shown(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(case("qwen3-30b-a3b", **options))
+    shown = ways_to_go_faster(made)
+    monkeypatch.setattr(faster, "cheapest", list)
+    most = max(ways_to_go_faster(made), key=lambda way: way.gain)
+    assert shown[-1] == most and most.option == "--dtype w4g128"
+
+
+def test_memory_to_buy_is_shown_where_nothing_else_gains_as_much() -> None:
+    for gib, is_shown in ((20, False), (8, True)):  # all of w4g128 beside 8 of VRAM, or not
+        small = replace(MACHINE.hardware, vram_free_bytes=8 << 30, ram_available_bytes=gib << 30)
+        ways = ways_to_go_faster(make(case("qwen3-30b-a3b", small)))
+        assert (ways[-1].cost == "memory to buy") == is_shown, ways
 
 
 @pytest.mark.parametrize(
