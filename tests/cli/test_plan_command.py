@@ -260,11 +260,15 @@ def test_more_than_a_card_gives_is_refused_with_two_ways_that_work(budget: str) 
         assert run("--shape", "qwen3-30b-a3b", *arguments).exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["README.md", "evaluation.md", "planning.md", "timeline.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "evaluation.md", "planning.md", "profiles.md", "timeline.md"]
+)
 def test_commands_shown_for_ones_own_card_run_on_one_of_24_gb(name: str) -> None:
     folder = Path(__file__).parents[2]
     text = (folder / name if name == "README.md" else folder / "docs" / name).read_text()
-    shown = re.findall(r"fiddler (?:chat|plan|bench|eval|generate)\b.*--vram-gb (\d+)", text)
+    shown = re.findall(
+        r"fiddler (?:chat|plan|simulate|bench|eval|generate)\b.*--vram-gb (\d+)", text
+    )
     assert all(int(gib) <= 23 for gib in shown), shown
 
 

@@ -122,6 +122,26 @@ def test_a_prediction_is_the_plans() -> None:
     assert mine < found["limit_tokens_per_s"]
 
 
+@pytest.mark.parametrize("vram", ["23.6", "24", "80"])
+def test_vram_is_had_as_for_a_plan(vram: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a named machine, by one that stands for this one, and by this one's own GPU."""
+    set_machine(monkeypatch, WITH_GPU.without_gpu())
+    size = ("--shape", "olmoe-1b-7b", "--vram-gb", vram)
+    named = ("--hardware", "rtx4090-ddr5")
+    said = CliRunner().invoke(cli, ["plan", *size, *named]).stderr.partition("hint: ")[0]
+    assert said.startswith("error: ") and "23.5 GiB of the 24.0 GiB" in said
+    for given in ((), named):
+        refused = run(*size, "--tokens", "120", *given)
+        assert refused.exit_code == 1 and refused.stderr.startswith(said), given
+        assert "use --vram-gb 23.5 or less, or name a larger --hardware" in refused.stderr
+    set_machine(monkeypatch, WITH_GPU)
+    assert "of the Test GPU can be had" in " ".join(run(*size).stderr.split())
+    larger = (("--hardware", "h200-16core"), ("--gbps", "7.5,2,1e3"))
+    for given in larger:
+        assert run(*size, "--tokens", "120", *given).exit_code == 0, given
+    assert run(*SMALL, "--vram-gb", "23.5").exit_code == 0
+
+
 def test_rates_are_of_the_machine_or_of_one_like_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +260,7 @@ def test_a_profile_of_the_same_text_is_told(trace: Path, tmp_path: Path) -> None
         (("{trace}", "--slots", "17"), "--slots 17 is more than the model's 16 experts"),
         (("{trace}", "--batch", "9"), "steps of 9, and 16 have to be left"),
         (("{trace}", "--vram-gb", "0.1"), "of VRAM before any expert, not 0.1 GiB"),
+        (("{trace}", "--vram-gb", "1e300"), "vram_gb must be 0 or more GiB, not 1e+300"),
         (("{trace}", "--profile", "none.json"), "none.json cannot be read: No such file"),
         (("none.npz",), "the trace none.npz cannot be read: No such file"),
         (("--shape", "olmoe"), "did you mean 'olmoe-1b-7b'?"),
