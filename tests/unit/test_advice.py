@@ -6,12 +6,13 @@ from itertools import chain, combinations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiddler import faster
 from fiddler.advice import Case, Planned, make, price_of_context
 from fiddler.config import EngineConfig
+from fiddler.errors import OutOfMemoryError
 from fiddler.faster import (
     LEAST_GAIN,
     Faster,
@@ -25,6 +26,7 @@ from fiddler.planning import Sizes
 from fiddler.speed import RatesHere
 from offload.hardware import Hardware
 from offload.reference_machines import find_machine
+from offload.units import GIB
 
 MACHINE = find_machine("rtx4090-ddr5")
 USED = RatesHere(rates=MACHINE.rates, name=MACHINE.name, origin="")
@@ -157,6 +159,63 @@ def test_memory_is_proposed_where_rounding_is_done() -> None:
     assert ways_to_go_faster(asked)[0].option.startswith("--ram-gb")
 
 
+@given(
+    shape=st.sampled_from(["mixtral-8x7b", "qwen3-30b-a3b", "olmoe-1b-7b"]),
+    objective=st.sampled_from(["decode", "prefill", "mix:4096:1024"]),
+    dtype=st.sampled_from(["auto", "w4g128"]),
+    vram=st.sampled_from([None, 4.0, 12.0]),
+    batch=st.sampled_from([(None, None), (8, None), (8, 2048)]),
+    share=st.floats(0.1, 0.9),
+    has_gpu=st.booleans(),
+)
+@settings(max_examples=25)
+def test_the_free_ram_that_is_proposed_is_as_good_as_no_bound(
+    shape: str,
+    objective: str,
+    dtype: str,
+    vram: float | None,
+    batch: tuple[int | None, int | None],
+    share: float,
+    has_gpu: bool,
+) -> None:
+    hardware = MACHINE.hardware if has_gpu else MACHINE.hardware.without_gpu()
+    seqs, context = batch
+    asked = {"max_num_seqs": seqs, "max_model_len": context, "vram_gb": vram, "dtype": dtype}
+    try:
+        free = make(case(shape, hardware, objective=objective, **asked))
+        made = make(free.case.asking(ram_gb=free.plan.ram_needed_bytes * share / GIB))
+    except OutOfMemoryError:  # the GPU side or one token's experts do not fit
+        return
+    proposals = [way.option for way in tried(made) if way.cost == "RAM that is free"]
+    if free.plan.cached is None:
+        assert len(proposals) == (made.plan.cached is not None)
+    for option in proposals:
+        after = as_asked(made, option)
+        assert after.speeds.decode_rate >= free.speeds.decode_rate
+        assert after.speeds.prefill_rate >= free.speeds.prefill_rate
+
+
+@pytest.mark.parametrize("batch", [None, 8])
+@pytest.mark.parametrize("shape", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_ram_to_buy_is_enough_for_all_experts(shape: str, batch: int | None) -> None:
+    poor = replace(MACHINE.hardware, ram_total_bytes=25 * GIB, ram_available_bytes=24 * GIB)
+    made = make(case(shape, poor, max_num_seqs=batch))
+    [bought] = [way for way in tried(made) if way.cost == "memory to buy"]
+    more = int(bought.option.split()[0]) * GIB
+    fewer = replace(poor, ram_available_bytes=poor.ram_available_bytes + more - 8 * GIB)
+    assert make(replace(made.case, hardware=fewer)).plan.cached is not None
+    roomy = make(replace(made.case, hardware=MACHINE.hardware))
+    assert bought.decode[1] == roomy.speeds.decode_rate
+    assert bought.prefill[1] == roomy.speeds.prefill_rate
+
+
+def tried(made: Planned) -> list[Faster]:
+    """All ways with what they gain."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faster, "cheapest", list)
+        return ways_to_go_faster(made)
+
+
 @pytest.mark.parametrize("context", [4096, 2048, 2046, 1536, 1024])
 def test_half_the_context_is_proposed_down_to_1024_tokens(
     context: int, monkeypatch: pytest.MonkeyPatch
@@ -198,12 +257,10 @@ def test_the_one_that_gains_most_and_the_cheapest_before_it_are_shown(
 
 
 @pytest.mark.parametrize("options", [{}, {"vram_gb": 12}, {"vram_gb": 12, "ram_gb": 20}])
-def test_what_gains_most_is_shown(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_gains_most_is_shown(options: dict[str, Any]) -> None:
     made = make(case("qwen3-30b-a3b", **options))
-    shown = ways_to_go_faster(made)
-    monkeypatch.setattr(faster, "cheapest", list)
-    most = max(ways_to_go_faster(made), key=lambda way: way.gain)
-    assert shown[-1] == most and most.option == "--dtype w4g128"
+    most = max(tried(made), key=lambda way: way.gain)
+    assert ways_to_go_faster(made)[-1] == most and most.option == "--dtype w4g128"
 
 
 def test_memory_to_buy_is_shown_where_nothing_else_gains_as_much() -> None:
