@@ -4,6 +4,7 @@ Shapes: T tokens, L layers, M layers with experts, E experts, K top-k, R request
 """
 
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from offload.refusal import refuse_vram_budget
 from offload.routing_law import Law
 from offload.simulated_speed import predict_played
 from offload.simulation import StepSeconds, Study, counts, steps_of
-from offload.units import GIB, MIB, gib_at_most, gib_to_bytes, size_text
+from offload.units import GIB, MIB, counted, gib_at_most, gib_to_bytes, size_text
 
 CONTEXT_BYTES = 512 * MIB  # of a CUDA context, about
 AMPLE_RAM = 1 << 50
@@ -40,12 +41,14 @@ LEAST_STEPS = 16  # of which a figure says anything
 class Routes:
     """What is played: ``experts_TMK`` of a model called ``name``.
 
+    ``num_tokens``: as many as were recorded or asked for, of which drawn ones fill whole steps.
     ``demand``: what its tokens ask for besides, if that is known.
     """
 
     name: str
     footprint: Footprint
     experts_TMK: Ids
+    num_tokens: int
     demand: Demand | None
 
 
@@ -78,6 +81,7 @@ def drawn_routes(
         name=shape,
         footprint=sizes,
         experts_TMK=experts_TLK[:, list(sizes.moe_layers)],
+        num_tokens=num_tokens,
         demand=bare_demand(config, dtypes),
     )
 
@@ -99,11 +103,7 @@ def make_study(
     steps_SMC = steps_of(routes.experts_TMK, batch)
     num_trained = 0 if profile is not None else round(train * len(steps_SMC))
     if len(steps_SMC) - num_trained < LEAST_STEPS:
-        raise ConfigError(
-            f"{len(routes.experts_TMK):,} tokens are {len(steps_SMC):,} steps of {batch}, and "
-            f"{LEAST_STEPS} have to be left after {num_trained:,} to learn from",
-            hint="give a longer trace, more --tokens, or a smaller --batch or --train",
-        )
+        raise _too_few(routes.num_tokens, batch, 0 if profile is not None else train)
     sizes = routes.footprint
     trained_ME = _trained(profile, sizes, steps_SMC[:num_trained])
     return Study(
@@ -113,6 +113,21 @@ def make_study(
         footprint=sizes,
         peaks=peaks,
         step_s=_step_s(routes.demand, rates, batch),
+    )
+
+
+def _too_few(num_tokens: int, batch: int, train: float) -> ConfigError:
+    """With the number of tokens from which on there are enough."""
+    assert train < 1
+    needed = next(n for n in count(LEAST_STEPS) if n - round(train * n) >= LEAST_STEPS)
+    learnt = needed - LEAST_STEPS
+    before = f"{counted(learnt, 'step')} to learn from and " if learnt else ""
+    steps = counted(num_tokens // batch, "step") if num_tokens >= batch else "no step"
+    return ConfigError(
+        f"{counted(num_tokens, 'token')} {'makes' if num_tokens == 1 else 'make'} {steps} of "
+        f"{counted(batch, 'request')}; at least {needed * batch:,} tokens are needed, for {before}"
+        f"{LEAST_STEPS} to play",
+        hint="give a longer trace, more --tokens, or a smaller --batch or --train",
     )
 
 

@@ -186,6 +186,7 @@ def _recorded(trace: "RoutingTrace") -> "Routes":
         name=trace.model,
         footprint=trace.footprint,
         experts_TMK=trace.experts_TMK,
+        num_tokens=len(trace.experts_TMK),
         demand=trace.demand,
     )
 

@@ -1,6 +1,7 @@
 """``fiddler simulate`` on drawn and on recorded routes: figures that agree, and refusals."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,10 @@ def test_a_profile_of_the_same_text_is_told(trace: Path, tmp_path: Path) -> None
         (("{trace}", "--tokens", "3"), "--tokens needs --shape"),
         (("{trace}", "--profile", "p", "--train", "0.5"), "either --profile or --train"),
         (("{trace}", "--slots", "17"), "--slots 17 is more than the model's 16 experts"),
-        (("{trace}", "--batch", "9"), "steps of 9, and 16 have to be left"),
+        (
+            ("{trace}", "--batch", "9"),
+            "100 tokens make 11 steps of 9 requests; at least 189 tokens are needed",
+        ),
         (("{trace}", "--vram-gb", "0.1"), "of VRAM before any expert, not 0.1 GiB"),
         (("{trace}", "--vram-gb", "1e300"), "vram_gb must be 0 or more GiB, not 1e+300"),
         (("{trace}", "--profile", "none.json"), "none.json cannot be read: No such file"),
@@ -277,6 +281,32 @@ def test_bad_input_is_one_sentence(trace: Path, arguments: tuple[str, ...], sent
     assert done.exit_code in (1, 2), done.output
     assert sentence in " ".join(done.stderr.split())
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tokens", "1"), "1 token makes 1 step of 1 request; at least 21 tokens"),
+        (
+            ("--batch", "100000"),
+            "2,048 tokens make no step of 100,000 requests; at least 2,100,000",
+        ),
+        (
+            ("--batch", "200", "--train", "0"),
+            "make 10 steps of 200 requests; at least 3,200 tokens",
+        ),
+        (("--tokens", "99", "--train", "0.9"), "at least 156 tokens are needed, for 140 steps to"),
+    ],
+)
+def test_too_few_tokens_are_told_how_many_are_enough(options: tuple[str, ...], words: str) -> None:
+    shape = ("--shape", "olmoe-1b-7b", "--slots", "100")
+    refused = run(*shape, *options)
+    assert refused.exit_code == 1 and words in refused.stderr, refused.output
+    [least] = re.findall(r"at least ([\d,]+) tokens", refused.stderr)
+    enough = int(least.replace(",", ""))
+    if enough < 10_000:
+        assert run(*shape, *options, "--tokens", enough).exit_code == 0
+        assert run(*shape, *options, "--tokens", enough - 1).exit_code == 1
 
 
 def test_a_profile_of_another_model_is_refused(trace: Path, tmp_path: Path) -> None:
