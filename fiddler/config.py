@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fiddler.dtype_names import check_dtype
 from fiddler.errors import ConfigError, named_arguments
 from offload.objective import DEFAULT as DEFAULT_OBJECTIVE
 from offload.objective import parse_objective
+from offload.units import MOST_GIB
 
 if TYPE_CHECKING:
     from offload.placement import Placement
@@ -73,9 +74,7 @@ class EngineConfig:
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("placement_policy", self.placement_policy, PLACEMENT_POLICIES)
         for name in ("vram_gb", "ram_gb"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value, Real) and 0 <= value < float("inf")):
-                raise ConfigError(f"{name} must be 0 or more GiB, not {value!r}")
+            check_gib(name, getattr(self, name))
         if not isinstance(self.objective, str):
             raise ConfigError(f"objective must be a word such as decode, not {self.objective!r}")
         parse_objective(self.objective)
@@ -91,6 +90,12 @@ class EngineConfig:
     def num_seqs(self) -> int:
         """The most requests that run at once."""
         return MAX_NUM_SEQS if self.max_num_seqs is None else self.max_num_seqs
+
+
+def check_gib(name: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is None or a number of GiB."""
+    if value is not None and not (_is_number(value, Real) and 0 <= value <= MOST_GIB):
+        raise ConfigError(f"{name} must be 0 or more GiB, not {value!r}")
 
 
 def _is_number(value: object, kind: type) -> bool:

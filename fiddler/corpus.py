@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddler.errors import ProfileError
+from offload.units import counted
 
 Message = dict[str, str]
 Document = str | list[Message]
@@ -57,7 +58,7 @@ def cut_windows(
     least = math.ceil(2 / held_out) * LEAST_WINDOW
     if num_tokens < least:
         raise ProfileError(
-            f"the corpus has {num_tokens:,} tokens, too few to profile with",
+            f"the corpus has {counted(num_tokens, 'token')}, too few to profile with",
             hint=f"give at least {least:,}; some ten thousand make a good profile",
         )
     even = num_tokens // math.ceil(HELD_OUT_WINDOWS / held_out)

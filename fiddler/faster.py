@@ -12,7 +12,7 @@ from typing import Any
 from fiddler.advice import Case, Planned, make
 from fiddler.errors import FiddlerError
 from fiddler.models.footprint import kv_bytes
-from fiddler.planning import plan_s
+from fiddler.planning import candidates, plan_s
 from offload.layout import RAM_HEADROOM_DIVISOR, usable_vram_bytes
 from offload.plan import GpuSide
 from offload.units import GIB, gib_at_least, size_text
@@ -31,11 +31,6 @@ class Kind(Enum):
     CONTEXT = auto()
     KV = auto()
     EXPERTS = auto()
-
-    @property
-    def rounds(self) -> bool:
-        """Whether what is given up may be the answers' quality."""
-        return self in (Kind.KV, Kind.EXPERTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,28 +69,28 @@ def ways_to_go_faster(made: Planned) -> list[Faster]:
 
 
 def cheapest(ways: Iterable[Faster]) -> list[Faster]:
-    """Of ``ways``, the cheapest first, those that gain LEAST_GAIN and add to those before them.
+    """Of ``ways``, the cheapest first, those that gain LEAST_GAIN and more than all cheaper ones.
 
-    MOST_SHOWN of them: first one of each kind, and where that leaves room others that gain more.
+    MOST_SHOWN of them: the one that gains most, one of each other kind, and where that leaves room
+    others.
     """
-    worth = [way for way in ways if way.gain >= LEAST_GAIN]
-    kept: set[int] = set()  # their places
+    adding = list(_adding(ways))
+    kept = {len(adding) - 1} if adding else set()  # their places
     for may_repeat in (False, True):
-        for place, way in enumerate(worth):
-            is_new = place not in kept and all(worth[n].kind is not way.kind for n in kept)
-            pairs = [(worth[max(n, place)], worth[min(n, place)]) for n in kept if n != place]
-            adds = all(_adds(dearer, cheaper) for dearer, cheaper in pairs)
-            if adds and (is_new or may_repeat) and len({*kept, place}) <= MOST_SHOWN:
+        for place, way in enumerate(adding):
+            is_new = all(adding[n].kind is not way.kind for n in kept)
+            if (is_new or may_repeat) and len({*kept, place}) <= MOST_SHOWN:
                 kept.add(place)
-    return [worth[place] for place in sorted(kept)]
+    return [adding[place] for place in sorted(kept)]
 
 
-def _adds(dearer: Faster, cheaper: Faster) -> bool:
-    """Whether it gains more than the ``cheaper`` one.
-
-    Memory may gain less than what rounds: who wants the very numbers has no other choice.
-    """
-    return dearer.gain > cheaper.gain or (dearer.kind is Kind.MEMORY and cheaper.kind.rounds)
+def _adding(ways: Iterable[Faster]) -> Iterator[Faster]:
+    """Those that gain more than all before them; memory to buy is tried last, so more than all."""
+    most = -math.inf
+    for way in ways:
+        if way.gain >= LEAST_GAIN and way.gain > most:
+            most = way.gain
+            yield way
 
 
 def _tried(made: Planned) -> Iterator[Faster]:
@@ -166,31 +161,59 @@ def _free_vram(made: Planned) -> Iterator[Proposal]:
 
 
 def _free_ram(made: Planned) -> Iterator[Proposal]:
+    if made.plan.cached is None:
+        return
     needed = _ram_for_all(made)
-    if made.plan.cached is not None and needed <= made.case.hardware.ram_available_bytes:
+    if needed <= made.case.hardware.ram_available_bytes:
         gib = gib_at_least(needed)
         yield f"--ram-gb {gib}", "RAM that is free", made.case.asking(ram_gb=float(gib))
 
 
 def _bought_ram(made: Planned) -> Iterator[Proposal]:
-    hardware, needed = made.case.hardware, _ram_for_all(made)
-    if made.plan.cached is None or needed <= hardware.ram_available_bytes:
+    if made.plan.cached is None:
         return
-    available = needed + needed // (RAM_HEADROOM_DIVISOR - 1)
-    more = math.ceil((available - hardware.ram_available_bytes) / GIB)
+    free, needed = made.case.hardware.ram_available_bytes, _ram_for_all(made)
+    if needed > free:
+        available = needed + needed // (RAM_HEADROOM_DIVISOR - 1)
+        more = math.ceil((available - free) / GIB)
+        yield f"{more} GiB more RAM", "memory to buy", _without_bound(made.case, more * GIB)
+
+
+def _without_bound(case: Case, more_ram: int = 0) -> Case:
+    """``case`` with no ``--ram-gb``, on a machine with so many bytes more."""
     larger = replace(
-        hardware,
-        ram_total_bytes=hardware.ram_total_bytes + more * GIB,
-        ram_available_bytes=hardware.ram_available_bytes + more * GIB,
+        case.hardware,
+        ram_total_bytes=case.hardware.ram_total_bytes + more_ram,
+        ram_available_bytes=case.hardware.ram_available_bytes + more_ram,
     )
-    case = replace(made.case.asking(ram_gb=None), hardware=larger)
-    yield f"{more} GiB more RAM", "memory to buy", case
+    return replace(case.asking(ram_gb=None), hardware=larger)
 
 
 def _ram_for_all(made: Planned) -> int:
-    """Bytes that keep all experts from disk."""
-    memory = made.plan.memory
-    return made.plan.ram_needed_bytes + memory.disk_experts + memory.staging
+    """Bytes within which the plan has no expert on disk and is as fast as without a bound.
+
+    That plan's own may be too few: it was chosen among others, and a shorter RAM has no ring in
+    them and no room for experts to move, as Mixtral's needs 68.7 to 71.1 GiB beside 23.
+    """
+    every = made.plan.ram_needed_bytes + made.plan.memory.disk_experts
+    free = make(_without_bound(made.case))
+    if is_short := free.plan.cached is not None:  # on this machine: twice the model is enough
+        free = make(_without_bound(made.case, 2 * (every + made.plan.memory.gpu_experts)))
+    layouts = map(free.question.layout, candidates(free.question))
+    most = max(layout.ram_needed for layout in layouts if layout.fits)
+    figures = [every, free.plan.ram_needed_bytes, most]
+    if not is_short:  # without a GPU a bound makes KV smaller: less of a batch runs at once
+        figures.append(free.plan.ram_budget_bytes)
+    return next((size for size in figures if _is_enough(free, size)), figures[-1])
+
+
+def _is_enough(free: Planned, ram: int) -> bool:
+    """Whether a bound of so many bytes leaves the plan ``free``, made without one, as fast."""
+    within = make(free.case.asking(ram_gb=float(gib_at_least(ram))))
+    speeds, wanted = within.speeds, free.speeds
+    is_as_fast = speeds.decode_rate >= wanted.decode_rate
+    is_as_fast &= speeds.prefill_rate >= wanted.prefill_rate
+    return is_as_fast and within.plan.spare_slots == free.plan.spare_slots
 
 
 # --- room for all requests ---

@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 
 from fiddler.errors import ConfigError, FiddlerError, PromptError, nearest
 from fiddler.sampling_params import SamplingParams
+from offload.units import counted
 
 Prompt = str | list[int] | dict[str, Any]  # a dict: prompt or prompt_token_ids, or both
 Prompts = list[str] | list[list[int]] | list[dict[str, Any]] | list[Prompt]
@@ -101,8 +102,8 @@ def check_prompt(
         larger = ", or load the model with a larger context (--context, max_model_len)"
         end = larger if context_tokens < max_position else ": the model has no more context"
         raise PromptError(
-            f"the prompt has {len(ids):,} tokens, but the context holds {context_tokens:,}"
-            " and the answer needs at least one",
+            f"the prompt has {counted(len(ids), 'token')}, but the context holds "
+            f"{context_tokens:,} and the answer needs at least one",
             hint=f"shorten it{end}",
         )
     if min(ids) < 0 or max(ids) >= vocab_size:

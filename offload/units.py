@@ -1,8 +1,10 @@
 """Bytes and counts as people read them, and the nearest GiB figure that is enough."""
 
 import math
+import sys
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MOST_GIB = sys.float_info.max / GIB  # more of them are infinitely many bytes
 
 
 def size_text(size_bytes: int) -> str:

@@ -17,6 +17,10 @@ from offload.units import GIB, gib_at_least, gib_at_most, gib_to_bytes
 
 NO_VRAM = "leave out --vram-gb"
 
+# What is free moves: "use --vram-gb 21.3", all of a machine's RAM, was refused some minutes later,
+# when 0.4 GiB of it had gone. So a hint leaves 1/50.
+SLACK_DIVISOR = 50
+
 LayOut = Callable[[Budget], Layout]
 Way = tuple[str, dict[str, Any]]  # what to use, and the budget's fields that it changes
 
@@ -24,8 +28,30 @@ Way = tuple[str, dict[str, Any]]  # what to use, and the budget's fields that it
 def nearest_plan(footprint: Footprint, hardware: Hardware, budget: Budget) -> str:
     """Name each option that alone makes the plan fit, changed as little as possible.
 
-    Where none does alone, several of them together.
+    Where none does alone, several of them together. All of what is free is used only where less of
+    it does not do.
     """
+    for there in (_less_free(hardware, budget), hardware):
+        if way := _way_out(footprint, there, budget):
+            return way
+    smaller = "model or dtype" if budget.for_batch is None else "batch, model or dtype"
+    return f"no budget of the memory that is free makes it fit: choose a smaller {smaller}"
+
+
+def _less_free(hardware: Hardware, budget: Budget) -> Hardware:
+    """``hardware`` with less of its memory free, but as much VRAM as was asked for."""
+    free = hardware.vram_free_bytes
+    asked = min(free, (budget.vram_bytes or 0) - hardware.cuda_context_bytes)
+    ram = hardware.ram_available_bytes
+    return replace(
+        hardware,
+        vram_free_bytes=max(free - free // SLACK_DIVISOR, asked),
+        ram_available_bytes=ram - ram // SLACK_DIVISOR,
+    )
+
+
+def _way_out(footprint: Footprint, hardware: Hardware, budget: Budget) -> str:
+    """Options that fit, or an empty string."""
     tried = partial(lay_out, footprint, hardware)
     ways = [_smaller_batch(footprint, hardware, budget), *_single_ways(tried, hardware, budget)]
     alone = [way for way in ways if way]
@@ -33,10 +59,7 @@ def nearest_plan(footprint: Footprint, hardware: Hardware, budget: Budget) -> st
         left_out = [way for way in alone if way == NO_VRAM]
         used = " or ".join(way for way in alone if way != NO_VRAM)
         return ", or ".join([f"use {used}"] * bool(used) + left_out)
-    smaller = "model or dtype" if budget.for_batch is None else "batch, model or dtype"
-    return _several(tried, hardware, budget) or (
-        f"no budget of the memory that is free makes it fit: choose a smaller {smaller}"
-    )
+    return _several(tried, hardware, budget)
 
 
 def _single_ways(tried: LayOut, hardware: Hardware, budget: Budget) -> Iterator[str]:

@@ -19,6 +19,7 @@ from offload.units import counted
 if TYPE_CHECKING:
     from fiddler.simulating import Routes
     from fiddler.speed import RatesHere
+    from offload.hardware import Hardware
     from offload.limits import Peaks
     from offload.popularity import Profile
     from offload.routing_trace import RoutingTrace
@@ -155,7 +156,7 @@ def command(
     else:
         routes = _drawn(cast(str, shape), routing, dtype, num_tokens, batch, seed)
     known = _load_profile(profile, routes, recorded) if profile is not None else None
-    peaks, used = _speeds(gbps, machine_name)
+    peaks, used, hardware = _speeds(gbps, machine_name)
     study = make_study(
         routes,
         profile=known,
@@ -166,7 +167,7 @@ def command(
     )
     if copy_share is not None:
         study = dataclasses.replace(study, copy_share=copy_share)
-    budgets = _budgets(routes, slots, vram_gb)
+    budgets = _budgets(routes, slots, vram_gb, hardware)
     with progress_bars() as bars:
         found = {label: study.verdicts(count, bars) for label, count in budgets.items()}
     if as_json:
@@ -187,6 +188,7 @@ def _recorded(trace: "RoutingTrace") -> "Routes":
         name=trace.model,
         footprint=trace.footprint,
         experts_TMK=trace.experts_TMK,
+        num_tokens=len(trace.experts_TMK),
         demand=trace.demand,
     )
 
@@ -235,40 +237,47 @@ def _load_profile(path: Path, routes: "Routes", trace: "RoutingTrace | None") ->
 
 def _speeds(
     gbps: tuple[float, float, float] | None, machine_name: str | None
-) -> "tuple[Peaks, RatesHere | None]":
-    """What limits, and by which rates is predicted, if at all."""
+) -> "tuple[Peaks, RatesHere | None, Hardware | None]":
+    """What limits, by which rates is predicted, if at all, and whose GPU has how much memory."""
     from offload.limits import Peaks
 
     if gbps is None:
-        used = _rates(machine_name)
-        return used.rates.peaks, used
+        used, hardware = _rates(machine_name)
+        return used.rates.peaks, used, hardware
     host, link, gpu = gbps
     peaks = Peaks(
         cpu_read_gbps=host, joint_gbps=host, pcie_gbps=link, gpu_read_gbps=gpu, gemm_tflops=0.0
     )
-    return peaks, None
+    return peaks, None, None
 
 
-def _rates(machine_name: str | None) -> "RatesHere":
-    """Those of the named machine, or of this one or one like it, with a GPU in any case."""
+def _rates(machine_name: str | None) -> "tuple[RatesHere, Hardware]":
+    """Those of the named machine, or of this one or one like it, with a GPU in any case.
+
+    A GPU that is here is the one whose memory counts, whatever the rates.
+    """
     from fiddler.speed import gpu_rates_for, rates_of
     from offload.hardware import probe
-    from offload.reference_machines import find_machine
+    from offload.reference_machines import find_machine, reference_for
 
     if machine_name is None:
         renew_calibration(only_with_gpu=True)
-        return gpu_rates_for(probe("auto"))
+        here = probe("auto")
+        return gpu_rates_for(here), here if here.has_gpu else reference_for(here).hardware
     machine = find_machine(machine_name)
     if not machine.rates.has_gpu:
         raise ConfigError(
             f"{machine.name} has no GPU on which experts could be placed",
             hint="name another --hardware",
         )
-    return rates_of(machine)
+    return rates_of(machine), machine.hardware
 
 
 def _budgets(
-    routes: "Routes", slots: tuple[int, ...], vram_gb: tuple[float, ...]
+    routes: "Routes",
+    slots: tuple[int, ...],
+    vram_gb: tuple[float, ...],
+    hardware: "Hardware | None",
 ) -> dict[str, int]:
     """Slots to play with, by what they are called."""
     from fiddler.simulating import slots_within
@@ -277,6 +286,8 @@ def _budgets(
     if too_many := [count for count in slots if count > total]:
         raise ConfigError(f"--slots {too_many[0]} is more than the model's {total:,} experts")
     counts = [(count, "") for count in slots]
-    counts += [(slots_within(routes.footprint, gib), f" ({gib:g} GiB)") for gib in vram_gb]
+    counts += [
+        (slots_within(routes.footprint, gib, hardware), f" ({gib:g} GiB)") for gib in vram_gb
+    ]
     counts = counts or [(round(total * share), "") for share in SHARES]
     return {f"{count:,} of {total:,} experts on the GPU{label}": count for count, label in counts}

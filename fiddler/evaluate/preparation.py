@@ -15,6 +15,7 @@ from fiddler.models.dtypes import resolve_dtypes
 from fiddler.text.chat_template import ChatTemplate
 from fiddler.text.tokenizer import Tokenizer
 from offload.hardware import probe
+from offload.units import counted
 
 MOST_WINDOW = 2048  # unasked: what a step computes at once
 BUILTIN_CONVERSATIONS = 130  # ten of each task
@@ -151,8 +152,8 @@ def _start_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 def _check_room(num_tokens: int, context: int, what: str) -> None:
     if num_tokens >= context:
         raise ConfigError(
-            f"{what} has {num_tokens:,} tokens, but the context holds {context:,} and one more is "
-            "always written",
+            f"{what} has {counted(num_tokens, 'token')}, but the context holds {context:,} and one "
+            "more is always written",
             hint="give a smaller --window, or a larger --context if the model has one",
         )
 

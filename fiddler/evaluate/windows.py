@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fiddler.errors import ConfigError, PromptError
+from offload.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def cut_windows(num_tokens: int, *, window: int, stride: int, num_start: int) ->
     check_sizes(window, stride)
     if num_tokens + num_start < window:
         raise PromptError(
-            f"the text has {num_tokens:,} tokens, less than one window of {window:,}",
+            f"the text has {counted(num_tokens, 'token')}, less than one window of {window:,}",
             hint="give a longer text, or a smaller --window",
         )
     own = window - num_start

@@ -25,6 +25,7 @@ from fiddler.models.rope import rope_tables
 from fiddler.models.torch_kernels import TorchKernels
 from fiddler.models.weights import DenseWeights, WeightSource, load_layer
 from gpu_kernels.page_table import PageTable
+from offload.units import counted
 
 WINDOW = 2048  # tokens, or the model's longest context if that is less
 MOST_WINDOWS = 64
@@ -54,7 +55,8 @@ def cut_windows(token_ids: Sequence[int], *, max_position: int) -> Tensor:
     count = len(token_ids) // size
     if count == 0:
         raise QuantizeError(
-            f"the calibration text has {len(token_ids):,} tokens, less than one window of {size:,}",
+            f"the calibration text has {counted(len(token_ids), 'token')}, "
+            f"less than one window of {size:,}",
             hint="give a longer text; some hundred thousand tokens calibrate well",
         )
     kept = min(count, MOST_WINDOWS)

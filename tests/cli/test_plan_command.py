@@ -202,6 +202,9 @@ def test_a_page_shows_every_byte(tmp_path: Any) -> None:
         (("--shape", "mixtral-8x7b", "--vram-gb", "3"), "before any expert, but has 3.0 GiB"),
         (("--shape", "mixtral-8x7b", "--vram-gb", "80"), "23.5 GiB of the 24.0 GiB"),
         (("--shape", "mixtral-8x7b", "--ram-gb", "0.1"), "of RAM, but 102 MiB may be used"),
+        (("--shape", "mixtral-8x7b", "--ram-gb", "1e300"), "0 or more GiB, not 1e+300"),
+        (("--shape", "mixtral-8x7b", "--vram-gb", "1e300"), "0 or more GiB, not 1e+300"),
+        (("--shape", "mixtral-8x7b", "--vram-gb", "1e299"), "23.5 GiB of the 24.0 GiB"),
         (("--shape", "mixtral-8x7b", "--context", "40000"), "the model's ends at 32,768"),
         (("--shape", "mixtral-8x7b", "--batch", "0"), "use --batch 1 or more"),
         (("--shape", "mixtral-8x7b", "--batch", "-3"), "a batch of -3 requests cannot be"),
@@ -257,11 +260,15 @@ def test_more_than_a_card_gives_is_refused_with_two_ways_that_work(budget: str) 
         assert run("--shape", "qwen3-30b-a3b", *arguments).exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["README.md", "evaluation.md", "planning.md", "timeline.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "evaluation.md", "planning.md", "profiles.md", "timeline.md"]
+)
 def test_commands_shown_for_ones_own_card_run_on_one_of_24_gb(name: str) -> None:
     folder = Path(__file__).parents[2]
     text = (folder / name if name == "README.md" else folder / "docs" / name).read_text()
-    shown = re.findall(r"fiddler (?:chat|plan|bench|eval|generate)\b.*--vram-gb (\d+)", text)
+    shown = re.findall(
+        r"fiddler (?:chat|plan|simulate|bench|eval|generate)\b.*--vram-gb (\d+)", text
+    )
     assert all(int(gib) <= 23 for gib in shown), shown
 
 

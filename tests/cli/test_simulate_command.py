@@ -1,6 +1,7 @@
 """``fiddler simulate`` on drawn and on recorded routes: figures that agree, and refusals."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -141,6 +142,26 @@ def test_a_prediction_is_the_plans() -> None:
     assert mine < found["limit_tokens_per_s"]
 
 
+@pytest.mark.parametrize("vram", ["23.6", "24", "80"])
+def test_vram_is_had_as_for_a_plan(vram: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a named machine, by one that stands for this one, and by this one's own GPU."""
+    set_machine(monkeypatch, WITH_GPU.without_gpu())
+    size = ("--shape", "olmoe-1b-7b", "--vram-gb", vram)
+    named = ("--hardware", "rtx4090-ddr5")
+    said = CliRunner().invoke(cli, ["plan", *size, *named]).stderr.partition("hint: ")[0]
+    assert said.startswith("error: ") and "23.5 GiB of the 24.0 GiB" in said
+    for given in ((), named):
+        refused = run(*size, "--tokens", "120", *given)
+        assert refused.exit_code == 1 and refused.stderr.startswith(said), given
+        assert "use --vram-gb 23.5 or less, or name a larger --hardware" in refused.stderr
+    set_machine(monkeypatch, WITH_GPU)
+    assert "of the Test GPU can be had" in " ".join(run(*size).stderr.split())
+    larger = (("--hardware", "h200-16core"), ("--gbps", "7.5,2,1e3"))
+    for given in larger:
+        assert run(*size, "--tokens", "120", *given).exit_code == 0, given
+    assert run(*SMALL, "--vram-gb", "23.5").exit_code == 0
+
+
 def test_rates_are_of_the_machine_or_of_one_like_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,8 +278,12 @@ def test_a_profile_of_the_same_text_is_told(trace: Path, tmp_path: Path) -> None
         (("{trace}", "--tokens", "3"), "--tokens needs --shape"),
         (("{trace}", "--profile", "p", "--train", "0.5"), "either --profile or --train"),
         (("{trace}", "--slots", "17"), "--slots 17 is more than the model's 16 experts"),
-        (("{trace}", "--batch", "9"), "steps of 9, and 16 have to be left"),
+        (
+            ("{trace}", "--batch", "9"),
+            "100 tokens make 11 steps of 9 requests; at least 189 tokens are needed",
+        ),
         (("{trace}", "--vram-gb", "0.1"), "of VRAM before any expert, not 0.1 GiB"),
+        (("{trace}", "--vram-gb", "1e300"), "vram_gb must be 0 or more GiB, not 1e+300"),
         (("{trace}", "--profile", "none.json"), "none.json cannot be read: No such file"),
         (("none.npz",), "the trace none.npz cannot be read: No such file"),
         (("--shape", "olmoe"), "did you mean 'olmoe-1b-7b'?"),
@@ -275,6 +300,32 @@ def test_bad_input_is_one_sentence(trace: Path, arguments: tuple[str, ...], sent
     assert done.exit_code in (1, 2), done.output
     assert sentence in " ".join(done.stderr.split())
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tokens", "1"), "1 token makes 1 step of 1 request; at least 21 tokens"),
+        (
+            ("--batch", "100000"),
+            "2,048 tokens make no step of 100,000 requests; at least 2,100,000",
+        ),
+        (
+            ("--batch", "200", "--train", "0"),
+            "make 10 steps of 200 requests; at least 3,200 tokens",
+        ),
+        (("--tokens", "99", "--train", "0.9"), "at least 156 tokens are needed, for 140 steps to"),
+    ],
+)
+def test_too_few_tokens_are_told_how_many_are_enough(options: tuple[str, ...], words: str) -> None:
+    shape = ("--shape", "olmoe-1b-7b", "--slots", "100")
+    refused = run(*shape, *options)
+    assert refused.exit_code == 1 and words in refused.stderr, refused.output
+    [least] = re.findall(r"at least ([\d,]+) tokens", refused.stderr)
+    enough = int(least.replace(",", ""))
+    if enough < 10_000:
+        assert run(*shape, *options, "--tokens", enough).exit_code == 0
+        assert run(*shape, *options, "--tokens", enough - 1).exit_code == 1
 
 
 def test_a_profile_of_another_model_is_refused(trace: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Small models, machines and budgets, and their plans; random ones for property tests."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,15 @@ def without_gpu(**changes: Any) -> Hardware:
     no_gpu = {"has_gpu": False, "gpu_name": ""}
     no_vram = {"vram_total_bytes": 0, "vram_free_bytes": 0, "cuda_context_bytes": 0}
     return machine(**(no_gpu | no_vram | changes))
+
+
+def less_free(hardware: Hardware) -> Hardware:
+    """Some minutes later."""
+    return replace(
+        hardware,
+        vram_free_bytes=hardware.vram_free_bytes * 49 // 50,
+        ram_available_bytes=hardware.ram_available_bytes * 49 // 50,
+    )
 
 
 def model(**changes: Any) -> Footprint:

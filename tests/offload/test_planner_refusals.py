@@ -17,6 +17,7 @@ from tests.offload.planner_cases import (
     GIB,
     MIB,
     budgets,
+    less_free,
     machine,
     machines,
     model,
@@ -82,7 +83,51 @@ def test_every_way_out_that_a_refusal_names_fits(
             if changed.max_num_seqs < asked - 1:  # the most that fit
                 more = replace(budget, max_num_seqs=changed.max_num_seqs + 1)
                 with pytest.raises(OutOfMemoryError):
-                    planned(for_batch(more.max_num_seqs), hardware, more, kept)
+                    planned(for_batch(more.max_num_seqs), less_free(hardware), more, kept)
+
+
+@given(st.integers(4 * GIB, 60 * GIB), st.integers(MIB, 60 * GIB), st.booleans())
+def test_a_way_out_by_what_is_free_still_fits_when_some_of_it_has_gone(
+    free: int, asked: int, is_gpu_side: bool
+) -> None:
+    hardware = without_gpu(ram_available_bytes=free)
+    budget = Budget(max_context=1 << 20, ram_bytes=None if is_gpu_side else 64 * GIB)
+    changes = {"vram_bytes": asked} if is_gpu_side else {"context_tokens": asked // 62_000}
+    budget = replace(budget, **changes)
+    try:
+        planned(model(), hardware, budget)
+    except OutOfMemoryError as error:
+        for way in re.split(", or | or ", error.hint):
+            planned(model(), less_free(hardware), replace(budget, **changes_of(way)))
+
+
+def test_a_way_out_by_what_was_asked_for_uses_all_of_it() -> None:
+    for hardware, asked in (
+        (without_gpu(), {"ram_bytes": 4 * GIB}),
+        (machine(), {"vram_bytes": 4 * GIB}),
+        (machine(), {"vram_bytes": 23 * GIB + GIB // 2}),  # all that can be had
+    ):
+        budget = Budget(max_context=1 << 20, context_tokens=1 << 20, **asked)
+        tokens = changes_of(refused(hardware, budget))["context_tokens"]
+        planned(model(), hardware, replace(budget, context_tokens=tokens))
+        more = replace(budget, context_tokens=tokens + 16)
+        assert planned_or_none(model(), hardware, more) is None
+
+
+def test_all_that_is_free_is_named_where_less_does_not_do() -> None:
+    budget = Budget(max_context=4096, context_tokens=1, ram_bytes=MIB)
+    roomy = refused(without_gpu(), budget)
+    assert re.fullmatch(r"use --ram-gb [\d.]+", roomy)
+    just = without_gpu(ram_available_bytes=changes_of(roomy)["ram_bytes"])
+    assert refused(just, budget) == roomy
+    planned(model(), just, replace(budget, **changes_of(roomy)))
+
+
+def refused(hardware: Hardware, budget: Budget) -> str:
+    """The hint."""
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(model(), hardware, budget)
+    return caught.value.hint
 
 
 @pytest.mark.parametrize("vram_gib", [24.0, 60.0, 0.1, 1e-9])
@@ -102,7 +147,8 @@ def test_a_gpu_side_in_ram_that_is_too_large_or_small_names_one_that_fits(
     assert planned(footprint, hardware, replace(budget, vram_bytes=nearest))
     assert planned(footprint, hardware, replace(budget, vram_bytes=None))
     further = nearest + GIB // 5 if vram_gib > 4 else nearest - GIB // 5
-    assert planned_or_none(footprint, hardware, replace(budget, vram_bytes=further)) is None
+    later = less_free(hardware)
+    assert planned_or_none(footprint, later, replace(budget, vram_bytes=further)) is None
     if vram_gib > 4:
         assert re.match(r"a GPU side of [\d.]+ GiB in RAM and one token's", caught.value.message)
         assert "tokens of context" not in caught.value.message
@@ -113,7 +159,7 @@ def test_where_no_option_alone_helps_several_are_named_that_do() -> None:
     footprint = model(expert_bytes=GIB)
     with pytest.raises(OutOfMemoryError) as caught:
         planned(footprint, machine(), budget)
-    assert caught.value.hint == "use --vram-gb 23.5 with --ram-gb 60.0"
+    assert caught.value.hint == "use --vram-gb 23.0 with --ram-gb 58.8"
     planned(footprint, machine(), replace(budget, **changes_of(caught.value.hint)))
 
 

@@ -2,15 +2,17 @@
 
 import re
 from dataclasses import replace
+from itertools import chain, combinations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiddler import faster
 from fiddler.advice import Case, Planned, make, price_of_context
 from fiddler.config import EngineConfig
+from fiddler.errors import OutOfMemoryError
 from fiddler.faster import (
     LEAST_GAIN,
     Faster,
@@ -24,6 +26,7 @@ from fiddler.planning import Sizes
 from fiddler.speed import RatesHere
 from offload.hardware import Hardware
 from offload.reference_machines import find_machine
+from offload.units import GIB
 
 MACHINE = find_machine("rtx4090-ddr5")
 USED = RatesHere(rates=MACHINE.rates, name=MACHINE.name, origin="")
@@ -120,7 +123,7 @@ def test_what_is_proposed_is_what_the_option_gives(
     made = make(case(shape, hardware, objective=objective, **options))
     ways = ways_to_go_faster(made)
     assert len(ways) <= 3 and (ways or objective == "prefill")
-    gains = [way.gain for way in ways if way.cost != "memory to buy"]
+    gains = [way.gain for way in ways]
     assert gains == sorted(gains)
     for way in ways:
         assert way.gain >= LEAST_GAIN
@@ -156,6 +159,63 @@ def test_memory_is_proposed_where_rounding_is_done() -> None:
     assert ways_to_go_faster(asked)[0].option.startswith("--ram-gb")
 
 
+@given(
+    shape=st.sampled_from(["mixtral-8x7b", "qwen3-30b-a3b", "olmoe-1b-7b"]),
+    objective=st.sampled_from(["decode", "prefill", "mix:4096:1024"]),
+    dtype=st.sampled_from(["auto", "w4g128"]),
+    vram=st.sampled_from([None, 4.0, 12.0]),
+    batch=st.sampled_from([(None, None), (8, None), (8, 2048)]),
+    share=st.floats(0.1, 0.9),
+    has_gpu=st.booleans(),
+)
+@settings(max_examples=25)
+def test_the_free_ram_that_is_proposed_is_as_good_as_no_bound(
+    shape: str,
+    objective: str,
+    dtype: str,
+    vram: float | None,
+    batch: tuple[int | None, int | None],
+    share: float,
+    has_gpu: bool,
+) -> None:
+    hardware = MACHINE.hardware if has_gpu else MACHINE.hardware.without_gpu()
+    seqs, context = batch
+    asked = {"max_num_seqs": seqs, "max_model_len": context, "vram_gb": vram, "dtype": dtype}
+    try:
+        free = make(case(shape, hardware, objective=objective, **asked))
+        made = make(free.case.asking(ram_gb=free.plan.ram_needed_bytes * share / GIB))
+    except OutOfMemoryError:  # the GPU side or one token's experts do not fit
+        return
+    proposals = [way.option for way in tried(made) if way.cost == "RAM that is free"]
+    if free.plan.cached is None:
+        assert len(proposals) == (made.plan.cached is not None)
+    for option in proposals:
+        after = as_asked(made, option)
+        assert after.speeds.decode_rate >= free.speeds.decode_rate
+        assert after.speeds.prefill_rate >= free.speeds.prefill_rate
+
+
+@pytest.mark.parametrize("batch", [None, 8])
+@pytest.mark.parametrize("shape", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_ram_to_buy_is_enough_for_all_experts(shape: str, batch: int | None) -> None:
+    poor = replace(MACHINE.hardware, ram_total_bytes=25 * GIB, ram_available_bytes=24 * GIB)
+    made = make(case(shape, poor, max_num_seqs=batch))
+    [bought] = [way for way in tried(made) if way.cost == "memory to buy"]
+    more = int(bought.option.split()[0]) * GIB
+    fewer = replace(poor, ram_available_bytes=poor.ram_available_bytes + more - 8 * GIB)
+    assert make(replace(made.case, hardware=fewer)).plan.cached is not None
+    roomy = make(replace(made.case, hardware=MACHINE.hardware))
+    assert bought.decode[1] == roomy.speeds.decode_rate
+    assert bought.prefill[1] == roomy.speeds.prefill_rate
+
+
+def tried(made: Planned) -> list[Faster]:
+    """All ways with what they gain."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faster, "cheapest", list)
+        return ways_to_go_faster(made)
+
+
 @pytest.mark.parametrize("context", [4096, 2048, 2046, 1536, 1024])
 def test_half_the_context_is_proposed_down_to_1024_tokens(
     context: int, monkeypatch: pytest.MonkeyPatch
@@ -174,28 +234,40 @@ GAINS = st.floats(-0.5, 2) | st.sampled_from([0.1, 0.5])
 
 
 @given(st.lists(st.tuples(st.sampled_from(Kind), GAINS), max_size=9))
-def test_the_cheapest_that_add_something_are_shown(found: list[tuple[Kind, float]]) -> None:
+def test_the_one_that_gains_most_and_the_cheapest_before_it_are_shown(
+    found: list[tuple[Kind, float]],
+) -> None:
     ways = [
         Faster(kind=kind, option=str(n), cost="", decode=(1, 1), prefill=(1, 1), gain=gain)
         for n, (kind, gain) in enumerate(found)
     ]
-    shown = cheapest(ways)
-    assert shown == sorted(shown, key=ways.index) and len(shown) <= 3
+    worth = [way for way in ways if way.gain >= LEAST_GAIN]
+    adding = [
+        way for n, way in enumerate(worth) if not any(way.gain <= other.gain for other in worth[:n])
+    ]
 
-    def adds(dearer: Faster, cheaper: Faster) -> bool:
-        is_memory = dearer.kind is Kind.MEMORY and cheaper.kind.rounds
-        return dearer.gain > cheaper.gain or is_memory
+    def preferred(chosen: tuple[Faster, ...]) -> tuple[Any, ...]:
+        """The largest gain above all, then many, of many kinds, of which cheap ones."""
+        places = [-ways.index(way) for way in chosen]
+        kinds = {way.kind for way in chosen}
+        return max((way.gain for way in chosen), default=0), len(chosen), len(kinds), places
 
-    order = {way.option: n for n, way in enumerate(ways)}
-    for way in ways:
-        others = [other for other in shown if other is not way]
-        pairs = [sorted((way, other), key=lambda w: order[w.option]) for other in others]
-        fits = way.gain >= LEAST_GAIN and all(adds(b, a) for a, b in pairs)
-        kinds = [other.kind for other in others]
-        if way in shown:
-            assert fits
-        elif fits:  # there was no room for it, and none was given to another one of a kind
-            assert len(shown) == 3 and (way.kind in kinds or len(set(kinds)) == 3)
+    possible = chain.from_iterable(combinations(adding, n) for n in range(4))
+    assert tuple(cheapest(ways)) == max(possible, key=preferred)
+
+
+@pytest.mark.parametrize("options", [{}, {"vram_gb": 12}, {"vram_gb": 12, "ram_gb": 20}])
+def test_what_gains_most_is_shown(options: dict[str, Any]) -> None:
+    made = make(case("qwen3-30b-a3b", **options))
+    most = max(tried(made), key=lambda way: way.gain)
+    assert ways_to_go_faster(made)[-1] == most and most.option == "--dtype w4g128"
+
+
+def test_memory_to_buy_is_shown_where_nothing_else_gains_as_much() -> None:
+    for gib, is_shown in ((20, False), (8, True)):  # all of w4g128 beside 8 of VRAM, or not
+        small = replace(MACHINE.hardware, vram_free_bytes=8 << 30, ram_available_bytes=gib << 30)
+        ways = ways_to_go_faster(make(case("qwen3-30b-a3b", small)))
+        assert (ways[-1].cost == "memory to buy") == is_shown, ways
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fiddler.checked_prompt import checked_prompt
 from fiddler.errors import ConfigError, PromptError
 from fiddler.loading import ModelFiles
-from fiddler.prompts import Prompt, text_and_ids
+from fiddler.prompts import Prompt, check_prompt, text_and_ids
 from fiddler.sampling_params import SamplingParams
 
 VOCAB_SIZE, CONTEXT = 300, 16
@@ -65,6 +65,11 @@ def test_a_larger_context_is_proposed_where_the_model_has_one(
         checked_prompt([1] * CONTEXT, None, model(None, max_position))
     assert ("--context" in caught.value.hint) == grows
     assert caught.value.hint.startswith("shorten it")
+
+
+def test_one_token_is_said_as_one() -> None:
+    with pytest.raises(PromptError, match="the prompt has 1 token, but the context holds 1 and"):
+        check_prompt([7], context_tokens=1, max_position=8, vocab_size=VOCAB_SIZE)
 
 
 @given(st.text(st.characters(max_codepoint=127), min_size=1, max_size=CONTEXT - 1))

@@ -104,6 +104,8 @@ def test_an_unknown_engine_option_names_the_nearest(wrong: str, meant: str) -> N
         ("vram_gb", "8", "0 or more GiB"),
         ("ram_gb", float("nan"), "0 or more GiB"),
         ("ram_gb", float("inf"), "0 or more GiB"),
+        ("ram_gb", 1e300, "0 or more GiB"),  # infinitely many bytes
+        ("vram_gb", 10**400, "0 or more GiB"),
         ("vram_gb", True, "0 or more GiB"),
         ("max_model_len", 0, "a whole number of at least 1"),
         ("max_model_len", "512", "a whole number of at least 1"),

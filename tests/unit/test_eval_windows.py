@@ -36,6 +36,8 @@ def test_a_text_of_one_window() -> None:
 def test_what_cannot_be_cut() -> None:
     with pytest.raises(PromptError, match="has 5 tokens, less than one window of 6"):
         cut_windows(5, window=6, stride=3, num_start=0)
+    with pytest.raises(PromptError, match="has 1 token, less than one window of 6"):
+        cut_windows(1, window=6, stride=3, num_start=0)
     for stride in (0, 6, 7):
         with pytest.raises(ConfigError, match="the stride must be between 1 and 5"):
             cut_windows(50, window=6, stride=stride, num_start=0)

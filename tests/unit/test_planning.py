@@ -33,7 +33,7 @@ from offload.popularity import Popularity
 from offload.prediction import predict_decode
 from offload.prefill_prediction import predict_prefill
 from offload.reference_machines import find_machine
-from tests.offload.planner_cases import GIB, machine, without_gpu
+from tests.offload.planner_cases import GIB, less_free, machine, without_gpu
 
 USED = {
     name: RatesHere(rates=find_machine(name).rates, name=name, origin="")
@@ -376,7 +376,7 @@ def test_a_batch_beyond_the_memory_names_the_largest_within_it(
     assert found is not None
     assert planned(shape, max_num_seqs=int(found[1]), **options)
     with pytest.raises(OutOfMemoryError):
-        planned(shape, max_num_seqs=int(found[1]) + 1, **options)
+        planned(shape, less_free(machine()), max_num_seqs=int(found[1]) + 1, **options)
 
 
 def test_experts_on_disk_cannot_change_places() -> None:
