@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,15 +134,17 @@ def test_a_paste_of_several_lines_is_one_message(chat: Terminal) -> None:
     leave(chat)
 
 
-def test_tab_completes_commands_and_files(chat: Terminal, tmp_path: Path) -> None:
-    (tmp_path / "unmistakable.txt").write_text("from the file")
-    chat.type("/rea" + TAB)
-    chat.expect("/read")
-    chat.type(f" {tmp_path}/unmis{TAB}")
-    chat.expect("unmistakable.txt")
-    chat.enter("")
-    chat.expect("unmistakable.txt,")  # the line is broken at a blank, wherever the path ends
-    chat.expect("13")
+def test_tab_completes_commands_and_files(chat: Terminal) -> None:
+    # a short path, which fits into the terminal's line however many folders pytest has made
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "unmistakable.txt").write_text("from the file")
+        chat.type("/rea" + TAB)
+        chat.expect("/read")
+        chat.type(f" {folder}/unmis{TAB}")
+        chat.expect("unmistakable.txt")
+        chat.enter("")
+        chat.expect("unmistakable.txt,")
+        chat.expect("13")
     chat.enter("and me")
     chat.expect("You said: from the file")
     chat.expect("and me")
