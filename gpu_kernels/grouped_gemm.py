@@ -59,11 +59,13 @@ def grouped_experts(
     out: Tensor | None = None,
     workspace: GroupedWorkspace | None = None,
     config: ExpertConfig | None = None,
+    num_slots: int | None = None,
 ) -> Tensor:
     """Return the sum over a token's resident experts of weight * expert(x), float32 ``[T, H]``.
 
     Arguments as for ``expert_decode``, for any number of tokens. An expert's output is rounded to
-    x's dtype before the sum.
+    x's dtype before the sum. ``num_slots``, at least the layer's: layers that name the same number
+    share their compiled kernels (None: the layer's own).
     """
     check_routing(layer, x_TH, ids_TK, weights_TK, slot_E)
     num_pairs = ids_TK.numel()
@@ -76,7 +78,7 @@ def grouped_experts(
         workspace = GroupedWorkspace.make(layer, num_pairs, x_TH.dtype)
     if config is None:
         config = prefill_config(layer, num_pairs, x_TH.dtype)
-    groups = group_pairs(ids_TK, slot_E, layer.num_slots)
+    groups = group_pairs(ids_TK, slot_E, num_slots or layer.num_slots)
     grouped_products(x_TH, ids_TK, groups, layer, workspace, config=config)
     sum_choices_of_tokens(workspace.part_PH, ids_TK, weights_TK, slot_E, out)
     return out

@@ -43,7 +43,7 @@ from offload.host_buffers import HostBuffers, HostRows
 from offload.place_table import PlaceTable
 from offload.pulled_experts import PulledExperts
 from offload.side_stream import SideStream
-from offload.slot_weights import slot_weights
+from offload.slot_weights import resident_layer
 from offload.worker_errors import workers_errors
 
 MAX_ROWS = MAX_TOKENS
@@ -101,7 +101,7 @@ class DecodeExperts:
         self._adaptive = adaptive
         self._version = 0 if adaptive is None else adaptive.version
         self.layers = {
-            layer: ExpertLayer(slot_weights(store[layer].gpu_parts, store[layer].packed))
+            layer: resident_layer(store[layer])
             for layer in shape.moe_layers
             if len(store[layer].gpu_w2_SHI)
         }

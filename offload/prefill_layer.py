@@ -24,7 +24,7 @@ from gpu_kernels.host_memory import read_host
 from gpu_kernels.sum_choices import sum_choices_of_tokens
 from offload.expert_stream import ExpertStream
 from offload.layer_experts import LayerExperts
-from offload.slot_weights import slot_weights
+from offload.slot_weights import resident_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,7 @@ class LayerParts:
     def of(
         cls, layer: int, at: LayerExperts, pool_layer: Any, shares_E: np.ndarray
     ) -> "LayerParts":
-        weights = slot_weights(at.gpu_parts, at.packed) if len(at.gpu_w13_SFH) else None
-        residents = None if weights is None else ExpertLayer(weights)
+        residents = resident_layer(at) if len(at.gpu_w13_SFH) else None
         return cls(layer, at, residents, at.expert_C, pool_layer, shares_E)
 
     def popular_rows(self, count: int) -> list[int]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from cpu_kernels.packed_layout import PackedShape
-from gpu_kernels.expert_weights import DenseWeights, PackedLayout, PackedWeights
+from gpu_kernels.expert_weights import DenseWeights, ExpertLayer, PackedLayout, PackedWeights
 from offload.expert_store import ExpertStore
+from offload.layer_experts import LayerExperts
 from offload.packed_expert import SCALES
 
 
@@ -22,6 +23,11 @@ def slot_weights(
         return DenseWeights(w13_SFH, w2_SHI)
     (blob_SB,) = parts
     return PackedWeights(blob_SB, packed_layout(packed))
+
+
+def resident_layer(at: LayerExperts) -> ExpertLayer:
+    """A layer's slots on the device, of which there is at least one."""
+    return ExpertLayer(slot_weights(at.gpu_parts, at.packed))
 
 
 def slots_of(parts: Sequence[torch.Tensor], packed: PackedShape | None) -> tuple[torch.Tensor, ...]:
