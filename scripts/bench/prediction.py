@@ -137,7 +137,7 @@ def rows_of(
                     "hit_rate": hit_rate,
                     "terms": predicted.to_dict(),
                     "watched": {kind: part.to_dict() for kind, part in seen.items()},
-                    "then": rates_now(),
+                    **({"then": rates_now()} if case.n_prompt else {}),
                     "demand": asdict(demand),
                 }
             )
@@ -157,7 +157,7 @@ def line_of(row: dict[str, Any]) -> str:
     terms = sorted(row["terms"][kind], key=lambda term: -term["busy_s"])[:3]
     parts = ", ".join(f"{term['name']} {term['busy_s'] * 1e3:.3g}" for term in terms)
     then = ""
-    if "then" in row:  # files have it since 2026-11-23
+    if "then" in row:  # prompts have it, since 2026-11-23
         launch_s, gbps = row["then"]["python_launch_s"], row["then"]["pcie_gbps"]
         then = f"; a launch then {launch_s * 1e6:.0f} us, PCIe {gbps:.1f} GB/s"
     return (
