@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fiddler.cli.written_file import check_folder
 from fiddler.errors import ConfigError
 
 IMAGE_MARKS = {".png": b"\x89PNG\r\n", ".svg": b"<svg"}
@@ -59,11 +60,7 @@ def check_outputs(inputs: Mapping[Path, str], outputs: Sequence[Output]) -> None
         for other, why in taken.items():
             if _is_same_file(output.path, other):
                 raise _refusal(output, why)
-        if not output.path.parent.is_dir() or output.path.is_dir():
-            raise ConfigError(
-                f"{output.option} {output.path} cannot be written there",
-                hint="name a file in a folder that exists",
-            )
+        check_folder(output.option, output.path)
         if _holds_something(output.path) and not output.is_ours(output.path):
             raise _refusal(output, f"exists and is not a {output.kind}")
         if _holds_something(output.path) and not output.is_named:
@@ -71,11 +68,11 @@ def check_outputs(inputs: Mapping[Path, str], outputs: Sequence[Output]) -> None
                 f"there is a {output.kind} in {output.path} already",
                 hint=f"replace it by {output.option} {output.path}, or name another file",
             )
-        _check_folder(output)
+        _check_draft(output)
         taken[output.path] = f"is where the {output.kind} goes"
 
 
-def _check_folder(output: Output) -> None:
+def _check_draft(output: Output) -> None:
     """Of what is replaced as a whole, a draft is made beside it: so a file is, that has no name.
 
     Modes alone say nothing of root, of /proc, or of a file system mounted read-only.

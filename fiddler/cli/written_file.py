@@ -10,10 +10,7 @@ def check_file(option: str, path: Path) -> None:
 
     By opening it: modes say nothing of root, of /proc, or of a file system mounted read-only.
     """
-    if not path.parent.is_dir():
-        raise ConfigError(
-            f"{option} {path} cannot be written there", hint="name a file in a folder that exists"
-        )
+    check_folder(option, path)
     is_new = not path.exists()
     if not is_new and not path.is_file():
         return  # a pipe's or a device's reader would see it opened
@@ -23,6 +20,14 @@ def check_file(option: str, path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raise ConfigError if ``path`` lies in no folder, or is one."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(
+            f"{option} {path} cannot be written there", hint="name a file in a folder that exists"
+        )
 
 
 def write_file(path: Path, text: str) -> None:
