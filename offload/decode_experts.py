@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.threads import WorkerPool
 from gpu_kernels.expert_decode import (
     MAX_TOKENS,
     MAX_TOP_K,
@@ -45,6 +44,7 @@ from offload.pulled_experts import PulledExperts
 from offload.side_stream import SideStream
 from offload.slot_weights import resident_layer
 from offload.worker_errors import workers_errors
+from offload.worker_pool import FedWorkers
 
 MAX_ROWS = MAX_TOKENS
 
@@ -71,7 +71,7 @@ class DecodeExperts:
     def __init__(
         self,
         experts: HybridExperts,
-        workers: WorkerPool,
+        workers: FedWorkers,
         hand_off: HandOff,
         *,
         dtype: torch.dtype,

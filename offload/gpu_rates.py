@@ -6,6 +6,7 @@ the next thing begins.
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from gpu_kernels.few_rows import few_rows_linear
 from gpu_kernels.host_memory import read_host
 from offload.cold_share import ShareCosts
 from offload.handoff_probe import choose_way, forced_way, probe
-from offload.layer_rig import Layers, layer_rig, timed_graph
+from offload.layer_rig import Layers, RigSetup, fed_pool, layer_rig, timed_graph
 from offload.limits import GIGA
 from offload.peaks import PINNED_BYTES, filled_arena, gpu_s, read_beside
 
@@ -93,19 +94,25 @@ def _small_product() -> tuple[torch.Tensor, torch.Tensor]:
 
 def hand_over_s(num_threads: int) -> float:
     """What a layer that has a cold expert takes longer, where a step chooses resident ones only."""
-    some_cold, none_cold = (_layer_s(num_threads, n) for n in (EXPERTS - 1, EXPERTS))
+    some_cold, none_cold = (_layer_s(num_threads, setup) for setup in setups())
     return max(0.0, some_cold - none_cold)
 
 
-def _layer_s(num_threads: int, num_resident: int) -> float:
-    """Seconds of a layer's experts for one token, whose experts are all resident."""
+def setups() -> tuple[RigSetup, RigSetup]:
+    """Layers of whose experts one is cold, or none; chosen are resident ones."""
     layers = Layers(
         num_layers=LAYERS,
         num_experts=EXPERTS,
-        num_resident=num_resident,
+        num_resident=EXPERTS - 1,
         hidden=HIDDEN,
         width=WIDTH,
     )
-    way, share = choose_way(probe(), forced_way()), ShareCosts()
-    with layer_rig(layers, TOP_K, way=way, num_threads=num_threads, share=share) as rig:
+    one_cold = RigSetup(layers, TOP_K, ShareCosts())
+    return one_cold, replace(one_cold, layers=replace(layers, num_resident=EXPERTS))
+
+
+def _layer_s(num_threads: int, setup: RigSetup) -> float:
+    """Seconds of a layer's experts for one token."""
+    way = choose_way(probe(), forced_way())
+    with fed_pool(num_threads) as pool, layer_rig(setup, pool, way) as rig:
         return min(rig.seconds() for _ in range(REPLAYS))

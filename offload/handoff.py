@@ -23,13 +23,13 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.compiled import kernels
-from cpu_kernels.threads import WorkerPool
 from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, NUM_WORDS, STOP
 from fiddler.errors import WorkerError
 from gpu_kernels.host_words import Bell, Ring
 from offload.cuda_driver import HostCallback, cuda_driver, current_stream
 from offload.handoff_probe import Way
 from offload.worker_errors import worker_error, workers_errors
+from offload.worker_pool import FedWorkers
 
 Words = npt.NDArray[np.int64]
 
@@ -159,7 +159,7 @@ class HostFunctionHandOff(_HostHandOff):
 class EagerHandOff(_HostHandOff):
     """By Python, which waits for the stream first: no graph can hold it."""
 
-    def __init__(self, workers: WorkerPool, synchronize: Callable[[], None]) -> None:
+    def __init__(self, workers: FedWorkers, synchronize: Callable[[], None]) -> None:
         self._workers, self._synchronize = workers, synchronize
 
     def ring(self, number: int) -> None:
@@ -172,7 +172,7 @@ class EagerHandOff(_HostHandOff):
             self._workers.wait()
 
 
-def make_hand_off(way: Way, workers: WorkerPool) -> HandOff:
+def make_hand_off(way: Way, workers: FedWorkers) -> HandOff:
     """The ``way`` for a pool on the current CUDA device."""
     if way == "eager":
         return EagerHandOff(workers, lambda: torch.cuda.current_stream().synchronize())

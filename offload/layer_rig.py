@@ -22,6 +22,7 @@ from offload.executor import HybridExperts
 from offload.expert_store import ExpertShape, ExpertStore
 from offload.handoff import make_hand_off, pinned_words
 from offload.handoff_probe import Way
+from offload.idle_pool import IdlePool
 from offload.peaks import gpu_s
 from offload.placement import Placement
 
@@ -52,6 +53,15 @@ class Layers:
             hidden_size=self.hidden,
             expert_size=self.width,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RigSetup:
+    """Layers, how many experts of each a token chooses, and what is pulled of cold ones."""
+
+    layers: Layers
+    top_k: int
+    share: ShareCosts
 
 
 class LayerRig:
@@ -110,15 +120,17 @@ class LayerRig:
         return chain
 
 
+def fed_pool(num_threads: int) -> ExpertPool:
+    """Workers for a rig; to be closed after it."""
+    return ExpertPool(num_threads, words=pinned_words(), caller_works=False)
+
+
 @contextmanager
-def layer_rig(
-    layers: Layers, top_k: int, *, way: Way, num_threads: int, share: ShareCosts
-) -> Iterator[LayerRig]:
+def layer_rig(setup: RigSetup, pool: ExpertPool | IdlePool, way: Way) -> Iterator[LayerRig]:
     """Allocate, fill with zeros, pin and capture; all of it is given back at the end."""
+    layers, top_k = setup.layers, setup.top_k
     device, kind = torch.device("cuda"), layers.kind
     with ExitStack() as resources:
-        pool = ExpertPool(num_threads, words=pinned_words(), caller_works=False)
-        resources.callback(pool.close)
         store = ExpertStore(
             layers.shape,
             Placement.of([range(layers.num_resident)] * layers.num_layers),
@@ -138,7 +150,7 @@ def layer_rig(
             make_hand_off(way, pool.workers),
             dtype=torch.bfloat16,
             max_rows=1,
-            share=share,
+            share=setup.share,
         )
         experts.bind(1)
         resources.enter_context(torch.inference_mode())

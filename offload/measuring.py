@@ -5,7 +5,6 @@ has used, so that the next one has the memory.
 """
 
 import errno
-import importlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -127,18 +126,17 @@ def kernels_to_compile() -> list[str]:
     return uncached([*("/".join(kernel) for kernel in KERNELS), WORKERS, READ, TOUCH, PACK])
 
 
-def wake_gpu() -> None:
-    """The first use of a GPU, if there is one: its libraries, a context, a kernel's compilation.
+def wake_gpu(hardware: Hardware) -> None:
+    """The first use of a GPU, if there is one: its libraries, and compilation of its kernels.
 
-    That takes seconds which need no quiet machine.
+    That takes ten seconds and more which need no quiet machine.
     """
-    import torch
-
-    if torch.cuda.is_available():
+    if hardware.has_gpu:
+        from offload.compile_ahead import compile_ahead
         from offload.gpu_rates import launch_s
 
-        importlib.import_module("offload.share_rates")  # with all that it imports, a second
         launch_s()
+        compile_ahead(hardware.ram_available_bytes)
 
 
 def expert_times(setting: Setting) -> dict[str, Any]:

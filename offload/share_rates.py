@@ -14,7 +14,7 @@ from cpu_kernels.topology import read_cache_bytes
 from cpu_kernels.weight_kind import parse_kind
 from offload.cold_share import ShareCosts, kept_rows
 from offload.handoff_probe import choose_way, forced_way, probe
-from offload.layer_rig import LayerRig, Layers, layer_rig
+from offload.layer_rig import LayerRig, Layers, RigSetup, fed_pool, layer_rig
 from offload.limits import GIGA
 from offload.machine_rates import START_S, SharedRates
 from offload.sample_experts import sample_bytes
@@ -33,22 +33,26 @@ ALIKE = 0.01
 
 def share_rates(num_threads: int, free_bytes: int) -> tuple[SharedRates, ...]:
     """Of every kernel and size; none where there is no memory for it."""
+    return tuple(_rates(num_threads, setup) for setup in setups(free_bytes))
+
+
+def setups(free_bytes: int) -> tuple[RigSetup, ...]:
+    """What is measured: layers whose experts are all cold and all chosen."""
     if free_bytes // 3 < MOST_BYTES:
         return ()
+    most = costs_of(COARSE[0])
     return tuple(
-        _rates(num_threads, kind, activations, *size)
+        RigSetup(_layers(kind, activations, *size), size[-1], most)
         for kind, activations in KERNELS
         for size in SIZES
     )
 
 
-def _rates(
-    num_threads: int, kind: str, activations: Activations, hidden: int, width: int, chosen: int
-) -> SharedRates:
+def _layers(kind: str, activations: Activations, hidden: int, width: int, chosen: int) -> Layers:
     weights = parse_kind(kind)
     expert_bytes = sample_bytes(weights, hidden, width)
     wanted = max(LEAST_BYTES, min(MOST_BYTES, CACHES * read_cache_bytes()))
-    layers = Layers(
+    return Layers(
         num_layers=max(2, wanted // (chosen * expert_bytes)),
         num_experts=chosen,
         num_resident=0,
@@ -57,19 +61,23 @@ def _rates(
         kind=weights,
         activations=activations,
     )
+
+
+def _rates(num_threads: int, setup: RigSetup) -> SharedRates:
+    layers, chosen = setup.layers, setup.top_k
     way = choose_way(probe(), forced_way())
-    most = costs_of(COARSE[0])
-    with layer_rig(layers, chosen, way=way, num_threads=num_threads, share=most) as rig:
+    with fed_pool(num_threads) as pool, layer_rig(setup, pool, way) as rig:
         rig.choose(nothing=True)
         idle_s = min(rig.seconds() for _ in range(TURNS))
         rig.choose(nothing=False)
         kept, seconds = best_part(lambda part: _layer_s(rig, part))
-    group = weights.group or 1
-    table_N = kept_rows(chosen, width, expert_bytes, costs_of(kept), group)
-    part = int(table_N[chosen]) / (chosen * width)
+    expert_bytes = sample_bytes(layers.kind, layers.hidden, layers.width)
+    group = layers.kind.group or 1
+    table_N = kept_rows(chosen, layers.width, expert_bytes, costs_of(kept), group)
+    part = int(table_N[chosen]) / (chosen * layers.width)
     gbps = chosen * expert_bytes / max(seconds - idle_s - START_S, 1e-9) / GIGA
     return SharedRates(
-        kernel=f"{kind}/{activations}",
+        kernel=f"{layers.kind.name}/{layers.activations}",
         expert_bytes=expert_bytes,
         cpu_gbps=part * gbps,
         link_gbps=(1 - part) * gbps,

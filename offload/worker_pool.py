@@ -1,11 +1,26 @@
 """What offload needs of a pool of workers."""
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from cpu_kernels.experts import Experts
 from cpu_kernels.kernel_paths import Activations
+
+
+class FedWorkers(Protocol):
+    """The part of :class:`cpu_kernels.threads.WorkerPool` that who feeds it needs."""
+
+    @property
+    def words(self) -> npt.NDArray[np.int64]: ...
+
+    def awake(self) -> AbstractContextManager[None]: ...
+
+    def ring(self, number: int, /) -> None: ...
+
+    def wait(self) -> None: ...
 
 
 class WorkerPool(Protocol):

@@ -93,12 +93,13 @@ def measure() -> "ReferenceMachine":
     )
     from offload.reference_machines import ReferenceMachine
 
-    hardware = probe()  # first: it knows the context's size only of one that it has seen come
     to_compile = kernels_to_compile()
     if to_compile:
         note("compiling CPU kernels, once")
-        with precompiling(to_compile):
-            wake_gpu()
+    with precompiling(to_compile):
+        hardware = probe()  # the first of CUDA: it knows the size of contexts that it saw come
+        if to_compile:
+            wake_gpu(hardware)
     setting = Setting(
         hardware=hardware,
         num_threads=measured_num_threads(),

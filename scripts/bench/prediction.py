@@ -42,7 +42,6 @@ from offload.chances import LayerChances
 from offload.demand import Demand
 from offload.gpu_rates import python_launch_s
 from offload.hardware import probe
-from offload.link_probe import measure_link
 from offload.machine_rates import MachineRates, from_json, to_json
 from offload.routing_law import Law
 from offload.units import GIB
@@ -137,7 +136,7 @@ def rows_of(
                     "hit_rate": hit_rate,
                     "terms": predicted.to_dict(),
                     "watched": {kind: part.to_dict() for kind, part in seen.items()},
-                    **({"then": rates_now()} if case.n_prompt else {}),
+                    **({"then": launch_now()} if case.n_prompt else {}),
                     "demand": asdict(demand),
                 }
             )
@@ -145,9 +144,9 @@ def rows_of(
     return rows
 
 
-def rates_now() -> dict[str, float]:
-    """What prompts depend on most, again: on a shared host it may have changed since."""
-    return {"python_launch_s": python_launch_s(), "pcie_gbps": measure_link().copy_gbps}
+def launch_now() -> dict[str, float]:
+    """What prompts of few cold experts depend on, again: on a shared host it may have changed."""
+    return {"python_launch_s": python_launch_s()}
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -158,8 +157,7 @@ def line_of(row: dict[str, Any]) -> str:
     parts = ", ".join(f"{term['name']} {term['busy_s'] * 1e3:.3g}" for term in terms)
     then = ""
     if "then" in row:  # prompts have it, since 2026-11-23
-        launch_s, gbps = row["then"]["python_launch_s"], row["then"]["pcie_gbps"]
-        then = f"; a launch then {launch_s * 1e6:.0f} us, PCIe {gbps:.1f} GB/s"
+        then = f"; a launch then {row['then']['python_launch_s'] * 1e6:.0f} us"
     return (
         f"{row['model']:40} {row['test']:7} {row['measured_ms']:9.1f} ms, predicted "
         f"{row['predicted_ms']:9.1f} ({row['error']:+.0%}); a step {seen['step_s'] * 1e3:.3g} ms, "

@@ -232,6 +232,31 @@ def test_this_machine_is_calibrated_within_a_minute(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.alone
+def test_what_decode_layers_run_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    from offload.compile_ahead import compile_ahead
+    from offload.gpu_rates import hand_over_s
+    from offload.share_rates import share_rates
+
+    compiled: list[str] = []
+    compile_one = JITFunction._do_compile
+
+    def counting(self: Any, *args: Any, **options: Any) -> Any:
+        compiled.append(self.__name__)
+        return compile_one(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", counting)
+    free_bytes = probe().ram_available_bytes
+    compile_ahead(free_bytes)
+    ahead = compiled.copy()
+    hand_over_s(measured_num_threads())
+    share_rates(measured_num_threads(), free_bytes)
+    assert ahead and compiled == ahead
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
 def test_a_gpu_is_calibrated_within_a_minute(tmp_path: Path) -> None:
     assert torch.cuda.is_available()
     told: list[tuple[str, float]] = []

@@ -328,7 +328,7 @@ def test_a_benchmarks_file_is_predicted_again_as_it_was(tmp_path: Path) -> None:
             "measured_ms": 100.0,
             "demand": asdict(asked),
             "watched": {"prompt" if case.n_prompt else "step": {"step_s": 0.1, "cpu_s": 0.0}},
-            "then": {"python_launch_s": 3e-5, "pcie_gbps": 50.0},
+            "then": {"python_launch_s": 3e-5},
         }
         rows.append((row, predicted))
     path = tmp_path / "bench.json"
