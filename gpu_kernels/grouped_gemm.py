@@ -11,7 +11,7 @@ Shapes: T tokens, K choices of a token, P = T * K pairs, E experts, S slots, H h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from gpu_kernels.grouped_tile import grouped_kernel
 from gpu_kernels.sum_choices import sum_choices_of_tokens
 from gpu_kernels.tile_spec import Matrix, TileConfig, tile_spec
 from gpu_kernels.whole_numbers import next_power_of_2
+
+ALIGNED = 16  # bytes: what Triton asks of an address to load several numbers at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,8 @@ class _Product:
     """One product of a layer's experts: what is the same for all pairs.
 
     Working it out takes Python longer than a launch, and a prompt has some 20 launches a layer.
+    ``compiled`` has the kernel for each kind of arguments: to find it Triton looks at each of them
+    and at all fields of SPEC and FEW, which takes longer than the launch as well.
     """
 
     weights: Tensor
@@ -137,7 +141,9 @@ class _Product:
     columns: int  # of a tile, of which a slot's last one may take ``few`` more
     few: int
     num_tiles: int  # of rows
-    options: dict[str, Any]  # what is compiled, and how it is launched
+    constants: dict[str, Any]  # of the kernel, as compiled
+    launch: dict[str, Any]
+    compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layer: ExpertLayer, matrix: Matrix, config: TileConfig) -> _Product:
@@ -145,15 +151,15 @@ class _Product:
         weights, bias = (w13, layer.b13_SF) if matrix == "w13" else (w2, layer.b2_SH)
         spec = tile_spec(layer, matrix, config)
         few, num_tiles = max(config.columns // 4, 8), spec.num_tiles(spec.rows)
-        options = {
+        constants = {
             "NUM_TILES": num_tiles,
             "NEAR": config.near,
             "SPEC": spec,
             # with 128 pairs each on average, half of the experts have a few more
             "FEW": replace(spec, columns=few),
-            **config.launch,
         }
-        return cls(weights, bias, weights.stride(0), config.columns, few, num_tiles, options)
+        fixed = weights, bias, weights.stride(0), config.columns, few, num_tiles
+        return cls(*fixed, constants, config.launch)
 
 
 def _products(layer: ExpertLayer, config: ExpertConfig) -> tuple[_Product, _Product]:
@@ -177,22 +183,21 @@ def _launch(
 ) -> None:
     """One product for all pairs: rows of x are tokens for w13 and, for w2, pairs as grouped."""
     num_groups = most_groups(max_pairs, num_slots, product.columns, product.few)
-    grouped_kernel[(num_groups * product.num_tiles,)](
-        x,
-        groups.pair_P,
-        groups.first_S1,
-        product.weights,
-        product.bias,
-        out,
-        x.stride(0),
-        product.stride_slot,
-        first_slot,
-        num_slots,
-        num_groups,
-        BINS=max(16, next_power_of_2(num_slots)),
-        TOP_K=ids_TK.shape[1],
-        **product.options,
-    )
+    grid = num_groups * product.num_tiles, 1, 1
+    bins, top_k, stride_x = max(16, next_power_of_2(num_slots)), ids_TK.shape[1], x.stride(0)
+    arrays = x, groups.pair_P, groups.first_S1, product.weights, product.bias, out
+    numbers = stride_x, product.stride_slot, first_slot, num_slots, num_groups
+    changing = x, groups.pair_P, groups.first_S1, out
+    # Triton compiles anew for other types, alignments and strides, and not for the last numbers
+    kind = (bins, top_k, stride_x, x.dtype, *[array.data_ptr() % ALIGNED for array in changing])
+    compiled = product.compiled.get(kind)
+    if compiled is None:
+        constants = {"BINS": bins, "TOP_K": top_k, **product.constants}
+        product.compiled[kind] = grouped_kernel[grid](
+            *arrays, *numbers, **constants, **product.launch
+        )
+    else:
+        compiled[grid](*arrays, *numbers, bins, top_k, *product.constants.values())
 
 
 def most_groups(num_pairs: int, num_slots: int, columns: int, few: int) -> int:

@@ -39,7 +39,7 @@ class ExpertStream:
     """
 
     def __init__(self, store: ExpertStore, num_slots: int, device: torch.device) -> None:
-        size = bank_slots(num_slots)
+        size = bank_slots(num_slots, store.expert_bytes(store.largest_layer))
         num_banks = num_slots // size
         slots = num_banks * size
         parts = empty_parts(store, slots, device)

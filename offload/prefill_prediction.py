@@ -31,7 +31,7 @@ from offload.staging import bank_slots
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
 # What Python does for a layer of a prompt on a GPU, in launches of a kernel: for every layer, for
 # one with experts that are sent, and for each of their banks.
-LAYER_LAUNCHES, SENT_LAUNCHES, BANK_LAUNCHES = 42, 11, 3.5
+LAYER_LAUNCHES, SENT_LAUNCHES, BANK_LAUNCHES = 40.5, 11, 2.2
 # and what a layer loses where the CPU has a share of it, as Python waits for that before it goes on
 TURN_LAUNCHES = 33
 
@@ -148,7 +148,7 @@ def _gpu_sides(
     hot = token_counts(layer.hot, tokens)
     pairs = sum(hot) + sum(counts) - sum(on_cpu)
     experts_s = _gpu_experts_s(demand, rates, pairs, len(hot) + sent)
-    banks = -(-sent // bank_slots(demand.staging_slots))
+    banks = -(-sent // bank_slots(demand.staging_slots, demand.expert_bytes))
     launches = LAYER_LAUNCHES + (SENT_LAUNCHES + banks * BANK_LAUNCHES if sent else 0)
     return _Sides(
         link_s=sent * copy_s + transfer_s,

@@ -7,7 +7,11 @@ LEAST_SLOTS = 4  # of large experts: one in use, one or two under way, one ahead
 MOST_SLOTS = 64
 CHOICES = (LEAST_SLOTS, 16, MOST_SLOTS)
 LEAST_BYTES = 128 * MIB  # of a ring that is chosen: less has never run, and each copy is a launch
-NUM_BANKS = 8  # slots are filled and used some at a time; more banks only cost launches
+# Slots are filled and used some at a time, in banks: as many as let the link go on while one is
+# used. Of small experts there are fewer: each costs Python launches, and PCIe 5 takes 600 us for 32
+# MiB.
+NUM_BANKS, FEW_BANKS = 8, 4
+BANK_BYTES = 32 * MIB
 # Of the room for experts, at most this part beyond the least: what it takes, residents lose.
 DIVISOR = 8
 
@@ -31,6 +35,9 @@ def least_slots(num_experts: int, room: int) -> int:
     return min(LEAST_SLOTS, num_experts, room)
 
 
-def bank_slots(num_slots: int) -> int:
+def bank_slots(num_slots: int, expert_bytes: int) -> int:
     """Slots that are filled, used and released together."""
-    return max(1, num_slots // NUM_BANKS)
+    size = num_slots // NUM_BANKS
+    if size * expert_bytes < BANK_BYTES:
+        size = num_slots // FEW_BANKS
+    return max(1, size)

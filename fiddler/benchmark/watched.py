@@ -2,14 +2,15 @@
 
 Watching takes a part of a core, so parts are told beside the whole that they were seen in. What the
 CPU workers take is seen at their words (:mod:`fiddler.benchmark.bell_log`); the rest of a
-step is the GPU's, or the link's. A prompt says how many experts it had sent over PCIe.
+step is the GPU's, or the link's. A prompt says how many experts it had sent over PCIe; how fast
+Python starts kernels is measured again behind it.
 """
 
 import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,18 +33,20 @@ NS = 1_000_000_000
 CPU_TERMS = ("cold experts, CPU", "experts")
 LINK_TERM = "cold experts, PCIe"
 PYTHON_TERM = "step in Python"
+LAYERS_TERM = "layers in Python"
 MOST_SLOWED = 1.3  # times, by watching: beyond it what was seen may be the watcher's own
 FEW_STEPS, RUNS = 12, 3  # a test of few steps is watched several times, and the middle run counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """Means of steps of a kind: their seconds, those of CPU jobs in them, and what PCIe brought."""
+    """Means of steps of a kind: their seconds, of CPU jobs in them, and what PCIe brought."""
 
     num_steps: int
     step_s: float
     cpu_s: float
     sent_bytes: float
+    launch_s: float = 0.0  # of a kernel by Python, behind a prompt on a GPU
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -86,7 +89,12 @@ def watch(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Watched]
     runs = [_watch_run(loaded, driver, case)]
     while sum(seen.num_steps for seen in runs[0].values()) < FEW_STEPS and len(runs) < RUNS:
         runs.append(_watch_run(loaded, driver, case))
-    return {kind: _middle([run[kind] for run in runs]) for kind in runs[0]}
+    seen = {kind: _middle([run[kind] for run in runs]) for kind in runs[0]}
+    if "prompt" in seen and loaded.hardware.has_gpu:
+        from offload.gpu_rates import python_launch_s
+
+        seen["prompt"] = replace(seen["prompt"], launch_s=python_launch_s())
+    return seen
 
 
 def _middle(runs: list[Watched]) -> Watched:
@@ -174,6 +182,10 @@ def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[fl
         foreseen_s = foreseen.seconds - hidden_s + python_s
         text = _text("everything but the CPU's experts", rest_s, seen.step_s, foreseen_s)
         sides.append((abs(rest_s - foreseen_s), text))
+    if seen.launch_s:
+        now, then = seen.launch_s, rates.python_launch_s
+        text = f"Python starts a kernel in {_us(now)} us, {_us(then)} when it was measured"
+        sides.append((foreseen.term(LAYERS_TERM).busy_s * (now / then - 1), text))
     off_s, text = max(sides)
     return off_s * seen.num_steps, text
 
@@ -186,6 +198,10 @@ def _text(what: str, seen_s: float, step_s: float, foreseen_s: float) -> str:
 def _ms(seconds: float) -> str:
     ms = seconds * 1e3
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f}"
 
 
 def _mean(steps: Sequence[tuple[Span, float]], jobs: Sequence[Span]) -> Watched:

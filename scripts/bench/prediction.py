@@ -40,7 +40,6 @@ from fiddler.models.shapes import SHAPES
 from fiddler.speed import demand_of, drawn_chances, own_rates
 from offload.chances import LayerChances
 from offload.demand import Demand
-from offload.gpu_rates import python_launch_s
 from offload.hardware import probe
 from offload.machine_rates import MachineRates, from_json, to_json
 from offload.routing_law import Law
@@ -136,17 +135,11 @@ def rows_of(
                     "hit_rate": hit_rate,
                     "terms": predicted.to_dict(),
                     "watched": {kind: part.to_dict() for kind, part in seen.items()},
-                    **({"then": launch_now()} if case.n_prompt else {}),
                     "demand": asdict(demand),
                 }
             )
             print(line_of(rows[-1]), flush=True)
     return rows
-
-
-def launch_now() -> dict[str, float]:
-    """What prompts of few cold experts depend on, again: on a shared host it may have changed."""
-    return {"python_launch_s": python_launch_s()}
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -155,9 +148,8 @@ def line_of(row: dict[str, Any]) -> str:
     seen = row["watched"][kind]
     terms = sorted(row["terms"][kind], key=lambda term: -term["busy_s"])[:3]
     parts = ", ".join(f"{term['name']} {term['busy_s'] * 1e3:.3g}" for term in terms)
-    then = ""
-    if "then" in row:  # prompts have it, since 2026-11-23
-        then = f"; a launch then {row['then']['python_launch_s'] * 1e6:.0f} us"
+    launch_s = seen.get("launch_s", 0.0)  # of prompts, since 2026-11-23
+    then = f"; Python then took {launch_s * 1e6:.0f} us for a launch" if launch_s else ""
     return (
         f"{row['model']:40} {row['test']:7} {row['measured_ms']:9.1f} ms, predicted "
         f"{row['predicted_ms']:9.1f} ({row['error']:+.0%}); a step {seen['step_s'] * 1e3:.3g} ms, "

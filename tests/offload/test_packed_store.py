@@ -127,7 +127,7 @@ def test_layers_of_several_kinds_share_the_ring() -> None:
     assert [store.expert_bytes(layer) for layer in (0, 1, 2)] == sizes and sizes[1] == max(sizes)
     assert store.largest_layer == 1
     stream = ExpertStream(store, 16, CPU)
-    assert stream.bank_size == 2 and stream.num_slots == 16
+    assert stream.bank_size == 4 and stream.num_slots == 16
     sent = [(layer, stream.send(layer, [1, 2])) for layer in (1, 0, 2, 1)]
     for layer, bank in sent:
         weights = stream.arrive(bank).weights

@@ -22,7 +22,9 @@ from offload.popularity import Popularity
 from offload.prefill import PrefillExperts
 from offload.prefill_costs import PrefillCosts
 from offload.prefill_layer import LayerWork
+from offload.staging import bank_slots
 from offload.swaps import Swaps
+from offload.units import MIB
 
 E, K, H, WIDTH, T = 10, 3, 32, 16, 23
 LAYERS = (0, 2)
@@ -159,7 +161,7 @@ def test_the_ring_is_whole_after_it_was_kept_busy() -> None:
         assert stream is not None
         with stream.kept_busy(LAYERS[0]):
             time.sleep(0.02)
-        assert sorted(stream._free) == list(range(8))
+        assert sorted(stream._free) == list(range(4))
         check(store, experts, seed=2)
         with pytest.raises(ZeroDivisionError), stream.kept_busy(LAYERS[0]):
             _ = 1 / 0
@@ -186,11 +188,18 @@ def test_popular_experts_are_sent_ahead() -> None:
         check(store, experts, seed=5)
 
 
+@pytest.mark.parametrize(
+    ("num_slots", "expert_mib", "slots"), [(64, 9, 8), (64, 2.4, 16), (16, 45, 2), (4, 168, 1)]
+)
+def test_banks_of_small_experts_hold_more(num_slots: int, expert_mib: float, slots: int) -> None:
+    assert bank_slots(num_slots, int(expert_mib * MIB)) == slots
+
+
 def test_banks_of_several_slots() -> None:
     store = store_of({0})
     with prefill(store, 16, cpu_s=2.0) as experts:
         stream = experts._side.stream
-        assert stream is not None and stream.bank_size == 2
+        assert stream is not None and stream.bank_size == 4
         check(store, experts, seed=2)
 
 

@@ -313,6 +313,19 @@ def test_a_slow_link_is_named() -> None:
     assert explain(case, 2.0, predicted, seen, RATES).endswith(f"as predicted: {said}")
 
 
+@pytest.mark.parametrize(("times", "link"), [(1.9, False), (1.1, True)])
+def test_slow_python_is_named_where_it_explains_more(times: float, link: bool) -> None:
+    launch_s = times * RATES.python_launch_s
+    seen = Watched(num_steps=1, step_s=0.9, cpu_s=0.0, sent_bytes=0.5 * 55.3e9, launch_s=launch_s)
+    terms = (Term("cold experts, PCIe", 0.5, 0.5), Term("layers in Python", 0.0, 0.48))
+    predicted = CasePrediction(prompt=Prediction(terms), step=NOTHING, num_steps=0)
+    case = Case(n_prompt=512, n_gen=0, n_depth=0, n_parallel=1)
+    now, then = (f"{s * 1e6:.0f}" for s in (launch_s, RATES.python_launch_s))
+    slow = f"Python starts a kernel in {now} us, {then} when it was measured"
+    said = "PCIe brought 30.7 GB/s, 55.3 when it was measured" if link else slow
+    assert explain(case, 1.8, predicted, {"prompt": seen}, RATES).endswith(said)
+
+
 def test_a_quarter_is_what_is_borne() -> None:
     assert not is_off(1.24) and not is_off(0.76) and is_off(1.26) and is_off(0.74)
     case = Case(n_prompt=0, n_gen=8, n_depth=0, n_parallel=1)
