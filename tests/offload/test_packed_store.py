@@ -131,7 +131,7 @@ def test_layers_of_several_kinds_share_the_ring() -> None:
     sent = [(layer, stream.send(layer, [1, 2])) for layer in (1, 0, 2, 1)]
     for layer, bank in sent:
         weights = stream.arrive(bank).weights
-        assert isinstance(weights, PackedWeights) and weights.sizes == (2, HIDDEN, WIDTH)
+        assert isinstance(weights, PackedWeights) and weights.sizes == (4, HIDDEN, WIDTH)
         assert weights.layout == packed_layout(PackedShape(kinds[layer], HIDDEN, WIDTH))
         for slot, row in enumerate((1, 2)):
             expert = int(store[layer].expert_C[row])
