@@ -5,14 +5,15 @@ Every figure is another plan's, made and predicted as if that had been asked for
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import Enum, auto
 from typing import Any
 
 from fiddler.advice import Case, Planned, make
+from fiddler.enough_ram import ram_for_all, without_bound
 from fiddler.errors import FiddlerError
 from fiddler.models.footprint import kv_bytes
-from fiddler.planning import candidates, plan_s
+from fiddler.planning import plan_s
 from offload.layout import RAM_HEADROOM_DIVISOR, usable_vram_bytes
 from offload.plan import GpuSide
 from offload.units import GIB, gib_at_least, size_text
@@ -163,7 +164,7 @@ def _free_vram(made: Planned) -> Iterator[Proposal]:
 def _free_ram(made: Planned) -> Iterator[Proposal]:
     if made.plan.cached is None:
         return
-    needed = _ram_for_all(made)
+    needed = ram_for_all(made)
     if needed <= made.case.hardware.ram_available_bytes:
         gib = gib_at_least(needed)
         yield f"--ram-gb {gib}", "RAM that is free", made.case.asking(ram_gb=float(gib))
@@ -172,48 +173,11 @@ def _free_ram(made: Planned) -> Iterator[Proposal]:
 def _bought_ram(made: Planned) -> Iterator[Proposal]:
     if made.plan.cached is None:
         return
-    free, needed = made.case.hardware.ram_available_bytes, _ram_for_all(made)
+    free, needed = made.case.hardware.ram_available_bytes, ram_for_all(made)
     if needed > free:
         available = needed + needed // (RAM_HEADROOM_DIVISOR - 1)
         more = math.ceil((available - free) / GIB)
-        yield f"{more} GiB more RAM", "memory to buy", _without_bound(made.case, more * GIB)
-
-
-def _without_bound(case: Case, more_ram: int = 0) -> Case:
-    """``case`` with no ``--ram-gb``, on a machine with so many bytes more."""
-    larger = replace(
-        case.hardware,
-        ram_total_bytes=case.hardware.ram_total_bytes + more_ram,
-        ram_available_bytes=case.hardware.ram_available_bytes + more_ram,
-    )
-    return replace(case.asking(ram_gb=None), hardware=larger)
-
-
-def _ram_for_all(made: Planned) -> int:
-    """Bytes within which the plan has no expert on disk and is as fast as without a bound.
-
-    That plan's own may be too few: it was chosen among others, and a shorter RAM has no ring in
-    them and no room for experts to move, as Mixtral's needs 68.7 to 71.1 GiB beside 23.
-    """
-    every = made.plan.ram_needed_bytes + made.plan.memory.disk_experts
-    free = make(_without_bound(made.case))
-    if is_short := free.plan.cached is not None:  # on this machine: twice the model is enough
-        free = make(_without_bound(made.case, 2 * (every + made.plan.memory.gpu_experts)))
-    layouts = map(free.question.layout, candidates(free.question))
-    most = max(layout.ram_needed for layout in layouts if layout.fits)
-    figures = [every, free.plan.ram_needed_bytes, most]
-    if not is_short:  # without a GPU a bound makes KV smaller: less of a batch runs at once
-        figures.append(free.plan.ram_budget_bytes)
-    return next((size for size in figures if _is_enough(free, size)), figures[-1])
-
-
-def _is_enough(free: Planned, ram: int) -> bool:
-    """Whether a bound of so many bytes leaves the plan ``free``, made without one, as fast."""
-    within = make(free.case.asking(ram_gb=float(gib_at_least(ram))))
-    speeds, wanted = within.speeds, free.speeds
-    is_as_fast = speeds.decode_rate >= wanted.decode_rate
-    is_as_fast &= speeds.prefill_rate >= wanted.prefill_rate
-    return is_as_fast and within.plan.spare_slots == free.plan.spare_slots
+        yield f"{more} GiB more RAM", "memory to buy", without_bound(made.case, more * GIB)
 
 
 # --- room for all requests ---
