@@ -35,7 +35,7 @@ from gpu_kernels.hand_over import ColdWork, publish
 from gpu_kernels.host_words import Bell
 from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
-from offload.executor import HybridExperts, StepRouting
+from offload.executor import HybridExperts
 from offload.expert_store import ExpertStore
 from offload.handoff import PATIENCE_S, HandOff, await_stream
 from offload.host_buffers import HostBuffers, HostRows
@@ -43,6 +43,7 @@ from offload.place_table import PlaceTable
 from offload.pulled_experts import PulledExperts
 from offload.side_stream import SideStream
 from offload.slot_weights import resident_layer
+from offload.step_routing import StepRouting
 from offload.worker_errors import workers_errors
 from offload.worker_pool import FedWorkers
 

@@ -29,6 +29,7 @@ from offload.pool_keeper import PoolKeeper
 from offload.prefill_record import StepRecord
 from offload.prefill_split import LEAST_TOKENS
 from offload.residents import residents_of
+from offload.step_routing import RoutingRecord, StepRouting
 from offload.worker_errors import workers_errors
 from offload.worker_pool import WorkerPool
 
@@ -50,19 +51,6 @@ def _small(kind: WeightKind) -> Experts:
     if kind.is_packed:
         return cold_packed(1, PackedShape(kind, 1, 1)).experts
     return cold_weights(1, 1, 1, torch.float32 if kind.codes == "f32" else torch.bfloat16).experts
-
-
-@dataclass(slots=True)
-class StepRouting:
-    """What the router chose in one step. ``ids`` has one ``[T, K]`` int16 array per MoE layer.
-
-    ``is_resident_LE`` says which experts had a slot then.
-    """
-
-    hot_T: np.ndarray  # (layer, expert) pairs of each token that met a resident expert
-    cold_T: np.ndarray  # those that did not, whoever computed them
-    ids: dict[int, np.ndarray]
-    is_resident_LE: np.ndarray
 
 
 class HybridExperts:
@@ -93,7 +81,7 @@ class HybridExperts:
         self._host = HostBuffers(max_tokens, store.shape.hidden_size, top_k, pin=is_gpu)
         self._copied = torch.cuda.Event() if is_gpu else None  # type: ignore[no-untyped-call]
         self._use_pool(pool)
-        self.counts_LE = np.zeros((store.shape.num_layers, store.shape.num_experts), dtype=np.int64)
+        self._record = RoutingRecord(store)
         self.begin_step(0)
 
     @property
@@ -120,6 +108,20 @@ class HybridExperts:
     def pool_layers(self) -> dict[int, Any]:
         """The pool's layers, by number; those that have cold experts."""
         return self._pool_layers
+
+    @property
+    def routing(self) -> StepRouting:
+        """What the last step chose; waits for it where the host has not had to."""
+        return self._record.step
+
+    @routing.setter
+    def routing(self, chosen: StepRouting) -> None:
+        self._record.replace(chosen)
+
+    @property
+    def counts_LE(self) -> np.ndarray:
+        """How often each expert was chosen, in all steps."""
+        return self._record.counts_LE
 
     @property
     def jobs(self) -> dict[int, int]:
@@ -165,33 +167,26 @@ class HybridExperts:
             self._pool.wait()
         if self._prefill is not None and num_tokens >= LEAST_TOKENS:
             self._prefill.begin_step(num_tokens)
-        self.routing = StepRouting(
-            np.zeros(num_tokens, dtype=np.int64),
-            np.zeros(num_tokens, dtype=np.int64),
-            {},
-            np.zeros(self.counts_LE.shape, dtype=bool),
-        )
+        self._record.begin(num_tokens)
 
     def routed_ids(self, rows: slice) -> np.ndarray:
         """The step's choices for some tokens, int16 ``[tokens, layers, K]``; -1: no experts."""
-        shape = rows.stop - rows.start, self._store.shape.num_layers, self._top_k
-        chosen_TLK = np.full(shape, -1, dtype=np.int16)
-        for layer, ids_TK in self.routing.ids.items():
-            chosen_TLK[:, layer] = ids_TK[rows]
-        return chosen_TLK
+        return self._record.routed_ids(rows, self._top_k)
 
     def launch(
         self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> "PendingLayer | PendingPrefill":
         """Start one layer on both sides."""
+        if not self._asks_the_host(layer, len(x_TH)):
+            return PendingLayer(self, self._on_device(layer, x_TH, ids_TK, weights_TK), None)
         if self._prefill is not None and len(x_TH) >= LEAST_TOKENS:
-            record = functools.partial(self._record, layer)
+            record = functools.partial(self._record.add, layer)
             return self._prefill.launch(layer, x_TH, ids_TK, weights_TK, record)
         rows = self._to_host(x_TH, ids_TK, weights_TK)
         _, ids, _, _ = rows.arrays
         experts = self._store[layer]
         cold_TK = experts.slot_E[ids] < 0
-        self._record(layer, ids, np.bincount(ids.ravel(), minlength=self.counts_LE.shape[1]))
+        self._record.add(layer, ids)
         has_cold = bool(cold_TK.any())
         from_disk = None
         if has_cold and self._store.cache is not None:
@@ -220,6 +215,23 @@ class HybridExperts:
         if self._prefill is not None:
             self._prefill.clear()
 
+    def _asks_the_host(self, layer: int, num_tokens: int) -> bool:
+        """Whether it has to know what the layer chooses before the step goes on."""
+        if self._prefill is not None and num_tokens >= LEAST_TOKENS:
+            return not self._prefill.has_only_residents(layer)
+        return layer in self._pool_layers
+
+    def _on_device(
+        self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """All of a layer's experts where none is cold."""
+        ids_TK = ids_TK.int().contiguous()
+        self._record.add_later(layer, ids_TK)
+        step = x_TH, ids_TK, weights_TK
+        if self._prefill is not None and len(x_TH) >= LEAST_TOKENS:
+            return self._prefill.residents(layer, *step)
+        return self._residents.products(layer, *step)
+
     def _to_host(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> HostRows:
@@ -232,18 +244,6 @@ class HybridExperts:
             self._copied.record()
             self._copied.synchronize()
         return rows
-
-    def _record(self, layer: int, ids: np.ndarray, counts_E: np.ndarray) -> None:
-        """``counts_E``: how often ``ids`` has each expert."""
-        is_resident_E = self._store[layer].slot_E >= 0
-        # a product, as a sum of booleans by rows takes three times as long
-        hot_TK = is_resident_E.astype(np.float32).take(ids)
-        num_hot_T = (hot_TK @ np.ones(ids.shape[1], np.float32)).astype(np.int64)
-        self.routing.hot_T += num_hot_T
-        self.routing.cold_T += ids.shape[1] - num_hot_T
-        self.routing.ids[layer] = ids.astype(np.int16)
-        self.routing.is_resident_LE[layer] = is_resident_E
-        self.counts_LE[layer] += counts_E
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class KernelResidents:
     def __init__(self, store: ExpertStore, device: torch.device) -> None:
         self._store, self._device = store, device
         self._layers: dict[int, ExpertLayer] = {}
+        self._tables: dict[int, torch.Tensor] = {}  # of layers in which nothing can change
 
     def products(
         self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -29,7 +30,7 @@ class KernelResidents:
             x_TH.contiguous(),
             ids_TK.int().contiguous(),
             weights_TK.contiguous(),
-            torch.from_numpy(self._store[layer].slot_E).to(self._device),
+            self._slot_E(layer),
             slots,
             config=prefill_config(slots, expected, x_TH.dtype),
             num_slots=num_experts + 1,  # the most that a layer may have, with a spare one
@@ -38,6 +39,17 @@ class KernelResidents:
     def clear(self) -> None:
         """Nothing can be computed after."""
         self._layers.clear()
+        self._tables.clear()
+
+    def _slot_E(self, layer: int) -> torch.Tensor:
+        """The layer's table now; to send it the host waits for all that is on the stream."""
+        table = self._tables.get(layer)
+        if table is None:
+            at = self._store[layer]
+            table = torch.from_numpy(at.slot_E).to(self._device)
+            if not len(at.cpu_w2_CHI):
+                self._tables[layer] = table
+        return table
 
     def _slots(self, layer: int) -> ExpertLayer:
         """As the kernels take them; the products that are prepared for them stay there."""

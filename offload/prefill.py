@@ -3,6 +3,9 @@
 The device computes the residents and the cold experts that the link brings; the CPU computes some
 cold experts meanwhile (:mod:`offload.prefill_division`), and what it sums up is added last.
 
+Layers without cold experts need none of this: ``residents`` puts them on the stream, and the host
+goes on.
+
 Ordering: ``launch`` writes the routing to the host and waits for it, once a layer; so everything
 that earlier layers have read of host buffers is done by then. Next it writes the CPU's input there,
 asks for copies, as many as the ring has room for, starts the pool once its input has come (an event
@@ -97,7 +100,7 @@ class PrefillExperts:
                     columns_from=self._costs[layer].columns_from,
                 )
             self._layers[layer] = LayerParts.of(
-                layer, self._store[layer], pool_layer, self._shares_LE[layer]
+                layer, self._store[layer], pool_layer, self._shares_LE[layer], self._device
             )
 
     @property
@@ -150,6 +153,17 @@ class PrefillExperts:
             self._start_pool(parts, cpu_rows, rows)
         hot_TH = work.compute(x_TH, ids_TK, weights_TK)
         return PendingPrefill(self._pool, self.record, hot_TH, rows.out_TH if cpu_rows else None)
+
+    def has_only_residents(self, layer: int) -> bool:
+        """Whether the layer asks nothing of the host: nothing of it is cold, or of the next one."""
+        near = [layer, self._next.get(layer, layer)]
+        return all(self._layers[one].pool_layer is None for one in near)
+
+    def residents(
+        self, layer: int, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Such a layer on the device, float32; ``ids_TK`` int32."""
+        return self._side.residents(self._layers[layer], x_TH, ids_TK, weights_TK.contiguous())
 
     def clear(self) -> None:
         """Let the pool forget the layers, and give back the ring once no copy is under way."""

@@ -19,7 +19,7 @@ import torch
 from gpu_kernels.expert_config import prefill_config
 from gpu_kernels.expert_grouping import Grouping, group_pairs
 from gpu_kernels.expert_weights import ExpertLayer
-from gpu_kernels.grouped_gemm import GroupedWorkspace, grouped_products
+from gpu_kernels.grouped_gemm import GroupedWorkspace, grouped_experts, grouped_products
 from gpu_kernels.host_memory import read_host
 from gpu_kernels.sum_choices import sum_choices_of_tokens
 from offload.expert_stream import ExpertStream
@@ -37,13 +37,20 @@ class LayerParts:
     cold_C: np.ndarray  # the expert of each row, as it is now
     pool_layer: Any  # None: nothing is cold
     shares_E: np.ndarray  # how often each expert is expected to be chosen
+    place_E: torch.Tensor | None  # the residents' slots on the device where nothing else is
 
     @classmethod
     def of(
-        cls, layer: int, at: LayerExperts, pool_layer: Any, shares_E: np.ndarray
+        cls,
+        layer: int,
+        at: LayerExperts,
+        pool_layer: Any,
+        shares_E: np.ndarray,
+        device: torch.device,
     ) -> "LayerParts":
         residents = resident_layer(at) if len(at.gpu_w13_SFH) else None
-        return cls(layer, at, residents, at.expert_C, pool_layer, shares_E)
+        place_E = torch.from_numpy(at.slot_E).to(device) if pool_layer is None else None
+        return cls(layer, at, residents, at.expert_C, pool_layer, shares_E, place_E)
 
     def popular_rows(self, count: int) -> list[int]:
         """That many rows that are expected to be used most, ascending."""
@@ -89,6 +96,21 @@ class DeviceSide:
         is_gpu = device.type == "cuda"
         self._host_place_E = torch.empty(num_experts, dtype=torch.int32, pin_memory=is_gpu)
         self._place_E = torch.empty(num_experts, dtype=torch.int32, device=device)
+
+    def residents(
+        self,
+        parts: LayerParts,
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """All of a layer's experts where nothing is cold, float32; the host waits for nothing."""
+        assert parts.residents is not None and parts.place_E is not None
+        return grouped_experts(
+            *(x_TH, ids_TK, weights_TK, parts.place_E, parts.residents),
+            workspace=self.workspace,
+            config=prefill_config(parts.residents, ids_TK.numel(), self.dtype),
+        )
 
     def upload(self, place_E: np.ndarray) -> torch.Tensor:
         """The table on the device; the one before must have been read (see the module's user)."""

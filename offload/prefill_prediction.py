@@ -29,9 +29,9 @@ from offload.staging import bank_slots
 
 # Parts of a large product's rate that are reached: dense layers, grouped experts, attention.
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
-# What Python does for a layer of a prompt on a GPU, in launches of a kernel: for every layer, for
-# one with experts that are sent, and for each of their banks.
-LAYER_LAUNCHES, SENT_LAUNCHES, BANK_LAUNCHES = 40.5, 11, 2.2
+# What Python does for a layer of a prompt on a GPU, in launches of a kernel: for one without cold
+# experts, for others, for experts that are sent, and for each of their banks.
+RESIDENT_LAUNCHES, LAYER_LAUNCHES, SENT_LAUNCHES, BANK_LAUNCHES = 33, 40.5, 11, 2.2
 # and what a layer loses where the CPU has a share of it, as Python waits for that before it goes on
 TURN_LAUNCHES = 33
 
@@ -149,7 +149,8 @@ def _gpu_sides(
     pairs = sum(hot) + sum(counts) - sum(on_cpu)
     experts_s = _gpu_experts_s(demand, rates, pairs, len(hot) + sent)
     banks = -(-sent // bank_slots(demand.staging_slots, demand.expert_bytes))
-    launches = LAYER_LAUNCHES + (SENT_LAUNCHES + banks * BANK_LAUNCHES if sent else 0)
+    launches = LAYER_LAUNCHES if counts else RESIDENT_LAUNCHES
+    launches += SENT_LAUNCHES + banks * BANK_LAUNCHES if sent else 0
     return _Sides(
         link_s=sent * copy_s + transfer_s,
         cpu_s=cpu_s,

@@ -14,8 +14,8 @@ from fiddler.config import EngineConfig
 from fiddler.engine.request import Request
 from fiddler.errors import ConfigError
 from fiddler.loading import LoadedModel, Progress, load_model
-from offload.executor import StepRouting
 from offload.plan import Plan
+from offload.step_routing import StepRouting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
