@@ -188,7 +188,8 @@ def _launch(
     arrays = x, groups.pair_P, groups.first_S1, product.weights, product.bias, out
     numbers = stride_x, product.stride_slot, first_slot, num_slots, num_groups
     changing = x, groups.pair_P, groups.first_S1, out
-    # Triton compiles anew for other types, alignments and strides, and not for the last numbers
+    # Triton compiles anew for other types, alignments and strides, and not for the last numbers;
+    # its own settings, and the device, are those of the first launch
     kind = (bins, top_k, stride_x, x.dtype, *[array.data_ptr() % ALIGNED for array in changing])
     compiled = product.compiled.get(kind)
     if compiled is None:

@@ -12,7 +12,7 @@ from offload.handoff_probe import choose_way, forced_way, probe
 from offload.idle_pool import IdlePool
 from offload.layer_rig import layer_rig
 
-NUM_LAYERS = 2  # a second one takes what a first one gives
+NUM_LAYERS = 2  # a second one takes what a first one gives, and its tables are aligned otherwise
 
 
 def compile_ahead(free_bytes: int) -> None:

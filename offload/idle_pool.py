@@ -1,7 +1,10 @@
 """A pool that answers every job at once and computes none: a stream that feeds it runs to its end.
 
-With it the GPU's kernels of a decode step can be run, and so compiled, before there are kernels for
-the CPU.
+With it the GPU's kernels of a decode step can be run, and so compiled, before those of the CPU's
+experts are.
+
+Ordering: the protocol of :mod:`cpu_kernels.worker`, whose worker 0 this is: DOORBELL is cleared,
+then DONE_BELL stored, each by a store with a full fence. Nothing but words is read or written.
 """
 
 import itertools
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels.compiled import kernels
 from cpu_kernels.worker import DONE_BELL, DOORBELL
 
 LOOK_S = 20e-6
@@ -25,7 +29,7 @@ class IdleWorkers:
 
     def __init__(self, words: npt.NDArray[np.int64]) -> None:
         """``words`` as that class takes them."""
-        self.words = words
+        self.words, self._kernels = words, kernels()
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -48,9 +52,10 @@ class IdleWorkers:
     def _answer(self, ended: threading.Event) -> None:
         words = self.words
         while not ended.is_set():
-            if number := words[DOORBELL]:
-                words[DOORBELL] = 0  # first: the next ring may follow the answer at once
-                words[DONE_BELL] = number
+            if number := int(words[DOORBELL]):
+                # in this order: the next ring may follow the answer at once
+                for index, value in ((DOORBELL, 0), (DONE_BELL, number)):
+                    self._kernels.announce(words.ctypes.data, index, value, index)
             else:
                 time.sleep(LOOK_S)
 

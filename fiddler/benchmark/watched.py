@@ -8,7 +8,7 @@ Python starts kernels is measured again behind it.
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -33,20 +33,22 @@ NS = 1_000_000_000
 CPU_TERMS = ("cold experts, CPU", "experts")
 LINK_TERM = "cold experts, PCIe"
 PYTHON_TERM = "step in Python"
-LAYERS_TERM = "layers in Python"
 MOST_SLOWED = 1.3  # times, by watching: beyond it what was seen may be the watcher's own
 FEW_STEPS, RUNS = 12, 3  # a test of few steps is watched several times, and the middle run counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """Means of steps of a kind: their seconds, of CPU jobs in them, and what PCIe brought."""
+    """Means of steps of a kind: their seconds, those of CPU jobs in them, and what PCIe brought.
+
+    ``launch_s``: how long Python takes to start a kernel, after a prompt on a GPU; else 0.
+    """
 
     num_steps: int
     step_s: float
     cpu_s: float
     sent_bytes: float
-    launch_s: float = 0.0  # of a kernel by Python, behind a prompt on a GPU
+    launch_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -66,12 +68,14 @@ def what_is_wrong(
     """
     if rates is None:
         return ""
-    predicted = predict_case(Subject.of(loaded), measured, rates, law)
-    times = how_far_off(measured, predicted)
-    if not is_off(times):
+    subject = Subject.of(loaded)
+
+    def predict(rates: MachineRates) -> CasePrediction:
+        return predict_case(subject, measured, rates, law)
+
+    if not is_off(how_far_off(measured, predict(rates))):
         return ""
-    case = measured.case
-    return explain(case, times, predicted, watch(loaded, driver, case), rates)
+    return explain(measured, predict, watch(loaded, driver, measured.case), rates)
 
 
 def how_far_off(measured: Measurement, predicted: CasePrediction) -> float:
@@ -136,15 +140,23 @@ def _watch_run(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Wat
 
 
 def explain(
-    case: Case,
-    times: float,
-    predicted: CasePrediction,
+    measured: Measurement,
+    predict: Callable[[MachineRates], CasePrediction],
     watched: dict[str, Watched],
     rates: MachineRates,
 ) -> str:
     """In one line, how far off the prediction is and what it has wrong most."""
+    case, predicted = measured.case, predict(rates)
+    times = how_far_off(measured, predicted)
     slower = f"{times:.2f} times as long as" if times > 1 else f"{times:.2f} times the time"
-    why = _why(times * predicted.seconds, predicted, watched, rates)
+    launch_s = watched["prompt"].launch_s if "prompt" in watched else 0.0
+    if launch_s and not is_off(
+        how_far_off(measured, predict(replace(rates, python_launch_s=launch_s)))
+    ):
+        now, then = (f"{seconds * 1e6:.0f}" for seconds in (launch_s, rates.python_launch_s))
+        why = f"Python starts a kernel in {now} us, {then} when it was measured"
+    else:
+        why = _why(times * predicted.seconds, predicted, watched, rates)
     return f"{case.name}, batch {case.n_parallel}, took {slower} predicted: {why}"
 
 
@@ -182,10 +194,6 @@ def _wrong(seen: Watched, foreseen: Prediction, rates: MachineRates) -> tuple[fl
         foreseen_s = foreseen.seconds - hidden_s + python_s
         text = _text("everything but the CPU's experts", rest_s, seen.step_s, foreseen_s)
         sides.append((abs(rest_s - foreseen_s), text))
-    if seen.launch_s:
-        now, then = seen.launch_s, rates.python_launch_s
-        text = f"Python starts a kernel in {_us(now)} us, {_us(then)} when it was measured"
-        sides.append((foreseen.term(LAYERS_TERM).busy_s * (now / then - 1), text))
     off_s, text = max(sides)
     return off_s * seen.num_steps, text
 
@@ -198,10 +206,6 @@ def _text(what: str, seen_s: float, step_s: float, foreseen_s: float) -> str:
 def _ms(seconds: float) -> str:
     ms = seconds * 1e3
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
-
-
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f}"
 
 
 def _mean(steps: Sequence[tuple[Span, float]], jobs: Sequence[Span]) -> Watched:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,8 @@ def measure() -> "ReferenceMachine":
         hardware = probe()  # the first of CUDA: it knows the size of contexts that it saw come
         if to_compile:
             wake_gpu(hardware)
+    # again, without what the compiling processes took of it
+    hardware = replace(hardware, ram_available_bytes=probe("cpu").ram_available_bytes)
     setting = Setting(
         hardware=hardware,
         num_threads=measured_num_threads(),

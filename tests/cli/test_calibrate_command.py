@@ -18,7 +18,7 @@ from fiddler.cli import cli
 from fiddler.cli.calibrated import renew_calibration
 from fiddler.speed import own_rates
 from offload.calibration import Calibration, default_path, locked
-from offload.hardware import probe
+from offload.hardware import Hardware, probe
 from offload.machine_facts import this_machine
 from offload.machine_rates import RATES, MachineRates
 from offload.measuring import Step
@@ -77,6 +77,26 @@ def test_what_has_to_be_compiled_is_compiled_first(
     assert done.exit_code == 0, done.output
     assert seen == [names, *(["GPU"] if names else []), "ended"]
     assert done.stderr.startswith("compiling CPU kernels, once\n") == bool(names)
+
+
+def test_free_ram_is_read_when_nothing_compiles_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, taken = probe("cpu"), [1 << 30]
+
+    @contextmanager
+    def precompiling(names: list[str]) -> Iterator[None]:
+        yield
+        taken.pop()
+
+    def now(device: str = "auto") -> Hardware:
+        return replace(real, ram_available_bytes=(8 << 30) - sum(taken))
+
+    monkeypatch.setattr("cpu_kernels.precompile.precompiling", precompiling)
+    monkeypatch.setattr("offload.hardware.probe", now)
+    assert run("--output", str(tmp_path / "machine.json")).exit_code == 0
+    kept = find_machine(str(tmp_path / "machine.json")).hardware
+    assert kept.ram_available_bytes == 8 << 30
 
 
 def keep_old(**changed: Any) -> None:
@@ -152,7 +172,7 @@ def test_rates_are_of_the_hand_off_that_they_were_measured_with(
     hardware = find_machine("rtx4090-ddr5").hardware
     rates = {"peaks": PEAKS, "pull_gbps": 45.0, "hand_over_s": 1e-5}
     rates |= {"launch_s": 1e-6, "python_launch_s": 2e-5}
-    monkeypatch.setattr("offload.hardware.probe", lambda: hardware)
+    monkeypatch.setattr("offload.hardware.probe", lambda device="auto": hardware)
     monkeypatch.setattr(
         "offload.measuring.machine_steps",
         lambda: (*STEPS, Step("the GPU", lambda setting: rates, on_gpu=True)),

@@ -17,6 +17,7 @@ from fiddler.benchmark.watched import Watched, explain, how_far_off, is_off
 from fiddler.benchmark.work import prompt_flops, seen_tokens
 from fiddler.errors import ConfigError
 from fiddler.models.registry import parse_config
+from offload.machine_rates import MachineRates
 from offload.placement import Placement
 from offload.prediction import Prediction, Term
 from offload.reference_machines import find_machine
@@ -285,6 +286,17 @@ OTHERS = "everything but the CPU's experts"
 RATES = find_machine("h200-16core").rates  # PCIe brings 55.3 GB/s
 
 
+def runs(case: Case, *seconds: float) -> Measurement:
+    return Measurement(
+        case=case,
+        started="",
+        samples_ns=[round(one * 1e9) for one in seconds],
+        prompt=Tally(1, 1),
+        decode=Tally(1, 1),
+        peak_vram_bytes=0,
+    )
+
+
 @pytest.mark.parametrize(
     ("step_s", "cpu_s", "said"),
     [
@@ -298,9 +310,9 @@ def test_the_worst_term_of_decoding_is_named(step_s: float, cpu_s: float, said: 
     predicted = CasePrediction(prompt=NOTHING, step=STEP, num_steps=8)
     case = Case(n_prompt=0, n_gen=8, n_depth=0, n_parallel=2)
     times = step_s / STEP.seconds
-    line = explain(case, times, predicted, seen, RATES)
+    line = explain(runs(case, 8 * step_s), lambda rates: predicted, seen, RATES)
     assert line == f"tg8, batch 2, took {times:.2f} times as long as predicted: {said}"
-    doubtful = explain(case, times / 2, predicted, seen, RATES)
+    doubtful = explain(runs(case, 4 * step_s), lambda rates: predicted, seen, RATES)
     unknown = "which part is off cannot be told, as watching slowed the run 2.0 times"
     assert doubtful.endswith(f"predicted: {unknown}")
 
@@ -310,35 +322,45 @@ def test_a_slow_link_is_named() -> None:
     predicted = CasePrediction(prompt=PROMPT, step=NOTHING, num_steps=0)
     case = Case(n_prompt=512, n_gen=0, n_depth=0, n_parallel=1)
     said = "PCIe brought 27.6 GB/s, 55.3 when it was measured"
-    assert explain(case, 2.0, predicted, seen, RATES).endswith(f"as predicted: {said}")
+    line = explain(runs(case, 1.0), lambda rates: predicted, seen, RATES)
+    assert line.endswith(f"2.00 times as long as predicted: {said}")
 
 
-@pytest.mark.parametrize(("times", "link"), [(1.9, False), (1.1, True)])
-def test_slow_python_is_named_where_it_explains_more(times: float, link: bool) -> None:
-    launch_s = times * RATES.python_launch_s
-    seen = Watched(num_steps=1, step_s=0.9, cpu_s=0.0, sent_bytes=0.5 * 55.3e9, launch_s=launch_s)
-    terms = (Term("cold experts, PCIe", 0.5, 0.5), Term("layers in Python", 0.0, 0.48))
-    predicted = CasePrediction(prompt=Prediction(terms), step=NOTHING, num_steps=0)
+@pytest.mark.parametrize(
+    ("measured_s", "sent_bytes", "said"),
+    [
+        (0.55, 0.0, "Python starts a kernel in 46 us, 25 when it was measured"),
+        (0.55, 0.4 * 55.3e9, "Python starts a kernel in 46 us, 25 when it was measured"),
+        (0.80, 0.4 * 55.3e9, "PCIe brought 27.6 GB/s, 55.3 when it was measured"),
+        (0.80, 0.0, f"{OTHERS} took 800 of a watched step's 800 ms, 401 foreseen"),
+    ],
+)
+def test_slow_python_is_named_where_it_explains_the_whole(
+    measured_s: float, sent_bytes: float, said: str
+) -> None:
+    rates = replace(RATES, python_launch_s=25e-6)
+
+    def predict(rates: MachineRates) -> CasePrediction:
+        link_s, python_s = 0.4, 12_000 * rates.python_launch_s
+        terms = (
+            Term("cold experts, PCIe", link_s if sent_bytes else 0.0, link_s),
+            Term("layers in Python", max(0.0, python_s - link_s), python_s),
+            Term("GPU experts", 0.0 if sent_bytes else link_s, 0.1),
+        )
+        return CasePrediction(prompt=Prediction(terms), step=NOTHING, num_steps=0)
+
     case = Case(n_prompt=512, n_gen=0, n_depth=0, n_parallel=1)
-    now, then = (f"{s * 1e6:.0f}" for s in (launch_s, RATES.python_launch_s))
-    slow = f"Python starts a kernel in {now} us, {then} when it was measured"
-    said = "PCIe brought 30.7 GB/s, 55.3 when it was measured" if link else slow
-    assert explain(case, 1.8, predicted, {"prompt": seen}, RATES).endswith(said)
+    step = {"num_steps": 1, "step_s": measured_s, "cpu_s": 0.0, "sent_bytes": sent_bytes}
+    seen = {"prompt": Watched(**step, launch_s=46e-6)}
+    assert explain(runs(case, measured_s), predict, seen, rates).endswith(f"predicted: {said}")
+    seen = {"prompt": Watched(**step)}
+    assert "Python" not in explain(runs(case, measured_s), predict, seen, rates)
 
 
 def test_a_quarter_is_what_is_borne() -> None:
     assert not is_off(1.24) and not is_off(0.76) and is_off(1.26) and is_off(0.74)
     case = Case(n_prompt=0, n_gen=8, n_depth=0, n_parallel=1)
     predicted = CasePrediction(prompt=NOTHING, step=STEP, num_steps=8)
-    tally = Tally(1, 1)
-    measured = Measurement(
-        case=case,
-        started="",
-        samples_ns=[48_000_000, 192_000_000, 960_000_000],
-        prompt=tally,
-        decode=tally,
-        peak_vram_bytes=0,
-    )
-    assert how_far_off(measured, predicted) == pytest.approx(192 / 96)
-    line = explain(case, 0.5, predicted, {}, RATES)
+    assert how_far_off(runs(case, 0.048, 0.192, 0.96), predicted) == pytest.approx(192 / 96)
+    line = explain(runs(case, 0.048), lambda rates: predicted, {}, RATES)
     assert "took 0.50 times the time predicted: nothing was seen" in line
