@@ -31,7 +31,7 @@ from offload.staging import bank_slots
 DENSE_PART, EXPERT_PART, ATTENTION_PART = 0.7, 0.4, 0.4
 # What Python does for a layer of a prompt on a GPU, in launches of a kernel: for one without cold
 # experts, for others, for experts that are sent, and for each of their banks.
-RESIDENT_LAUNCHES, LAYER_LAUNCHES, SENT_LAUNCHES, BANK_LAUNCHES = 33, 40.5, 11, 2.2
+RESIDENT_LAUNCHES, LAYER_LAUNCHES, SENT_LAUNCHES, BANK_LAUNCHES = 28, 40.5, 11, 2.2
 # and what a layer loses where the CPU has a share of it, as Python waits for that before it goes on
 TURN_LAUNCHES = 33
 
