@@ -122,6 +122,15 @@ class DecodeExperts:
         self.side = SideStream(self.slot_LE.device)
         self._host = HostBuffers(max_rows, shape.hidden_size, top_k, pin=is_gpu)
 
+    def pulled_bytes(self, step: StepRouting) -> float:
+        """What the device has read of host memory in ``step``; the workers, of the rest."""
+        if self.pulled is None:
+            return 0.0
+        return sum(
+            self.pulled.num_bytes(layer, len(np.unique(ids[~step.is_resident_LE[layer][ids]])))
+            for layer, ids in step.ids.items()
+        )
+
     def record_shape(self, num_rows: int) -> tuple[int, int, int]:
         """Of the record of what so many rows choose, ``[L, T, K]``."""
         return self._experts.store.shape.num_layers, num_rows, self._experts.top_k

@@ -171,6 +171,12 @@ class ExpertStore:
         """The first layer whose experts are the largest."""
         return max(self.shape.moe_layers, key=self.expert_bytes)
 
+    @property
+    def mean_expert_bytes(self) -> float:
+        """Of an expert, where layers differ."""
+        layers = self.shape.moe_layers
+        return sum(map(self.expert_bytes, layers)) / len(layers)
+
     def is_resident_LE(self) -> np.ndarray:
         """Which experts have a slot now, bool ``[L, E]``."""
         is_resident_LE = np.zeros((self.shape.num_layers, self.shape.num_experts), dtype=bool)

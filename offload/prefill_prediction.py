@@ -86,6 +86,7 @@ def _step(
     )
     if not demand.on_gpu:
         _cpu_layers(demand, rates, tokens, attention_s, dense_s, total)
+        add_disk(demand, rates, tokens, total)
         return total.prediction()
     num_dense = demand.num_layers - len(demand.layers)
     total.add("dense layers", num_dense * (dense_s + attention_s))

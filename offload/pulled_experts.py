@@ -83,6 +83,14 @@ class PulledExperts:
         """Rows of n experts end to end that the workers compute, by n; None: all."""
         return self._kept_of.get(layer)
 
+    def num_bytes(self, layer: int, num_cold: int) -> float:
+        """Of so many distinct cold experts of a step, what the device reads."""
+        if layer not in self._shares:
+            return 0.0
+        share = self._shares[layer]
+        _, width, expert_bytes = share.sizes
+        return (num_cold * width - int(share.host_kept_N[num_cold])) * expert_bytes / width
+
     def pulls(self, layer: int, num_rows: int) -> tuple[Pulls, LastRows] | None:
         """Where the device leaves what it pulls, and which rows of it; None: it never does."""
         if layer not in self.layers:

@@ -15,6 +15,7 @@ from fiddler.engine.request import Request
 from fiddler.errors import ConfigError
 from fiddler.loading import LoadedModel, Progress, load_model
 from offload.plan import Plan
+from offload.prefill_record import StepRecord
 from offload.step_routing import StepRouting
 
 
@@ -23,6 +24,7 @@ class Measurement:
     """The runs of one test; ``started`` is ISO 8601.
 
     ``prompt`` counts the steps of all runs in which any request still read, ``decode`` the others.
+    ``link_bytes``: of experts that went over PCIe, copied or read by the GPU, in all runs.
     """
 
     case: Case
@@ -31,15 +33,17 @@ class Measurement:
     prompt: Tally
     decode: Tally
     peak_vram_bytes: int
+    link_bytes: float = 0.0
 
 
 @dataclass(slots=True)
 class Run:
-    """What one run's steps chose, and the time they took together."""
+    """What one run's steps chose, and the time they took together; ``divided``: its large steps."""
 
     elapsed_ns: int = 0
     prompt: list[StepRouting] = field(default_factory=list)
     decode: list[StepRouting] = field(default_factory=list)
+    divided: list[StepRecord] = field(default_factory=list)
 
 
 def load(settings: EngineConfig, cases: list[Case], on_progress: Progress | None) -> LoadedModel:
@@ -88,6 +92,7 @@ class Driver:
             prompt=self._tally([step for run in runs for step in run.prompt]),
             decode=self._tally([step for run in runs for step in run.decode]),
             peak_vram_bytes=loaded.peak_vram_bytes(),
+            link_bytes=sum(map(self._link_bytes, runs)),
         )
 
     def walk(self, case: Case, run: int) -> Iterator[bool]:
@@ -119,13 +124,22 @@ class Driver:
 
     def _run(self, requests: list[Request], case: Case) -> Run:
         """Step until all requests are finished."""
-        engine, run = self._loaded.engine, Run()
+        engine, experts, run = self._loaded.engine, self._loaded.experts, Run()
+        last = experts.prefill_record
         started = time.perf_counter_ns()
         for is_reading in self._steps(requests, case):
             engine.step()
-            (run.prompt if is_reading else run.decode).append(self._loaded.experts.routing)
+            (run.prompt if is_reading else run.decode).append(experts.routing)
+            if experts.prefill_record is not last and (last := experts.prefill_record):
+                run.divided.append(last)
         run.elapsed_ns = time.perf_counter_ns() - started
         return run
+
+    def _link_bytes(self, run: Run) -> float:
+        """Of whole experts in large steps, and of their rows where the GPU decodes."""
+        each, steps = self._loaded.experts.store.mean_expert_bytes, self._loaded.runner.decode_steps
+        sent = sum(record.sent_experts for record in run.divided) * each
+        return sent + (sum(map(steps.pulled_bytes, run.decode)) if steps is not None else 0.0)
 
     def _steps(self, requests: list[Request], case: Case) -> Iterator[bool]:
         """Before each step of ``requests``, until all are finished: does any still read?"""

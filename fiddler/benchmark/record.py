@@ -65,6 +65,7 @@ def record_of(measured: Measurement, setting: Setting, wrong: str = "") -> Recor
         "routing": setting.routing,
         "placement": subject.plan.popularity_name,
         "n_gpu_experts": subject.plan.placement.num_resident,
+        "n_disk_experts": subject.num_on_disk,
         "hit_rate": tally.hit_rate,
         "routing_entropy": tally.entropy_bits,
         **_reached(measured, subject),
@@ -98,13 +99,15 @@ def _stdev(values: Sequence[float]) -> float:
 
 
 def _reached(measured: Measurement, subject: Subject) -> dict[str, float | None]:
-    """Bytes read on either side a second; None for prompts, and for a GPU that is not there."""
-    if measured.case.n_prompt:
-        return {"cpu_gbps": None, "gpu_gbps": None}
-    work = done_work(subject, measured).decode
+    """Bytes read on all sides a second; None for what prompts share, and without a GPU."""
     per_s = NS / statistics.median(measured.samples_ns) / GIGA
-    has_gpu = subject.hardware.has_gpu
+    has_gpu, link_bytes = subject.hardware.has_gpu, measured.link_bytes / len(measured.samples_ns)
+    link_gbps = link_bytes * per_s if has_gpu else None
+    if measured.case.n_prompt:
+        return {"cpu_gbps": None, "pcie_gbps": link_gbps, "gpu_gbps": None}
+    work = done_work(subject, measured).decode
     return {
-        "cpu_gbps": work.cold_bytes * per_s,
+        "cpu_gbps": (work.cold_bytes - link_bytes) * per_s,
+        "pcie_gbps": link_gbps,
         "gpu_gbps": work.gpu_bytes * per_s if has_gpu else None,
     }

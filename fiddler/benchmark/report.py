@@ -39,9 +39,11 @@ _COLUMNS = (
     _Column("limit", lambda r: f"{r['limit_ts']:.2f}"),
     _Column("ratio", lambda r: f"{r['ratio']:.3f}"),
     _Column("GPU experts", lambda r: f"{r['n_gpu_experts']:,}", lambda r: r["n_gpu_experts"] > 0),
+    _Column("on disk", lambda r: f"{r['n_disk_experts']:,}", lambda r: r["n_disk_experts"] > 0),
     _Column("hits", lambda r: f"{r['hit_rate']:.1%}", lambda r: r["n_gpu_experts"] > 0),
     _Column("entropy", lambda r: f"{r['routing_entropy']:.2f} bits"),
     _Column("CPU GB/s", lambda r: _rate(r["cpu_gbps"]), lambda r: bool(r["cpu_gbps"])),
+    _Column("PCIe GB/s", lambda r: _rate(r["pcie_gbps"]), lambda r: bool(r["pcie_gbps"])),
     _Column("GPU GB/s", lambda r: _rate(r["gpu_gbps"]), lambda r: bool(r["gpu_gbps"])),
     _Column("VRAM", lambda r: size_text(r["peak_vram_bytes"]), lambda r: r["peak_vram_bytes"] > 0),
 )

@@ -43,6 +43,15 @@ class Subject:
         return experts / (num_moe_layers(self.config) * self.config.num_experts)
 
     @property
+    def num_on_disk(self) -> int:
+        """Experts that no memory has room for: steps that need them read them first."""
+        plan = self.plan
+        if plan.cached is None:
+            return 0
+        num_experts = num_moe_layers(self.config) * self.config.num_experts
+        return num_experts - plan.placement.num_resident - plan.cached.num_resident
+
+    @property
     def kv_bytes(self) -> int:
         """Of one token's key and value in one layer."""
         return kv_bytes(self.config, self.dtypes.kv)

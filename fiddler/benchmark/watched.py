@@ -110,8 +110,6 @@ def _watch_run(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Wat
     assert isinstance(pool, ExpertPool)
     bells = BellLog(pool.workers.words, pool.num_threads)
     store = loaded.experts.store
-    moe_layers = store.shape.moe_layers
-    each = sum(map(store.expert_bytes, moe_layers)) / len(moe_layers)  # bytes of an expert
     steps: list[tuple[str, Span, float]] = []
     with ExitStack() as log:
         log.enter_context(loaded.engine.one_by_one())
@@ -131,7 +129,7 @@ def _watch_run(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Wat
                 end_ns=time.perf_counter_ns(),
             )
             record = loaded.experts.prefill_record if is_reading else None
-            sent = record.sent_experts * each if record else 0
+            sent = record.sent_experts * store.mean_expert_bytes if record else 0
             steps.append((kind, span, float(sent)))
     spans = job_spans(bells.looks, {})
     jobs = [s for s in spans if s.thread == "jobs" and not s.name.startswith("phase")]

@@ -19,6 +19,7 @@ from fiddler.engine.decode_graph import Bucket, Decoded, DecodeSetup, SharedBuff
 from fiddler.engine.scheduler import Chunk
 from fiddler.errors import WorkerError
 from fiddler.models.buckets import bucket_for, largest_bucket
+from offload.step_routing import StepRouting
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,10 @@ class DecodeSteps:
         with self._new_workers_after_errors():
             rows = [r for r, c in enumerate(step.chunks) if not c.request.is_finished]
             return step.bucket.collect(step.side, len(step.chunks), rows)
+
+    def pulled_bytes(self, step: StepRouting) -> float:
+        """See :meth:`offload.decode_experts.DecodeExperts.pulled_bytes`."""
+        return 0.0 if self._shared is None else self._shared.experts.pulled_bytes(step)
 
     def settle(self) -> None:
         """Before a step that runs another way: every expert is in its one place."""

@@ -31,8 +31,9 @@ LLAMA_BENCH = {
     *("samples_ns", "samples_ts", "n_threads", "type_k", "type_v"),
 }
 OURS = {
-    *("n_parallel", "routing", "placement", "n_gpu_experts", "hit_rate", "routing_entropy"),
-    *("median_ts", "cpu_gbps", "gpu_gbps", "peak_vram_bytes", "limit_ts", "ratio"),
+    *("n_parallel", "routing", "placement", "n_gpu_experts", "n_disk_experts", "hit_rate"),
+    *("routing_entropy",),
+    *("median_ts", "cpu_gbps", "pcie_gbps", "gpu_gbps", "peak_vram_bytes", "limit_ts", "ratio"),
     *("peak_cpu_read_gbps", "peak_joint_gbps", "peak_pcie_gbps", "peak_gpu_read_gbps"),
     *("peak_gemm_tflops", "predicted_ts", "predicted_terms", "prediction_off"),
 }
@@ -127,7 +128,7 @@ def test_json_has_the_keys_and_its_numbers_agree() -> None:
         assert 0 < row["hit_rate"] < 1
         assert 0 < row["routing_entropy"] <= 4
         assert (row["cpu_gbps"] is None) == (row["n_prompt"] > 0)
-        assert row["gpu_gbps"] is None
+        assert row["gpu_gbps"] is None and row["pcie_gbps"] is None
         assert row["model_n_params"] == 7_358_976
 
 
@@ -323,6 +324,8 @@ def test_a_gpu_has_its_figures() -> None:
         assert row["peak_gpu_read_gbps"] > row["peak_pcie_gbps"] > 1
     assert rows[1]["gpu_gbps"] < rows[1]["peak_gpu_read_gbps"]
     assert 0 < rows[1]["cpu_gbps"] < rows[1]["peak_joint_gbps"]
+    for row in rows:
+        assert 0 <= row["pcie_gbps"] < 1.1 * row["peak_pcie_gbps"]
 
 
 @pytest.mark.usefixtures("known_peaks")

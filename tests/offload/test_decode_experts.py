@@ -122,6 +122,14 @@ def test_parts_add_up_and_are_counted(resident: tuple[set[int], set[int]], share
                 counts[layer] += ids_TK[:num_used].flatten().bincount(minlength=E)
             experts.finish(record_LTK.numpy()[:, :num_used], range(num_used))
             check_routing(hybrid, resident, chosen, num_used)
+            cold = sum(
+                len(set(ids_TK.flatten().tolist()) - here)
+                for ids_TK, here in zip(chosen.values(), resident, strict=True)
+            )
+            pulled = experts.pulled_bytes(hybrid.routing) / hybrid.store.mean_expert_bytes
+            assert {"none": pulled == 0, "half": 0 <= pulled < max(cold, 1), "all": pulled == cold}[
+                share
+            ]
         assert hybrid.counts_LE.tolist() == counts.tolist()
 
 

@@ -250,10 +250,11 @@ def test_without_a_gpu_everything_is_the_cpus(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bf12", "w8g128", "w4g128"])
-def test_what_is_read_from_disk_is_what_is_stored(dtype: str) -> None:
+def test_what_is_read_from_disk_is_what_is_stored(dtype: str, on_gpu: bool) -> None:
     """Whatever they become in memory, experts of a bfloat16 checkpoint are 16 bits there."""
-    some = replace(fitting("olmoe-1b-7b", 8, dtype), disk_share=0.5)
+    some = replace(fitting("olmoe-1b-7b", 8, dtype), disk_share=0.5, on_gpu=on_gpu)
     assert some.disk_bytes == 3 * 2048 * 1024 * 2
     halves = sum(distinct(layer.cold, 3) for layer in some.layers) / 2
     step, prompt = (

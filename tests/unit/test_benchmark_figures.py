@@ -198,9 +198,11 @@ def record(**changes: object) -> dict[str, object]:
         "samples_ns": [1, 2],
         "routing": "model",
         "n_gpu_experts": 0,
+        "n_disk_experts": 0,
         "hit_rate": 0.0,
         "routing_entropy": 6.123,
         "cpu_gbps": None,
+        "pcie_gbps": None,
         "gpu_gbps": None,
         "peak_vram_bytes": 0,
         "limit_ts": 5000.0,
@@ -235,19 +237,29 @@ def test_a_gpu_and_a_batch_bring_their_columns() -> None:
     gpu = {
         "gpu_info": "Test GPU",
         "n_gpu_experts": 99,
+        "n_disk_experts": 7,
         "hit_rate": 0.25,
         "peak_vram_bytes": 1 << 34,
     }
     peaks = {"peak_pcie_gbps": 50.0, "peak_gpu_read_gbps": 3000.0, "peak_gemm_tflops": 612.0}
     shared = gpu | peaks
     decode = {"n_prompt": 0, "n_gen": 16, "n_depth": 64, "n_parallel": 4}
-    decode |= {"cpu_gbps": 51.0, "gpu_gbps": 1234.5}
+    decode |= {"cpu_gbps": 51.0, "pcie_gbps": 12.3, "gpu_gbps": 1234.5}
     lines = markdown([record(**shared), record(**shared, **decode)]).splitlines()
-    for heading in ("batch", "GPU experts", "hits", "CPU GB/s", "GPU GB/s", "VRAM"):
+    for heading in (
+        "batch",
+        "GPU experts",
+        "on disk",
+        "hits",
+        "CPU GB/s",
+        "PCIe GB/s",
+        "GPU GB/s",
+        "VRAM",
+    ):
         assert f" {heading} " in lines[0]
     assert "tg16 @ d64" in lines[3]
     assert "25.0%" in lines[3]
-    assert " 51.00 | 1,234.50 |" in lines[3]
+    assert " 51.00 |     12.30 | 1,234.50 |" in lines[3]
     assert "16.0 GiB" in lines[3]
     assert "PCIe alone 50.0, GPU reads 3,000, products 612 TFLOP/s" in lines[5]
     assert lines[6].endswith("Test CPU, 8 threads, Test GPU")
