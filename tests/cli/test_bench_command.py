@@ -133,6 +133,14 @@ def test_json_has_the_keys_and_its_numbers_agree() -> None:
 
 
 @pytest.mark.usefixtures("known_peaks")
+def test_experts_on_disk_are_told() -> None:
+    (row,) = records("-p", "0", "-n", "4", "-r", "1", "--ram-gb", "0.012")
+    assert 0 < row["n_disk_experts"] < 64 and row["n_gpu_experts"] == 0
+    (row,) = records("-p", "0", "-n", "4", "-r", "1")
+    assert row["n_disk_experts"] == 0
+
+
+@pytest.mark.usefixtures("known_peaks")
 def test_the_limit_is_that_of_the_bytes_and_products_of_the_model() -> None:
     """Four layers, 4 of 16 experts of 3 x 256 x 128 in bfloat16, the rest in float32; by hand."""
     prompt, decode, both = records(*SMALL, "-pg", "8,4")
