@@ -35,6 +35,7 @@ STEP_AHEAD_S = 4e-5
 # Calls of torch and Triton in a layer where steps are no graph: decoder, routing, copies.
 EAGER_CALLS = 45
 EAGER_LAYER_S = 1e-4  # the pool is started and awaited from Python
+MOST_OFF = 0.25  # of a prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,11 @@ class Prediction:
     def term(self, name: str) -> Term:
         """The part of that name; one of no time where there is none."""
         return next((term for term in self.terms if term.name == name), Term(name, 0.0, 0.0))
+
+
+def is_off(times: float) -> bool:
+    """Whether something took so many times as long as predicted that it is worth a word."""
+    return abs(times - 1) > MOST_OFF
 
 
 class Sum:

@@ -25,10 +25,9 @@ from fiddler.benchmark.timeline import Span, within
 from fiddler.loading import LoadedModel
 from offload.limits import GIGA
 from offload.machine_rates import MachineRates
-from offload.prediction import STEP_S, Prediction
+from offload.prediction import STEP_S, Prediction, is_off
 from offload.routing_law import Law
 
-MOST_OFF = 0.25
 NS = 1_000_000_000
 CPU_TERMS = ("cold experts, CPU", "experts")
 LINK_TERM = "cold experts, PCIe"
@@ -81,11 +80,6 @@ def what_is_wrong(
 def how_far_off(measured: Measurement, predicted: CasePrediction) -> float:
     """The median run's time in units of the predicted one."""
     return statistics.median(measured.samples_ns) / NS / predicted.seconds
-
-
-def is_off(times: float) -> bool:
-    """Whether a run took so many times as long as predicted that it is worth a word."""
-    return abs(times - 1) > MOST_OFF
 
 
 def watch(loaded: LoadedModel, driver: Driver, case: Case) -> dict[str, Watched]:

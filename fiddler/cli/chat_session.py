@@ -19,6 +19,7 @@ from fiddler.cli.stats_line import Totals
 from fiddler.cli.thinking import ENABLE_THINKING
 from fiddler.cli.turn import Turn, run_turn
 from fiddler.errors import PromptError
+from fiddler.expected import Expected
 from fiddler.outputs import RunStats
 from fiddler.sampling_params import SamplingParams
 from fiddler.text.reasoning import OPEN_TAG, ReasoningSplitter
@@ -42,7 +43,11 @@ class Chat:
     is_debug: bool = False
     totals: Totals = field(default_factory=Totals)
     last_stats: RunStats | None = None
+    expected: Expected = field(init=False)
     path: Path | None = None  # where the chat was last saved or loaded
+
+    def __post_init__(self) -> None:
+        self.expected = Expected(self.llm)
 
     def run(self, turns: Iterable[str]) -> bool:
         """Take turns until there are no more; whether all of them went well.
@@ -129,6 +134,6 @@ class Chat:
         is_full = num_tokens >= self.llm.plan.context_tokens
         show_finish(turn.finish_reason, is_context_full=is_full, may_grow=self._may_grow())
         if not self.is_quiet:
-            note_stats(turn.stats)
+            note_stats(turn.stats, self.expected)
         if self.is_interactive:
             click.echo()

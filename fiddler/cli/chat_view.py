@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from fiddler.cli.console import error_width, note, output_console, printable, styled
 from fiddler.cli.markdown_blocks import BlockSplitter
 from fiddler.cli.stats_line import folded, stats_line
+from fiddler.expected import Expected
 from fiddler.outputs import RunStats
 
 if TYPE_CHECKING:
@@ -222,7 +223,9 @@ def show_finish(finish_reason: str, *, is_context_full: bool, may_grow: bool) ->
         note("(stopped; what was written is kept)")
 
 
-def note_stats(stats: RunStats) -> None:
-    """Write the statistics of an answer to standard error, dim."""
+def note_stats(stats: RunStats, expected: Expected) -> None:
+    """Write the statistics of an answer to standard error, dim; and that it was far off."""
     for line in folded(stats_line(stats), error_width()):
         note(line)
+    if remark := expected.remark(stats):
+        note(remark)

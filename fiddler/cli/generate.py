@@ -45,6 +45,7 @@ def command(
     """
     from fiddler.cli.chat_view import note_stats
     from fiddler.cli.prompt_input import full_prompt
+    from fiddler.expected import Expected
 
     if raw and system:
         raise click.UsageError("--system needs the chat template that --raw leaves out")
@@ -58,7 +59,7 @@ def command(
         if as_json:
             click.echo(json.dumps(_record(llm, text, params, turn), ensure_ascii=False, indent=1))
         if not quiet:
-            note_stats(turn.stats)
+            note_stats(turn.stats, Expected(llm))
     if turn.finish_reason == "cancelled":
         ctx.exit(INTERRUPTED)
 

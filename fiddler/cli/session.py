@@ -12,8 +12,10 @@ from fiddler.progress import progress_bars
 
 if TYPE_CHECKING:
     from fiddler.models.config import ModelConfig
+    from fiddler.models.dtypes import Dtypes
     from fiddler.outputs import TokenEvent
     from fiddler.sampling_params import SamplingParams
+    from offload.hardware import Hardware
     from offload.plan import Plan
 
 Messages = list[dict[str, Any]]
@@ -41,6 +43,10 @@ class ChatModel(Protocol):
     def tokenizer(self) -> Any: ...
     @property
     def model_config(self) -> "ModelConfig": ...
+    @property
+    def dtypes(self) -> "Dtypes": ...
+    @property
+    def hardware(self) -> "Hardware": ...
     @property
     def plan(self) -> "Plan": ...
 

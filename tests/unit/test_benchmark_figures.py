@@ -13,13 +13,13 @@ from fiddler.benchmark.driver import Measurement
 from fiddler.benchmark.predicted import NOTHING, CasePrediction
 from fiddler.benchmark.report import as_csv, markdown
 from fiddler.benchmark.tally import Tally
-from fiddler.benchmark.watched import Watched, explain, how_far_off, is_off
+from fiddler.benchmark.watched import Watched, explain, how_far_off
 from fiddler.benchmark.work import prompt_flops, seen_tokens
 from fiddler.errors import ConfigError
 from fiddler.models.registry import parse_config
 from offload.machine_rates import MachineRates
 from offload.placement import Placement
-from offload.prediction import Prediction, Term
+from offload.prediction import Prediction, Term, is_off
 from offload.reference_machines import find_machine
 
 PLACEMENT = Placement.of([{0, 1}, {2}])
