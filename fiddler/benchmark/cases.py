@@ -58,7 +58,7 @@ def make_cases(
     depths: Sequence[int],
     parallel: Sequence[int],
 ) -> list[Case]:
-    """Every combination; a length of 0 is no test. Raises :class:`ConfigError` if none is left.
+    """Every combination, once; a length of 0 is no test. Raises ConfigError if none is left.
 
     ``pairs`` are of a prompt and an answer, measured together.
     """
@@ -67,10 +67,11 @@ def make_cases(
         raise ConfigError(
             "there is nothing to measure", hint="give a -p (prompt) or -n (answer) above 0"
         )
-    return [
+    cases = (
         Case(n_prompt=n_prompt, n_gen=n_gen, n_depth=depth, n_parallel=n_parallel)
         for n_parallel in parallel
         for depth in depths
         for n_prompt, n_gen in lengths
         if n_prompt or n_gen
-    ]
+    )
+    return [*dict.fromkeys(cases)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,16 @@ class Pair(click.ParamType[tuple[int, int]]):
 
 
 def counts_option(*names: str, default: str, least: int, help: str) -> Decorator:
-    """An option that takes several values, each of which is tested."""
+    """An option that takes several values, also by being repeated; each of them is tested."""
     return click.option(
-        *names, type=Counts(least), default=default, show_default=True, metavar="N,...", help=help
+        *names,
+        type=Counts(least),
+        multiple=True,
+        default=[default],
+        show_default=True,
+        metavar="N,...",
+        callback=lambda ctx, param, lists: [*chain.from_iterable(lists)],
+        help=help,
     )
 
 
@@ -153,12 +161,12 @@ def command(
     It is 'builtin', which is the default, a folder, or ORG/NAME[@REVISION] on the hub.
 
     Tests are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128, pp512+tg128 does
-    both, "@ d4096" behind 4,096 others. -p 0 or -n 0 leaves one kind out. "t/s" is the median of
-    the runs. "limit" is the speed at which the weights and the KV cache could be read, or a
-    prompt's products computed, with the bandwidths of this run; "predicted" is what the figures
-    of fiddler calibrate promise, and a line below says what is wrong where that is far off.
-    --trace also writes what engine, CPU workers and GPU did in one step that reads and in one that
-    writes.
+    both, "@ d4096" behind 4,096 others. -p 0 or -n 0 leaves one kind out; what takes N,... may be
+    repeated as well. "t/s" is the median of the runs. "limit" is the speed at which the weights
+    and the KV cache could be read, or a prompt's products computed, with the bandwidths of this
+    run; "predicted" is what the figures of fiddler calibrate promise, and a line below says what is
+    wrong where that is far off. --trace also writes what engine, CPU workers and GPU did in one
+    step that reads and in one that writes.
     """
     from fiddler.benchmark.build import build_commit
     from fiddler.benchmark.cases import make_cases

@@ -141,6 +141,18 @@ def test_experts_on_disk_are_told() -> None:
 
 
 @pytest.mark.usefixtures("known_peaks")
+def test_repeats_and_commas_are_all_measured_in_order_and_once() -> None:
+    lengths = "-p 9,8 -p 4 -p 8 -n 2 -n 3,2 -pg 4,2 -pg 4,2".split()
+    rows = records(*lengths, "-r", "1", "-d", "7", "-d", "0,7", "--batch", "2", "--batch", "1")
+    assert [(r["n_prompt"], r["n_gen"], r["n_depth"], r["n_parallel"]) for r in rows] == [
+        (n_prompt, n_gen, depth, batch)
+        for batch in (2, 1)
+        for depth in (7, 0)
+        for n_prompt, n_gen in ((9, 0), (8, 0), (4, 0), (0, 2), (0, 3), (4, 2))
+    ]
+
+
+@pytest.mark.usefixtures("known_peaks")
 def test_the_limit_is_that_of_the_bytes_and_products_of_the_model() -> None:
     """Four layers, 4 of 16 experts of 3 x 256 x 128 in bfloat16, the rest in float32; by hand."""
     prompt, decode, both = records(*SMALL, "-pg", "8,4")
@@ -357,6 +369,7 @@ def test_a_shape_has_seeded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (("-m", "builtin", "--shape", "olmoe-1b-7b"), 2, "not both"),
         (("-p", "0", "-n", "0"), 1, "there is nothing to measure"),
         (("-p", "512,x"), 2, "'512,x' is not a list of numbers"),
+        (("-p", "8", "-p", "x"), 2, "'x' is not a list of numbers"),
         (("-pg", "512"), 2, "'512' is not a prompt's and an answer's length"),
         (("-pg", "512,0"), 2, "as in 512,128"),
         (("--batch", "0"), 2, "'0' is not a list of numbers from 1 on"),
