@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ COMMANDS = {
     "calibrate": "Measure this machine for plans and predictions.",
     "doctor": "Check this machine.",
 }
+ONE_DASH = re.compile(r"-\w{2,}")  # an option of llama.cpp, as -ngl, or one with a value, as -n5
 
 
 class LazyGroup(click.Group):
@@ -51,7 +53,12 @@ class LazyGroup(click.Group):
             if name in other_names.COMMANDS:
                 raise click.UsageError(f"No such command {name!r}: {other_names.COMMANDS[name]}.")
             raise click.exceptions.NoSuchCommand(name, possibilities=COMMANDS, ctx=ctx)
-        return super().resolve_command(ctx, args)
+        found_name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and any(ONE_DASH.match(word) for word in rest):
+            from fiddler.cli.other_names import check_words
+
+            check_words(click.Context(command, parent=ctx, info_name=found_name), rest)
+        return found_name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
