@@ -18,7 +18,7 @@ from fiddler.cli.options import (
     some_engine_options,
 )
 from fiddler.cli.page_file import check_page, html_option, write_page
-from fiddler.cli.written_file import check_file, write_file
+from fiddler.cli.written_file import check_apart, check_file, write_file
 from fiddler.config import BUILTIN, EngineConfig
 from fiddler.errors import FiddlerError, reject_unknown
 from fiddler.progress import progress_bars
@@ -181,9 +181,7 @@ def command(
     reject_unknown("shape", [shape] if shape else [], SHAPES)
     check_shape_options(shape, engine)
     law = parse_law(routing)
-    if trace_path is not None:
-        check_file("--trace", trace_path)
-    check_page(html)
+    _check_files(trace_path, html, engine.get("profile"))
     cases = make_cases(n_prompt, n_gen, pairs, n_depth, batch)
     settings = EngineConfig(
         model=shape or model or BUILTIN,
@@ -209,6 +207,16 @@ def command(
         _write_timeline(trace_path, timeline, subject.hardware)
     if html is not None:
         _write_page(html, setting, [runs for runs, _ in measured], records)
+
+
+def _check_files(trace_path: Path | None, html: Path | None, profile: str | None) -> None:
+    """Raise ConfigError if a file cannot be written, or would be written over another one."""
+    taken = {} if profile is None else {Path(profile): "is the profile"}
+    if trace_path is not None:
+        check_apart("--trace", trace_path, taken)
+        check_file("--trace", trace_path)
+        taken[trace_path] = "is where the timeline goes"
+    check_page(html, taken)
 
 
 def _known_rates(hardware: "Hardware") -> "MachineRates | None":

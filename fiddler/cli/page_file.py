@@ -1,6 +1,6 @@
 """``--html FILE``: checked before the work begins, written when it is done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ def html_option(help: str) -> Callable[..., Any]:
     return click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help=help)
 
 
-def check_page(path: Path | None) -> None:
-    """Raise :class:`ConfigError` if ``path`` could not be written, or is another's file."""
+def check_page(path: Path | None, taken: Mapping[Path, str] | None = None) -> None:
+    """Raise :class:`ConfigError` if ``path`` could not be written, or is another's file.
+
+    ``taken`` are the command's other files and say what each is, as in "is the profile".
+    """
     if path is not None:
-        check_outputs({}, [page_output(path)])
+        check_outputs(taken or {}, [page_output(path)])
 
 
 def write_page(path: Path, text: str) -> None:

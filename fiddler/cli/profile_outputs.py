@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fiddler.cli.written_file import check_folder
+from fiddler.cli.written_file import check_apart, check_folder, overwriting
 from fiddler.errors import ConfigError
 
 IMAGE_MARKS = {".png": b"\x89PNG\r\n", ".svg": b"<svg"}
@@ -57,12 +57,11 @@ def check_outputs(inputs: Mapping[Path, str], outputs: Sequence[Output]) -> None
     """
     taken = dict(inputs)
     for output in outputs:
-        for other, why in taken.items():
-            if _is_same_file(output.path, other):
-                raise _refusal(output, why)
+        check_apart(output.option, output.path, taken)
         check_folder(output.option, output.path)
         if _holds_something(output.path) and not output.is_ours(output.path):
-            raise _refusal(output, f"exists and is not a {output.kind}")
+            why = f"exists and is not a {output.kind}"
+            raise overwriting(output.option, output.path, why)
         if _holds_something(output.path) and not output.is_named:
             raise ConfigError(
                 f"there is a {output.kind} in {output.path} already",
@@ -86,13 +85,6 @@ def _check_draft(output: Output) -> None:
         ) from error
 
 
-def _is_same_file(one: Path, other: Path) -> bool:
-    """Also by a link or another spelling; both may not exist yet."""
-    if one.exists() and other.exists():
-        return one.samefile(other)
-    return one.resolve() == other.resolve()
-
-
 def _holds_something(path: Path) -> bool:
     """An empty file, as ``mktemp`` makes, has nothing to lose; a device is not replaced."""
     return path.exists() and not (path.is_file() and path.stat().st_size == 0)
@@ -112,10 +104,3 @@ def _beginning(path: Path) -> bytes:
             return file.read(MARK_WITHIN)
     except OSError:
         return b""
-
-
-def _refusal(output: Output, why: str) -> ConfigError:
-    return ConfigError(
-        f"{output.option} {output.path} {why}: it would be overwritten",
-        hint="name another file to write",
-    )

@@ -1,5 +1,6 @@
 """A file that is written when the work is done: checked before it begins."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fiddler.errors import ConfigError
@@ -22,6 +23,20 @@ def check_file(option: str, path: Path) -> None:
         raise _unwritable(path, error) from error
 
 
+def check_apart(option: str, path: Path, taken: Mapping[Path, str]) -> None:
+    """Raise ConfigError if ``path`` is one of ``taken``, which say what each is."""
+    for other, why in taken.items():
+        if _is_same_file(path, other):
+            raise overwriting(option, path, why)
+
+
+def overwriting(option: str, path: Path, why: str) -> ConfigError:
+    """The refusal of a ``path`` that is something else, as in "is the corpus"."""
+    return ConfigError(
+        f"{option} {path} {why}: it would be overwritten", hint="name another file to write"
+    )
+
+
 def check_folder(option: str, path: Path) -> None:
     """Raise ConfigError if ``path`` lies in no folder, or is one."""
     if not path.parent.is_dir() or path.is_dir():
@@ -42,3 +57,10 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"{path} cannot be written: {error.strerror}", hint="name a file in a writable folder"
     )
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    """Also by a link or another spelling; both may not exist yet."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()

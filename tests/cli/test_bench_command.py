@@ -293,6 +293,29 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
         assert f"{path} cannot be written" in done.stderr and "writable folder" in done.stderr
 
 
+def test_a_file_is_not_written_over_another_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither by another spelling or a link, whether it is there or not."""
+    monkeypatch.setattr("fiddler.cli.bench._measure", lambda *_: pytest.fail("it was measured"))
+    path, linked = tmp_path / "out", tmp_path / "linked"
+    same = f"{tmp_path}/../{tmp_path.name}/out"
+    timeline = "is where the timeline goes: it would be overwritten"
+    for html in (str(path), same):
+        done = run(*SMALL, "--html", html, "--trace", str(path))
+        assert (done.exit_code, done.stdout) == (1, ""), done.output
+        assert f"--html {html} {timeline}" in done.stderr and "another file" in done.stderr
+    assert not path.exists()
+    path.touch()
+    linked.hardlink_to(path)
+    done = run(*SMALL, "--html", str(linked), "--trace", str(path))
+    assert done.exit_code == 1 and f"--html {linked} {timeline}" in done.stderr
+    for option in ("--html", "--trace"):
+        done = run(*SMALL, option, str(path), "--profile", same)
+        assert (done.exit_code, done.stdout) == (1, ""), done.output
+        assert f"{option} {path} is the profile: it would be overwritten" in done.stderr
+
+
 @pytest.mark.usefixtures("known_peaks")
 def test_the_table_is_printed_although_a_file_cannot_be_written() -> None:
     done = run(*SMALL, "--trace", "/dev/full")
