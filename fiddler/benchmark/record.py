@@ -39,14 +39,19 @@ def record_of(measured: Measurement, setting: Setting, wrong: str = "") -> Recor
     subject, case = setting.subject, measured.case
     tally = measured.prompt + measured.decode
     median_ts, stddev_ts = tokens_per_s(measured)
+    step_tokens = max(subject.plan.step_tokens, case.n_parallel)  # what writes comes in one step
     limit_ts = case.num_tokens / least_work(subject, measured).limit_s(setting.peaks)
     return {
         "build_commit": setting.build,
         "cpu_info": subject.hardware.cpu_name,
         "gpu_info": subject.hardware.gpu_name,
+        "backends": "CUDA" if subject.hardware.has_gpu else "CPU",
+        "model_filename": subject.path,
         "model_type": f"{subject.name} {subject.dtypes.weights}",
         "model_size": subject.weight_bytes,
         "model_n_params": subject.num_params,
+        "n_batch": step_tokens,
+        "n_ubatch": step_tokens,
         "n_threads": subject.num_threads,
         "type_k": subject.dtypes.kv,
         "type_v": subject.dtypes.kv,

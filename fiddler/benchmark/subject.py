@@ -14,9 +14,10 @@ from offload.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model as it was loaded; outlives its weights."""
+    """A model as it was loaded; outlives its weights. A shape has no ``path``: ""."""
 
     name: str
+    path: str
     config: ModelConfig
     dtypes: Dtypes
     hardware: Hardware
@@ -28,6 +29,7 @@ class Subject:
         """The facts about ``loaded``."""
         return cls(
             name=loaded.files.name,
+            path=str(loaded.files.folder or ""),
             config=loaded.files.config,
             dtypes=loaded.dtypes,
             hardware=loaded.hardware,

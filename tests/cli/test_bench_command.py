@@ -29,6 +29,7 @@ LLAMA_BENCH = {
     *("build_commit", "cpu_info", "gpu_info", "model_type", "model_size", "model_n_params"),
     *("n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts"),
     *("samples_ns", "samples_ts", "n_threads", "type_k", "type_v"),
+    *("backends", "model_filename", "n_batch", "n_ubatch"),
 }
 OURS = {
     *("n_parallel", "routing", "placement", "n_gpu_experts", "n_disk_experts", "hit_rate"),
@@ -138,6 +139,27 @@ def test_experts_on_disk_are_told() -> None:
     assert 0 < row["n_disk_experts"] < 64 and row["n_gpu_experts"] == 0
     (row,) = records("-p", "0", "-n", "4", "-r", "1")
     assert row["n_disk_experts"] == 0
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_a_batch_is_the_largest_step_and_a_file_name_the_models_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fiddler.engine.scheduler import Schedule, Scheduler
+
+    sizes = []
+
+    def schedule(self: Scheduler) -> Schedule:
+        step = own_schedule(self)
+        sizes.append(sum(chunk.num_tokens for chunk in (*step.prefills, *step.decodes)))
+        return step
+
+    own_schedule = Scheduler.schedule
+    monkeypatch.setattr(Scheduler, "schedule", schedule)
+    [row] = records("-p", "2100", "-n", "0", "-r", "1")
+    assert row["n_batch"] == row["n_ubatch"] == max(sizes) < 2100
+    assert row["backends"] == "CPU"
+    assert (Path(row["model_filename"]) / "config.json").is_file()
 
 
 @pytest.mark.usefixtures("known_peaks")
@@ -360,6 +382,7 @@ def test_a_gpu_has_its_figures() -> None:
     shape = ("--device", "cuda", "--shape", "olmoe-1b-7b", "--vram-gb", "6")
     rows = records(*SMALL, *shape, "--cpu-threads", "4", "--routing", "uniform")
     for row in rows:
+        assert row["backends"] == "CUDA"
         assert 0 < row["hit_rate"] < 1
         assert 0 < row["ratio"] < 1.1
         assert 0 < row["peak_vram_bytes"] <= 6 << 30
@@ -381,6 +404,7 @@ def test_a_shape_has_seeded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", tiny)
     rows = records(*SMALL, "--shape", "tiny")
     assert {row["model_type"] for row in rows} == {"tiny float32, experts bfloat16"}
+    assert {row["model_filename"] for row in rows} == {""}
 
 
 @pytest.mark.parametrize(
