@@ -164,7 +164,8 @@ def test_a_batch_is_the_largest_step_and_a_file_name_the_models_folder(
 
 @pytest.mark.usefixtures("known_peaks")
 def test_repeats_and_commas_are_all_measured_in_order_and_once() -> None:
-    lengths = "-p 9,8 -p 4 -p 8 -n 2 -n 3,2 -pg 4,2 -pg 4,2".split()
+    prompts = ["-p", "9,8", "-p", "4", "-p", "8"]
+    lengths = [*prompts, "-n", "2", "-n", "3,2", "-pg", "4,2", "-pg", "4,2"]
     rows = records(*lengths, "-r", "1", "-d", "7", "-d", "0,7", "--batch", "2", "--batch", "1")
     assert [(r["n_prompt"], r["n_gen"], r["n_depth"], r["n_parallel"]) for r in rows] == [
         (n_prompt, n_gen, depth, batch)
