@@ -35,7 +35,7 @@ class Kernels:
     worker_loop: Callable[[int, int, int, int], int]
     work_as_caller: Callable[[int, int, int, int], None]
     ring: Callable[[int, int], int]
-    wait_while: Callable[[int, int, int, bool], int]
+    wait_while: Callable[[int, int, int, int], int]
     announce: Callable[[int, int, int, int], int]
 
 
@@ -56,9 +56,9 @@ def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     def ring(words, number):
         return worker.ring(addresses.i64_array(words, num_words), number)
 
-    def wait_while(words, index, value, is_patient):
+    def wait_while(words, index, value, most):
         shared = addresses.i64_array(words, num_words)
-        return worker.wait_while(shared, index, value, is_patient)
+        return worker.wait_while(shared, index, value, most)
 
     def announce(words, index, value, other):
         return worker.announce(addresses.i64_array(words, num_words), index, value, other)
@@ -67,7 +67,7 @@ def _entry_points() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "worker_loop": (worker_loop, (_INT,) * 4),
         "work_as_caller": (work_as_caller, (_INT,) * 4),
         "ring": (ring, (_INT, _INT)),
-        "wait_while": (wait_while, (_INT, _INT, _INT, types.boolean)),
+        "wait_while": (wait_while, (_INT,) * 4),
         "announce": (announce, (_INT,) * 4),
     }
 

@@ -20,6 +20,11 @@ from cpu_kernels.threads import StageError, WorkerPool
 from cpu_kernels.weight_kind import WeightKind
 
 LINE = 64  # bytes of a cache line
+# Of the slowest worker that is not taken to stand still. A piece gives no sign of life, and a
+# worker's first one may be a third of its products (half of gate and up). 4,096 tokens of a layer
+# of Mixtral-8x22B are 2.5e12: a lone worker's first piece takes 16 s with AVX2 (50e9 a second of an
+# EPYC core), 70 s without (w4g128: 12e9), and longer on a core that others use.
+SLOW_PRODUCTS_PER_S = 2e9
 
 
 class ExpertPool:
@@ -60,7 +65,7 @@ class ExpertPool:
         """
         self.wait()
         layer = ExpertLayer(experts, activations, place_of, columns_from, self.workers.words)
-        layer.number = self.workers.add_job(layer.record)
+        layer.number = self.workers.add_job(layer.record, owner=layer)
         return layer
 
     def remove_layer(self, layer: ExpertLayer) -> None:
@@ -117,7 +122,7 @@ class ExpertPool:
         """
         self.wait()
         self.bind(layer, x_TH, ids_TS, weights_TS, out_TH)
-        self.workers.ring(layer.number)
+        self.workers.ring(layer.number, piece_s=self._piece_s(layer, ids_TS.size))
 
     def wait(self) -> None:
         """Return when the submitted layer is done; raise the exception of a worker that failed.
@@ -143,6 +148,11 @@ class ExpertPool:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _piece_s(self, layer: ExpertLayer, num_pairs: int) -> float:
+        """How long a slow worker is busy with its share of a layer; a piece is less."""
+        products = 3 * num_pairs * layer.experts.hidden * layer.experts.width
+        return products / (self.num_threads * SLOW_PRODUCTS_PER_S)
 
     def _bind_scratch(self, layer: ExpertLayer, num_tokens: int, num_pairs: int) -> None:
         record, path = layer.record[0], layer.path

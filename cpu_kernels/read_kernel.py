@@ -80,7 +80,7 @@ def read(pool: WorkerPool, arena: npt.NDArray[Any], num_readers: int) -> int:
     found = np.zeros(pool.num_threads, np.int64)
     sizes = (num_readers, arena.ctypes.data, arena.nbytes // 8, found.ctypes.data)
     job = (stage_address(make_read_stage), 2, *sizes, pool.words[TAKEN:].ctypes.data)
-    _run(pool, np.array([job], READ_JOB))
+    _run(pool, np.array([job], READ_JOB), (arena, found))
     return int(np.bitwise_xor.reduce(found))
 
 
@@ -103,11 +103,11 @@ def touch(pool: WorkerPool, arena: npt.NDArray[np.int64]) -> None:
     ``arena`` is C-contiguous. Ordering: as ring and wait.
     """
     job = (stage_address(make_touch_stage), 1, arena.ctypes.data, len(arena))
-    _run(pool, np.array([job], TOUCH_JOB))
+    _run(pool, np.array([job], TOUCH_JOB), arena)
 
 
-def _run(pool: WorkerPool, record: npt.NDArray[Any]) -> None:
-    number = pool.add_job(record)
+def _run(pool: WorkerPool, record: npt.NDArray[Any], owner: object) -> None:
+    number = pool.add_job(record, owner)
     try:
         pool.ring(number)
         pool.wait()

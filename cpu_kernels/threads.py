@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.compiled import kernels
-from cpu_kernels.crew import Crew, aligned_words
+from cpu_kernels.crew import LOOK_S, Crew, aligned_words
 from cpu_kernels.topology import can_pin, num_cores, read_machine, spread
+from cpu_kernels.watchdog import PATIENCE_S, StandstillError, Watchdog
 from cpu_kernels.worker import (
     DOORBELL,
     ERROR,
+    FOREVER,
     GENERATION,
     JOB_HEADER,
     MAX_JOBS,
@@ -80,12 +82,14 @@ class WorkerPool:
         caller_works: bool | None = None,
         spin_us: float | None = None,
         words: npt.NDArray[np.int64] | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """Start ``num_threads`` workers; None: a number that leaves room for the rest.
 
         ``caller_works``: worker 0 is whoever calls wait, so there is one thread less; None: if the
         pool would use every core. ``spin_us``: how long a worker waits awake. ``words``: NUM_WORDS
-        int64 to share, for example in pinned memory; the pool sets and keeps them.
+        int64 to share, for example in pinned memory; the pool sets and keeps them. ``patience_s``:
+        how long the workers may stand still in a job before it is taken for a failure.
         """
         machine = read_machine()
         cores = num_cores(machine)
@@ -103,6 +107,7 @@ class WorkerPool:
         self._crew.set_patience(*_patience(spin_us, has_spare_cores=cores > num_busy))
         self._free_numbers: list[int] = []
         self._rung = 0
+        self._patience_s, self._piece_s = patience_s, 0.0
         self._is_open = True
         cpus = spread(machine, num_threads) if can_pin() else None
         threads = [
@@ -128,11 +133,11 @@ class WorkerPool:
         """Where a stage stores a code other than 0 to complain; 8 bytes, atomically."""
         return self._crew.address + 8 * ERROR
 
-    def add_job(self, record: npt.NDArray[Any]) -> int:
+    def add_job(self, record: npt.NDArray[Any], owner: object = None) -> int:
         """Make a record of one element a job; returns its number, 1 or more, for :meth:`ring`.
 
         Its dtype starts with JOB_HEADER. The pool keeps the array, whose contents may change while
-        the job does not run.
+        the job does not run, and ``owner``, which is to keep what it points to.
         """
         header = [(name, record.dtype[name].type) for name in (record.dtype.names or ())[:2]]
         assert header == JOB_HEADER, record.dtype
@@ -141,31 +146,39 @@ class WorkerPool:
         crew = self._crew
         number = self._free_numbers.pop() if self._free_numbers else len(crew.jobs) + 1
         assert number < MAX_JOBS, "too many jobs"
-        crew.jobs[number], crew.table[number] = record, record.ctypes.data
+        crew.jobs[number], crew.table[number] = (record, owner), record.ctypes.data
         return number
 
     def remove_job(self, number: int) -> None:
-        """Forget a job that does not run; its number may be given to another."""
-        assert number != self._rung, "the job runs"
-        del self._crew.jobs[number]
-        self._free_numbers.append(number)
+        """Forget a job that does not run; its number may be given to another.
 
-    def ring(self, number: int) -> None:
-        """Start a job and return at once. Raises the exception of a worker that failed before."""
+        A pool that has failed keeps it: a worker may be late.
+        """
+        assert number != self._rung, "the job runs"
+        if not self.has_failed:
+            del self._crew.jobs[number]
+            self._free_numbers.append(number)
+
+    def ring(self, number: int, piece_s: float = 0.0) -> None:
+        """Start a job and return at once. Raises the exception of a worker that failed before.
+
+        ``piece_s``: how much longer than other jobs it may take without a sign that it goes on.
+        """
         crew = self._crew
         if crew.failure is not None:
             raise crew.failure
         assert self._is_open, "the pool is closed"
         assert not self._rung, "the job before has not been waited for"
         assert number in crew.jobs, number
-        self._rung = number
+        self._rung, self._piece_s = number, piece_s
         if crew.kernels.ring(crew.address, number):
             crew.wake()
 
     def wait(self) -> None:
         """Return when the rung job is done; if the caller works, it works here.
 
-        Raises the exception of a worker that failed, which ends the pool, or StageError.
+        Raises the exception of a worker that failed, which ends the pool, StandstillError, which
+        does too, or StageError.
         """
         if self._rung:
             if self.words[PARKED]:  # an interrupt may have kept ring from it
@@ -173,7 +186,7 @@ class WorkerPool:
             if self.caller_works:
                 self._crew.work_as_caller(self._rung)
             else:
-                self._crew.wait_done()
+                self._crew.wait_done(self._patience_s + self._piece_s)
             self._rung = 0
         if self._crew.failure is not None:
             raise self._crew.failure
@@ -195,6 +208,7 @@ class WorkerPool:
     def close(self) -> None:
         """Let a started job end, stop and join the threads. Safe to call again.
 
+        Threads that stand still are left, and end when they can.
         Raises what :meth:`wait` would, if it was not called for the job.
         """
         try:
@@ -202,7 +216,7 @@ class WorkerPool:
                 self.wait()
             elif self._is_open and self.words[DOORBELL]:  # another feeder's
                 self.wake()
-                self._crew.wait_done()
+                self._crew.wait_done(self._patience_s)
         finally:
             self._is_open = False
             self._finalizer()
@@ -221,10 +235,13 @@ class WorkerPool:
 
 def _end(crew: Crew, threads: list[threading.Thread]) -> None:
     crew.stop()
+    watchdog = Watchdog(crew.words, PATIENCE_S)
     for thread in threads:
         is_own = thread is threading.current_thread()  # a worker collects the garbage
-        if thread.is_alive() and not is_own:
-            thread.join()
+        while thread.is_alive() and not is_own:
+            if isinstance(crew.failure, StandstillError) or watchdog.complaint():
+                return
+            thread.join(LOOK_S)
 
 
 def _checked(words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -257,7 +274,7 @@ def _look_us() -> tuple[float, float]:
         times = []
         for _ in range(3):
             started = time.perf_counter()
-            kernels().wait_while(words.ctypes.data, GENERATION, 0, False)
+            kernels().wait_while(words.ctypes.data, GENERATION, 0, FOREVER)
             times.append(time.perf_counter() - started)
         return min(times) / looks * 1e6
 

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpu_kernels.watchdog import PATIENCE_S
 from gpu_kernels.expert_decode import (
     MAX_TOKENS,
     MAX_TOP_K,
@@ -37,7 +38,7 @@ from offload.adaptive_placement import AdaptivePlacement
 from offload.cold_share import ShareCosts
 from offload.executor import HybridExperts
 from offload.expert_store import ExpertStore
-from offload.handoff import PATIENCE_S, HandOff, await_stream
+from offload.handoff import HandOff, await_stream
 from offload.host_buffers import HostBuffers, HostRows
 from offload.place_table import PlaceTable
 from offload.pulled_experts import PulledExperts

@@ -78,7 +78,7 @@ class HybridExperts:
         is_gpu = device.type == "cuda"
         if prefill is not None:  # which has buffers of its own for larger steps
             max_tokens = min(max_tokens, LEAST_TOKENS - 1)
-        self._host = HostBuffers(max_tokens, store.shape.hidden_size, top_k, pin=is_gpu)
+        self._max_tokens = max_tokens
         self._copied = torch.cuda.Event() if is_gpu else None  # type: ignore[no-untyped-call]
         self._use_pool(pool)
         self._record = RoutingRecord(store)
@@ -139,7 +139,7 @@ class HybridExperts:
 
     def renew_workers(self, keeper: PoolKeeper) -> None:
         """Go on with a new pool of the keeper's, whose last one failed."""
-        self.replace_pool(keeper.replace(self._pool_layers.values()))
+        self.replace_pool(keeper.replace())
 
     def replace_pool(self, pool: ExpertPool) -> None:
         """Go on with ``pool``; the one used before keeps what it has."""
@@ -149,6 +149,13 @@ class HybridExperts:
 
     def _use_pool(self, pool: WorkerPool) -> None:
         self._pool = pool
+        # Others than the last pool's, whose workers may be late and write to theirs.
+        self._host = HostBuffers(
+            self._max_tokens,
+            self._store.shape.hidden_size,
+            self._top_k,
+            pin=self._device.type == "cuda",
+        )
         self._pool_layers: dict[int, Any] = {}  # of the layers that have cold experts
         for layer in self._store.shape.moe_layers:
             experts = self._store[layer]

@@ -16,14 +16,15 @@ that fails is passed by: :func:`await_stream` stores the awaited words itself.
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cpu_kernels.compiled import kernels
-from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, NUM_WORDS, STOP
+from cpu_kernels.watchdog import PATIENCE_S, Watchdog
+from cpu_kernels.worker import DONE_BELL, DOORBELL, FOREVER, NUM_WORDS, STOP
 from fiddler.errors import WorkerError
 from gpu_kernels.host_words import Bell, Ring
 from offload.cuda_driver import HostCallback, cuda_driver, current_stream
@@ -33,7 +34,6 @@ from offload.worker_pool import FedWorkers
 
 Words = npt.NDArray[np.int64]
 
-PATIENCE_S = 20.0  # a layer of 32 tokens takes 0.2 s where memory is slow
 POLL_S = 20e-6  # the kernel makes about 70 of it
 PASS_S = 100e-6  # how long an awaited word stands while a stream is helped past a dead pool
 LINE_WORDS = 16  # int64 in the two cache lines of a word
@@ -127,7 +127,7 @@ class HostBell:
     def wait(self, number: int) -> None:
         """Return when DONE_BELL is ``number``, whoever stored it."""
         while self._words[DONE_BELL] != number:
-            self._kernels.wait_while(self._address, DONE_BELL, 0, False)
+            self._kernels.wait_while(self._address, DONE_BELL, 0, FOREVER)
             time.sleep(0)
 
 
@@ -192,29 +192,6 @@ def pinned_words() -> Words:
     return room[first : first + NUM_WORDS]
 
 
-class Watchdog:
-    """Notices that workers who were rung have died or stand still. One per stream's run."""
-
-    def __init__(
-        self, words: Words, patience_s: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._words, self._patience_s, self._clock = words, patience_s, clock
-        self._seen: tuple[Any, ...] = ()
-        self._since = 0.0
-
-    def complaint(self) -> str:
-        """What is wrong, or nothing. Only a pool with a job can stand still."""
-        words = self._words
-        if words[STOP]:
-            return "a CPU worker failed"
-        seen = (words[DOORBELL], words[DONE_BELL], words[GENERATION])
-        if seen[0] == 0 or seen != self._seen:
-            self._seen, self._since = seen, self._clock()
-        elif self._clock() - self._since >= self._patience_s:
-            return f"the CPU workers stood still for {self._patience_s:g} seconds"
-        return ""
-
-
 def await_stream(
     is_done: Callable[[], bool],
     is_idle: Callable[[], bool],
@@ -248,7 +225,7 @@ def _watch(
 ) -> None:
     watchdog = Watchdog(words, patience_s)
     while not is_done():
-        complaint = watchdog.complaint()
+        complaint = "a CPU worker failed" if words[STOP] else watchdog.complaint()
         if complaint:
             _help_past(is_idle, words, numbers, patience_s)
             raise worker_error(complaint)

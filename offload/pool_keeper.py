@@ -1,14 +1,14 @@
 """A model's worker pool, and another one when that has failed.
 
 Ordering: one thread calls. A pool that is left may stand still in a job: a thread of its own closes
-it, whenever that is possible, so nothing that it was bound to may be used again.
+it, which takes a while, and a worker may be late even then. It keeps what its jobs were bound to,
+and nobody else may use that again.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from cpu_kernels.expert_layer import ExpertLayer
 from cpu_kernels.expert_pool import ExpertPool
 
 
@@ -24,10 +24,9 @@ class PoolKeeper:
         """Whether the pool in use can do nothing any more."""
         return self.pool.workers.has_failed
 
-    def replace(self, layers: Iterable[ExpertLayer]) -> ExpertPool:
-        """Leave the pool to itself, with its ``layers``, and start another."""
-        left = (self.pool, list(layers))
-        threading.Thread(target=_close, args=left, name="old-pool", daemon=True).start()
+    def replace(self) -> ExpertPool:
+        """Leave the pool to itself and start another."""
+        threading.Thread(target=_close, args=(self.pool,), name="old-pool", daemon=True).start()
         self.pool = self._start()
         return self.pool
 
@@ -36,6 +35,6 @@ class PoolKeeper:
         self.pool.close()
 
 
-def _close(pool: ExpertPool, layers: list[ExpertLayer]) -> None:
+def _close(pool: ExpertPool) -> None:
     with contextlib.suppress(Exception):  # what has failed was reported
         pool.close()

@@ -70,8 +70,7 @@ class PrefillExperts:
         self._store, self._costs, self._activations = store, costs, activations
         self._shares_LE = popularity.shares()
         self._num_experts, self._hidden, self._top_k = shape.num_experts, shape.hidden_size, top_k
-        self._host = HostBuffers(max_tokens, shape.hidden_size, top_k, pin=device.type == "cuda")
-        self._device = device
+        self._max_tokens, self._device = max_tokens, device
         self._written = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._side = DeviceSide(
             stream,
@@ -89,6 +88,8 @@ class PrefillExperts:
     def use_pool(self, pool: ExpertPool) -> None:
         """Go on with ``pool``, between steps; one used before keeps what it has."""
         self._pool = pool
+        is_gpu = self._device.type == "cuda"  # its own: workers of the last one may be late
+        self._host = HostBuffers(self._max_tokens, self._hidden, self._top_k, pin=is_gpu)
         self._layers: dict[int, LayerParts] = {}
         for layer in self._store.shape.moe_layers:
             experts, pool_layer = self._store[layer].cpu_experts, None

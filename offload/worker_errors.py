@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cpu_kernels.watchdog import StandstillError
 from fiddler.errors import WorkerError
 
 
@@ -11,6 +12,8 @@ def workers_errors() -> Iterator[None]:
     """What the pool raises within, as a WorkerError."""
     try:
         yield
+    except StandstillError as error:
+        raise worker_error(str(error)) from error
     except Exception as error:
         raise worker_error(f"a CPU worker failed ({error})") from error
 

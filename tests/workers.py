@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,11 @@ def add_python_job(
     pool: WorkerPool, work: Callable[[int, int, int], object], num_phases: int = 1
 ) -> int:
     return pool.add_job(np.array([(python_stage(work), num_phases)], JOB_HEADER))
+
+
+def hold_layer(layer: Any, may_go: threading.Event) -> None:
+    """Have worker 0 stand still in the job of an expert layer, until ``may_go`` or for a minute."""
+    layer.record["stage"] = python_stage(lambda _, worker, __: worker == 0 and may_go.wait(60))
 
 
 def fail_worker(pool: WorkerPool, failure: BaseException) -> None:

@@ -22,7 +22,7 @@ from tests.forward import random_texts
 from tests.model.test_parity import MODELS, folder_of, split_at_random
 from tests.random_swaps import random_placement
 from tests.tiny_models import MODEL_TYPES
-from tests.workers import fail_worker, python_stage
+from tests.workers import fail_worker, hold_layer
 
 # alone: where processes take turns on a GPU, each hand-over waits for its process's turn
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
@@ -309,12 +309,6 @@ def test_requests_join_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(found[way] == found["enforce_eager"] for way in ways())
 
 
-def hold_a_layer(llm: LLM, may_go: threading.Event) -> None:
-    """Have worker 0 stand still in one layer's job."""
-    layer: Any = list(llm._running.experts.pool_layers.values())[1]
-    layer.record["stage"] = python_stage(lambda _, worker, __: worker == 0 and may_go.wait(60))
-
-
 @pytest.mark.parametrize("way", ["enforce_eager", *WAYS])
 def test_a_worker_that_fails(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = random_texts([9], 264)[0]
@@ -348,7 +342,7 @@ def test_a_worker_that_stands_still(
             stream = llm.stream(prompt, params)
             for _ in range(3):
                 next(stream)
-            hold_a_layer(llm, may_go)
+            hold_layer(list(llm._running.experts.pool_layers.values())[1], may_go)
             if comes_back:
                 threading.Timer(0.8, may_go.set).start()
             started = time.monotonic()

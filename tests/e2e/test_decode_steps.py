@@ -1,5 +1,6 @@
 """Decode steps in buckets give the tokens of plain steps, here in Triton's interpreter."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.forward import random_texts
 from tests.model.test_parity import folder_of, split_at_random
 from tests.random_swaps import random_placement
 from tests.tiny_models import MODEL_TYPES
-from tests.workers import fail_worker
+from tests.workers import fail_worker, hold_layer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are compiled")
 PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
@@ -274,10 +275,15 @@ def test_a_worker_that_complains_ends_the_step_and_no_more() -> None:
 
 
 @contextmanager
-def new_pools(experts: Any) -> Iterator[Callable[[], None]]:
+def new_pools(experts: Any, **options: Any) -> Iterator[Callable[[], None]]:
     """What gives ``experts`` another pool at each call."""
+
+    def renew() -> None:
+        pool = ExpertPool(1, caller_works=False, **options)
+        experts.replace_pool(pools.enter_context(pool))
+
     with ExitStack() as pools:
-        yield lambda: experts.replace_pool(pools.enter_context(ExpertPool(1, caller_works=False)))
+        yield renew
 
 
 def test_a_worker_that_fails_between_requests_is_replaced() -> None:
@@ -332,6 +338,64 @@ def test_a_worker_that_fails_ends_the_step_and_is_replaced(is_awake: bool) -> No
             with left.workers.awake() if is_awake else nullcontext():
                 fail_worker(left.workers, MemoryError("no room"))
             with pytest.raises(WorkerError, match=r"a CPU worker failed \(no room\)"):
+                list(stream)
+            assert experts.pool is not left
+            assert llm.generate(prompt, params).outputs[0].token_ids == wanted
+
+
+@pytest.fixture
+def may_go() -> Iterator[threading.Event]:
+    """What a worker waits for that is held."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def first_layer(experts: Any) -> Any:
+    return next(iter(experts.pool_layers.values()))
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_workers_that_stand_still_in_a_prompt_are_replaced(
+    comes_back: bool, may_go: threading.Event
+) -> None:
+    """Nothing is fed by a device here; a worker that is late spoils nothing."""
+    with loaded("mixtral", 0.0) as llm:
+        experts: Any = llm._running.experts
+        left = experts.pool
+        if left.workers.caller_works:
+            pytest.skip("the only core is the caller's")
+        prompt = random_texts([5], llm.model_config.vocab_size)[0]
+        wanted = llm.generate(prompt, PARAMS).outputs[0].token_ids
+        left.workers._patience_s = 0.5
+        hold_layer(first_layer(experts), may_go)
+        with pytest.raises(WorkerError, match=r"the CPU workers stood still for 0\.5 seconds in"):
+            llm.generate(prompt, PARAMS)
+        assert experts.pool is not left
+        if comes_back:
+            may_go.set()
+        assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
+
+
+def test_workers_that_stand_still_end_the_step_and_are_replaced(may_go: threading.Event) -> None:
+    """Within a step that the device divides, while the host waits for them."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with ExitStack() as pools, loaded("mixtral", 0.0) as llm:
+        experts: Any = llm._running.experts
+        renew_workers = pools.enter_context(new_pools(experts, patience_s=0.5))
+        prompt = random_texts([5], llm.model_config.vocab_size)[0]
+        wanted = llm.generate(prompt, params).outputs[0].token_ids
+        renew_workers()
+        add_decode_steps(llm, renew_workers=renew_workers)
+        for _ in range(2):
+            stream = llm.stream(prompt, params)
+            for _ in range(2):
+                next(stream)
+            left = experts.pool
+            hold_layer(first_layer(experts), may_go)
+            with pytest.raises(
+                WorkerError, match=r"the CPU workers stood still for 0\.5 seconds in"
+            ):
                 list(stream)
             assert experts.pool is not left
             assert llm.generate(prompt, params).outputs[0].token_ids == wanted

@@ -6,13 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 
 from cpu_kernels.threads import WorkerPool
-from cpu_kernels.worker import DONE_BELL, DOORBELL, GENERATION, NUM_WORDS, STOP
+from cpu_kernels.worker import DOORBELL
 from fiddler.errors import WorkerError
-from offload.handoff import EagerHandOff, HostBell, Watchdog, await_stream
+from offload.handoff import EagerHandOff, HostBell, await_stream
 from tests.workers import add_python_job, fail_worker
 
 
@@ -170,26 +169,3 @@ def test_an_interrupt_waits_for_the_stream(pool: WorkerPool) -> None:
     with pytest.raises(KeyboardInterrupt), pool.awake():
         await_stream(is_done, is_done, pool.words, [number])
     assert seen == ["end"]
-
-
-def test_the_watchdog_counts_from_the_last_sign_of_life() -> None:
-    now = 0.0
-    words = np.zeros(NUM_WORDS, np.int64)
-    watchdog = Watchdog(words, 10.0, clock=lambda: now)
-
-    def complaint_at(time_s: float) -> str:
-        nonlocal now
-        now = time_s
-        return watchdog.complaint()
-
-    assert complaint_at(100) == ""  # nothing is rung: the GPU may take its time
-    assert complaint_at(1000) == ""
-    words[DOORBELL] = 3
-    assert complaint_at(1001) == "" and complaint_at(1010) == ""
-    words[GENERATION] += 1  # a phase is done
-    assert complaint_at(1011) == "" and complaint_at(1020) == ""
-    assert "stood still" in complaint_at(1021)
-    words[DOORBELL], words[DONE_BELL] = 0, 3
-    assert complaint_at(5000) == ""
-    words[STOP] = 1
-    assert "failed" in complaint_at(5000)

@@ -12,7 +12,7 @@ def test_a_pool_in_the_middle_of_a_job_is_replaced() -> None:
     keeper = PoolKeeper(lambda: ExpertPool(1, caller_works=False))
     old = keeper.pool
     old.workers.ring(add_python_job(old.workers, lambda *_: may_go.wait(60)))
-    new = keeper.replace([])
+    new = keeper.replace()
     assert keeper.pool is new is not old
     new.wait()
     may_go.set()
