@@ -141,15 +141,24 @@ def explain(
     case, predicted = measured.case, predict(rates)
     times = how_far_off(measured, predicted)
     slower = f"{times:.2f} times as long as" if times > 1 else f"{times:.2f} times the time"
-    launch_s = watched["prompt"].launch_s if "prompt" in watched else 0.0
-    if launch_s and not is_off(
-        how_far_off(measured, predict(replace(rates, python_launch_s=launch_s)))
-    ):
-        now, then = (f"{seconds * 1e6:.0f}" for seconds in (launch_s, rates.python_launch_s))
-        why = f"Python starts a kernel in {now} us, {then} when it was measured"
-    else:
-        why = _why(times * predicted.seconds, predicted, watched, rates)
+    why = _slow_python(measured, predict, watched, rates)
+    why = why or _why(times * predicted.seconds, predicted, watched, rates)
     return f"{case.name}, batch {case.n_parallel}, took {slower} predicted: {why}"
+
+
+def _slow_python(
+    measured: Measurement,
+    predict: Callable[[MachineRates], CasePrediction],
+    watched: dict[str, Watched],
+    rates: MachineRates,
+) -> str:
+    """Said where a prediction with what a launch takes now would not be far off, else nothing."""
+    now, then = watched["prompt"].launch_s if "prompt" in watched else 0.0, rates.python_launch_s
+    if not now or not is_off(now / then):  # what is off by more is something else
+        return ""
+    if is_off(how_far_off(measured, predict(replace(rates, python_launch_s=now)))):
+        return ""
+    return f"Python starts a kernel in {_us(now)} us, {_us(then)} when it was measured"
 
 
 def _why(
@@ -198,6 +207,10 @@ def _text(what: str, seen_s: float, step_s: float, foreseen_s: float) -> str:
 def _ms(seconds: float) -> str:
     ms = seconds * 1e3
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f}"
 
 
 def _mean(steps: Sequence[tuple[Span, float]], jobs: Sequence[Span]) -> Watched:
