@@ -68,6 +68,11 @@ def is_off(times: float) -> bool:
     return abs(times - 1) > MOST_OFF
 
 
+def how_long(times: float) -> str:
+    """So many times as long, behind "took"."""
+    return f"{times:.2f} times {'as long as' if times > 1 else 'the time'} predicted"
+
+
 class Sum:
     """Adds up terms by name, in the order in which they first came."""
 

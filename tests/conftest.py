@@ -6,6 +6,8 @@ interpreter: the choice must precede its import.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -34,3 +36,19 @@ def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offload.calibration.cache_file", lambda: folder / "cpu.json")
         yield
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises, also where the process was started with it ignored (in the background)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def may_go() -> Iterator[threading.Event]:
+    """What a worker waits for that is held."""
+    event = threading.Event()
+    yield event
+    event.set()

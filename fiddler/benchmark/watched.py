@@ -25,7 +25,7 @@ from fiddler.benchmark.timeline import Span, within
 from fiddler.loading import LoadedModel
 from offload.limits import GIGA
 from offload.machine_rates import MachineRates
-from offload.prediction import STEP_S, Prediction, is_off
+from offload.prediction import STEP_S, Prediction, how_long, is_off
 from offload.routing_law import Law
 
 NS = 1_000_000_000
@@ -140,10 +140,9 @@ def explain(
     """In one line, how far off the prediction is and what it has wrong most."""
     case, predicted = measured.case, predict(rates)
     times = how_far_off(measured, predicted)
-    slower = f"{times:.2f} times as long as" if times > 1 else f"{times:.2f} times the time"
     why = _slow_python(measured, predict, watched, rates)
     why = why or _why(times * predicted.seconds, predicted, watched, rates)
-    return f"{case.name}, batch {case.n_parallel}, took {slower} predicted: {why}"
+    return f"{case.name}, batch {case.n_parallel}, took {how_long(times)}: {why}"
 
 
 def _slow_python(

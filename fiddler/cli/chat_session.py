@@ -13,13 +13,13 @@ from fiddler.cli.chat_view import answer_view, note_stats, show_finish
 from fiddler.cli.console import note
 from fiddler.cli.conversation import Conversation
 from fiddler.cli.errors import is_closed_pipe, print_error, sentence
+from fiddler.cli.expected import Expected
 from fiddler.cli.interrupts import silent_keyboard, stop_on_interrupt
 from fiddler.cli.session import ChatModel, opens_reasoning
 from fiddler.cli.stats_line import Totals
 from fiddler.cli.thinking import ENABLE_THINKING
 from fiddler.cli.turn import Turn, run_turn
 from fiddler.errors import PromptError
-from fiddler.expected import Expected
 from fiddler.outputs import RunStats
 from fiddler.sampling_params import SamplingParams
 from fiddler.text.reasoning import OPEN_TAG, ReasoningSplitter

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Protocol, Self
 from fiddler.cli.console import error_width, note, output_console, printable, styled
 from fiddler.cli.markdown_blocks import BlockSplitter
 from fiddler.cli.stats_line import folded, stats_line
-from fiddler.expected import Expected
 from fiddler.outputs import RunStats
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from fiddler.cli.expected import Expected
 
 REFRESH_S = 1 / 8
 RENDER_SHARE = 20  # of the time at most 1/20 goes into drawing: the experts need the CPU
@@ -223,7 +224,7 @@ def show_finish(finish_reason: str, *, is_context_full: bool, may_grow: bool) ->
         note("(stopped; what was written is kept)")
 
 
-def note_stats(stats: RunStats, expected: Expected) -> None:
+def note_stats(stats: RunStats, expected: "Expected") -> None:
     """Write the statistics of an answer to standard error, dim; and that it was far off."""
     for line in folded(stats_line(stats), error_width()):
         note(line)

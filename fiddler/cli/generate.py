@@ -44,8 +44,8 @@ def command(
     A model with a chat template answers PROMPT as a message; others continue it.
     """
     from fiddler.cli.chat_view import note_stats
+    from fiddler.cli.expected import Expected
     from fiddler.cli.prompt_input import full_prompt
-    from fiddler.expected import Expected
 
     if raw and system:
         raise click.UsageError("--system needs the chat template that --raw leaves out")

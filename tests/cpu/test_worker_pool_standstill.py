@@ -2,13 +2,11 @@
 
 import _thread
 import gc
-import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import numpy as np
@@ -21,14 +19,6 @@ from cpu_kernels.worker import JOB_HEADER, TAKEN
 from tests.workers import add_python_job, python_stage, wait_until
 
 awake_or_not = pytest.mark.parametrize("is_awake", [False, True])
-
-
-@pytest.fixture
-def may_go() -> Iterator[threading.Event]:
-    """What a worker waits for that is held."""
-    event = threading.Event()
-    yield event
-    event.set()
 
 
 def add_held_job(pool: WorkerPool, may_go: threading.Event) -> int:
@@ -79,14 +69,6 @@ def test_jobs_that_go_on_slowly_are_waited_for(is_awake: bool) -> None:
                 pool.ring(number, piece_s)
                 pool.wait()
         CheckJob(pool).run()
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT raises, also where the process was started with it ignored (in the background)."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -319,38 +319,6 @@ def test_workers_of_a_model_without_a_gpu_are_replaced_too() -> None:
             assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
 
 
-@pytest.mark.parametrize("is_awake", [False, True])
-def test_a_worker_that_fails_ends_the_step_and_is_replaced(is_awake: bool) -> None:
-    """When the next job wakes it, or while it waits for that."""
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    with ExitStack() as pools, loaded("mixtral", 0.0) as llm:
-        experts: Any = llm._running.experts
-        renew_workers = pools.enter_context(new_pools(experts))
-        prompt = random_texts([5], llm.model_config.vocab_size)[0]
-        wanted = llm.generate(prompt, params).outputs[0].token_ids
-        renew_workers()  # there was no thread if the only core is the caller's
-        add_decode_steps(llm, renew_workers=renew_workers)
-        for _ in range(2):
-            stream = llm.stream(prompt, params)
-            for _ in range(2):
-                next(stream)
-            left = experts.pool
-            with left.workers.awake() if is_awake else nullcontext():
-                fail_worker(left.workers, MemoryError("no room"))
-            with pytest.raises(WorkerError, match=r"a CPU worker failed \(no room\)"):
-                list(stream)
-            assert experts.pool is not left
-            assert llm.generate(prompt, params).outputs[0].token_ids == wanted
-
-
-@pytest.fixture
-def may_go() -> Iterator[threading.Event]:
-    """What a worker waits for that is held."""
-    event = threading.Event()
-    yield event
-    event.set()
-
-
 def first_layer(experts: Any) -> Any:
     return next(iter(experts.pool_layers.values()))
 
@@ -377,25 +345,38 @@ def test_workers_that_stand_still_in_a_prompt_are_replaced(
         assert llm.generate(prompt, PARAMS).outputs[0].token_ids == wanted
 
 
-def test_workers_that_stand_still_end_the_step_and_are_replaced(may_go: threading.Event) -> None:
-    """Within a step that the device divides, while the host waits for them."""
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("fails", r"a CPU worker failed \(no room\)"),
+        ("fails awake", r"a CPU worker failed \(no room\)"),
+        ("stands still", r"the CPU workers stood still for 0\.5 seconds in"),
+    ],
+)
+def test_trouble_of_a_worker_ends_the_step_and_it_is_replaced(
+    trouble: str, said: str, may_go: threading.Event
+) -> None:
+    """A failure when the next job wakes it, or while it waits for that; or the host for it."""
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    patience: dict[str, Any] = {"patience_s": 0.5} if trouble == "stands still" else {}
     with ExitStack() as pools, loaded("mixtral", 0.0) as llm:
         experts: Any = llm._running.experts
-        renew_workers = pools.enter_context(new_pools(experts, patience_s=0.5))
+        renew_workers = pools.enter_context(new_pools(experts, **patience))
         prompt = random_texts([5], llm.model_config.vocab_size)[0]
         wanted = llm.generate(prompt, params).outputs[0].token_ids
-        renew_workers()
+        renew_workers()  # there was no thread if the only core is the caller's
         add_decode_steps(llm, renew_workers=renew_workers)
         for _ in range(2):
             stream = llm.stream(prompt, params)
             for _ in range(2):
                 next(stream)
             left = experts.pool
-            hold_layer(first_layer(experts), may_go)
-            with pytest.raises(
-                WorkerError, match=r"the CPU workers stood still for 0\.5 seconds in"
-            ):
+            if trouble == "stands still":
+                hold_layer(first_layer(experts), may_go)
+            else:
+                with left.workers.awake() if trouble == "fails awake" else nullcontext():
+                    fail_worker(left.workers, MemoryError("no room"))
+            with pytest.raises(WorkerError, match=said):
                 list(stream)
             assert experts.pool is not left
             assert llm.generate(prompt, params).outputs[0].token_ids == wanted

@@ -1,7 +1,6 @@
 """The hand-off's protocol with real workers, where a Python thread plays the GPU's stream."""
 
 import _thread
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -138,14 +137,6 @@ def test_a_failure_of_the_step_behind_is_told_when_that_is_awaited() -> None:
     with pytest.raises(MemoryError, match="no room"):
         pool.wait()
     pool.close()
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT raises, also where the process was started with it ignored (in the background)."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -1,40 +1,24 @@
 """Whether an answer took about as long as this machine's rates promise, and what it waits for."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from fiddler.models.config import ModelConfig
 from fiddler.outputs import RunStats
 from fiddler.speed import demand_of, drawn_chances, own_rates
 from offload.machine_rates import MachineRates
-from offload.prediction import Prediction, is_off, predict_decode
+from offload.prediction import Prediction, how_long, is_off, predict_decode
 
 if TYPE_CHECKING:
-    from fiddler.models.dtypes import Dtypes
-    from offload.hardware import Hardware
-    from offload.plan import Plan
+    from fiddler.cli.session import ChatModel
 
 LEAST_TOKENS = 32  # written, so that a moment in which others use the machine is not all of them
 LEAST_STEP_S = 4e-3  # of a token: Python, which shows the text beside it, takes a millisecond
 
 
-class Loaded(Protocol):
-    """What is asked of :class:`fiddler.llm.LLM`."""
-
-    @property
-    def model_config(self) -> ModelConfig: ...
-    @property
-    def dtypes(self) -> "Dtypes": ...
-    @property
-    def hardware(self) -> "Hardware": ...
-    @property
-    def plan(self) -> "Plan": ...
-
-
 class Expected:
     """Of one loaded model's answers, by what ``fiddler calibrate`` has found here, if it has."""
 
-    def __init__(self, model: Loaded) -> None:
+    def __init__(self, model: "ChatModel") -> None:
         self._model = model
 
     @cached_property
@@ -50,16 +34,15 @@ class Expected:
         times = 1 / stats.decode_tokens_per_s / predicted.seconds
         if predicted.seconds < LEAST_STEP_S or not is_off(times):
             return ""
-        slower = f"{times:.2f} times as long as" if times > 1 else f"{times:.2f} times the time"
         most = max(predicted.terms, key=lambda term: term.seconds)
         return (
-            f"decode took {slower} predicted ({1 / predicted.seconds:.3g} tok/s, "
+            f"decode took {how_long(times)} ({1 / predicted.seconds:.3g} tok/s, "
             f"{most.seconds / predicted.seconds:.0%} of it {most.name}); "
             "fiddler bench says which part is off"
         )
 
 
-def _step(model: Loaded, stats: RunStats, rates: MachineRates) -> Prediction:
+def _step(model: "ChatModel", stats: RunStats, rates: MachineRates) -> Prediction:
     """A decode step in the middle of the answer, with the hits that it had."""
     config, plan = model.model_config, model.plan
     layers = drawn_chances(config, plan, None, stats.gpu_hit_rate)

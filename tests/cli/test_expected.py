@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from fiddler.cli.expected import LEAST_TOKENS, Expected
 from fiddler.config import EngineConfig
-from fiddler.expected import LEAST_TOKENS, Expected
 from fiddler.models.registry import parse_config
 from fiddler.models.shapes import SHAPES
 from fiddler.outputs import RunStats
@@ -42,7 +42,7 @@ def stats_of(loaded: Any, times: float, tokens: int = 101, hits: int = 30) -> Ru
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fiddler.expected.own_rates", lambda hardware: (MACHINE.rates, ""))
+    monkeypatch.setattr("fiddler.cli.expected.own_rates", lambda hardware: (MACHINE.rates, ""))
 
 
 def test_what_is_far_off_is_said_with_what_an_answer_waits_for() -> None:
@@ -81,7 +81,9 @@ def test_nothing_is_said_of_what_cannot_be_told(
     shape: str, tokens: int, is_measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_measured:
-        monkeypatch.setattr("fiddler.expected.own_rates", lambda hardware: (None, "not calibrated"))
+        monkeypatch.setattr(
+            "fiddler.cli.expected.own_rates", lambda hardware: (None, "not calibrated")
+        )
     loaded = model(shape)
     expected = Expected(loaded)
     assert expected.remark(stats_of(loaded, 2.0, tokens)) == ""
